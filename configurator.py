@@ -1,0 +1,109 @@
+# Poor man's configurator, after nanoGPT: exec'd by every script, in that script's globals, right after its knobs.
+#
+#     n_layer = 6            # a knob: a lowercase global that is a bool, an int, a float, a str or None
+#     learning_rate = 1e-3   # its default says which type it takes
+#     exec(open('configurator.py').read())
+#     print(config)          # every knob with its final value; n_layer and the others are set as well
+#
+# $ python train.py --help                                  the script's docstring, every knob and its default
+# $ python train.py config/tiny.py --n_layer=4              what the file says, then what the flags say
+# $ python train.py --dropout=0 config/a.py config/b.py     flags win wherever they stand; files apply in order
+#
+# A config file is plain Python that sets knobs and can compute with them: max_iters = 2 * 1000, total = 4 * batch_size.
+# (There batch_size is the script's or an earlier file's: flags come after all files.) A name of its own starts with _.
+# What is misspelled or of the wrong type ends the script with one line on stderr and status 1.
+#
+# This text is a comment because exec would store a docstring as the script's own __doc__, and everything below is one
+# function because exec would let our helpers replace the script's of the same name.
+
+def _configure(script):
+    import ast, difflib, os, re, shlex, sys, traceback
+
+    # The knobs leave the globals while we work: one called compile or input would hide the builtin from the code below.
+    # These two lines use no builtin for the same reason; only exec, open and globals cannot be names of knobs.
+    kinds = [value.__class__ for value in (None, False, 0, 0.0, '')]
+    defaults = {key: script.pop(key) for key in [*script]
+                if script[key].__class__ in kinds and key[0] != '_' and not key.isupper()}
+    args = sys.argv[1:]
+
+    def fail(message):
+        sys.exit('error: ' + ' '.join(message.split()))  # to stderr, status 1; one line whatever a value's repr holds
+
+    def nearest(key):
+        return (difflib.get_close_matches(key.lower().replace('-', '_'), defaults, n=1) or [None])[0]
+
+    def read(text):
+        """The None, bool, int or float that a flag's text spells, else the text itself."""
+        words = {'none': None, 'true': True, 'false': False}
+        if text.lower() in words:
+            return words[text.lower()]
+        try:
+            value = ast.literal_eval(text)
+        except Exception:  # any of five kinds, says its documentation; they all mean: not a Python literal
+            return text
+        return value if type(value) in (int, float) else text
+
+    def fit(key, value, where):
+        """The value as this knob holds it. Its type is that of the script's default, whatever a file has set since."""
+        kind = type(defaults[key])
+        if kind is float and type(value) is int:
+            return float(value)
+        off = value is None and kind in (int, float)                  # a number can be turned off: --top_k=none
+        auto = kind is int and type(value) is str and value == 'auto'  # or left to the script: --batch_size=auto
+        if type(value) is kind or off or auto or (defaults[key] is None and type(value) in kinds):
+            return value
+        takes = {bool: 'a bool: True or False', int: "an int, None or 'auto'", float: 'a float or None', str: 'a str'}
+        fail(f"{where}: {key} takes {takes.get(kind, 'None, a bool, an int, a float or a str')}, got {value!r}")
+
+    if '-h' in args or '--help' in args:
+        source = open(script['__file__'], encoding='utf-8').read().rpartition('exec(open(')[0]
+        beside = dict(re.findall(r'^ *(\w+) *=.*?(?: # *(.*))?$', source, re.M))  # a knob's comment; the last line wins
+        print((script.get('__doc__') or '').strip() + '\n\nknobs, set by --key=value or in a config file:')
+        for key, value in defaults.items():
+            print(f"{f'  {key} = {value!r}':36} {beside.get(key, '')}".rstrip())
+        sys.exit(0)
+
+    # Flags are read before any file runs, so that a typo stops the script first, and applied after all of them.
+    files, flags = [], {}
+    for i, arg in enumerate(args):
+        key, equals, text = arg.lstrip('-').partition('=')
+        if key in defaults and arg.startswith(f'--{key}='):
+            flags[key] = fit(key, text if type(defaults[key]) is str else read(text), arg)
+        elif arg.startswith('-') or (equals and not arg.endswith('.py')):  # --n_layer 3, --n-layer=3, n_layer=3, a typo
+            problem = f'{arg!r} is not --key=value' if key in defaults else f'unknown key {key!r} in {arg!r}'
+            known = key if key in defaults else nearest(key)
+            if not known:
+                fail(f'{problem}, --help lists the knobs')
+            if not equals:  # the value is the next word, if that looks like one
+                text = 'True' if type(defaults[known]) is bool else 'VALUE'
+                text = ([word for word in args[i + 1:i + 2] if word[:2] != '--' and word[-3:] != '.py'] or [text])[0]
+            fail(f"{problem}, did you mean {shlex.quote(f'--{known}={text}')}?")
+        elif not arg.endswith('.py'):
+            fail(f'{arg!r} is not a config file, whose name ends in .py, nor a flag --key=value')
+        elif not os.path.isfile(arg):
+            fail(f'no config file {arg!r} in {os.getcwd()}')
+        else:
+            files.append(arg)
+
+    knobs = dict(defaults)
+    for file in files:
+        names = dict(knobs, __file__=file)  # the file's globals: it cannot replace a function of the script
+        try:
+            exec(compile(open(file, 'rb').read(), file, 'exec'), names)
+        except Exception as e:
+            lines = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == file]
+            line = lines[-1] if lines else getattr(e, 'lineno', None)  # a syntax error ran no line but knows its own
+            fail(f"{file}, line {line}: {type(e).__name__}: {getattr(e, 'msg', e)}")
+        for key, value in names.items():
+            if key in defaults:
+                knobs[key] = fit(key, value, file)
+            elif key[0] != '_':
+                near = nearest(key)
+                fail(f'{file}: unknown key {key!r}' + (f', did you mean {near}?' if near else '')
+                     + ' (a name that is no knob starts with _, as in: import math as _math)')
+    knobs.update(flags)
+    script.update(knobs)
+    return knobs
+
+config = _configure(globals())
+del _configure

@@ -1,0 +1,371 @@
+"""
+From text to training batches: download, split, tokenise, write data/<name>/, and read it back. A library; the prepare.py scripts use the
+upper half of this file, train.py the last part. From the repo root:
+
+>>> from data.loader import Loader
+>>> loader = Loader('data/stdlib_char', 'train', batch_size=4, block_size=256, seed=1337)
+>>> x, y = loader.batch(step=0)        # (4, 256) int64 each; y is x one token on, and -1 where there is nothing to learn
+>>> x, y = loader.batch(step=1000)     # any step, in any order: a batch depends on nothing but its number, so resuming needs no state
+>>> for x, y in Loader('data/stdlib_char', 'val', 4, 256).eval_batches(): ...     # every token once
+
+A dataset is train.bin and val.bin (plain integers, no header), for chat train.mask.bin and val.mask.bin (a byte a token, 1 where it is to be
+learnt), and meta.json, which is written last: a folder without it is not a dataset.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import sysconfig
+import time
+import zlib
+
+import numpy as np
+
+from data.tokenizer import CharTokenizer, train_bpe
+# requests and torch are imported where they are used: training needs no requests, preparing no torch, which takes seconds to import.
+
+
+# -----------------------------------------------------------------------------
+# Downloads
+
+class DownloadError(SystemExit):
+    """A download that did not work: ends a script with one line and status 1, unless somebody catches it and looks at .reason."""
+
+    def __init__(self, message, reason):
+        super().__init__(f'error: {message}')
+        self.reason = reason  # the HTTP status as an int, or 'unreachable', 'cut short', 'altered'
+
+
+def download(url, path, sha256=None, size=None, pause=0.0):
+    """
+    Fetches url into the file at path, by way of path + '.part', and returns path. Nothing is fetched if the file is there and right.
+
+    sha256: hex digits, size: bytes; both are checked if given. pause: seconds to wait before asking, out of politeness.
+    DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there), or altered, that is, not of
+    that sha256 or size (the .part is removed). What was at path before is replaced by a right file or not at all.
+    """
+    import requests
+    path = os.fspath(path)
+    part = path + '.part'
+    if os.path.exists(path) and not _mismatch(path, sha256, size):
+        return path
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    time.sleep(pause)
+
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    # identity: compressed on the way, the bytes that arrive would be neither those of Content-Length nor those of a range
+    headers = {'User-Agent': 'picochat/1.0 (a small educational language model)', 'Accept-Encoding': 'identity'}
+    if have:
+        headers['Range'] = f'bytes={have}-'
+    total, reason, cause = size, 'unreachable', None
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=60) as r:
+            reason = 'cut short'
+            # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
+            whole = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
+            if have and r.status_code in (206, 416):
+                if not whole or int(whole[1] or whole[2]) != have:  # our part is longer than their file, or they send another range
+                    os.remove(part)
+                    return download(url, path, sha256, size)  # from the start, and without Range
+                total = int(whole[2])
+            elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
+                have = 0
+                if 'Content-Encoding' not in r.headers:
+                    total = int(r.headers.get('Content-Length', size or -1))
+            else:
+                raise DownloadError(f'{url} answered {r.status_code} {r.reason}', r.status_code)
+            if r.status_code != 416:
+                with open(part, 'ab' if have else 'wb') as f:
+                    for chunk in r.iter_content(1 << 16):
+                        f.write(chunk)
+    except OSError as e:  # those of requests are OSErrors as well; what arrived so far is in the .part
+        cause = e
+    got = os.path.getsize(part) if os.path.exists(part) else 0
+    if reason == 'unreachable':
+        raise DownloadError(f'cannot reach {url}: {type(cause).__name__}; try again later, or put the file at {path} yourself', reason)
+    if cause or got < (total or 0):
+        of = f' of {total:,}' if total and total > 0 else ''
+        raise DownloadError(f'{url} was cut short: {got:,}{of} bytes came' + (f' ({cause})' if cause else '') +
+                            f'; {part} keeps them, run the same command again to go on from there', reason)
+    mismatch = _mismatch(part, sha256, size)
+    if mismatch:
+        os.remove(part)
+        raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, {path} is as it was', 'altered')
+    os.replace(part, path)
+    return path
+
+
+def _mismatch(path, sha256, size):
+    """What differs between the file and what it should be, in words; '' if nothing does."""
+    if size is not None and os.path.getsize(path) != size:
+        return f'{os.path.getsize(path):,} bytes instead of {size:,}'
+    if sha256 is not None:
+        digest = hashlib.sha256()
+        with open(path, 'rb') as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != sha256.lower():
+            return f'sha256 {digest.hexdigest()} instead of {sha256.lower()}'
+    return ''
+
+
+# -----------------------------------------------------------------------------
+# Texts, and which of them are held out
+
+def read_text(path):
+    """A UTF-8 file -> str, with \\n for every line end; a byte order mark is left out. A one-line error if it is not UTF-8 or not there."""
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            return f.read()
+    except UnicodeDecodeError as e:
+        raise SystemExit(f'error: {path} is not UTF-8 text (byte {e.start:,}): convert it, or leave it out')
+    except OSError as e:
+        raise SystemExit(f'error: cannot read {path}: {e.strerror}')
+
+
+def split_texts(texts, val_fraction):
+    """
+    dict of name -> text -> (list of training texts, list of validation texts), each in the order of the names.
+
+    Of many texts, whole ones are held out: in the order of a hash of their names, each that still fits into val_fraction of all characters
+    (if none does, the shortest). So a text stays on its side when the others change a little. Of a single text the end is held out.
+    """
+    if len(texts) == 1:
+        text, = texts.values()
+        cut = int(len(text) * (1 - val_fraction))
+        return [text[:cut]], [text[cut:]]
+    names = sorted(texts)
+    room = round(val_fraction * sum(map(len, texts.values())))
+    held = set()
+    for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
+        if len(texts[name]) <= room:
+            held.add(name)
+            room -= len(texts[name])
+    held = held or {min(names, key=lambda name: len(texts[name]))}
+    return [texts[name] for name in names if name not in held], [texts[name] for name in names if name in held]
+
+
+def stdlib_files(root=''):
+    """
+    The Python files of the standard library -> list of (module name, text), sorted; 'asyncio.events' is of the package asyncio.
+
+    root: str, another folder to walk; by default the running Python's own. Left out: tests, installed packages, folders and files that
+    cannot be imported (config-3.12-...), what the build generated (it names its machine), and files that are not UTF-8.
+    """
+    root = root or sysconfig.get_paths()['stdlib']
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [d for d in folders if d.isidentifier() and d not in ('test', 'tests', 'idle_test', '__pycache__')]
+        for name in names:
+            path = os.path.join(folder, name)
+            stem, extension = os.path.splitext(name)
+            if extension == '.py' and stem.isidentifier() and not stem.startswith('_sysconfigdata') and os.path.isfile(path):
+                parts = os.path.relpath(path, root)[:-len('.py')].split(os.sep)
+                found.append(('.'.join(parts[:-1] if len(parts) > 1 and parts[-1] == '__init__' else parts), path))
+    files = []
+    for module, path in sorted(found):
+        try:
+            with open(path, encoding='utf-8') as f:
+                files.append((module, f.read()))
+        except UnicodeDecodeError:  # old Pythons have files in other encodings
+            continue
+    if not files:
+        raise SystemExit(f'error: no .py files in {root}: this Python may have its library in a zip; use another one, or --root=FOLDER')
+    return files
+
+
+def stdlib_held_out(module):
+    """
+    Whether a module of the standard library is for validation, by a hash of its top-level name: no package is on both sides.
+
+    Of the twenty residues 7 is neither too little nor ruled by one giant: among them ast, optparse, pickletools and threading, 3.0-4.0 % of the
+    text of every Python from 3.6 to 3.13.
+    """
+    return zlib.crc32(module.split('.')[0].encode()) % 20 == 7
+
+
+def stdlib_source():
+    """What meta.json says about where the text is from."""
+    return f'standard library of {platform.python_implementation()} {platform.python_version()}'
+
+
+# -----------------------------------------------------------------------------
+# Texts -> tokens -> files
+
+def char_ids(tokenizer, text):
+    """tokenizer.encode(text) as an array of uint32, some five times faster: each character's code point looks up its id in a table."""
+    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
+    present = np.flatnonzero(np.bincount(codes))
+    table = np.zeros(present[-1] + 1 if len(present) else 1, dtype=np.uint32)
+    table[present] = tokenizer.encode(''.join(map(chr, present)))
+    return table[codes]
+
+
+def write_texts(data_dir, train, val, level, source, vocab_size=4096, chars=None, extra=None):
+    """
+    Lists of training and validation texts -> a dataset, and its meta as a dict.
+
+    level 'char': one token a character, the texts one after another as they are; the vocabulary is chars, or else all that occur.
+    level 'bpe': a BPE of vocab_size tokens, learnt from the training texts alone; each text starts with <|bos|>.
+    """
+    if level not in ('char', 'bpe'):
+        raise SystemExit(f'error: level is {level!r}: use char or bpe')
+    if level == 'char':
+        tokenizer = CharTokenizer(chars or ''.join(set().union(*train, *val)))
+        train_ids, val_ids = (char_ids(tokenizer, ''.join(texts)) for texts in (train, val))
+    else:
+        try:
+            tokenizer = train_bpe(train, vocab_size)
+        except ValueError as e:  # a vocabulary too small for the bytes, or too large for the text
+            raise SystemExit(f'error: {e}')
+        encode = lambda text: np.array([tokenizer.bos] + tokenizer.encode(text), dtype=np.uint32)
+        train_ids, val_ids = (np.concatenate([encode(text) for text in texts]) for texts in (train, val))
+    return write_dataset(data_dir, tokenizer, train_ids, val_ids, source, extra=extra)
+
+
+def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):
+    """
+    Writes train.bin, val.bin and meta.json into data_dir, prints the counts, and returns the meta as a dict.
+
+    train_ids, val_ids: sequences or arrays of token ids (a memmap will do: they are read in slices). masks: None, or a pair of sequences of
+    the same lengths, 1 where the token is to be learnt. source: str, where the text is from. extra: dict of more to keep in meta.json.
+    All files are complete under another name before the first of an older dataset is touched.
+    """
+    dtype = np.dtype('uint16' if tokenizer.vocab_size <= 65536 else 'uint32')
+    files = {'train.bin': (train_ids, dtype, tokenizer.vocab_size), 'val.bin': (val_ids, dtype, tokenizer.vocab_size)}
+    if masks is not None:
+        assert [len(m) for m in masks] == [len(train_ids), len(val_ids)], \
+            f'masks of {[len(m) for m in masks]} tokens for {[len(train_ids), len(val_ids)]}: one value a token'
+        files |= {'train.mask.bin': (masks[0], np.dtype('uint8'), 2), 'val.mask.bin': (masks[1], np.dtype('uint8'), 2)}
+    os.makedirs(data_dir, exist_ok=True)
+    at = lambda name: os.path.join(data_dir, name)
+
+    digests = {}
+    for name, (values, kind, bound) in files.items():
+        if len(values) == 0:
+            raise SystemExit(f'error: nothing to write to {at(name)}: there is too little text')
+        digest = hashlib.sha256()
+        with open(at(name + '.part'), 'wb') as f:
+            for i in range(0, len(values), 1 << 22):
+                piece = np.asarray(values[i:i + (1 << 22)])
+                assert 0 <= piece.min() and piece.max() < bound, f'{name}: values {piece.min()}..{piece.max()}, expected 0..{bound - 1}'
+                piece = piece.astype(kind.newbyteorder('<')).tobytes()
+                digest.update(piece)
+                f.write(piece)
+        digests[name] = digest.hexdigest()
+    meta = {**tokenizer.meta(), 'vocab_size': tokenizer.vocab_size, 'token_bytes': list(tokenizer.token_bytes), 'source': source,
+            'dtype': dtype.name, 'train_tokens': len(train_ids), 'val_tokens': len(val_ids), 'sha256': digests, **(extra or {})}
+    with open(at('meta.json.part'), 'w', encoding='utf-8') as f:
+        json.dump(meta, f)
+
+    # An older meta.json goes before its files do: killed in between, there is no dataset, rather than new tokens with an old vocabulary.
+    for name in ('meta.json', 'train.mask.bin', 'val.mask.bin'):
+        if os.path.exists(at(name)):
+            os.remove(at(name))
+    for name in [*files, 'meta.json']:
+        os.replace(at(name + '.part'), at(name))
+    print(f'{data_dir}: {len(train_ids):,} training and {len(val_ids):,} validation tokens, vocabulary of {tokenizer.vocab_size:,} '
+          f'({meta["kind"]}), sha256 {digests["train.bin"][:8]} {digests["val.bin"][:8]}')
+    return meta
+
+
+# -----------------------------------------------------------------------------
+# Files -> batches
+
+def load_meta(data_dir):
+    """meta.json of a dataset as a dict. A one-line error that names the command to run if it is missing or broken."""
+    data_dir = os.fspath(data_dir)
+    path = os.path.join(data_dir, 'meta.json')
+    script = os.path.join(data_dir, 'prepare.py').replace(os.sep, '/')
+    if not os.path.exists(script):  # a dataset made from somebody's own text, or a slip of the pen
+        script = f'data/text/prepare.py --input=FILE_OR_FOLDER --name={os.path.basename(os.path.normpath(data_dir))}'
+    if not os.path.exists(path):
+        raise SystemExit(f'error: no dataset in {data_dir} ({path} is not there): run python {script}')
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except ValueError:
+        raise SystemExit(f'error: {path} is damaged, it is not JSON: run python {script} again')
+
+
+class Loader:
+    """
+    Batches of one split as a pure function of the step: no state to save, resume is exact.
+
+    An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window starts is random too, so
+    a token is seen at other positions in other epochs. Sample number i, counted over steps, micro-batches, ranks and rows in this order, is
+    window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
+    """
+
+    def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu'):
+        """
+        data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows a micro-batch of this process; block_size: tokens a row;
+        rank of world_size processes; device: where the batches go. A one-line error if the split is missing, damaged, or too short.
+        """
+        assert 0 <= rank < world_size, f'rank ({rank}) must be in 0..{world_size - 1}, of world_size ({world_size})'
+        assert batch_size > 0 and block_size > 0, f'batch_size ({batch_size}) and block_size ({block_size}) must be at least 1'
+        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.meta = load_meta(data_dir)
+        path = os.path.join(data_dir, f'{split}.bin')
+        dtype = np.dtype(self.meta['dtype']).newbyteorder('<')
+        self.n_tokens = self.meta[f'{split}_tokens']
+        self.tokens = self._map(path, dtype)  # (n_tokens,)
+        mask_path = os.path.join(data_dir, f'{split}.mask.bin')
+        self.mask = self._map(mask_path, np.dtype('uint8')) if f'{split}.mask.bin' in self.meta['sha256'] else None  # (n_tokens,)
+        if self.n_tokens < block_size + 1:
+            raise SystemExit(f'error: {path} has {self.n_tokens:,} tokens, fewer than block_size + 1 ({block_size + 1:,}): '
+                             f'use a smaller block_size, or more text')
+        # One window fewer than fit, so that the first has block_size places to start and every epoch is of the same length.
+        self.n_windows = max(1, self.n_tokens // block_size - 1)
+        self._epoch = None, None, None  # number, start of the first window, order of the windows: the one in use
+
+    def _map(self, path, dtype):
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != self.n_tokens * dtype.itemsize:
+            raise SystemExit(f'error: {path} has {size:,} bytes, and meta.json says {self.n_tokens:,} tokens of {dtype.itemsize}: '
+                             f'run prepare.py again')
+        return np.memmap(path, dtype=dtype, mode='r')
+
+    def batch(self, step, micro=0, accumulation=1):
+        """Micro-batch `micro` of the `accumulation` of this step -> x, y: (batch_size, block_size) int64; y is -1 where the mask is 0."""
+        assert 0 <= micro < accumulation, f'micro ({micro}) must be in 0..{accumulation - 1}, of accumulation ({accumulation})'
+        first = ((step * accumulation + micro) * self.world_size + self.rank) * self.batch_size
+        return self._rows([self._start(first + row) for row in range(self.batch_size)])
+
+    def _start(self, i):
+        """Where sample i starts in the split. Its tokens and the target of the last are start .. start + block_size."""
+        epoch, index = divmod(i, self.n_windows)
+        if self._epoch[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            shift = rng.integers(self.n_tokens - self.n_windows * self.block_size)  # any that leaves room for all windows
+            self._epoch = epoch, shift, rng.permutation(self.n_windows)
+        _, shift, order = self._epoch
+        return shift + order[index] * self.block_size
+
+    def eval_batches(self, batch_size=None):
+        """
+        Yields x, y: (batch_size, block_size) int64 over the whole split, in order, for this rank. Over all ranks every token but the first is
+        a target exactly once. All shapes are the same and all ranks have as many batches: what is beyond the end has y = -1.
+        """
+        batch_size = batch_size or self.batch_size
+        n_windows = math.ceil((self.n_tokens - 1) / self.block_size)
+        for i in range(math.ceil(n_windows / (batch_size * self.world_size))):
+            first = (i * self.world_size + self.rank) * batch_size
+            yield self._rows([(first + row) * self.block_size for row in range(batch_size)])
+
+    def _rows(self, starts):
+        import torch
+        at = np.array(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T+1)
+        inside = at < self.n_tokens
+        at = np.minimum(at, self.n_tokens - 1)  # beyond the end stands the last token: as an input it has no target
+        rows = self.tokens[at].astype(np.int64)  # (B, T+1)
+        learn = inside if self.mask is None else inside & (self.mask[at] != 0)
+        x = torch.from_numpy(np.ascontiguousarray(rows[:, :-1]))  # (B, T)
+        y = torch.from_numpy(np.where(learn[:, 1:], rows[:, 1:], -1))  # (B, T)
+        if torch.device(self.device).type == 'cuda':  # from pinned memory the copy overlaps with what the GPU is doing
+            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device), y.to(self.device)

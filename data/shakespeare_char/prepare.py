@@ -1,0 +1,38 @@
+"""
+Tiny Shakespeare, 1.1 MB of his plays as characters: the reference that everyone knows, with nanoGPT's vocabulary and 90/10 split.
+
+$ python data/shakespeare_char/prepare.py                      downloads it, once
+$ python data/shakespeare_char/prepare.py --input=FILE         takes a copy that you have
+
+You see
+
+COUNTS
+"""
+
+import hashlib
+import os
+import sys
+
+sys.path.insert(0, '.')  # run from the repo root
+from data.loader import download, read_text, split_texts, write_texts
+
+# -----------------------------------------------------------------------------
+out_dir = 'data/shakespeare_char'
+input = ''  # a local text file; empty: download
+url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+
+sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+path = input or download(url, os.path.join(out_dir, 'input.txt'), sha256, size=1_115_394)
+text = read_text(path)
+train, val = split_texts({path: text}, 0.1)
+if len(val[0]) < 2:
+    sys.exit(f'error: {path} has {len(text)} characters: too few to train on and hold out')
+
+meta = write_texts(out_dir, train, val, 'char', 'tiny Shakespeare' if not input else os.path.basename(input))
+if hashlib.sha256(text.encode()).hexdigest() == sha256:
+    counts = meta['vocab_size'], meta['train_tokens'], meta['val_tokens']
+    assert counts == (65, 1_003_854, 111_540), f'{counts} characters and tokens, nanoGPT has (65, 1003854, 111540)'
+else:
+    print(f'{path} is not the original: losses cannot be compared with those of others')

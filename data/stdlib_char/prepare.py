@@ -1,0 +1,34 @@
+"""
+The running Python's own standard library as characters: the quick start's dataset, the same on any machine with that Python, offline.
+
+$ python data/stdlib_char/prepare.py
+
+Takes a second or two and writes train.bin, val.bin and meta.json next to this file. With Python 3.11.7 you see
+
+COUNTS
+"""
+
+import string
+import sys
+
+sys.path.insert(0, '.')  # run from the repo root
+from data.loader import stdlib_files, stdlib_held_out, stdlib_source, write_texts
+
+# -----------------------------------------------------------------------------
+out_dir = 'data/stdlib_char'
+root = ''  # another folder of Python files to read instead
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+
+# Tabs, line ends and printable ASCII, whether they occur or not: any plain prompt can be encoded, and every Python gives the same vocabulary.
+# Some twenty files have another character. Rather than a row of the vocabulary for each of hundreds of letters, those files are left out.
+chars = '\t\n ' + string.digits + string.ascii_letters + string.punctuation
+
+files = stdlib_files(root)
+plain = [(module, text) for module, text in files if set(text) <= set(chars)]
+train = [text for module, text in plain if not stdlib_held_out(module)]
+val = [text for module, text in plain if stdlib_held_out(module)]
+modules = sorted({module.split('.')[0] for module, text in plain if stdlib_held_out(module)})
+print(f'{len(plain)} files; {len(files) - len(plain)} more have characters outside ASCII and are left out')
+print(f'{len(modules)} modules are held out: {" ".join(modules)}')
+write_texts(out_dir, train, val, 'char', stdlib_source(), chars=chars)

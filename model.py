@@ -1,0 +1,424 @@
+"""
+The GPT: configuration, trunk, heads, losses, optimizers, accounting and checkpoints. Everything else imports this file.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=3, n_head=4, n_embd=192, n_hidden=384))
+    logits = model(idx)                 # idx (B, T) int64 -> (B, T, vocab_size) float32
+    losses = model(idx, targets)        # {'ce': nats per token, ...}
+
+The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm without weights, rotary positions and then a norm of q
+and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. There is one trunk; training, decoding,
+distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a draft head.
+"""
+import math
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
+LOSS_CHUNK_BYTES = 128 * 2**20      # the losses hold at most this much of fp32 logits at once
+
+
+@dataclass
+class GPTConfig:
+    """A shape. Every dimension is free; None means the usual value, filled in below and from then on fixed."""
+    block_size: int = 1024
+    vocab_size: int = 65536
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int | None = None    # None: n_head (MHA). 1 is MQA, in between is GQA
+    n_embd: int = 768
+    head_dim: int | None = None     # None: n_embd / n_head
+    n_hidden: int | None = None     # None: 4 * n_embd
+    use_mqa: bool = False           # the long name of n_kv_head=1
+    tie_weights: bool = False       # lm_head is wte
+    dropout: float = 0.0            # on the embedding and on what each branch adds; only for small data seen many times
+    rope_base: float = 10000.0
+    multi_token_n: int = 0          # heads for t+2, t+3, ...
+    multi_token_hidden_mult: float = 0.5
+    draft_n: int = 0                # how far the draft head is unrolled in training; 0: no draft head
+    draft_hidden_mult: float = 0.5
+
+    def __post_init__(self):
+        if self.use_mqa:
+            assert self.n_kv_head in (None, 1), f"use_mqa=True means n_kv_head=1, but n_kv_head={self.n_kv_head}: give one of them"
+            self.n_kv_head = 1
+        if self.head_dim is None:
+            assert self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): change one or set head_dim"
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_hidden is None:
+            self.n_hidden = 4 * self.n_embd
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'n_hidden'):
+            assert getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1"
+        assert self.n_head % self.n_kv_head == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): each key/value head serves equally many query heads"
+        assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
+
+# -----------------------------------------------------------------------------
+# the trunk
+
+def norm(x):
+    """RMSNorm without weights (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rope_tables(config):
+    """cos, sin of every position, each (block_size, head_dim / 2) (RoFormer, arXiv 2104.09864)."""
+    freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), freq)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (i, i + head_dim/2) of x (B, T, heads, head_dim) by minus the position's angle, as nanochat does."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, c.n_head, c.n_kv_head, c.head_dim
+        self.c_q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=False)
+        self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
+        self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
+        self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, cache):
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        if cache is None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # (B, heads, T, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
+            y = y.transpose(1, 2)                                                # (B, T, n_head, head_dim)
+        else:
+            y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim)
+        return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, n_in, n_hidden, n_out):
+        super().__init__()
+        self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
+        self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())                        # relu^2: Primer, arXiv 2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.attn = Attention(c, layer)
+        self.mlp = MLP(c.n_embd, c.n_hidden, c.n_embd)
+        self.dropout = c.dropout
+
+    def forward(self, x, cos, sin, cache):
+        x = x + F.dropout(self.attn(norm(x), cos, sin, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(norm(x)), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd),
+            h=nn.ModuleList(Block(c, i) for i in range(c.n_layer))))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        if c.multi_token_n:      # one residual MLP per distance; they share lm_head: another vocabulary table each would outweigh the trunk
+            hidden = round(c.multi_token_hidden_mult * c.n_embd)
+            self.multi_token = nn.ModuleList(MLP(c.n_embd, hidden, c.n_embd) for _ in range(c.multi_token_n))
+        if c.draft_n:            # one cell, applied again for each further token; it reads the state and the token just drafted
+            self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
+        cos, sin = rope_tables(c)
+        self.register_buffer('cos', cos, persistent=False)
+        self.register_buffer('sin', sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Branch outputs and lm_head start at zero: the first loss is exactly ln(vocab_size) and every block starts as the identity."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                fan_out, fan_in = module.weight.shape
+                zero = name.endswith('c_proj') or (name == 'lm_head' and not self.config.tie_weights)
+                nn.init.normal_(module.weight, std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5 if self.config.tie_weights else 1.0)
+
+    def embed(self, idx):
+        """(B, T) ids -> (B, T, n_embd), normed: what the trunk and the draft cell read of a token."""
+        return norm(self.transformer.wte(idx))
+
+    def trunk(self, idx, cache=None):
+        """
+        idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at position 0;
+        with one (engine.KVCache) they continue each row at its own length, and their keys and values are kept.
+        """
+        if cache is None:
+            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens do not fit block_size ({self.config.block_size}): shorten the input"
+            cos, sin = self.cos[:idx.size(1), None], self.sin[:idx.size(1), None]       # (T, 1, head_dim/2)
+        else:
+            position = cache.advance(idx.size(1))                                        # (B, T), or (T,) when all rows agree
+            cos, sin = self.cos[position].unsqueeze(-2), self.sin[position].unsqueeze(-2)
+        x = F.dropout(self.embed(idx), self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, cos, sin, cache)
+        return norm(x)
+
+    # -------------------------------------------------------------------------
+    # the heads
+
+    def logits(self, x):
+        """States (..., n_embd) -> logits (..., vocab_size) in float32."""
+        return SOFTCAP * torch.tanh(self.lm_head(x).float() / SOFTCAP)
+
+    def multi_token_state(self, x, i):
+        """The trunk's state at t -> the state from which lm_head predicts token t+2+i; (..., n_embd) both."""
+        return norm(x + self.multi_token[i](x))
+
+    def draft_state(self, x, idx):
+        """
+        One step of the draft cell: state x (B, T, n_embd) and the token that follows it, idx (B, T) -> the next state (B, T, n_embd).
+        From the trunk's state at t and token t+1 comes the state that predicts t+2; applied again, t+3, and so on.
+        """
+        return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)))
+
+    def forward(self, idx, targets=None, return_multi_token=False):
+        """
+        model(idx)                    -> logits (B, T, vocab_size) float32
+        model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist
+        ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
+        targets (B, T) int64 are idx shifted by one; -1 masks a position.
+        """
+        x = self.trunk(idx)
+        if return_multi_token:
+            heads = {f'head_{i + 2}': self.logits(self.multi_token_state(x, i)) for i in range(self.config.multi_token_n)}
+            return self.cross_entropy(x, targets), self.logits(x), heads
+        if targets is None:
+            return self.logits(x)
+        losses = {'ce': self.cross_entropy(x, targets)}
+        if self.config.multi_token_n:       # head i at t is asked for the target of t+1+i: the target that stands 1+i further on
+            losses['multi_token'] = sum(self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i)) for i in range(self.config.multi_token_n)) / self.config.multi_token_n
+        if self.config.draft_n:             # teacher-forced and unrolled just as it is used
+            losses['draft'], state = 0.0, x
+            for i in range(self.config.draft_n):
+                state = self.draft_state(state, shift(targets, i).clamp(min=0))
+                losses['draft'] = losses['draft'] + self.cross_entropy(state, shift(targets, 1 + i)) / self.config.draft_n
+        return losses
+
+    def cross_entropy(self, x, targets, reduction='mean'):
+        """States (B, T, n_embd), targets (B, T) with -1 masked -> nats: the mean over unmasked targets, or (B * T,) for reduction='none'."""
+        def nats(x, targets):
+            return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction='none')
+        loss = chunked(nats, self.config.vocab_size, x.flatten(0, 1), targets.flatten())
+        return loss if reduction == 'none' else loss.sum() / (targets >= 0).sum().clamp(min=1)
+
+    # -------------------------------------------------------------------------
+    # accounting: one definition each; the groups sum to the total
+
+    def params(self):
+        """Parameters by group; a tied lm_head counts once, as embedding."""
+        group = {'embedding': 0, 'trunk': 0, 'head': 0, 'multi_token': 0, 'draft': 0}
+        for name, p in self.named_parameters():
+            key = ('embedding' if 'wte' in name else 'head' if name.startswith('lm_head') else
+                   'multi_token' if name.startswith('multi_token') else 'draft' if name.startswith('draft') else 'trunk')
+            group[key] += p.numel()
+        group['total'] = sum(p.numel() for p in self.parameters())
+        assert group['total'] == sum(n for key, n in group.items() if key != 'total'), group
+        return group
+
+    def flops_per_token(self, training=True):
+        """FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward costs twice forward (PaLM, arXiv 2204.02311, appendix B)."""
+        c, n = self.config, self.params()
+        weights = n['trunk'] + c.vocab_size * c.n_embd * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * max(1, c.draft_n)
+        return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size)
+
+    def kv_bytes_per_token(self, bytes_per_value=4):
+        """Bytes that one more token of context takes in the cache."""
+        c = self.config
+        return 2 * c.n_layer * c.n_kv_head * c.head_dim * bytes_per_value
+
+
+def shift(targets, n):
+    """targets (B, T) moved n places to the left; what falls off the end is masked."""
+    return F.pad(targets[:, n:], (0, n), value=-1)
+
+
+def chunked(f, vocab_size, *rows):
+    """
+    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES, and computed again
+    in backward instead of kept: memory no longer grows with N * vocab_size.
+    """
+    n = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+    if rows[0].size(0) <= n:
+        return f(*rows)
+    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(r.split(n) for r in rows))])
+
+# -----------------------------------------------------------------------------
+# evaluation: the one place that measures loss
+
+@torch.no_grad()
+def evaluate(model, batches, token_bytes=None):
+    """
+    The loss over batches of (x, y), y = -1 masked. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
+    token_bytes: the bytes of each id; ids of 0 bytes (specials) count towards neither side of bpb (nanochat's definition).
+    """
+    was_training = model.training
+    model.eval()
+    device = model.cos.device
+    size = None if token_bytes is None else torch.tensor(token_bytes, device=device)
+    total = torch.zeros(4, dtype=torch.float64)                                  # nats, tokens, nats of tokens with bytes, bytes
+    for x, y in batches:
+        x, y = x.to(device), y.to(device).flatten()
+        nats = model.cross_entropy(model.trunk(x), y.view_as(x), reduction='none')
+        total[0] += nats.sum().item()
+        total[1] += (y >= 0).sum().item()
+        if size is not None:
+            b = size[y.clamp(min=0)] * (y >= 0)
+            total[2] += nats[b > 0].sum().item()
+            total[3] += b.sum().item()
+    model.train(was_training)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    nats, tokens, nats_b, n_bytes = total.tolist()
+    assert tokens > 0, "the validation split has no unmasked targets"
+    return {'loss': nats / tokens, 'bpb': nats_b / math.log(2) / n_bytes if n_bytes else float('nan'), 'tokens': int(tokens)}
+
+# -----------------------------------------------------------------------------
+# optimizers: Muon for the trunk's matrices, AdamW for the rest
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), the same
+    update as torch.optim.Muon's. Matrices of one shape are stacked and go through together, in bfloat16 where the device multiplies
+    it faster: one batched product instead of a small one per matrix, and most of a small model's step is spent here otherwise.
+    """
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for params in by_shape.values():
+                grads = []
+                for p in params:
+                    buf = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                    buf.lerp_(p.grad, 1 - group['momentum'])
+                    g = p.grad.lerp(buf, group['momentum'])                      # Nesterov
+                    grads.append(g.mT if p.size(0) > p.size(1) else g)           # wide, so that X @ X.mT is the small side
+                for p, u in zip(params, orthogonalize(torch.stack(grads))):
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    u = u.mT if p.size(0) > p.size(1) else u
+                    p.add_(u.to(p.dtype), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
+
+
+def fast_bf16(device):
+    """Whether this device multiplies bfloat16 faster than float32."""
+    return torch.device(device).type == 'cuda' or (torch.device(device).type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
+
+
+def orthogonalize(g):
+    """(N, rows, cols), rows <= cols -> the same shape with all singular values near 1; quintic Newton-Schulz."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if fast_bf16(g.device) else g
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        y = x @ x.mT
+        x = a * x + torch.baddbmm(b * y, y, y, alpha=c) @ x
+    return x
+
+
+def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, betas=(0.8, 0.95)):
+    """
+    [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW: an orthogonal update
+    means nothing where a row is a token. weight_decay is Muon's; decaying tables hurt in every run we made.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in params.items() if p.ndim == 2 and 'wte' not in name and 'lm_head' not in name]
+    rest = [p for p in params.values() if not any(p is m for m in matrices)]
+    assert len(matrices) + len(rest) == len(params)
+    optimizers = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=1e-10, weight_decay=0.0, fused=rest[0].device.type in ('cpu', 'cuda')))
+    if matrices:
+        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['peak_lr'] = group['lr']
+    return optimizers
+
+# -----------------------------------------------------------------------------
+# checkpoints: tensors and plain types only, so that loading one can never run code
+
+def atomic_write(path, write):
+    """
+    write(file) into a temporary file beside path, fsync, rename: a crash at any moment leaves the old file or the new one, never half
+    of one. A full disk ends in one line, with the old file untouched.
+    """
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    tmp = f'{path}.tmp'
+    try:
+        with open(tmp, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:        # torch.save reports a failed write as a RuntimeError
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
+        raise SystemExit(f"error: could not save {path}: {str(e).splitlines()[0]}; {kept}: free some disk space and resume")
+    if os.name == 'posix':                      # the rename itself must reach the disk too
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_checkpoint(path, model, tokenizer_meta, **extra):
+    """Writes model, shape, tokenizer and whatever else (plain types and tensors) to path."""
+    state = {'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta, 'model': model.state_dict(), **extra}
+    atomic_write(path, lambda f: torch.save(state, f))
+
+
+def load_checkpoint(path, device='cpu'):
+    """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
+    if not os.path.isfile(path):
+        raise SystemExit(f"error: no checkpoint at {path}: train one first (python train.py ...), or name its folder with --out_dir=")
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole picochat checkpoint: it is truncated or of another kind; use another copy")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:                      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
+        raise SystemExit(f"error: {path} was refused: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}; a picochat checkpoint holds tensors and plain types only: use another copy")
+    if damaged:
+        raise SystemExit(f"error: {path} is damaged at {damaged}: use another copy")
+    if not isinstance(state, dict) or 'picochat' not in state:
+        found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
+        raise SystemExit(f"error: {path} is not a picochat checkpoint: expected the keys picochat, config, tokenizer and model, found {found}")
+    return state
+
+
+def load_model(path, device='cpu'):
+    """path -> model on device, in eval mode, and the checkpoint dict."""
+    state = load_checkpoint(path, device)
+    model = GPT(GPTConfig(**state['config']))
+    model.load_state_dict(state['model'])
+    return model.to(device).eval(), state

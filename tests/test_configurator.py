@@ -1,0 +1,292 @@
+"""
+configurator.py, tested as its users meet it: a small script with a knob of every kind is run with a command line,
+and prints its config. One row of a table = one process.
+
+$ python -m pytest tests/test_configurator.py
+"""
+import builtins
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+SCRIPT = '''"""
+Trains a toy.
+"""
+import json
+from os import path
+SEED = 1337             # a constant, not a knob
+_private = 3
+n_layer = 6             # how deep
+batch_size = 12         # rows, or 'auto'
+total = 48
+top_k = 200
+learning_rate = 1e-3    # lower it when the loss jumps
+dropout = 0.1
+compile = True          # hides a builtin
+input = ''              # hides another
+out_dir = 'out'
+start = '\\n'
+stop = None             # text that ends a sample
+def fit(): return 'the script\\'s own fit'
+def _read(): return 'the script\\'s own _read'
+_before = [*globals()]
+exec(open('configurator.py').read())
+assert [k for k in globals() if k not in _before and k[:2] != '__'] == ['_before', 'config']
+assert config == {k: globals()[k] for k in config}
+assert __doc__.strip() == 'Trains a toy.' and __name__ == '__main__'
+assert fit() == 'the script\\'s own fit' and _read() == 'the script\\'s own _read' and SEED == 1337 and _private == 3
+print(json.dumps(config))
+'''
+DEFAULTS = dict(n_layer=6, batch_size=12, total=48, top_k=200, learning_rate=1e-3, dropout=0.1, compile=True, input='',
+                out_dir='out', start='\n', stop=None)
+
+FILES = {
+    'a.py': 'n_layer = 2\ndropout = 0\nout_dir = "a"\n',
+    'b.py': 'n_layer = 3\nbatch_size = "auto"\ntop_k = None\ncompile = False\n',
+    'lr=1.py': 'learning_rate = 1\n',
+    'expr.py': 'import math as _math\n_n = 5\ndef _twice(x): return 2 * x\nn_layer = _twice(_n) + int(_math.sqrt(9))\n'
+               'batch_size = 8\ntotal = batch_size * n_layer\nlearning_rate = learning_rate / 2\n',
+    'more.py': 'total = n_layer * 10\n',
+    'stop.py': 'stop = "END"\n',
+    'dunder.py': '__name__ = "x"\n__doc__ = "y"\n_private = 4\n',
+    'typo.py': 'n_layr = 3\n',
+    'script_name.py': 'SEED = 1\n',
+    'far.py': 'zzzz = 3\n',
+    'imports.py': 'import math\nn_layer = math.ceil(2.5)\n',
+    'wrong.py': 'n_layer = 1.5\n',
+    'wrong_bool.py': 'compile = 1\n',
+    'wrong_int.py': 'n_layer = True\n',
+    'wrong_str.py': 'out_dir = None\n',
+    'wrong_kind.py': 'stop = [1]\n',
+    'wrong_lines.py': 'n_layer = type("T", (), {"__repr__": lambda self: "two\\nlines"})()\n',
+    'syntax.py': 'n_layer = 3\nn_layer = = 4\n',
+    'raises.py': 'n_layer = 3\ndef _f():\n    return 1 / 0\n\ntotal = _f()\n',
+    'raises_elsewhere.py': 'import json as _json\n\ntotal = _json.loads("{")\n',
+    'not_utf8.py': b'n_layer = 3\nout_dir = "\xff"\n',
+    'notes.txt': 'n_layer = 3\n',
+    'says.py': 'print("ran")\n',
+}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('configurator')
+    for name, text in FILES.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / 'script.py').write_text(SCRIPT)
+    (folder / 'folder.py').mkdir()
+    return folder
+
+
+def run(folder, args, script='script.py'):
+    """args: a list, in which '@x' stands for the path of file x in the test's folder -> (status, stdout, stderr)"""
+    args = [str(folder / arg[1:]) if arg.startswith('@') else arg for arg in args]
+    done = subprocess.run([sys.executable, str(folder / script), *args], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('args, changed', [
+    ([], {}),
+    # files, flags, and their order
+    (['@a.py'], dict(n_layer=2, dropout=0.0, out_dir='a')),
+    (['@a.py', '--n_layer=9'], dict(n_layer=9, dropout=0.0, out_dir='a')),
+    (['--n_layer=9', '@a.py'], dict(n_layer=9, dropout=0.0, out_dir='a')),
+    (['@a.py', '@b.py'], dict(n_layer=3, dropout=0.0, out_dir='a', batch_size='auto', top_k=None, compile=False)),
+    (['@b.py', '--n_layer=1', '@a.py'], dict(n_layer=1, dropout=0.0, out_dir='a', batch_size='auto', top_k=None,
+                                             compile=False)),
+    (['--n_layer=1', '--n_layer=2'], dict(n_layer=2)),
+    # the default's type holds whatever a file has set
+    (['@b.py', '--top_k=5', '--batch_size=4'], dict(n_layer=3, batch_size=4, top_k=5, compile=False)),
+    (['@stop.py', '--stop=7'], dict(stop=7)),
+    (['@lr=1.py'], dict(learning_rate=1.0)),
+    (['@expr.py'], dict(n_layer=13, batch_size=8, total=104, learning_rate=5e-4)),
+    (['@expr.py', '@more.py'], dict(n_layer=13, batch_size=8, total=130, learning_rate=5e-4)),
+    (['@more.py', '--n_layer=1'], dict(n_layer=1, total=60)),  # a file sees no flag
+    (['@dunder.py'], {}),
+    # int
+    (['--n_layer=3'], dict(n_layer=3)),
+    (['--n_layer=-3'], dict(n_layer=-3)),
+    (['--n_layer=1_000'], dict(n_layer=1000)),
+    (['--batch_size=auto'], dict(batch_size='auto')),
+    (['--top_k=None'], dict(top_k=None)),
+    (['--top_k=none'], dict(top_k=None)),
+    # float
+    (['--learning_rate=1'], dict(learning_rate=1.0)),
+    (['--learning_rate=6e-4'], dict(learning_rate=6e-4)),
+    (['--dropout=0'], dict(dropout=0.0)),
+    (['--dropout=.5'], dict(dropout=0.5)),
+    (['--dropout=NONE'], dict(dropout=None)),
+    # bool
+    (['--compile=false'], dict(compile=False)),
+    (['--compile=FALSE'], dict(compile=False)),
+    (['--compile=False', '--compile=tRUE'], dict(compile=True)),
+    # str: the text, literally
+    (['--out_dir=123'], dict(out_dir='123')),
+    (['--out_dir=None'], dict(out_dir='None')),
+    (['--out_dir=x.py'], dict(out_dir='x.py')),
+    (['--start=a=b'], dict(start='a=b')),
+    (['--start='], dict(start='')),
+    (['--start=--n_layer=3'], dict(start='--n_layer=3')),
+    (['--start="q"'], dict(start='"q"')),
+    (['--start=two\nlines é'], dict(start='two\nlines é')),
+    (['--input=data.txt'], dict(input='data.txt')),
+    # None: what the text spells, else the text
+    (['--stop=none'], dict(stop=None)),
+    (['--stop=True'], dict(stop=True)),
+    (['--stop=5'], dict(stop=5)),
+    (['--stop=0.5'], dict(stop=0.5)),
+    (['--stop=END'], dict(stop='END')),
+    (['--stop='], dict(stop='')),
+    (['--stop=[1]'], dict(stop='[1]')),
+    (['--stop={[]}'], dict(stop='{[]}')),
+    (['--stop=nan'], dict(stop='nan')),
+    (['--stop="5"'], dict(stop='"5"')),
+])
+def test_config(folder, args, changed):
+    status, out, err = run(folder, args)
+    assert (status, err) == (0, '')
+    want = {**DEFAULTS, **changed}
+    assert json.loads(out) == want
+    assert out == json.dumps(want) + '\n'  # also tells 1 from 1.0 and from True, and the order of the knobs
+
+
+@pytest.mark.parametrize('args, parts', [
+    # keys
+    (['--n_layr=3'], ['unknown key', "'n_layr'", '--n_layer=3']),
+    (['--N_LAYER=3'], ['unknown key', '--n_layer=3']),
+    (['--zzzz=3'], ['unknown key', "'zzzz'", '--help']),
+    (['--__name__=x'], ['unknown key', "'__name__'"]),
+    (['--__file__=x'], ['unknown key']),
+    (['--_private=4'], ['unknown key']),
+    (['--SEED=4'], ['unknown key']),
+    (['--json=4'], ['unknown key']),
+    (['--fit=4'], ['unknown key']),
+    (['--config=4'], ['unknown key']),
+    (['--=3'], ['unknown key']),
+    (['@typo.py'], ['typo.py', 'unknown key', "'n_layr'", 'n_layer?']),
+    (['@script_name.py'], ['script_name.py', 'unknown key', "'SEED'"]),
+    (['@far.py'], ['far.py', 'unknown key', "'zzzz'", 'starts with _']),
+    (['@imports.py'], ['imports.py', 'unknown key', "'math'", 'import math as _math']),
+    # spellings, each answered by the right one
+    (['--n_layer', '3'], ["'--n_layer'", '--n_layer=3']),
+    (['--n-layer=3'], ['--n_layer=3']),
+    (['--n-layer', '3'], ['--n_layer=3']),
+    (['-n_layer=3'], ['--n_layer=3']),
+    (['---n_layer=3'], ['did you mean --n_layer=3']),
+    (['n_layer=3'], ['--n_layer=3']),
+    (['--n_layer'], ['--n_layer=VALUE']),
+    (['--n_layer', '--compile=True'], ['--n_layer=VALUE']),
+    (['--learning_rate', '-1'], ['--learning_rate=-1']),
+    (['--compile'], ['--compile=True']),
+    (['--compile', '@a.py'], ['--compile=True']),
+    (['--compile', 'false'], ['--compile=false']),
+    (['--start', 'two words'], ["'--start=two words'"]),
+    (['--'], ['error: ']),
+    # types: the value, what is expected, and where
+    (['--n_layer=1.5'], ['--n_layer=1.5', 'an int', '1.5']),
+    (['--n_layer=1e4'], ['an int', '10000.0']),
+    (['--n_layer=abc'], ['an int', "'abc'"]),
+    (['--n_layer='], ['an int', "''"]),
+    (['--n_layer=true'], ['an int', 'True']),
+    (['--n_layer=Auto'], ['an int', "'Auto'"]),
+    (['--learning_rate=fast'], ['--learning_rate=fast', 'a float', "'fast'"]),
+    (['--learning_rate=auto'], ['a float', "'auto'"]),
+    (['--learning_rate=True'], ['a float', 'True']),
+    (['--compile=1'], ['--compile=1', 'a bool', '1']),
+    (['--compile=None'], ['a bool', 'None']),
+    (['--compile=yes'], ['a bool', "'yes'"]),
+    (['--n_layer=two\nlines'], ['an int', "'two\\nlines'"]),
+    (['@wrong.py'], ['wrong.py', 'n_layer', 'an int', '1.5']),
+    (['@wrong_bool.py'], ['wrong_bool.py', 'compile', 'a bool', '1']),
+    (['@wrong_int.py'], ['wrong_int.py', 'n_layer', 'an int', 'True']),
+    (['@wrong_str.py'], ['wrong_str.py', 'out_dir', 'a str', 'None']),
+    (['@wrong_kind.py'], ['wrong_kind.py', 'stop', '[1]']),
+    (['@wrong_lines.py'], ['wrong_lines.py', 'an int', 'two lines']),
+    (['@b.py', '--top_k=abc'], ['--top_k=abc', 'an int']),
+    (['@wrong.py', '--n_layer=3'], ['wrong.py', 'an int']),  # a flag does not hide what is wrong in a file
+    # files
+    (['config/missing.py'], ["'config/missing.py'", 'no config file']),
+    (['@folder.py'], ['folder.py', 'no config file']),
+    (['tests'], ["'tests'", '.py']),
+    (['@notes.txt'], ['notes.txt', '.py']),
+    (['3'], ["'3'", '--key=value']),
+    ([''], ["''"]),
+    (['@syntax.py'], ['syntax.py, line 2', 'SyntaxError']),
+    (['@raises.py'], ['raises.py, line 3', 'ZeroDivisionError']),
+    (['@raises_elsewhere.py'], ['raises_elsewhere.py, line 3', 'JSONDecodeError']),
+    (['@not_utf8.py'], ['not_utf8.py', 'utf-8']),
+    # nothing else happens: no file runs when a later word is wrong
+    (['@says.py', '--n_layr=3'], ['n_layr']),
+    (['@says.py', '--n_layer=x'], ['an int']),
+    (['@says.py', 'missing.py'], ['missing.py']),
+])
+def test_error(folder, args, parts):
+    status, out, err = run(folder, args)
+    assert (status, out) == (1, '')
+    assert err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize('args', [['--help'], ['-h'], ['@says.py', '--n_layr=3', '--help']])
+def test_help(folder, args):
+    status, out, err = run(folder, args)
+    assert (status, err) == (0, '')
+    lines = [' '.join(line.split()) for line in out.splitlines()]
+    assert lines[0] == 'Trains a toy.'
+    knobs = lines[lines.index('') + 2:]
+    assert [line.split(' = ')[0] for line in knobs] == list(DEFAULTS)
+    assert 'n_layer = 6 how deep' in knobs
+    assert 'learning_rate = 0.001 lower it when the loss jumps' in knobs
+    assert "start = '\\n'" in knobs
+    assert 'stop = None text that ends a sample' in knobs
+
+
+def test_main_block(folder):
+    """A module with functions on top: its knobs stand in the main block, and its constants are none."""
+    (folder / 'module.py').write_text('''
+import json
+GROUP = 32
+def quantize(bits=4):
+    group = 64                          # not this one
+    scale = 2.0                         # nor this
+    return bits, group, GROUP
+if __name__ == '__main__':
+    bits = 8                            # 8 or 4
+    group = GROUP                       # columns that share a scale
+    scale = 1.0
+    exec(open('configurator.py').read())
+    print(json.dumps([config, quantize(bits)]))
+    bits = 0                            # nor this
+''')
+    assert run(folder, ['--bits=4'], 'module.py') == (0, '[{"bits": 4, "group": 32, "scale": 1.0}, [4, 64, 32]]\n', '')
+    status, out, err = run(folder, ['--help'], 'module.py')
+    assert (status, err) == (0, '')
+    lines = [' '.join(line.split()) for line in out.splitlines()]
+    assert lines[-3:] == ['bits = 8 8 or 4', 'group = 32 columns that share a scale', 'scale = 1.0']
+
+
+def test_a_dash_means_the_underscore(folder):
+    """... even where difflib alone would find another knob nearer."""
+    (folder / 'dash.py').write_text("n_layer = 6\nnlayer = 6\nexec(open('configurator.py').read())\n")
+    assert '--n_layer=3' in run(folder, ['--n-layer=3'], 'dash.py')[2]
+
+
+def test_every_builtin_can_be_a_knob(folder):
+    reserved = ('exec', 'open', 'globals')  # the line that runs the configurator, and its last, need these
+    names = [name for name in dir(builtins) if name.islower() and name[0] != '_' and name not in reserved]
+    assert {'compile', 'input', 'type', 'len', 'dict', 'print'} <= set(names)
+    (folder / 'builtin.py').write_text(
+        'import json as _json, sys as _sys\n' + ''.join(f'{name} = 1\n' for name in names)
+        + "exec(open('configurator.py').read())\n_sys.stdout.write(_json.dumps(config))\n")
+    (folder / 'set_builtin.py').write_text('compile = 2 * type\n')
+    status, out, err = run(folder, ['@set_builtin.py', '--input=3'], 'builtin.py')
+    assert (status, err) == (0, '')
+    assert json.loads(out) == {**dict.fromkeys(names, 1), 'compile': 2, 'input': 3}
+    status, out, err = run(folder, ['--input=x'], 'builtin.py')
+    assert (status, out) == (1, '') and err.startswith('error: --input=x: ') and err.count('\n') == 1

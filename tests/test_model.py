@@ -1,0 +1,243 @@
+"""model.py: shapes that must count exactly, the forward against plain formulas, heads, losses, optimizers, checkpoints."""
+import math
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as M
+from model import GPT, GPTConfig, Muon, evaluate, load_checkpoint, load_model, make_optimizers, save_checkpoint
+
+SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+
+
+def randomise(model, std=0.2):
+    """Weights that make every path matter: the initial zeros would hide most mistakes."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+@pytest.mark.parametrize('shape, groups', [
+    (dict(vocab_size=65, n_layer=3, n_head=4, n_embd=192, n_hidden=384), dict(embedding=12480, trunk=884736, head=12480, total=909_696)),
+    (dict(vocab_size=24576, n_layer=4, n_head=8, n_embd=512, head_dim=64), dict(total=37_748_736)),
+    (dict(vocab_size=65536, n_layer=12, n_head=6, n_embd=768, use_mqa=True), dict(embedding=50_331_648, trunk=73_138_176, head=50_331_648, total=173_801_472)),
+    (dict(vocab_size=65536, n_layer=12, n_head=6, n_embd=768, use_mqa=True, tie_weights=True), dict(head=0, total=173_801_472 - 50_331_648)),
+    (dict(vocab_size=65536, n_layer=32, n_head=16, n_embd=2048), dict(total=1_879_048_192)),          # nanochat d32
+])
+def test_parameter_counts(shape, groups):
+    with torch.device('meta'):
+        counted = GPT(GPTConfig(**shape)).params()
+    assert counted == counted | groups | dict(multi_token=0, draft=0)
+
+
+def test_heads_are_small_and_counted():
+    with torch.device('meta'):
+        n = GPT(GPTConfig(use_mqa=True, multi_token_n=3, draft_n=4)).params()
+    assert 0 < n['multi_token'] <= 0.05 * n['total'] and 0 < n['draft'] <= 0.05 * n['total']
+    assert n['total'] == sum(v for k, v in n.items() if k != 'total')
+
+
+def reference_forward(model, idx):
+    """The same network written out token by token from the papers' formulas, in float64 and without any of model.py's functions."""
+    c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
+    for i in range(c.n_layer):
+        a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
+        h = rms(x)
+        out = torch.zeros(len(idx), c.n_head * c.head_dim, dtype=torch.float64)
+        for head in range(c.n_head):
+            kv = head // (c.n_head // c.n_kv_head)
+            rows, kv_rows = slice(head * c.head_dim, (head + 1) * c.head_dim), slice(kv * c.head_dim, (kv + 1) * c.head_dim)
+            q, k, v = h @ a['c_q'][rows].T, h @ a['c_k'][kv_rows].T, h @ a['c_v'][kv_rows].T
+            half = c.head_dim // 2
+            turn = torch.tensor([[t * c.rope_base ** (-2 * j / c.head_dim) for j in range(half)] for t in range(len(idx))], dtype=torch.float64)
+            z = lambda y: torch.view_as_real(torch.complex(y[:, :half].contiguous(), y[:, half:].contiguous()) * torch.polar(torch.ones_like(turn), -turn))
+            q, k = (rms(torch.cat((z(y)[..., 0], z(y)[..., 1]), -1)) for y in (q, k))
+            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(torch.ones(len(idx), len(idx)).triu(1).bool(), -math.inf)
+            out[:, rows] = score.softmax(-1) @ v
+        x = x + out @ a['c_proj'].T
+        x = x + (rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).clamp(min=0).square() @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T
+    return 15 * torch.tanh(rms(x) @ w['lm_head.weight'].T / 15)
+
+
+@pytest.mark.parametrize('kv', [4, 2, 1])
+def test_forward_equals_the_formulas(kv):
+    model = randomise(GPT(GPTConfig(**SMALL, n_kv_head=kv, head_dim=6, n_hidden=50)))
+    idx = torch.randint(50, (1, 20))
+    assert torch.allclose(model(idx)[0].double(), reference_forward(model, idx[0]), atol=2e-5)
+
+
+def test_first_loss_is_ln_v_and_shapes_are_refused():
+    model = GPT(GPTConfig(**SMALL))
+    x = torch.randint(50, (2, 32))
+    assert abs(model(x, x)['ce'].item() - math.log(50)) < 1e-6
+    for bad, word in ((dict(n_embd=30), 'n_head'), (dict(n_kv_head=3), 'n_kv_head'), (dict(head_dim=5), 'even'), (dict(n_layer=0), 'n_layer'), (dict(use_mqa=True, n_kv_head=2), 'use_mqa')):
+        with pytest.raises(AssertionError, match=word):
+            GPTConfig(**(SMALL | bad))
+    with pytest.raises(AssertionError, match='block_size'):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_every_head_learns_from_the_right_targets():
+    torch.manual_seed(0)
+    model = randomise(GPT(GPTConfig(**SMALL, multi_token_n=2, draft_n=3)))
+    x = torch.randint(50, (2, 12))
+    idx, targets = x[:, :-1], x[:, 1:].clone()
+    targets[0, 5] = -1
+    losses = model(idx, targets)
+    loss, logits, heads = model(idx, targets, return_multi_token=True)
+    assert set(heads) == {'head_2', 'head_3'} and torch.equal(loss, losses['ce']) and torch.equal(logits, model(idx))
+    # by hand: head_j at position t is scored on the token j further on, where there is one and it is not masked
+    by_hand = 0
+    for j in (2, 3):
+        pairs = [(heads[f'head_{j}'][b, t], targets[b, t + j - 1]) for b in range(2) for t in range(11 - (j - 1)) if targets[b, t + j - 1] >= 0]
+        by_hand += F.cross_entropy(torch.stack([p for p, _ in pairs]), torch.stack([y for _, y in pairs])) / 2
+    assert torch.allclose(losses['multi_token'], by_hand, atol=1e-5)
+    # the draft cell, one position at a time: fed the true next tokens, scored on the ones after them
+    state, total = model.trunk(idx), {1: [], 2: [], 3: []}
+    for b in range(2):
+        for t in range(11):
+            s = state[b:b + 1, t:t + 1]
+            for j in (1, 2, 3):
+                if t + j < 11:
+                    s = model.draft_state(s, targets[b:b + 1, t + j - 1:t + j].clamp(min=0))
+                    if targets[b, t + j] >= 0:
+                        total[j].append(F.cross_entropy(model.logits(s)[0, 0], targets[b, t + j]))
+    assert torch.allclose(losses['draft'], sum(torch.stack(v).mean() for v in total.values()) / 3, atol=1e-5)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_chunked_loss_equals_plain(monkeypatch):
+    model = randomise(GPT(GPTConfig(**SMALL))).double()
+    x, y = torch.randint(50, (3, 20)), torch.randint(50, (3, 20))
+    y[1, :7] = -1
+    grads = []
+    for limit in (2**20, 50 * 4 * 7):                                               # all at once, then 7 rows at a time
+        monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', limit)
+        model.zero_grad()
+        loss = model(x, y)['ce']
+        loss.backward()
+        grads.append((loss.detach(), *[p.grad.clone() for p in model.parameters()]))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*grads))
+    plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+    assert torch.allclose(grads[0][0].float(), plain.float(), atol=1e-6)
+
+
+def test_evaluate_counts_each_target_and_its_bytes():
+    model = randomise(GPT(GPTConfig(**SMALL)))
+    x, y = torch.randint(50, (4, 16)), torch.randint(50, (4, 16))
+    y[3] = -1
+    size = [0] + [1, 2] * 24 + [3]
+    got = evaluate(model, [(x[:2], y[:2]), (x[2:], y[2:])], size)
+    nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1, reduction='none')
+    b = torch.tensor(size)[y.clamp(min=0).flatten()] * (y.flatten() >= 0)
+    assert got['tokens'] == 48 and math.isclose(got['loss'], nats.sum().item() / 48, rel_tol=1e-5)
+    assert math.isclose(got['bpb'], nats[b > 0].sum().item() / math.log(2) / b.sum().item(), rel_tol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+def test_every_parameter_in_exactly_one_group():
+    model = GPT(GPTConfig(**SMALL, multi_token_n=2, draft_n=2))
+    listed = [p for o in make_optimizers(model) for g in o.param_groups for p in g['params']]
+    assert len(listed) == len(set(map(id, listed))) == len(list(model.parameters()))
+    adam, muon = make_optimizers(model)
+    assert {id(p) for p in adam.param_groups[0]['params']} == {id(model.transformer.wte.weight), id(model.lm_head.weight)}
+    model.transformer.requires_grad_(False)
+    listed = [p for o in make_optimizers(model) for g in o.param_groups for p in g['params']]
+    assert all(p.requires_grad for p in listed) and len(listed) == 1 + 4 + 2
+
+
+@pytest.mark.parametrize('shape', [(32, 32), (64, 32), (32, 64)])
+def test_muon_equals_torch(shape, monkeypatch):
+    monkeypatch.setattr(M, 'fast_bf16', lambda device: True)                        # torch's own multiplies in bfloat16, always
+    torch.manual_seed(1)
+    start = torch.randn(2, *shape)
+    ours, theirs = [start[i].clone().requires_grad_() for i in range(2)], [start[i].clone().requires_grad_() for i in range(2)]
+    optimizers = Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)
+    for step in range(4):
+        for i in range(2):
+            ours[i].grad = torch.randn(shape)
+            theirs[i].grad = ours[i].grad.clone()
+        for o in optimizers:
+            o.step()
+    for a, b, s in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - s).norm()                               # bfloat16 sums in another order
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def test_checkpoint_round_trip(tmp_path):
+    model = randomise(GPT(GPTConfig(**SMALL, n_kv_head=2, tie_weights=True)))
+    save_checkpoint(f'{tmp_path}/a/ckpt.pt', model, {'kind': 'char', 'chars': 'ab'}, step=7)
+    again, state = load_model(f'{tmp_path}/a/ckpt.pt')
+    x = torch.randint(50, (1, 9))
+    assert torch.equal(again(x), model(x)) and state['step'] == 7 and state['tokenizer']['chars'] == 'ab' and again.config == model.config
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch evil_ran',)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
+    path = f'{tmp_path}/ckpt.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    good = open(path, 'rb').read()
+    torch.save({'model': {}, 'iter_num': 3}, f'{tmp_path}/foreign.pt')
+    torch.save({'picochat': Evil()}, f'{tmp_path}/evil.pt')
+    middle = len(good) // 2
+    cases = {'missing.pt': (None, 'train one first'), 'foreign.pt': (None, 'iter_num'), 'evil.pt': (None, 'refused'),
+             'short.pt': (good[:middle], 'not a whole'), 'empty.pt': (b'', 'not a whole'), 'flipped.pt': (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:], 'damaged|refused')}
+    for name, (content, expected) in cases.items():
+        if content is not None:
+            open(f'{tmp_path}/{name}', 'wb').write(content)
+        with pytest.raises(SystemExit, match=expected) as e:
+            load_checkpoint(f'{tmp_path}/{name}')
+        assert '\n' not in str(e.value) and str(e.value).startswith('error: ')
+    assert not os.path.exists('evil_ran')
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    path = f'{tmp_path}/ckpt.pt'
+    model = GPT(GPTConfig(**SMALL))
+    save_checkpoint(path, model, {}, step=1)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))              # the system refuses to write more, as a full disk does
+        with pytest.raises(SystemExit, match='kept'):
+            save_checkpoint(path, model, {}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+
+
+def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    """A process that does nothing but save is killed at ten random moments; `python tests/kill.py` does the full hundred on train.py."""
+    path = f'{tmp_path}/ckpt.pt'
+    code = ("from model import *\nm = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=4, n_embd=256))\n"
+            f"for i in range(10**6):\n    save_checkpoint({path!r}, m, {{}}, step=i)\n    print(i, flush=True)")
+    import random
+    import time
+    for trial in range(4):
+        p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
+        p.stdout.readline()
+        time.sleep(random.random() * 0.1)
+        p.kill()
+        seen = [int(line) for line in p.stdout.read().split()]
+        p.wait()
+        assert load_checkpoint(path)['step'] >= max(seen, default=0)

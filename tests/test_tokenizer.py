@@ -1,0 +1,366 @@
+"""
+python -m pytest tests/test_tokenizer.py      a few seconds; `pip install rustbpe` switches on the comparison with nanochat's own trainer
+"""
+
+import argparse
+import difflib
+import doctest
+import inspect
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import pytest
+import regex
+import tiktoken
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import data.tokenizer
+from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, load_nanochat_tokenizer,
+                            train_bpe)
+
+# Real text that is on every machine. It differs between Python versions, which is why nothing below expects particular tokens of it.
+TEXTS = [inspect.getsource(module) for module in (textwrap, difflib, argparse)]
+HARD = ['', ' ', '\n', '\r\n\r\n', '   x\t\t\n \n', 'a' * 500, ' ' * 500 + 'x', "it's WE'LL I'd", '12345678 3.14', '<|bos|><|user_start|>',
+        'h\u00e9llo e\u0301', '\u4f60\u597d\u3000\u4e16\u754c', 'a\x00b\x1c\x85\xa0c', '\u0660\u0661\u0662 \u00bd \u2167',
+        '\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7', '\u202e\ufeff\ufffd\ufffe\uffff\U0010ffff']
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    return train_bpe(TEXTS, 256 + 400 + 9)
+
+
+def refused(*arguments, call, match):
+    """call(*arguments) is a ValueError with a one-line message."""
+    with pytest.raises(ValueError, match=match) as error:
+        call(*arguments)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def merge(word, pair, new):
+    """list of ids with each pair, leftmost first, replaced by new"""
+    out, i = [], 0
+    while i < len(word):
+        hit = tuple(word[i:i + 2]) == pair
+        out.append(new if hit else word[i])
+        i += 2 if hit else 1
+    return out
+
+
+def naive_merges(text, n):
+    """The definition of BPE training: recount everything for each merge. Returns pairs of ids in order."""
+    words = [list(piece.encode('utf-8')) for piece in regex.findall(PATTERN, text)]
+    merges = []
+    for new in range(256, 256 + n):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        words = [merge(word, pair, new) for word in words]
+        merges.append(pair)
+    return merges
+
+
+def as_tokens(merges):
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+
+def test_docstring_example():
+    result = doctest.testmod(data.tokenizer)
+    assert result.attempted > 5 and result.failed == 0
+
+
+# -----------------------------------------------------------------------------
+# Characters
+
+def test_char_round_trip():
+    text = ''.join(HARD)
+    tok = CharTokenizer(text)
+    assert tok.chars == ''.join(sorted(set(text))) and tok.vocab_size == len(tok.chars) and tok.bos is None
+    assert tok.encode(tok.chars) == list(range(tok.vocab_size))
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and tok.decode_bytes(ids) == text.encode('utf-8')
+    assert sum(tok.token_bytes[i] for i in ids) == len(text.encode('utf-8'))
+    assert tok.encode('') == [] and tok.decode([]) == ''
+
+
+def test_char_errors():
+    tok = CharTokenizer('abc\n')
+    message = refused('a\u00e9\tb', call=tok.encode, match='4 characters')
+    assert repr('\u00e9') in message and repr('\t') in message and repr('\nabc') in message
+    assert 'and 15 more' in refused('defghijklmnopqrstuvw', call=tok.encode, match="'d', 'e', 'f', 'g', 'h'")
+    assert len(refused('!', call=CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode, match='8000 characters')) < 1000
+    refused([4], call=tok.decode, match='token id 4')
+    refused([-1], call=tok.decode, match='token id -1')
+    refused('', call=CharTokenizer, match='empty')
+
+
+# -----------------------------------------------------------------------------
+# BPE
+
+def test_bpe_round_trip(bpe):
+    rng = random.Random(0)
+    points = [*range(0xd800), *range(0xe000, 0x110000)]
+    hard = HARD + [''.join(map(chr, rng.choices(points, k=200))) for _ in range(20)] + TEXTS
+    for text in hard:
+        ids = bpe.encode(text)
+        assert bpe.decode(ids) == text and bpe.decode_bytes(ids) == text.encode('utf-8')
+        assert sum(bpe.token_bytes[i] for i in ids) == len(text.encode('utf-8'))
+    assert len(bpe.encode(TEXTS[0])) < 0.6 * len(TEXTS[0])  # the merges are used
+
+
+def test_bpe_bytes_and_specials(bpe):
+    assert bpe.vocab_size == 665 and len(bpe.token_bytes) == 665
+    assert [bpe.decode_bytes([byte]) for byte in range(256)] == [bytes([byte]) for byte in range(256)]
+    assert bpe.decode([0xe2, 0x82]) == '\ufffd' and bpe.decode([0xe2, 0x82, 0xac]) == '\u20ac'
+    assert [bpe.special(name) for name in SPECIAL_TOKENS] == list(range(656, 665)) and bpe.bos == 656
+    assert bpe.token_bytes[656:] == [0] * 9 and min(bpe.token_bytes[:656]) == 1
+    assert bpe.decode([656, *bpe.encode('hi'), 664]) == '<|bos|>hi<|output_end|>'
+    assert max(bpe.encode('<|bos|>hi<|output_end|>')) < 656
+    refused('<|eot|>', call=bpe.special, match="'<|eot|>'".replace('|', r'\|'))
+    refused([665], call=bpe.decode, match='token id 665')
+    refused([-1], call=bpe.decode_bytes, match='token id -1')
+
+    plain = train_bpe(TEXTS, 300, special_tokens=())
+    assert plain.bos is None and plain.vocab_size == 300 and plain.decode(plain.encode(TEXTS[1])) == TEXTS[1]
+    refused([{'role': 'user', 'content': 'hi'}], call=plain.render_chat, match='no special token')
+
+
+def test_bpe_long_white_space(bpe):
+    for text in ('x' + ' ' * 499_999 + 'x' * 500_000, '\n' * 400_000 + ' ' * 90_000 + 'x' * 600_000):
+        assert bpe.decode(bpe.encode(text)) == text
+    refused('x' + ' ' * 1_100_000, call=bpe.encode, match='character 1 ')
+
+
+def test_bpe_refuses_bad_tables():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    assert BPETokenizer(ranks, special_tokens=()).encode('hi') == [104, 105]
+    refused({**ranks, b'ab': 257}, call=BPETokenizer, match='257 BPE tokens')
+    refused({**ranks, b'ab': 255}, call=BPETokenizer, match='257 BPE tokens')
+    refused({b'aa' if token == b'\x07' else token: i for token, i in ranks.items()}, call=BPETokenizer, match='1 single bytes .* 7')
+    refused(ranks, PATTERN, ['<|bos|>', '<|bos|>'], call=BPETokenizer, match='twice')
+    refused(ranks, '(', call=BPETokenizer, match='parenthesis')
+
+
+# -----------------------------------------------------------------------------
+# The trainer
+
+@pytest.mark.parametrize('text, n', [
+    (TEXTS[0][:6000], 120),
+    ('zyxw vuts abcd hgfe ' * 3, 14),  # nothing but ties
+    ('aaaaaaa aaa aaaa baaab aaaaa', 6),  # nothing but runs
+    ('\u4f60\u597d\u4f60 \u597d\u4f60' * 9, 8),
+])
+def test_training_and_encoding_equal_the_definition(text, n):
+    merges = naive_merges(text, n)
+    tok = train_bpe([text], 256 + n + 9)
+    assert [tok.decode_bytes([i]) for i in range(256 + n)] == as_tokens(merges)
+    for sample in [text, *HARD, TEXTS[1][:20_000], 'aaaa' * 9 + 'baa']:
+        expected = []
+        for piece in regex.findall(PATTERN, sample):
+            word = list(piece.encode('utf-8'))
+            for i, pair in enumerate(merges):
+                word = merge(word, pair, 256 + i)
+            expected += word
+        assert tok.encode(sample) == expected
+
+
+def test_training_equals_rustbpe():
+    rustbpe = pytest.importorskip('rustbpe', reason='pip install rustbpe')
+    reference = rustbpe.Tokenizer()
+    reference.train_from_iterator(iter(TEXTS + HARD), 256 + 1500, pattern=PATTERN)
+    expected = [bytes(token) for token, _ in sorted(reference.get_mergeable_ranks(), key=lambda entry: entry[1])]
+    tok = train_bpe(TEXTS + HARD, 256 + 1500 + 9)
+    assert [tok.decode_bytes([i]) for i in range(256 + 1500)] == expected
+
+
+def test_training_depends_on_the_text_alone(bpe):
+    assert fingerprint(train_bpe(reversed(TEXTS), bpe.vocab_size)) == fingerprint(bpe)
+    script = ('import argparse, difflib, inspect, textwrap; from data.tokenizer import fingerprint, train_bpe;'
+              'print(fingerprint(train_bpe(map(inspect.getsource, (textwrap, difflib, argparse)), 665)))')
+    for seed in ('1', '2'):  # of str hashes, and so of the order of sets
+        out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': ROOT},
+                             capture_output=True, text=True, check=True).stdout
+        assert out.strip() == fingerprint(bpe)
+
+
+def test_training_errors():
+    message = refused(['low lower'], 4096, call=train_bpe, match='only 5 merges')  # lo, low, and three more to ' lower'
+    assert 'vocab_size=270' in message
+    assert train_bpe(['low lower'], 270).vocab_size == 270
+    refused(['low'], 264, call=train_bpe, match=r'\(264\) must be at least 265')
+    assert train_bpe([], 265).vocab_size == 265
+    refused([], 266, call=train_bpe, match='only 0 merges')
+    refused('low lower', 300, call=train_bpe, match='one string')
+    assert train_bpe(['ab ab'], 267, pattern='(a)(b)').decode([256]) == 'ab'  # groups in a pattern do not cut
+
+
+# -----------------------------------------------------------------------------
+# To and from files
+
+def test_meta_round_trip(bpe):
+    own = train_bpe(TEXTS, 300, pattern=r'\S+|\s+', special_tokens=['<|end|>', '<|bos|>'])
+    for tok in (bpe, own, CharTokenizer(TEXTS[0] + ''.join(HARD))):
+        stored = json.loads(json.dumps({**tok.meta(), 'source': 'x', 'train_tokens': 3}))
+        again = from_meta(stored)
+        assert type(again) is type(tok) and again.meta() == tok.meta() and fingerprint(again) == fingerprint(tok)
+        assert (again.vocab_size, again.bos, again.token_bytes) == (tok.vocab_size, tok.bos, tok.token_bytes)
+        assert again.encode(TEXTS[0]) == tok.encode(TEXTS[0])
+    assert from_meta({**bpe.meta(), 'kind': 'chat'}).meta() == bpe.meta()
+
+
+def test_fingerprint_tells_tokenizers_apart(bpe):
+    ranks = {token.encode('latin-1'): i for i, token in enumerate(bpe.meta()['ranks'])}
+    others = [bpe, CharTokenizer('abc'), CharTokenizer('abd'), BPETokenizer(ranks, special_tokens=SPECIAL_TOKENS[::-1]),
+              BPETokenizer(ranks, pattern=PATTERN.replace('{1,2}', '{1,3}')), train_bpe(TEXTS, 664)]
+    assert len({fingerprint(tok) for tok in others}) == len(others)
+    assert fingerprint(BPETokenizer(ranks)) == fingerprint(bpe)
+
+
+def test_from_meta_errors(bpe):
+    refused({'kind': 'word'}, call=from_meta, match="'word'")
+    refused({}, call=from_meta, match='None')
+    refused({'kind': 'char'}, call=from_meta, match='needs chars')
+    refused({'kind': 'char', 'chars': 'ba'}, call=from_meta, match='sorted')
+    refused({'kind': 'bpe', 'ranks': [], 'pattern': ''}, call=from_meta, match='needs special_tokens')
+    refused({**bpe.meta(), 'ranks': bpe.meta()['ranks'] + ['a']}, call=from_meta, match='missing or repeated')
+    refused({**bpe.meta(), 'ranks': bpe.meta()['ranks'][1:]}, call=from_meta, match='no BPE token')
+
+
+def test_nanochat_pickle(bpe, tmp_path):
+    path = tmp_path / 'tokenizer.pkl'
+    for protocol in range(3, pickle.HIGHEST_PROTOCOL + 1):
+        path.write_bytes(pickle.dumps(bpe._encoding, protocol))
+        assert fingerprint(load_nanochat_tokenizer(path)) == fingerprint(bpe)
+    assert fingerprint(load_nanochat_tokenizer(str(tmp_path))) == fingerprint(bpe)
+    with pytest.raises(FileNotFoundError):
+        load_nanochat_tokenizer(tmp_path / 'nothing.pkl')
+
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    holes = tiktoken.Encoding('holes', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={'<|bos|>': 300})
+    path.write_bytes(pickle.dumps(holes))
+    refused(path, call=load_nanochat_tokenizer, match='last ids')
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def encoding_pickle(state):
+    """b'...' of: make a tiktoken.core.Encoding, give it this state."""
+    inner = pickle.dumps(state, 3)[2:-1]  # without its own protocol and stop
+    return b'\x80\x03ctiktoken.core\nEncoding\n)\x81' + inner + b'b.'
+
+
+def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
+    path, folder = tmp_path / 'tokenizer.pkl', str(tmp_path / 'pwned')
+    state = bpe._encoding.__getstate__()
+    path.write_bytes(encoding_pickle(state))
+    assert fingerprint(load_nanochat_tokenizer(path)) == fingerprint(bpe)  # encoding_pickle writes what the loader reads
+
+    pickle.loads(pickle.dumps(Evil(folder)))  # the attack is real
+    os.rmdir(folder)
+    monkeypatch.setattr(tiktoken.registry, 'get_encoding', lambda name: os.mkdir(folder))  # a state that is a name asks for a download
+    attacks = {
+        'a call': (pickle.dumps(Evil(folder)), 'mkdir'),
+        'a call inside the state': (encoding_pickle({**state, 'name': Evil(folder)}), 'mkdir'),
+        'a call for a rank': (encoding_pickle({**state, 'mergeable_ranks': {b'a': Evil(folder)}}), 'mkdir'),
+        'eval': (b'cbuiltins\neval\n(V__import__("os").mkdir("%s")\ntR.' % folder.encode(), 'eval'),
+        'a dotted name': (b'\x80\x04\x8c\x0dtiktoken.core\x8c\x10Encoding.__new__\x93.', 'Encoding.__new__'),
+        'a neighbour': (b'ctiktoken.core\nos\n.', 'tiktoken.core'),
+        'another class': (pickle.dumps(Counter('ab')), 'Counter'),
+        'a download': (encoding_pickle('gpt2'), 'no table'),
+        'arguments': (b'\x80\x02ctiktoken.core\nEncoding\n(Vgpt2\ntR.', 'argument'),
+        'the class itself': (b'\x80\x02ctiktoken.core\nEncoding\n}b.', ''),
+        'plain data': (pickle.dumps({'mergeable_ranks': {}}), 'no table'),
+        'half a state': (encoding_pickle({'pat_str': PATTERN}), 'mergeable_ranks'),
+        'ranks of another type': (encoding_pickle({**state, 'mergeable_ranks': [1, 2]}), ''),
+        'nothing': (b'', ''),
+        'cut short': (pickle.dumps(bpe._encoding)[:2000], ''),
+        'text': (b'hello\nworld\n', ''),
+        'zeros': (bytes(1000), ''),
+    }
+    for name, (content, match) in attacks.items():
+        path.write_bytes(content)
+        message = refused(path, call=load_nanochat_tokenizer, match=match)
+        assert str(path) in message, name
+        assert not os.path.exists(folder), name
+
+
+def test_real_nanochat_tokenizer():
+    """A tokenizer that nanochat's own code trained and pickled, with what it says of a text; it lies beside the repository, if at all."""
+    folder = os.path.join(ROOT, '..', 'shared', 'data', 'nanochat_e0')
+    if not os.path.isdir(folder):
+        pytest.skip('no nanochat files here')
+    torch = pytest.importorskip('torch')
+    golden = torch.load(os.path.join(folder, 'golden.pt'), weights_only=True)
+    tok = load_nanochat_tokenizer(folder)
+    assert tok.vocab_size == golden['logits'].shape[-1]
+    assert tok.encode(golden['text']) == golden['ids'] and tok.decode(golden['ids']) == golden['text']
+    assert tok.token_bytes == torch.load(os.path.join(folder, 'token_bytes.pt'), weights_only=True).tolist()
+    assert tok.pattern == PATTERN and tok.special_tokens == list(SPECIAL_TOKENS)
+    again = from_meta(json.loads(json.dumps(tok.meta())))
+    assert again.encode(TEXTS[0]) == tok.encode(TEXTS[0])
+
+
+# -----------------------------------------------------------------------------
+# Chat
+
+SYSTEM = {'role': 'system', 'content': 'Be brief.'}
+USER = {'role': 'user', 'content': 'Why?\n'}
+BOT = {'role': 'assistant', 'content': ' 42 <|bos|>'}
+
+
+def test_render_chat(bpe):
+    bos, u0, u1, a0, a1 = map(bpe.special, SPECIAL_TOKENS[:5])
+    user, bot = bpe.encode('Why?\n'), bpe.encode(' 42 <|bos|>')
+    exchange, learn = [u0, *user, u1, a0, *bot, a1], [0] * (len(user) + 3) + [1] * (len(bot) + 1)
+
+    ids, mask = bpe.render_chat([USER, BOT, USER, BOT])
+    assert ids == [bos, *exchange, *exchange] and mask == [0, *learn, *learn]
+    assert bpe.render_chat({'messages': [USER, BOT, USER, BOT], 'id': 7}) == (ids, mask)
+    for n in (0, 1, 9, len(ids), 10_000):
+        assert bpe.render_chat([USER, BOT, USER, BOT], max_tokens=n) == (ids[:n], mask[:n])
+    assert bpe.render_prompt([USER, BOT, USER]) == [bos, *exchange, u0, *user, u1, a0]
+    assert bpe.render_chat([USER]) == ([bos, u0, *user, u1], [0] * (len(user) + 3))
+
+    conversation = [SYSTEM, USER, BOT]
+    ids, mask = bpe.render_chat(conversation)
+    merged = bpe.encode('Be brief.\n\nWhy?\n')
+    assert ids == [bos, u0, *merged, u1, a0, *bot, a1] and mask == [0] * (len(merged) + 4) + [1] * (len(bot) + 1)
+    assert conversation == [SYSTEM, USER, BOT] and USER['content'] == 'Why?\n'  # the input is left alone
+    assert bpe.render_prompt([SYSTEM, USER]) == ids[:len(merged) + 4]
+
+
+@pytest.mark.parametrize('conversation, match', [
+    ([], 'at least one user'), ([SYSTEM], 'at least one user'), ({'messages': []}, 'at least one user'),
+    ('hello', 'not str'), ({'turns': [USER]}, 'not NoneType'), (None, 'not NoneType'),
+    (['hello'], 'message 0 must be'), ([{**USER, 'content': [1]}], 'message 0 must be'),
+    ([USER, {'role': 'assistant'}], 'message 1 must be'),
+    ([BOT], "message 0 has role 'assistant', expected 'user'"),
+    ([USER, USER], "message 1 has role 'user', expected 'assistant'"),
+    ([SYSTEM, BOT], "message 1 has role 'assistant', expected 'user'"),
+    ([USER, BOT, SYSTEM], "message 2 has role 'system', expected 'user'"),
+    ([SYSTEM, SYSTEM, USER], "message 1 has role 'system'"), ([{**USER, 'role': 'human'}], "'human'"),
+])
+def test_render_chat_errors(bpe, conversation, match):
+    refused(conversation, call=bpe.render_chat, match=match)
+    refused(conversation, call=bpe.render_prompt, match=match)
+
+
+def test_render_prompt_needs_a_question(bpe):
+    refused([USER, BOT], call=bpe.render_prompt, match='must be the user')

@@ -1,0 +1,299 @@
+"""
+Trains a GPT: characters or BPE, in float or with quantisation in the loop; from scratch, from a checkpoint, or resumed.
+
+    python data/stdlib_char/prepare.py
+    python train.py config/quickstart.py                            # a config, then any knob as --key=value
+    python train.py config/quickstart.py --init_from=resume         # goes on where it stopped, exactly
+    torchrun --standalone --nproc_per_node=8 train.py config/train_38m.py
+
+Ctrl+C (or SIGTERM) saves and stops. out_dir receives ckpt.pt (the last state, to resume from), best.pt (the weights with the lowest
+validation loss), log.csv. The last line on stdout is one JSON document.
+"""
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from data.loader import Loader, load_meta
+from data.tokenizer import from_meta
+from engine import Engine
+from model import GPT, GPTConfig, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
+from quantize import prepare
+
+# -----------------------------------------------------------------------------
+# where things are
+out_dir = 'out'
+dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from
+# the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd
+n_layer = 4
+n_head = 4
+n_kv_head = None            # 1 is multi-query attention: the cache shrinks n_head times
+n_embd = 256
+head_dim = None
+n_hidden = None
+block_size = 256            # tokens of context
+tie_weights = False
+dropout = 0.0               # only for small data seen many times
+multi_token_n = 0           # extra heads for t+2, t+3, ...
+multi_token_weight = 0.2    # their share of the loss
+draft_n = 0                 # unroll of the draft head; 0: none
+draft_weight = 0.1
+# the batch
+batch_size = 16             # rows per forward, per device
+total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
+# the optimizers: Muon for the trunk's matrices, AdamW for the tables
+max_iters = 1000
+muon_lr = 0.02
+adam_lr = 0.003
+weight_decay = 0.0          # Muon's; helps when data repeats
+warmup_iters = 0            # steps of linear warm-up
+decay_frac = 1.0            # the last share of the steps over which the rates fall linearly to zero
+grad_clip = 1.0             # largest gradient norm; 0: no clipping
+seed = 1337
+# quantisation in the loop
+quant_bits = 0              # 8: train through the rounding of the int8 file; 0: float
+qat_start = 0.0             # share of max_iters after which the rounding begins
+# watching it, in steps
+log_interval = 10
+eval_interval = 250         # loss on the whole validation split
+save_interval = 250         # 0: only at the end
+sample_interval = 500       # prints a sample; 0: never
+sample_tokens = 120
+wandb_log = False           # needs pip install wandb
+wandb_project = 'picochat'
+# the machine
+device = 'auto'             # cuda, mps, cpu
+dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster
+compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+# -----------------------------------------------------------------------------
+# set-up: processes, device, data, model
+
+rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+main_process = rank == 0
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+if world_size > 1:
+    if device == 'cuda':
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+device_type = device.split(':')[0]
+if dtype == 'auto':
+    dtype = 'bfloat16' if fast_bf16(device) else 'float32'
+if device_type == 'cuda':
+    torch.set_float32_matmul_precision('high')
+if compile and (device_type == 'mps' or platform.system() == 'Windows' or (device_type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++'))))):
+    print(f"compile: off, {'no C++ compiler was found (apt-get install g++)' if device_type == 'cpu' else 'not supported on ' + device_type}; going on in eager mode, slower")
+    compile = False
+
+
+def say(*words):
+    if main_process:
+        print(*words, flush=True)
+
+
+data_dir = os.path.join('data', dataset)
+meta = load_meta(data_dir)
+tokenizer = from_meta(meta)
+try:
+    gpt_config = GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_kv_head, n_embd, head_dim, n_hidden, tie_weights=tie_weights,
+                           dropout=dropout, multi_token_n=multi_token_n, draft_n=draft_n)
+except AssertionError as e:
+    raise SystemExit(f'error: {e}')
+tokens_per_forward = batch_size * block_size * world_size
+total_batch_size = total_batch_size or tokens_per_forward
+if total_batch_size % tokens_per_forward:
+    raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of batch_size*block_size*processes ({batch_size}*{block_size}*{world_size}={tokens_per_forward}): try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
+if quant_bits not in (0, 8):
+    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
+accumulation = total_batch_size // tokens_per_forward
+loader = Loader(data_dir, 'train', batch_size, block_size, seed, rank, world_size, device)
+val_loader = Loader(data_dir, 'val', batch_size, block_size, seed, rank, world_size, device)
+
+torch.manual_seed(seed)
+model = GPT(gpt_config)
+start_step, best = 0, {'loss': math.inf}
+ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
+resumed = None
+if init_from == 'resume':
+    resumed = load_checkpoint(ckpt_path, device)
+    if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
+        raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
+    start_step, best = resumed['step'], resumed['best']
+elif init_from == 'scratch' and os.path.exists(ckpt_path):
+    say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it)")
+source = resumed or (load_checkpoint(init_from, device) if init_from not in ('scratch', 'resume') else None)
+if source:
+    if source['tokenizer'] != tokenizer.meta():
+        raise SystemExit(f"error: {init_from} was trained with another tokenizer ({source['tokenizer']['kind']}) than data/{dataset} has ({tokenizer.kind}): prepare the data with the same one")
+    theirs, ours = source['config'], vars(gpt_config)
+    differ = [f'{k} is {theirs[k]} there and {ours[k]} here' for k in ours if theirs.get(k) != ours[k] and k not in ('dropout', 'block_size', 'use_mqa')]
+    if differ:
+        raise SystemExit(f"error: the checkpoint has another shape: {'; '.join(differ)}: give the same knobs")
+    model.load_state_dict(source['model'])
+model.to(device)
+optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+if resumed:
+    for optimizer, state in zip(optimizers, resumed['optimizers']):
+        optimizer.load_state_dict(state)
+n_params = model.params()
+say(f"model: {n_params['total']:,} parameters ({', '.join(f'{k} {v:,}' for k, v in n_params.items() if v and k != 'total')})")
+say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
+say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, {torch.get_num_threads()} threads")
+
+forward = torch.compile(model) if compile else model
+forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False) if world_size > 1 else forward
+autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+weight = {'ce': 1.0, 'multi_token': multi_token_weight, 'draft': draft_weight}
+
+# -----------------------------------------------------------------------------
+# what happens now and then
+
+def schedule(step):
+    """The rates' factor: linear warm-up, level, linear to zero over the last decay_frac."""
+    return min((step + 1) / max(1, warmup_iters), 1.0, (max_iters - step) / max(1, decay_frac * max_iters))
+
+
+def save(step):
+    if main_process:
+        save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best,
+                        dataset=dataset, total_batch_size=total_batch_size, knobs=config)
+
+
+def validate(step):
+    """Loss on the whole validation split; the best weights so far go to best.pt."""
+    global best
+    with autocast:
+        result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
+    if result['loss'] < best['loss']:
+        best = {**result, 'step': step}
+        if main_process:
+            save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset, knobs=config)
+    return result
+
+
+def show_sample(step):
+    prompt = [tokenizer.bos] if tokenizer.bos is not None else tokenizer.encode('\n')
+    ids = Engine(model).complete([prompt], min(sample_tokens, block_size - 1), temperature=0.8, seed=step)[0]
+    model.train()
+    say(f"----- sample at step {step} -----\n{tokenizer.decode(ids)}\n-----")
+
+
+stopping = False
+def stop(signum, frame):
+    global stopping
+    stopping = True
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+
+
+def asked_to_stop():
+    if world_size == 1:
+        return stopping
+    flag = torch.tensor(float(stopping), device=device)     # all processes must leave after the same step
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
+os.makedirs(out_dir, exist_ok=True)
+log_path = os.path.join(out_dir, 'log.csv')
+if main_process:
+    rows = list(csv.DictReader(open(log_path))) if resumed and os.path.exists(log_path) else []
+    log = csv.DictWriter(open(log_path, 'w', buffering=1), columns)
+    log.writeheader()
+    log.writerows(row for row in rows if int(row['step']) <= start_step)     # the log goes back to where the checkpoint is
+if wandb_log and main_process:
+    try:
+        import wandb
+    except ImportError:
+        raise SystemExit("error: wandb_log=True needs wandb: pip install wandb, or leave it off (log.csv is always written)")
+    wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
+
+# -----------------------------------------------------------------------------
+# the loop
+
+model.train()
+qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
+if start_step >= qat_step:
+    prepare(model)
+step, seconds, step_times, losses_due, result = start_step, 0.0, [], [], None
+began = clock = time.perf_counter()
+while step < max_iters:
+    if step == qat_step:
+        prepare(model)
+        best = {'loss': math.inf}               # from here on losses are those of the rounded weights
+    torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step, so there is no random state to save
+    factor = schedule(step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group['peak_lr'] * factor
+    for micro in range(accumulation):
+        x, y = loader.batch(step, micro, accumulation)
+        last = micro == accumulation - 1
+        with contextlib.nullcontext() if world_size == 1 or last else forward.no_sync(), autocast:
+            losses = forward(x, y)
+            sum(weight[k] * v for k, v in losses.items()).div(accumulation).backward()
+        losses_due.append((step, {k: v.detach() for k, v in losses.items()}))
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step += 1
+    leaving = step == max_iters or asked_to_stop()
+    logs, saves = (bool(every) and step % every == 0 or leaving for every in (log_interval, save_interval))
+    evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters     # no evaluation on the way out: SIGTERM is urgent
+    if logs or evals or saves:                  # the losses are read only now: asking a GPU every step would stall it
+        read = [(s, {k: v.item() for k, v in parts.items()}) for s, parts in losses_due]
+        for s, parts in read:
+            if not all(map(math.isfinite, parts.values())):
+                kept = f"{ckpt_path} still holds step {torch.load(ckpt_path, weights_only=True)['step']}" if os.path.exists(ckpt_path) else 'nothing had been saved yet'
+                raise SystemExit(f"error: the loss became {parts} at step {s}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
+        means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
+        losses_due = []
+    now = time.perf_counter()
+    seconds, step_times = seconds + now - clock, step_times[-200:] + [now - clock]
+    if logs:
+        typical = sorted(step_times)[len(step_times) // 2]
+        eta = typical * (max_iters - step)
+        rate = total_batch_size / typical
+        say(f"step {step}/{max_iters} | loss {' + '.join(f'{k} {v:.4f}' if len(means) > 1 else f'{v:.4f}' for k, v in means.items())} | lr x{factor:.3f} | {1000 * typical:.0f} ms | {rate:,.0f} tok/s | ETA {int(eta // 60)}:{int(eta % 60):02d}")
+    if evals:
+        result = validate(step)
+        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{' (weights rounded to int8)' if step > qat_step else ''}")
+    if main_process and (logs or evals):
+        row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'train_loss': means['ce'], 'lr_factor': factor,
+               'tok_s': round(total_batch_size / (sorted(step_times)[len(step_times) // 2]))}
+        log.writerow(row | ({'val_loss': result['loss'], 'val_bpb': result['bpb']} if evals else {}))
+        if wandb_log:
+            wandb.log(row | ({'val_loss': result['loss'], 'val_bpb': result['bpb']} if evals else {}), step=step)
+    if saves:
+        save(step)
+    if sample_interval and step % sample_interval == 0:
+        show_sample(step)
+    if leaving and step < max_iters:
+        say(f"stopped at step {step}; saved {ckpt_path}: go on with --init_from=resume")
+        break
+    clock = time.perf_counter()
+
+if step == max_iters and result is None:        # a run resumed at its end has nothing left to do but to say so
+    result = validate(step)
+result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
+say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
+                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'],
+                'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step')}))
+if world_size > 1:
+    dist.destroy_process_group()
