@@ -8,11 +8,13 @@ Completes text with a trained model: float, or the int8 file running on its inte
 stdout receives text only; what it cost goes to stderr with --show_stats=True, one JSON document last.
 """
 import json
+import math
 import os
 import sys
 
 import torch
 
+from data.loader import read_text
 from data.tokenizer import from_meta
 from engine import Engine
 from model import load_model
@@ -38,6 +40,17 @@ threads = 0                 # CPU threads; 0: PyTorch's own choice
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
+for names, kind, least, most in (               # the configurator knows a knob's type, but not what it counts
+        ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
+        ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1)):
+    for name in names.split():
+        value = config[name]
+        if not (value is None and name in ('top_k', 'top_p', 'min_p')) and not (type(value) in (int, kind) and least <= value <= most):
+            raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+try:
+    torch.zeros(1, device=device).item()
+except (RuntimeError, AssertionError) as e:
+    raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
 if threads:
     torch.set_num_threads(threads)
 if weights not in ('auto', 'float', 'int8'):
@@ -95,29 +108,26 @@ if interactive:
             except SystemExit as e:             # the model stays loaded; only this prompt is refused
                 print(e, file=sys.stderr)
                 continue
-            print(f'{grey}{prompt}{plain}', end='')
+            if num_samples == 1:
+                print(f'{grey}{prompt}{plain}', end='')
             complete(ids)
             seed += 1
     except KeyboardInterrupt:
         print()
 else:
-    prompt = start
-    if start.startswith('FILE:'):
-        if not os.path.isfile(start[5:]):
-            raise SystemExit(f"error: no file {start[5:]} to read the prompt from (--start=FILE:path)")
-        prompt = open(start[5:], encoding='utf-8').read()
+    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
     ids = encode(prompt)
     if num_samples == 1:
         print(prompt, end='')
     complete(ids)
 
 if show_stats:
-    s = engine.stats
+    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'passes': 0} | engine.stats
     n = model.config
     kv = model.kv_bytes_per_token()
     numbers = {'tokens': s['tokens'], 'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, s['passes'] + 1),
-               'weights': 'int8' if path == quantised else 'float', 'file': path, 'bytes': os.path.getsize(path),
+               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / num_samples / (s['passes'] + 1),
+               'weights': 'int8' if path == quantised else 'float', 'drafter': 'none', 'file': path, 'bytes': os.path.getsize(path),
                'int_share': int_share(model) if path == quantised else 0.0, 'kv_bytes_per_token': kv, 'device': device}
     print(f"{path}: {numbers['bytes']:,} bytes, {100 * numbers['int_share']:.1f} % int8; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
     print(json.dumps(numbers), file=sys.stderr)

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import signal
+import sysconfig
 import time
 
 import torch
@@ -80,6 +81,27 @@ exec(open('configurator.py').read())
 # -----------------------------------------------------------------------------
 # set-up: processes, device, data, model
 
+for names, kind, least, most in (                 # the configurator knows a knob's type, but not what it counts
+        ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
+        ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
+        ('seed', int, 0, 2**63 - 1),
+        ('dropout decay_frac qat_start', float, 0, 1),
+        ('muon_lr adam_lr weight_decay grad_clip multi_token_weight draft_weight', float, 0, math.inf)):
+    for name in names.split():
+        value = config[name]
+        usual = value is None and name in ('n_kv_head', 'head_dim', 'n_hidden')
+        if not usual and not (type(value) is kind and least <= value <= most):
+            raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+if quant_bits not in (0, 8):
+    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
+if dtype not in ('auto', 'float32', 'bfloat16'):
+    raise SystemExit(f"error: dtype ({dtype}) must be auto, float32 or bfloat16")
+if wandb_log:
+    try:
+        import wandb
+    except ImportError:
+        raise SystemExit("error: wandb_log=True needs wandb: pip install wandb, or leave it off (log.csv is always written)")
+
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 main_process = rank == 0
 if device == 'auto':
@@ -88,15 +110,16 @@ if world_size > 1:
     if device == 'cuda':
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')     # evaluate adds up its totals on the CPU
+try:
+    torch.zeros(1, device=device).item()
+except (RuntimeError, AssertionError) as e:
+    raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
 device_type = device.split(':')[0]
 if dtype == 'auto':
     dtype = 'bfloat16' if fast_bf16(device) else 'float32'
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')
-if compile and (device_type == 'mps' or platform.system() == 'Windows' or (device_type == 'cpu' and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++'))))):
-    print(f"compile: off, {'no C++ compiler was found (apt-get install g++)' if device_type == 'cpu' else 'not supported on ' + device_type}; going on in eager mode, slower")
-    compile = False
 
 
 def say(*words):
@@ -104,20 +127,26 @@ def say(*words):
         print(*words, flush=True)
 
 
+if compile and (device_type == 'mps' or platform.system() == 'Windows'):
+    say('compile: off, not supported here; going on in eager mode, slower')
+    compile = False
+elif compile and device_type == 'cpu':          # what torch.compile will look for
+    compiler = shutil.which(os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++'))
+    if not compiler or not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
+        say(f"compile: off, no {'Python.h' if compiler else 'C++ compiler'} was found (apt-get install g++ python3-dev); going on in eager mode, slower")
+        compile = False
+
 data_dir = os.path.join('data', dataset)
-meta = load_meta(data_dir)
-tokenizer = from_meta(meta)
 try:
+    tokenizer = from_meta(load_meta(data_dir))
     gpt_config = GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_kv_head, n_embd, head_dim, n_hidden, tie_weights=tie_weights,
                            dropout=dropout, multi_token_n=multi_token_n, draft_n=draft_n)
-except AssertionError as e:
+except (AssertionError, ValueError) as e:
     raise SystemExit(f'error: {e}')
 tokens_per_forward = batch_size * block_size * world_size
 total_batch_size = total_batch_size or tokens_per_forward
 if total_batch_size % tokens_per_forward:
     raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of batch_size*block_size*processes ({batch_size}*{block_size}*{world_size}={tokens_per_forward}): try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
-if quant_bits not in (0, 8):
-    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
 accumulation = total_batch_size // tokens_per_forward
 loader = Loader(data_dir, 'train', batch_size, block_size, seed, rank, world_size, device)
 val_loader = Loader(data_dir, 'val', batch_size, block_size, seed, rank, world_size, device)
@@ -129,6 +158,8 @@ ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, '
 resumed = None
 if init_from == 'resume':
     resumed = load_checkpoint(ckpt_path, device)
+    if 'optimizers' not in resumed:
+        raise SystemExit(f"error: {ckpt_path} holds weights alone and cannot be resumed: start from it with --init_from={ckpt_path}")
     if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
     start_step, best = resumed['step'], resumed['best']
@@ -147,7 +178,7 @@ model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
 if resumed:
     for optimizer, state in zip(optimizers, resumed['optimizers']):
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})    # the rates are this run's knobs
 n_params = model.params()
 say(f"model: {n_params['total']:,} parameters ({', '.join(f'{k} {v:,}' for k, v in n_params.items() if v and k != 'total')})")
 say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
@@ -168,7 +199,7 @@ def schedule(step):
 
 def save(step):
     if main_process:
-        save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best,
+        save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best, seconds=seconds,
                         dataset=dataset, total_batch_size=total_batch_size, knobs=config)
 
 
@@ -185,7 +216,7 @@ def validate(step):
 
 
 def show_sample(step):
-    prompt = [tokenizer.bos] if tokenizer.bos is not None else tokenizer.encode('\n')
+    prompt = [tokenizer.bos] if tokenizer.bos is not None else val_loader.tokens[:1].tolist()
     ids = Engine(model).complete([prompt], min(sample_tokens, block_size - 1), temperature=0.8, seed=step)[0]
     model.train()
     say(f"----- sample at step {step} -----\n{tokenizer.decode(ids)}\n-----")
@@ -208,7 +239,10 @@ def asked_to_stop():
 
 
 columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
-os.makedirs(out_dir, exist_ok=True)
+try:
+    os.makedirs(out_dir, exist_ok=True)
+except OSError as e:
+    raise SystemExit(f"error: cannot make the folder out_dir ({out_dir}): {e.strerror}")
 log_path = os.path.join(out_dir, 'log.csv')
 if main_process:
     rows = list(csv.DictReader(open(log_path))) if resumed and os.path.exists(log_path) else []
@@ -216,10 +250,6 @@ if main_process:
     log.writeheader()
     log.writerows(row for row in rows if int(row['step']) <= start_step)     # the log goes back to where the checkpoint is
 if wandb_log and main_process:
-    try:
-        import wandb
-    except ImportError:
-        raise SystemExit("error: wandb_log=True needs wandb: pip install wandb, or leave it off (log.csv is always written)")
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 
 # -----------------------------------------------------------------------------
@@ -229,7 +259,7 @@ model.train()
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
 if start_step >= qat_step:
     prepare(model)
-step, seconds, step_times, losses_due, result = start_step, 0.0, [], [], None
+step, seconds, step_times, losses_due, result = start_step, resumed.get('seconds', 0.0) if resumed else 0.0, [], [], None
 began = clock = time.perf_counter()
 while step < max_iters:
     if step == qat_step:
@@ -258,10 +288,12 @@ while step < max_iters:
     evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters     # no evaluation on the way out: SIGTERM is urgent
     if logs or evals or saves:                  # the losses are read only now: asking a GPU every step would stall it
         read = [(s, {k: v.item() for k, v in parts.items()}) for s, parts in losses_due]
-        for s, parts in read:
-            if not all(map(math.isfinite, parts.values())):
-                kept = f"{ckpt_path} still holds step {torch.load(ckpt_path, weights_only=True)['step']}" if os.path.exists(ckpt_path) else 'nothing had been saved yet'
-                raise SystemExit(f"error: the loss became {parts} at step {s}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
+        wrong = [(s, f'the loss became {parts}') for s, parts in read if not all(map(math.isfinite, parts.values()))]
+        if (evals or saves) and not all(p.isfinite().all() for p in model.parameters()):      # the last update is in no loss yet
+            wrong.append((step - 1, 'weights became infinite or NaN'))
+        if wrong:
+            kept = f"{ckpt_path} still holds step {torch.load(ckpt_path, weights_only=True)['step']}" if os.path.exists(ckpt_path) else 'nothing had been saved yet'
+            raise SystemExit(f"error: {wrong[0][1]} at step {wrong[0][0]}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
         means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
         losses_due = []
     now = time.perf_counter()
@@ -289,7 +321,7 @@ while step < max_iters:
         break
     clock = time.perf_counter()
 
-if step == max_iters and result is None:        # a run resumed at its end has nothing left to do but to say so
+if step >= max_iters and result is None:        # a run resumed at its end has nothing left to do but to say so
     result = validate(step)
 result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),

@@ -202,7 +202,7 @@ def test_training_errors():
     assert train_bpe([], 265).vocab_size == 265
     refused([], 266, call=train_bpe, match='only 0 merges')
     refused('low lower', 300, call=train_bpe, match='one string')
-    assert train_bpe(['ab ab'], 267, pattern='(a)(b)').decode([256]) == 'ab'  # groups in a pattern do not cut
+    assert train_bpe(['ab ab'], 266, pattern='(a)(b)').decode([256]) == 'ab'  # groups in a pattern do not cut
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def encoding_pickle(state):
 
 
 def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
-    path, folder = tmp_path / 'tokenizer.pkl', str(tmp_path / 'pwned')
+    path, folder = tmp_path / 'tokenizer.pkl', str(tmp_path / 'made by the pickle')
     state = bpe._encoding.__getstate__()
     path.write_bytes(encoding_pickle(state))
     assert fingerprint(load_nanochat_tokenizer(path)) == fingerprint(bpe)  # encoding_pickle writes what the loader reads
@@ -285,14 +285,14 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
         'another class': (pickle.dumps(Counter('ab')), 'Counter'),
         'a download': (encoding_pickle('gpt2'), 'no table'),
         'arguments': (b'\x80\x02ctiktoken.core\nEncoding\n(Vgpt2\ntR.', 'argument'),
-        'the class itself': (b'\x80\x02ctiktoken.core\nEncoding\n}b.', ''),
+        'the class itself': (b'\x80\x02ctiktoken.core\nEncoding\n}b.', 'tokenizer.pkl'),
         'plain data': (pickle.dumps({'mergeable_ranks': {}}), 'no table'),
         'half a state': (encoding_pickle({'pat_str': PATTERN}), 'mergeable_ranks'),
-        'ranks of another type': (encoding_pickle({**state, 'mergeable_ranks': [1, 2]}), ''),
-        'nothing': (b'', ''),
-        'cut short': (pickle.dumps(bpe._encoding)[:2000], ''),
-        'text': (b'hello\nworld\n', ''),
-        'zeros': (bytes(1000), ''),
+        'ranks of another type': (encoding_pickle({**state, 'mergeable_ranks': [1, 2]}), 'tokenizer.pkl'),
+        'nothing': (b'', 'tokenizer.pkl'),
+        'cut short': (pickle.dumps(bpe._encoding)[:2000], 'tokenizer.pkl'),
+        'text': (b'hello\nworld\n', 'tokenizer.pkl'),
+        'zeros': (bytes(1000), 'tokenizer.pkl'),
     }
     for name, (content, match) in attacks.items():
         path.write_bytes(content)

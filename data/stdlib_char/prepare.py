@@ -3,9 +3,11 @@ The running Python's own standard library as characters: the quick start's datas
 
 $ python data/stdlib_char/prepare.py
 
-Takes a second or two and writes train.bin, val.bin and meta.json next to this file. With Python 3.11.7 you see
+Takes about a second and writes train.bin, val.bin and meta.json next to this file. With Python 3.11.7 you see
 
-COUNTS
+    715 files; 17 more have characters outside ASCII and are left out
+    11 modules are held out: _markupbase _pyio getpass hmac imp mailbox optparse pickletools pipes reprlib sndhdr
+    data/stdlib_char: 10,511,760 training and 387,514 validation tokens, vocabulary of 97 (char), sha256 8ba904dd d68e410a
 """
 
 import string

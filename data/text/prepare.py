@@ -25,7 +25,7 @@ exec(open('configurator.py').read())
 
 if not os.path.exists(input):
     sys.exit(f'error: there is no file or folder {input!r}: give --input=FILE_OR_FOLDER')
-if not 0 < val_fraction < 1:
+if not val_fraction or not 0 < val_fraction < 1:
     sys.exit(f'error: val_fraction is {val_fraction}: it must lie between 0 and 1')
 if not out_dir and (name in ('', '.', '..') or os.path.basename(name) != name):
     sys.exit(f'error: name is {name!r}: it names a folder in data/, without slashes')

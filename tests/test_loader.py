@@ -1,0 +1,371 @@
+"""
+data/loader.py: batches, splits, files, and downloads from a server of our own that misbehaves in every way we know.
+
+$ python -m pytest tests/test_loader.py        about 5 seconds, offline
+"""
+import hashlib
+import http.server
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from data.loader import (DownloadError, Loader, char_ids, download, load_meta, read_text, split_texts, stdlib_files, stdlib_held_out,
+                         write_dataset, write_texts)
+from data.tokenizer import CharTokenizer, from_meta
+
+N = 1000
+TOKENIZER = CharTokenizer(map(chr, range(0x100, 0x100 + N)))  # a token a position, so that a batch tells where it was taken
+
+
+def dataset(path, n_train=N, n_val=203, masks=None):
+    write_dataset(path, TOKENIZER, np.arange(n_train), np.arange(n_val), 'test', masks)
+    return path
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    return dataset(tmp_path_factory.mktemp('data'))
+
+
+def windows(loader, steps, **kw):
+    """The first token of every row of these steps."""
+    return [int(i) for step in steps for i in loader.batch(step, **kw)[0][:, 0]]
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+def test_targets_are_inputs_one_token_on(data_dir):
+    x, y = Loader(data_dir, 'train', 4, 16).batch(3)
+    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+
+
+def test_a_batch_depends_on_its_number_only(data_dir):
+    there = Loader(data_dir, 'train', 4, 16, seed=5)
+    back = Loader(data_dir, 'train', 4, 16, seed=5)
+    forward = [there.batch(step)[0] for step in range(40)]  # more than two epochs
+    backward = [back.batch(step)[0] for step in reversed(range(40))][::-1]
+    assert all(map(torch.equal, forward, backward))
+    assert not torch.equal(forward[0], Loader(data_dir, 'train', 4, 16, seed=6).batch(0)[0])
+
+
+@pytest.mark.parametrize('accumulation', [2, 4])
+def test_two_processes_see_what_one_sees_with_twice_the_accumulation(data_dir, accumulation):
+    one = Loader(data_dir, 'train', 3, 16)
+    two = [Loader(data_dir, 'train', 3, 16, rank=rank, world_size=2) for rank in (0, 1)]
+    for step in range(30):
+        alone = [i for micro in range(accumulation) for i in windows(one, [step], micro=micro, accumulation=accumulation)]
+        together = [i for micro in range(accumulation // 2) for loader in two
+                    for i in windows(loader, [step], micro=micro, accumulation=accumulation // 2)]
+        assert sorted(alone) == sorted(together)
+
+
+@pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (1000, 1), (1000, 999), (1000, 400), (33, 16), (32, 16), (17, 16)])
+def test_an_epoch_is_each_window_once(tmp_path, n_tokens, block_size):
+    loader = Loader(dataset(tmp_path, n_train=n_tokens), 'train', 1, block_size)
+    shifts = set()
+    for epoch in range(5):
+        starts = sorted(windows(loader, range(epoch * loader.n_windows, (epoch + 1) * loader.n_windows)))
+        assert starts == list(range(starts[0], starts[0] + loader.n_windows * block_size, block_size))
+        assert n_tokens - loader.n_windows * block_size <= 2 * block_size  # no more than this is left out of an epoch
+        shifts.add(starts[0])
+    assert len(shifts) > 1 or n_tokens == loader.n_windows * block_size + 1  # there is no other place to start
+
+
+def test_over_many_epochs_every_token_is_a_target(tmp_path):
+    loader = Loader(dataset(tmp_path, n_train=50), 'train', 1, 16)
+    targets = {int(t) for step in range(300) for t in loader.batch(step)[1].flatten()}
+    assert targets == set(range(1, 50))
+
+
+@pytest.mark.parametrize('world_size, batch_size, block_size', [(1, 4, 16), (1, 5, 202), (1, 3, 7), (2, 3, 16), (3, 4, 50)])
+def test_evaluation_has_every_target_once(data_dir, world_size, batch_size, block_size):
+    targets, n_batches = [], set()
+    for rank in range(world_size):
+        batches = list(Loader(data_dir, 'val', 2, block_size, rank=rank, world_size=world_size).eval_batches(batch_size))
+        n_batches.add(len(batches))
+        for x, y in batches:
+            assert x.shape == y.shape == (batch_size, block_size) and x.min() >= 0
+            assert torch.equal(y[y >= 0], x[y >= 0] + 1)
+            targets += y[y >= 0].tolist()
+    assert sorted(targets) == list(range(1, 203)) and len(n_batches) == 1
+
+
+def test_masked_tokens_are_no_targets(tmp_path):
+    masks = np.arange(N) % 3 == 0, np.arange(203) % 5 == 0
+    dataset(tmp_path, masks=masks)
+    x, y = Loader(tmp_path, 'train', 4, 16).batch(0)
+    assert torch.equal(y, torch.where((x + 1) % 3 == 0, x + 1, -1))
+    targets = [t for x, y in Loader(tmp_path, 'val', 4, 16).eval_batches() for t in y.flatten().tolist() if t != -1]
+    assert targets == list(range(5, 203, 5))
+
+
+def test_too_short_a_split_names_both_numbers(data_dir):
+    with pytest.raises(SystemExit, match='203 tokens.*256'):
+        Loader(data_dir, 'val', 4, 255)
+
+
+def test_missing_and_damaged_datasets_name_the_command(tmp_path):
+    with pytest.raises(SystemExit, match='error: .*python data/text/prepare.py --input=FILE_OR_FOLDER --name=nothing'):
+        load_meta(tmp_path / 'nothing')
+    (tmp_path / 'prepare.py').write_text('')
+    with pytest.raises(SystemExit, match=f'python .*{tmp_path.name}/prepare.py'):
+        load_meta(tmp_path)
+    dataset(tmp_path)
+    with open(tmp_path / 'train.bin', 'r+b') as f:
+        f.truncate(100)
+    with pytest.raises(SystemExit, match='100 bytes'):
+        Loader(tmp_path, 'train', 4, 16)
+    (tmp_path / 'meta.json').write_text('{"kind": ')
+    with pytest.raises(SystemExit, match='damaged'):
+        load_meta(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def test_meta_says_what_is_in_the_files(tmp_path, capsys):
+    meta = write_texts(tmp_path, ['abba'], ['cab'], 'char', 'test')
+    assert meta == load_meta(tmp_path) and meta['dtype'] == 'uint16' and meta['source'] == 'test'
+    assert (meta['vocab_size'], meta['token_bytes'], meta['train_tokens'], meta['val_tokens']) == (3, [1, 1, 1], 4, 3)
+    for name, digest in meta['sha256'].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert from_meta(meta).decode(np.fromfile(tmp_path / 'train.bin', np.uint16)) == 'abba'
+    assert '4 training and 3 validation tokens' in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    tokenizer = CharTokenizer(map(chr, range(0x10000, 0x10000 + 65537)))
+    write_dataset(tmp_path, tokenizer, [0, 65536, 1], [65536, 65535], 'test')
+    x, y = Loader(tmp_path, 'train', 1, 2).batch(0)
+    assert load_meta(tmp_path)['dtype'] == 'uint32' and y.tolist() == [[65536, 1]]
+
+
+def test_a_plain_dataset_replaces_a_masked_one_whole(tmp_path):
+    dataset(tmp_path, masks=(np.zeros(N), np.zeros(203)))
+    dataset(tmp_path)
+    assert (Loader(tmp_path, 'train', 4, 16).batch(0)[1] >= 0).all()
+    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_what_cannot_be_written_leaves_the_old_dataset(tmp_path):
+    dataset(tmp_path)
+    before = load_meta(tmp_path)
+    with pytest.raises(AssertionError, match='expected 0..999'):
+        write_dataset(tmp_path, TOKENIZER, np.arange(N), [N], 'test')
+    with pytest.raises(SystemExit, match='too little text'):
+        write_texts(tmp_path, ['abc'], [''], 'char', 'test')
+    with pytest.raises(SystemExit, match='vocab_size'):
+        write_texts(tmp_path, ['some text'], ['more'], 'bpe', 'test', vocab_size=100_000)
+    assert load_meta(tmp_path) == before
+    Loader(tmp_path, 'train', 4, 16)
+
+
+def test_fast_ids_are_the_tokenizers():
+    text = 'na\u00efve \U0001f600\n' * 3
+    tokenizer = CharTokenizer(text + 'xyz')
+    assert char_ids(tokenizer, text).tolist() == tokenizer.encode(text)
+    assert char_ids(tokenizer, '').tolist() == []
+    with pytest.raises(ValueError, match="'Q'"):
+        char_ids(tokenizer, 'Q')
+
+
+def test_splits_hold_out_whole_texts():
+    texts = {f'{i}.txt': f'{i}' * (i + 1) for i in range(50)}
+    train, val = split_texts(texts, 0.1)
+    assert sorted(train + val) == sorted(texts.values()) and not set(train) & set(val)
+    total = sum(map(len, texts.values()))
+    assert 0.08 * total <= sum(map(len, val)) <= 0.1 * total + 1
+    assert split_texts(dict(reversed(texts.items())), 0.1) == (train, val)
+    assert split_texts({'a': 'aaaa', 'b': 'bb'}, 0.1) == (['aaaa'], ['bb'])  # neither fits: the shorter
+    assert split_texts({'a': '0123456789'}, 0.1) == (['012345678'], ['9'])
+
+
+def test_read_text(tmp_path):
+    (tmp_path / 'a').write_bytes('\ufeffh\u00e9\r\n'.encode())
+    (tmp_path / 'b').write_bytes(b'caf\xe9')
+    assert read_text(tmp_path / 'a') == 'h\u00e9\n'
+    with pytest.raises(SystemExit, match='not UTF-8'):
+        read_text(tmp_path / 'b')
+    with pytest.raises(SystemExit, match='cannot read'):
+        read_text(tmp_path / 'c')
+
+
+def test_stdlib_files(tmp_path):
+    for name in ('b.py', 'a/__init__.py', 'a/sub.py', 'a/tests/t.py', 'test/t.py', 'site-packages/x.py', 'config-3/y.py', 'not-a-module.py',
+                 '_sysconfigdata_x.py', 'notes.txt', 'a/data.pyc', 'bad.py'):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b'\xff' if name == 'bad.py' else name.encode())
+    assert stdlib_files(tmp_path) == [('a', 'a/__init__.py'), ('a.sub', 'a/sub.py'), ('b', 'b.py')]
+    with pytest.raises(SystemExit, match='no .py files'):
+        stdlib_files(tmp_path / 'nowhere')
+
+
+def test_stdlib_modules_are_held_out_whole():
+    names = [module for module, _ in stdlib_files()]
+    assert 'asyncio.events' in names and 'argparse' in names and not any('test' in name.split('.') for name in names)
+    assert all(stdlib_held_out(name) == stdlib_held_out(name.split('.')[0]) for name in names)
+    assert stdlib_held_out('optparse') and not stdlib_held_out('argparse')
+
+
+# -----------------------------------------------------------------------------
+# downloads
+
+class Server(http.server.ThreadingHTTPServer):
+    """
+    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location (a redirect),
+    ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are sent of the first answer, the second,
+    ..., and then the line goes dead; later answers are whole), length=False (no Content-Length).
+    asked: list of (path, value of Range or None), in the order of the requests.
+    """
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.pages, self.asked = {}, []
+        self.url = f'http://127.0.0.1:{self.server_port}'
+
+    def handle_error(self, request, client_address):  # a client that hangs up is no news
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        page = self.server.pages.get(self.path, {'status': 404, 'body': b'no such page'})
+        wanted = self.headers['Range']
+        self.server.asked.append((self.path, wanted))
+        body, status, headers = page.get('body', b''), page.get('status', 200), {}
+        if 'location' in page:
+            status, headers = 302, {'Location': page['location']}
+        elif wanted and status == 200 and page.get('ranges', True):
+            start = int(wanted.removeprefix('bytes=').removesuffix('-'))
+            if start >= len(body):
+                status, headers, body = 416, {'Content-Range': f'bytes */{len(body)}'}, b''
+            else:
+                status, headers, body = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}, body[start:]
+        self.send_response(status)
+        if page.get('length', True):
+            headers['Content-Length'] = str(len(body))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[:page['cuts'].pop(0)] if page.get('cuts') else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+BODY = bytes(range(256)) * 1000
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+def test_download(server, tmp_path):
+    server.pages['/f'] = {'body': BODY}
+    path = tmp_path / 'new' / 'f'
+    assert download(server.url + '/f', path, DIGEST, len(BODY)) == str(path)
+    assert path.read_bytes() == BODY and os.listdir(path.parent) == ['f']
+    download(server.url + '/f', path, DIGEST, len(BODY))
+    download(server.url + '/f', path)
+    assert len(server.asked) == 1  # what is there and right is not fetched again
+    path.write_bytes(BODY[:-1])
+    download(server.url + '/f', path, DIGEST)
+    assert path.read_bytes() == BODY and len(server.asked) == 2
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+@pytest.mark.parametrize('have', [1, 70_000, len(BODY)])
+def test_download_goes_on_from_a_part(server, tmp_path, ranges, have):
+    server.pages['/f'] = {'body': BODY, 'ranges': ranges}
+    (tmp_path / 'f.part').write_bytes(BODY[:have])
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY and os.listdir(tmp_path) == ['f']
+    assert server.asked == [('/f', f'bytes={have}-')]
+
+
+def test_download_starts_over_when_the_part_is_too_long(server, tmp_path):
+    server.pages['/f'] = {'body': BODY}
+    (tmp_path / 'f.part').write_bytes(BODY + b'and more')
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY
+    assert server.asked == [('/f', f'bytes={len(BODY) + 8}-'), ('/f', None)]
+
+
+def test_download_cut_short(server, tmp_path):
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000]}
+    (tmp_path / 'f').write_bytes(b'an old one')
+    with pytest.raises(DownloadError, match='error: .*cut short.* of 256000 bytes') as e:
+        download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert e.value.reason == 'cut short' and '\n' not in str(e.value)
+    assert (tmp_path / 'f').read_bytes() == b'an old one' and BODY.startswith((tmp_path / 'f.part').read_bytes())
+    kept = os.path.getsize(tmp_path / 'f.part')
+    assert 90_000 < kept <= 100_000
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY
+    assert server.asked[1:] == [('/f', f'bytes={kept}-')]
+
+
+def test_download_cut_short_without_a_checksum(server, tmp_path):
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000]}
+    with pytest.raises(DownloadError, match='cut short'):
+        download(server.url + '/f', tmp_path / 'f')
+    assert os.listdir(tmp_path) == ['f.part']
+
+
+def test_download_cut_short_without_a_length(server, tmp_path):
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], 'length': False}  # then only the size shows it
+    with pytest.raises(DownloadError, match='cut short: 100,000 of 256000 bytes are kept'):
+        download(server.url + '/f', tmp_path / 'f', size=len(BODY))
+    download(server.url + '/f', tmp_path / 'f', size=len(BODY))
+    assert (tmp_path / 'f').read_bytes() == BODY and server.asked[1:] == [('/f', 'bytes=100000-')]
+
+
+@pytest.mark.parametrize('expected', [{'sha256': DIGEST}, {'size': len(BODY) - 1}, {'size': len(BODY) + 1}])
+def test_download_altered(server, tmp_path, expected):
+    server.pages['/f'] = {'body': BODY[:-1] + b'?'}
+    (tmp_path / 'f').write_bytes(b'an old one')
+    with pytest.raises(DownloadError, match='not the file that was expected') as e:
+        download(server.url + '/f', tmp_path / 'f', **expected)
+    assert e.value.reason == 'altered'
+    assert os.listdir(tmp_path) == ['f'] and (tmp_path / 'f').read_bytes() == b'an old one'
+
+
+def test_download_of_a_part_of_something_else_is_refused(server, tmp_path):
+    server.pages['/f'] = {'body': BODY}
+    (tmp_path / 'f.part').write_bytes(b'something else')
+    with pytest.raises(DownloadError, match='sha256'):
+        download(server.url + '/f', tmp_path / 'f', DIGEST)
+    download(server.url + '/f', tmp_path / 'f', DIGEST)  # the part is gone: this time it comes whole
+
+
+def test_download_follows_redirects(server, tmp_path):
+    server.pages |= {'/f': {'location': '/g'}, '/g': {'body': BODY}}
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY
+
+
+def test_download_errors(server, tmp_path):
+    (tmp_path / 'f.part').write_bytes(b'kept')
+    with pytest.raises(DownloadError, match='answered 404') as e:
+        download(server.url + '/f', tmp_path / 'f')
+    assert e.value.reason == 404 and (tmp_path / 'f.part').read_bytes() == b'kept'
+    with pytest.raises(DownloadError, match='cannot reach .*ConnectionError.*put the file at') as e:
+        download('http://127.0.0.1:1/f', tmp_path / 'f')
+    assert e.value.reason == 'unreachable' and '\n' not in str(e.value)

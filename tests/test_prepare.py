@@ -1,0 +1,282 @@
+"""
+data/*/prepare.py, run as their users run them, into a temporary folder; what they would download comes from a server of our own.
+
+$ python -m pytest tests/test_prepare.py       about 5 seconds, offline
+"""
+import os
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_loader import server  # noqa: F401, a fixture
+
+from data.loader import Loader, load_meta
+from data.tokenizer import from_meta, train_bpe
+
+SHAKESPEARE = os.path.join('..', 'shared', 'data', 'tinyshakespeare.txt')
+
+
+@pytest.fixture
+def prepare(monkeypatch, capsys):
+    """prepare('text', '--input=...') runs data/text/prepare.py in this process and returns what it printed."""
+    def run(name, *flags):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
+        monkeypatch.setattr(sys, 'path', sys.path[:])
+        runpy.run_path(f'data/{name}/prepare.py', run_name='__main__')
+        return capsys.readouterr().out
+    return run
+
+
+def texts_of(folder):
+    """What is in train.bin and val.bin, decoded."""
+    meta = load_meta(folder)
+    return [from_meta(meta).decode(np.fromfile(folder / f'{split}.bin', meta['dtype'])) for split in ('train', 'val')]
+
+
+# -----------------------------------------------------------------------------
+# the standard library: optparse is held out, see test_loader.py
+
+@pytest.fixture
+def library(tmp_path):
+    root = tmp_path / 'lib'
+    (root / 'bundle').mkdir(parents=True)
+    (root / 'optparse.py').write_text('def parse(options):\n\treturn options\n')
+    (root / 'bundle' / '__init__.py').write_text('from .one import *\n')
+    (root / 'bundle' / 'one.py').write_text('def one():\n    return 1\n' * 20)
+    (root / 'umlaut.py').write_text('name = "M\u00fcller"\n', encoding='utf-8')
+    return root
+
+
+def test_stdlib_char(prepare, library, tmp_path):
+    said = prepare('stdlib_char', f'--root={library}', f'--out_dir={tmp_path}/out')
+    assert '3 files; 1 more' in said and 'held out: optparse' in said
+    assert texts_of(tmp_path / 'out') == ['from .one import *\n' + 'def one():\n    return 1\n' * 20, 'def parse(options):\n\treturn options\n']
+    assert load_meta(tmp_path / 'out')['vocab_size'] == 97
+
+
+def test_stdlib_bpe(prepare, library, tmp_path):
+    prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out', '--vocab_size=270')
+    train, val = texts_of(tmp_path / 'out')
+    assert val == '<|bos|>def parse(options):\n\treturn options\n'
+    assert from_meta(load_meta(tmp_path / 'out')).meta() == train_bpe(train.split('<|bos|>'), 270).meta()  # learnt from these texts alone
+    assert train.count('<|bos|>') == 3 and 'M\u00fcller' in train and load_meta(tmp_path / 'out')['vocab_size'] == 270
+    with pytest.raises(SystemExit, match='error: vocab_size .4096. is out of reach'):
+        prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out')
+    assert load_meta(tmp_path / 'out')['vocab_size'] == 270
+
+
+def test_the_real_standard_library(prepare, tmp_path):
+    prepare('stdlib_char', f'--out_dir={tmp_path}')
+    meta = load_meta(tmp_path)
+    assert 0.03 < meta['val_tokens'] / (meta['train_tokens'] + meta['val_tokens']) < 0.05
+    assert 300_000 < meta['val_tokens'] < 600_000
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    prepare('stdlib_char', f'--out_dir={tmp_path}')
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+# -----------------------------------------------------------------------------
+# Shakespeare
+
+def test_shakespeare_from_a_file(prepare, tmp_path):
+    (tmp_path / 'play.txt').write_text('To be, or not to be\n' * 10)
+    said = prepare('shakespeare_char', f'--input={tmp_path}/play.txt', f'--out_dir={tmp_path}/out')
+    assert 'not the original' in said
+    assert texts_of(tmp_path / 'out') == ['To be, or not to be\n' * 9, 'To be, or not to be\n']
+
+
+def test_shakespeare_refuses_another_download(prepare, server, tmp_path):
+    for body, error in (b'To be', '5 bytes instead of 1,115,394'), (b'x' * 1_115_394, 'sha256 .* instead of'):
+        server.pages['/input.txt'] = {'body': body}
+        with pytest.raises(SystemExit, match=f'error: .*{error}'):
+            prepare('shakespeare_char', f'--url={server.url}/input.txt', f'--out_dir={tmp_path}')
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists(SHAKESPEARE), reason='no copy of tiny Shakespeare here')
+def test_the_real_shakespeare(prepare, server, tmp_path):
+    with open(SHAKESPEARE, 'rb') as f:
+        server.pages['/input.txt'] = {'body': f.read()}
+    for _ in range(2):
+        said = prepare('shakespeare_char', f'--url={server.url}/input.txt', f'--out_dir={tmp_path}')
+        assert '1,003,854 training and 111,540 validation tokens, vocabulary of 65' in said
+    assert len(server.asked) == 1
+    assert 'not the original' not in prepare('shakespeare_char', f'--input={SHAKESPEARE}', f'--out_dir={tmp_path}')
+
+
+# -----------------------------------------------------------------------------
+# Paul Graham: pages in the shape of his, with our words
+
+INDEX = '''<html><head><title>Essays</title></head><body bgcolor="#ffffff"><table border="0"><tr valign="top"><td>
+<map name=12ab><area shape=rect coords="0,0,67,21" href="index.html"><area shape=rect coords="0,21,67,42" href="books.html"></map>
+<img src="menu.gif" usemap=#12ab ismap /></td><td><a href="index.html"><img src="logo.gif" width="410" /></a><br /><br />
+<font size="2" face="verdana">If you're not sure which to read, try <a href="taste.html">On Taste</a>.<br /><br />
+%s
+<a href="https://cdn.example.com/chapter.txt?t=1">Chapter 1</a><a href="articles.html">Essays</a><a href="bio.html"><img src="bio.gif" /></a></font></td></tr></table></body></html>'''
+
+ESSAY = '''<html><head><title>%s</title><style>td { color: black }</style><script>var x = "<br>noise";</script></head><body><table border="0">
+<tr valign="top"><td><map name=12ab><area shape=rect coords="0,0,67,21" href="index.html"></map><img src="menu.gif" usemap=#12ab /></td>
+<td><img src="trans_1x1.gif" width="26" /></td><td><a href="index.html"><img src="logo.gif" /></a><br /><br /><table width="435"><tr>
+<td width="435"><img src="title.gif" alt="%s" /><br /><br /><font size="2" face="verdana">March 2005<br /><br />%s
+a second line \u2014 it\u2019s
+\u201cone\u201d paragraph&nbsp;still&hellip; <font color=#dddddd>[<a href="#f1n"><font color=#dddddd>1</font></a>]</font><br /><br />
+A na\u00efve one, in <i> italics</i>&mdash;&#146;quoted&#146;.<br /><br /><b>Notes</b><br><br>[<a name="f1n">1</a>] Snow\u2603man.
+<pre>(def f (x)
+  (* x x))</pre></font></td></tr></table><script>more noise</script></td></tr></table></body></html>'''
+
+TEXT = '''{title}
+
+March 2005
+
+{words} a second line -- it's "one" paragraph still... [1]
+
+A naive one, in italics--'quoted'.
+
+Notes
+
+[1] Snowman.
+
+(def f (x)
+  (* x x))
+
+
+'''
+
+
+def site(server, names, words='Some words here. ' * 10):
+    links = '<br /><br />\n'.join(f'<img src="dot.gif" /><a href="{name}.html">On {name.title()}</a>' for name in names)
+    server.pages['/articles.html'] = {'body': (INDEX % links).encode()}
+    for name in names:
+        title = f'On {name.title()}'
+        server.pages[f'/{name}.html'] = {'body': (ESSAY % (title, title, words.strip())).encode()}
+
+
+def graham(prepare, server, folder):
+    return prepare('graham_char', f'--index_url={server.url}/articles.html', f'--out_dir={folder}', '--pause=0')
+
+
+def test_graham(prepare, server, tmp_path):
+    names = ['taste', 'wealth', 'nerds', 'hackers']
+    site(server, names)
+    said = graham(prepare, server, tmp_path)
+    assert 'lists 4 essays' in said and '4 essays, ' in said and 'ASCII spelling are dropped: \\u2603' in said
+    assert [path for path, _ in server.asked] == ['/articles.html'] + [f'/{name}.html' for name in names]
+    expected = {TEXT.format(title=f'On {name.title()}', words=('Some words here. ' * 10).strip()) for name in names}
+    train, val = texts_of(tmp_path)
+    assert {text + '\n\n\n' for text in (train + val).split('\n\n\n') if text} == expected and val in expected  # whole essays are held out
+    assert load_meta(tmp_path)['vocab_size'] < 128
+
+    server.asked.clear()
+    graham(prepare, server, tmp_path)
+    assert server.asked == [] and texts_of(tmp_path) == [train, val]
+
+
+def test_graham_goes_on_where_it_stopped(prepare, server, tmp_path):
+    site(server, ['taste', 'wealth', 'nerds', 'hackers', 'gone', 'moved', 'cut'])
+    whole = server.pages['/cut.html']['body']
+    del server.pages['/gone.html']
+    server.pages['/moved.html'] = {'location': '/elsewhere.html'}
+    server.pages['/elsewhere.html'] = server.pages['/wealth.html']
+    server.pages['/cut.html']['cuts'] = [500, 500]
+    said = graham(prepare, server, tmp_path)
+    assert '1 listed pages do not exist' in said and '1 pages did not arrive whole' in said and '5 essays, ' in said
+    assert [path for path, _ in server.asked].count('/cut.html') == 2
+    assert sorted(name for name in os.listdir(tmp_path / 'pages') if not name.endswith('.part')) == \
+        ['articles.html', 'hackers.html', 'moved.html', 'nerds.html', 'taste.html', 'wealth.html']
+
+    server.asked.clear()
+    said = graham(prepare, server, tmp_path)
+    assert '6 essays, ' in said and (tmp_path / 'pages' / 'cut.html').read_bytes() == whole
+    assert [path for path, _ in server.asked] == ['/gone.html', '/cut.html']
+
+
+def test_graham_tries_a_cut_page_once_more(prepare, server, tmp_path):
+    site(server, ['taste', 'wealth', 'nerds', 'hackers'])
+    server.pages['/nerds.html']['cuts'] = [500]
+    assert '4 essays, ' in graham(prepare, server, tmp_path)
+
+
+def test_graham_errors(prepare, server, tmp_path):
+    with pytest.raises(SystemExit, match='error: .*answered 404'):
+        graham(prepare, server, tmp_path / 'a')
+    server.pages['/articles.html'] = {'body': b'<html>moved</html>'}
+    with pytest.raises(SystemExit, match='error: no essays are linked from'):
+        graham(prepare, server, tmp_path / 'b')
+    with pytest.raises(SystemExit, match='error: there is no file or folder'):
+        prepare('graham_char', '--input=/no/such')
+    with pytest.raises(SystemExit, match='error: cannot reach'):
+        prepare('graham_char', '--index_url=http://127.0.0.1:1/articles.html', f'--out_dir={tmp_path}/c', '--pause=0')
+
+
+def test_graham_from_saved_files(prepare, tmp_path):
+    saved = tmp_path / 'saved'
+    saved.mkdir()
+    for name in ('a', 'b', 'c'):
+        (saved / f'{name}.html').write_bytes((ESSAY % (name, name, 'words ' * 50)).encode('cp1252', errors='ignore'))
+    (saved / 'd.txt').write_text('A plain one.\n' * 20)
+    assert '4 essays, ' in prepare('graham_char', f'--input={saved}', f'--out_dir={tmp_path}/out')
+    train, val = texts_of(tmp_path / 'out')
+    assert 'March 2005' in train and "it's\n" not in train and "it's \"one\" paragraph" in train and 'A plain one.\n' in train + val
+    (tmp_path / 'one.txt').write_text('x' * 900 + 'y' * 100)
+    prepare('graham_char', f'--input={tmp_path}/one.txt', f'--out_dir={tmp_path}/one')
+    assert load_meta(tmp_path / 'one')['val_tokens'] == 101  # of 1,003, with the blank lines
+
+
+# -----------------------------------------------------------------------------
+# your own text
+
+def test_text_from_a_file(prepare, tmp_path):
+    (tmp_path / 'diary.txt').write_text('Dear diary, caf\u00e9.\n' * 100, encoding='utf-8')
+    prepare('text', f'--input={tmp_path}/diary.txt', f'--out_dir={tmp_path}/out', '--val_fraction=0.25')
+    assert ''.join(texts_of(tmp_path / 'out')) == 'Dear diary, caf\u00e9.\n' * 100
+    assert load_meta(tmp_path / 'out')['val_tokens'] == 450
+    Loader(tmp_path / 'out', 'val', 2, 64).batch(0)
+
+
+def test_text_from_a_folder(prepare, tmp_path):
+    folder = tmp_path / 'notes'
+    (folder / 'below').mkdir(parents=True)
+    for i in range(20):
+        (folder / ('below' if i % 2 else '') / f'{i}.{"md" if i % 3 else "txt"}').write_text(f'note {i}: some words and more words\n' * 9 + 'some words')
+    (folder / 'picture.jpg').write_bytes(b'\xff\xd8')
+    (folder / 'empty.txt').write_text('')
+    said = prepare('text', f'--input={folder}', f'--out_dir={tmp_path}/out', '--level=bpe', '--vocab_size=280')
+    assert '20 file(s)' in said
+    train, val = texts_of(tmp_path / 'out')
+    assert train.count('<|bos|>') == 18 and val.count('<|bos|>') == 2
+    assert train.count('some words\n\n<|bos|>') == 17  # what one file ends with stays apart from the next
+    assert train.count('some words') == 180 and val.count('some words') == 20
+    assert load_meta(tmp_path / 'out')['vocab_size'] == 280
+
+
+@pytest.mark.parametrize('flags, error', [
+    (['--input=/no/such'], 'there is no file or folder'),
+    ([], 'there is no file or folder'),
+    (['--input={}/empty.txt'], '0 characters'),
+    (['--input={}/small.txt'], '35 characters'),
+    (['--input={}/latin.txt'], 'is not UTF-8 text'),
+    (['--input={}/folder'], '0 characters in 0'),
+    (['--input={}/good.txt', '--level=word'], "level is 'word'"),
+    (['--input={}/good.txt', '--level=bpe'], 'vocab_size .4096. is out of reach'),
+    (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], 'must be at least 265'),
+    (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], 'a bpe needs a number'),
+    (['--input={}/good.txt', '--val_fraction=1.5'], 'must lie between 0 and 1'),
+    (['--input={}/good.txt', '--out_dir=', '--name=../elsewhere'], 'without slashes'),
+    (['--input={}/good.txt', '--levle=bpe'], 'level'),
+])
+def test_text_errors(prepare, tmp_path, flags, error):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'small.txt').write_text('a b c d' * 5)
+    (tmp_path / 'latin.txt').write_bytes('caf\u00e9 '.encode('latin-1') * 1000)
+    (tmp_path / 'good.txt').write_text('Some words, and some more.\n' * 100)
+    with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
+        prepare('text', f'--out_dir={tmp_path}/out', *[flag.format(tmp_path) for flag in flags])
+    assert '\n' not in str(e.value) and not (tmp_path / 'out' / 'meta.json').exists()
+
+
+def test_an_error_is_one_line_and_status_1():
+    ran = subprocess.run([sys.executable, 'data/text/prepare.py', '--input=/no/such'], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, '') and ran.stderr.startswith('error: ') and ran.stderr.count('\n') == 1
