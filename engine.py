@@ -11,75 +11,76 @@ Randomness is counter-based: the noise of a draw is a hash of (seed, row, positi
 prompt differ from their first token on, and a row does not depend on which other rows are decoded beside it.
 """
 import codecs
+import functools
 import time
 
 import torch
 import torch.nn.functional as F
 
 PREFILL_CHUNK = 512     # tokens of prompt per pass: bounds the memory of a long prompt
-BUCKET = 128            # decoding attends to the cache's length rounded up to this, masked; see KVCache.attend
+BUCKET = 64             # decoding attends to the cache's length rounded up to this, masked; see KVCache.attend
 
 # -----------------------------------------------------------------------------
 # the cache
 
+def round_up(n):
+    return -(-n // BUCKET) * BUCKET
+
+
 class KVCache:
     """
-    Keys and values of every layer, (n_layer, B, n_kv_head, T_max, head_dim) each, allocated once, and a length per row.
+    Keys and values of every layer, n_layer tensors (B, n_kv_head, T_max, head_dim) each, and a length per row.
     advance(T) makes room for T more tokens in every row; the trunk then calls attend once per layer. rewind forgets tokens again.
     """
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
         self.block_size = config.block_size
-        size = min(-(-(max_tokens or config.block_size) // BUCKET) * BUCKET, -(-config.block_size // BUCKET) * BUCKET)
-        shape = (config.n_layer, batch, config.n_kv_head, size, config.head_dim)
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size), config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths = [0] * batch              # tokens held by each row; plain ints: asking a GPU for them would stall it
+        self.resize()
+
+    def resize(self, extra=0):
+        """Room for extra more tokens. stairs is 0, 0, ..., -inf, -inf, ...: a window of it is the mask of one query."""
+        self.k, self.v = ([F.pad(t, (0, 0, 0, extra)) if extra else t for t in kv] for kv in (self.k, self.v))
+        n, first = max(self.k[0].size(2), self.k[0].size(0)), self.k[0]
+        self.numbers = torch.arange(n, device=first.device)
+        self.stairs = torch.zeros(2 * n, dtype=first.dtype, device=first.device)
+        self.stairs[n:] = float('-inf')
 
     def advance(self, T):
-        """Takes T more tokens into every row. Returns their positions: (T,) when all rows have the same length, else (B, T)."""
-        longest = max(self.lengths) + T
+        """Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else (B, T)."""
+        longest, size = max(self.lengths) + T, self.k[0].size(2)
         assert longest <= self.block_size, f"{longest} tokens do not fit the context of {self.block_size}: shorten the prompt or ask for fewer new tokens"
-        if longest > self.k.size(3):            # grow by doubling, in whole buckets
-            extra = min(self.k.size(3), -(-self.block_size // BUCKET) * BUCKET - self.k.size(3))
-            extra = max(extra, -(-longest // BUCKET) * BUCKET - self.k.size(3))
-            self.k, self.v = F.pad(self.k, (0, 0, 0, extra)), F.pad(self.v, (0, 0, 0, extra))
-        device = self.k.device
-        self.T, self.start = T, self.lengths[0] if len(set(self.lengths)) == 1 else None
-        self.S = -(-longest // BUCKET) * BUCKET
-        if self.start is not None:
-            position = torch.arange(self.start, self.start + T, device=device)               # (T,)
+        if longest > size:
+            self.resize(max(size, round_up(longest) - size))                                 # grow by doubling
+        S, start = round_up(longest), self.lengths[0]
+        if len(set(self.lengths)) == 1:
+            self.position = slice(start, start + T)
+            ends = self.numbers[self.position][None]                                         # (1, T)
         else:
-            position = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(T, device=device)   # (B, T)
-            self.rows, self.position = torch.arange(len(self.lengths), device=device)[:, None], position
-        visible = torch.arange(self.S, device=device) <= position.unsqueeze(-1)              # (T, S) or (B, T, S)
-        self.mask = torch.zeros(visible.shape, dtype=self.k.dtype, device=device).masked_fill_(~visible, float('-inf'))
+            self.rows = self.numbers[:len(self.lengths), None]                               # (B, 1)
+            self.position = ends = torch.tensor(self.lengths, device=self.numbers.device)[:, None] + self.numbers[:T]    # (B, T)
+        self.mask = self.stairs.unfold(0, S, 1)[self.numbers.numel() - 1 - ends][:, :, None, None]                 # (B or 1, T, 1, 1, S): 0 up to the position, then -inf
         self.lengths = [n + T for n in self.lengths]
-        return position
+        return self.position
 
     def attend(self, layer, q, k, v):
         """
         q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v behind what the rows
         hold and lets every query see all keys up to its own position.
-        A few tokens (decoding, verifying drafts) are attended one by one, each in a call of the very shape that a single token has: the
-        sums are then taken in the same order, and the result for a token is bit for bit the same however many are verified with it.
         """
-        B, T, n_head, head_dim = q.shape
-        K, V, n_kv = self.k[layer], self.v[layer], k.size(2)                                 # (B, n_kv_head, T_max, head_dim)
-        if self.start is not None:
-            K[:, :, self.start:self.start + T], V[:, :, self.start:self.start + T] = k.transpose(1, 2), v.transpose(1, 2)
+        K, V, T = self.k[layer], self.v[layer], q.size(1)                                    # (B, n_kv_head, T_max, head_dim)
+        if isinstance(self.position, slice):
+            K[:, :, self.position], V[:, :, self.position] = k.transpose(1, 2), v.transpose(1, 2)
         else:
             K[self.rows, :, self.position], V[self.rows, :, self.position] = k.to(K.dtype), v.to(V.dtype)
-        K, V = K[:, :, :self.S], V[:, :, :self.S]
-        mask = self.mask if self.mask.ndim == 3 else self.mask.expand(B, T, self.S)          # (B, T, S)
-        q = q.to(K.dtype)
-        if T > 16:                                                                           # a prompt: all its queries in one call
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, mask[:, None], enable_gqa=n_kv < n_head)
-            return y.transpose(1, 2)
-        q = q.view(B, T, n_kv, n_head // n_kv, head_dim)             # the query heads that share a key head are the rows of one product
-        if B == 1:
-            y = F.scaled_dot_product_attention(q[0], K.expand(T, -1, -1, -1), V.expand(T, -1, -1, -1), mask[0, :, None, None])[None]
-        else:
-            y = torch.stack([F.scaled_dot_product_attention(q[:, t], K, V, mask[:, t, None, None]) for t in range(T)], dim=1)
-        return y.reshape(B, T, n_head, head_dim)
+        S, q = self.mask.size(-1), q.to(K.dtype)
+        K, V = K[:, :, :S], V[:, :, :S]
+        if T <= 16:
+            return attend_each(q, K, V, self.mask)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, self.mask[:, None, :, 0, 0], enable_gqa=k.size(2) < q.size(2))
+        return y.transpose(1, 2)                                                             # a prompt: all its queries in one call
 
     def rewind(self, lengths):
         """Row b keeps its first lengths[b] tokens. What lay behind them is overwritten by what comes next."""
@@ -88,12 +89,50 @@ class KVCache:
 
     def keep(self, rows):
         """Only these rows go on, in this order; a row may be named twice (samples of one prompt)."""
-        index = torch.tensor(rows, device=self.k.device)
-        self.k, self.v = self.k[:, index], self.v[:, index]
+        index = torch.tensor(rows, device=self.numbers.device)
+        self.k, self.v = [t[index] for t in self.k], [t[index] for t in self.v]
         self.lengths = [self.lengths[r] for r in rows]
+        self.resize()
+
+    def replace(self, row, other):
+        """Row becomes what the one-row cache other holds."""
+        n = self.lengths[row] = other.lengths[0]
+        for mine, its in zip(self.k + self.v, other.k + other.v):
+            mine[row, :, :n] = its[0, :, :n]
 
     def nbytes(self):
-        return self.k.nbytes + self.v.nbytes
+        return sum(t.nbytes for t in self.k + self.v)
+
+
+def attend_each(q, K, V, mask):
+    """
+    A few queries per row, q (B, T, n_head, head_dim) over K and V (B, n_kv_head, S, head_dim), mask (B or 1, T, 1, 1, S).
+    Each is attended in a call of one query per head, the very shape that a single token has, and S is a whole number of BUCKETs: sums
+    are taken in the same order, and the result for a token is bit for bit the same however many are verified with it, in whatever batch.
+    """
+    B, T, gqa = q.size(0), q.size(1), K.size(1) < q.size(2)
+    if B == 1:                                                                               # the T queries take the place of the batch
+        return F.scaled_dot_product_attention(q[0].unsqueeze(2), K.expand(T, -1, -1, -1), V.expand(T, -1, -1, -1), mask[0], enable_gqa=gqa).view(q.shape)
+    return torch.stack([F.scaled_dot_product_attention(q[:, t].unsqueeze(2), K, V, mask[:, t], enable_gqa=gqa).squeeze(2) for t in range(T)], dim=1)
+
+
+class StaticCache:
+    """The first row of a KVCache's tensors, seen from inside a compiled step: the length is a tensor, every call attends to all T_max places."""
+    def __init__(self, k, v, start):
+        self.k, self.v, self.start = k, v, start
+
+    def advance(self, T):
+        self.position = self.start + torch.arange(T, device=self.start.device)               # (T,)
+        self.start = self.start + T
+        visible = torch.arange(self.k[0].size(2), device=self.start.device) <= self.position[:, None]
+        self.mask = torch.where(visible, 0.0, float('-inf'))[None, :, None, None]            # (1, T, 1, 1, T_max)
+        return self.position
+
+    def attend(self, layer, q, k, v):
+        K, V = self.k[layer], self.v[layer]
+        K.index_copy_(2, self.position, k.transpose(1, 2).to(K.dtype))
+        V.index_copy_(2, self.position, v.transpose(1, 2).to(V.dtype))
+        return attend_each(q.to(K.dtype), K, V, self.mask)
 
 # -----------------------------------------------------------------------------
 # sampling
@@ -106,7 +145,7 @@ def mix(h):
 
 
 def gumbel(keys, vocab_size):
-    """keys (...) int64, one per draw -> Gumbel noise (..., vocab_size) float32; id i of key k gets a hash of (k, i): mix() again, on tensors."""
+    """keys (...) int64 below 2^32, one per draw -> Gumbel noise (..., vocab_size) float32; id i of key k gets a hash of (k, i): mix() again, on tensors."""
     h = (keys.unsqueeze(-1) + 0x9e3779b9 * torch.arange(1, vocab_size + 1, device=keys.device)) & 0xffffffff
     h = ((h ^ (h >> 16)) * 0x7feb352d) & 0xffffffff
     h = ((h ^ (h >> 15)) * 0x846ca68b) & 0xffffffff
@@ -115,10 +154,22 @@ def gumbel(keys, vocab_size):
     return -torch.log(-torch.log(u))
 
 
-def noise_keys(seed, rows, positions):
-    """seed int, rows (B,) and positions (B, T) ints as lists -> keys (B, T) int64 for gumbel."""
-    s = mix(mix(seed & 0xffffffff) ^ (seed >> 32 & 0xffffffff))
-    return torch.tensor([[mix(mix(s + row & 0xffffffff) + p & 0xffffffff) for p in ps] for row, ps in zip(rows, positions)])
+class Noise:
+    """noise(rows, starts, n) -> (B, n, V): what row rows[b] draws with at the positions starts[b], starts[b] + 1, ... of its text."""
+    def __init__(self, seed, vocab_size, device='cpu'):
+        self.seed = mix(mix(seed & 0xffffffff) ^ (seed >> 32 & 0xffffffff))
+        self.vocab_size, self.device, self.ahead = vocab_size, device, {}        # row -> (first position, noise (m, V))
+
+    def __call__(self, rows, starts, n):
+        out = []
+        for row, start in zip(rows, starts):
+            first, g = self.ahead.get(row, (0, ()))
+            if not first <= start <= start + n <= first + len(g):                # a small vocabulary's noise is made for many positions in one go
+                m, key = max(n, min(64, 8192 // self.vocab_size)), mix(self.seed + row & 0xffffffff)
+                g = gumbel(torch.tensor([mix(key + p & 0xffffffff) for p in range(start, start + m)], device=self.device), self.vocab_size)
+                self.ahead[row], first = (start, g), start
+            out.append(g[start - first:start - first + n])
+        return out[0][None] if len(out) == 1 else torch.stack(out)
 
 
 def draw(logits, noise, temperature, top_k=None, top_p=None, min_p=None):
@@ -142,24 +193,115 @@ def draw(logits, noise, temperature, top_k=None, top_p=None, min_p=None):
     return (logits + noise).argmax(dim=-1)
 
 # -----------------------------------------------------------------------------
+# drafters: (model, x, last, ids, noise, pick) -> up to k tokens for every row, (B, k) int64, that may come next
+# ids is every row's text, last (B, 1) the end of it, x (B, 1, n_embd) the trunk's state from which last was drawn; noise (B, k, V) is what the target itself will draw with
+# at those positions, so a drafter that knows the distribution guesses the very sample; pick draws ids from logits and noise.
+
+def draft_head(model, x, last, ids, noise, pick):
+    """The draft cell, fed its own draws."""
+    out = [last]
+    for n in range(noise.size(1)):
+        x = model.draft_state(x, out[-1])
+        out.append(pick(model.logits(x), noise[:, n:n + 1]))        # (B, 1)
+    return torch.cat(out[1:], dim=1)
+
+
+def draft_multi_token(model, x, last, ids, noise, pick):
+    """The multi-token heads, all from one state: the first predicts what follows the last token, and so on."""
+    n = min(noise.size(1), model.config.multi_token_n)
+    return pick(model.logits(torch.cat([model.multi_token_state(x, i) for i in range(n)], dim=1)), noise[:, :n])
+
+
+def draft_ngram(model, x, last, ids, noise, pick, longest=8):
+    """What followed the latest earlier occurrence of the text's last tokens, as many of them as can be found (prompt lookup)."""
+    k, out = noise.size(1), []
+    for row in ids:
+        found = row[-1:] * k
+        for n in range(min(longest, len(row) - 1), 0, -1):
+            tail = row[-n:]
+            at = next((i for i in range(len(row) - n - 1, -1, -1) if row[i:i + n] == tail), None)
+            if at is not None:
+                found = (row[at + n:at + n + k] + found)[:k]
+                break
+        out.append(found)
+    return torch.tensor(out, device=noise.device)
+
+
+def draft_random(model, x, last, ids, noise, pick):
+    """Nonsense: the adversary that must not change the text either."""
+    return torch.tensor([[mix(31 * len(row) + n + row[-1]) % noise.size(2) for n in range(noise.size(1))] for row in ids], device=noise.device)
+
+
+DRAFTERS = {'head': draft_head, 'mtp': draft_multi_token, 'ngram': draft_ngram, 'random': draft_random}
+
+
+class Depth:
+    """
+    How many tokens to draft: the k that promises most tokens a second. A chain of k drafts of which each is kept with probability a gives
+    (1 - a^(k+1)) / (1 - a) tokens; what a round of k costs is a line through the rounds timed so far. It decides speed, never the text.
+    """
+    def __init__(self, most):
+        self.most, self.kept, self.offered = most, 1.0, 2.0         # a starts at 1/2
+        self.sums = [0.0] * 5                                       # n, k, k*k, t, k*t over rounds, older ones counting less
+
+    def choose(self):
+        n, k, kk, t, kt = self.sums
+        spread = n * kk - k * k
+        if spread <= 1e-3 * n * n:                                   # no line yet: alternate
+            return max(1, self.most // (1 + (int(n + 0.5) % 2)))
+        slope = max(0.0, (n * kt - k * t) / spread)
+        base = max(1e-9, (t - slope * k) / n)
+        a = min(0.99, self.kept / self.offered)
+        return max(range(self.most + 1), key=lambda k: (1 - a ** (k + 1)) / (1 - a) / (base + slope * k))
+
+    def saw(self, k, kept, offered, seconds):
+        """A round of k drafts took seconds; of the offered drafts that were tried, kept were kept."""
+        self.kept, self.offered = 0.98 * self.kept + kept, 0.98 * self.offered + offered
+        self.sums = [0.95 * s + x for s, x in zip(self.sums, (1, k, k * k, seconds, k * seconds))]
+
+# -----------------------------------------------------------------------------
 # decoding
 
 class Engine:
-    """Decodes with one model. stats holds what the last generation did: tokens, passes, seconds, prefill_seconds."""
-    def __init__(self, model):
-        self.model, self.config, self.device = model.eval(), model.config, model.cos.device
-        self.stats = {}
+    """
+    Decodes with one model; compile=True compiles the decoding of single sequences, which pays after some thousand tokens. After a generation, stats holds tokens, passes of the trunk, seconds in all, prefill_seconds, first_seconds (to the
+    first token), drafted, kept, and accepted: how many passes kept 0, 1, 2, ... drafts.
+    """
+    def __init__(self, model, compile=False):
+        self.model, self.config, self.device, self.compile = model.eval(), model.config, model.cos.device, compile
+        self.stats, self.steps = {}, {}
+
+    def compiled(self, draft, n, pick):
+        """
+        A whole round as one compiled call, (k, v, start, x, last, noise) -> (tokens read, tokens drawn, state of the last one kept): n drafts, one pass
+        over n+1 tokens, the draws. Without a drafter the n+1 tokens are decoded one after the other, so its drafts are always right. In a
+        small model most of a token's time is the calling of some hundred operations; this calls one.
+        """
+        key = (draft, n, tuple(sorted(pick.keywords.items())))
+        if key not in self.steps:
+            def step(k, v, start, x, last, noise):
+                cache, model = StaticCache(k, v, start), self.model
+                if draft is None:
+                    tokens, states = [last], []
+                    for i in range(n + 1):
+                        states.append(model.trunk(tokens[-1], cache))
+                        tokens.append(pick(model.logits(states[-1]), noise[:, i:i + 1]))
+                    return torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1), torch.cat(states, dim=1)
+                tokens = torch.cat((last, draft(model, x, last, None, noise[:, :n], pick)), dim=1)
+                states = model.trunk(tokens, cache)
+                return tokens, pick(model.logits(states), noise), states
+            how = dict(options={'cpp_wrapper': True}) if self.device.type == 'cpu' else dict(mode='reduce-overhead')    # on CUDA: one graph launch
+            self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, **how)
+        return self.steps[key]
 
     @torch.inference_mode()
-    def prefill(self, prompts, max_tokens):
-        """Token lists of any lengths -> (cache holding all of them, the state of each one's last token (B, 1, n_embd))."""
+    def prefill(self, cache, prompts):
+        """Reads prompts (token lists of any lengths) into an empty cache. Returns the state of each one's last token (B, 1, n_embd)."""
         longest = max(map(len, prompts))
-        assert min(map(len, prompts)) > 0, "an empty prompt: start with at least one token"
-        cache = KVCache(self.config, len(prompts), max_tokens, device=self.device)
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         for b, p in enumerate(prompts):
-            ids[b, :len(p)] = torch.tensor(p)                       # padded on the right: no real token ever sees the padding
+            ids[b, :len(p)] = torch.tensor(p, dtype=torch.long)     # padded on the right: no real token ever sees the padding
         last = None
         for start in range(0, longest, PREFILL_CHUNK):
             x = self.model.trunk(ids[:, start:start + PREFILL_CHUNK].to(self.device), cache)
@@ -167,50 +309,105 @@ class Engine:
             state = x[torch.arange(len(prompts), device=self.device), at][:, None]           # (B, 1, n_embd)
             last = state if last is None else torch.where((lengths > start)[:, None, None], state, last)
         cache.rewind([len(p) for p in prompts])                     # the padding's keys are forgotten
-        return cache, last
+        return last
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=(), num_samples=1, slide=False):
+    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=(), num_samples=1, slide=False,
+                 drafter=None, draft_n=8, adapt=True):
         """
         Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt r // num_samples. Yields, per pass,
         [(row, new tokens), ...]. A row ends after max_new_tokens or with a token in stop (which is yielded), and leaves the batch.
         Prompt + max_new_tokens beyond block_size raise an AssertionError with the numbers; with slide=True a row that has filled the
         context goes on from the later half of it instead.
+
+        drafter ('head', 'mtp', 'ngram', 'random' or a function) makes decoding speculative: up to draft_n tokens are guessed, one pass
+        reads them all, the target makes its own draw at every position, and drafts are kept exactly as long as they equal these draws;
+        then the target's draw is taken. So the text is the target's own, token for token, at any temperature and with any drafter
+        (drafter-invariant sampling, arXiv 2408.07978). adapt=False always drafts draft_n.
         """
         longest, block_size = max(map(len, prompts)), self.config.block_size
+        assert min(map(len, prompts)) > 0, "an empty prompt: start with at least one token"
         assert longest <= block_size and (slide or longest + max_new_tokens <= block_size + 1), \
             f"prompt ({longest} tokens) + max_new_tokens ({max_new_tokens}) exceed the context of {block_size}: shorten one of them, or let the window slide"
-        self.stats = {'tokens': 0, 'passes': 0, 'seconds': 0.0, 'prefill_seconds': 0.0}
+        draft = DRAFTERS.get(drafter, drafter)
+        needs = {draft_head: 'draft', draft_multi_token: 'multi_token'}.get(draft)
+        assert not needs or hasattr(self.model, needs), f"drafter {drafter!r} needs a model with a {needs} head: train one with {needs}_n > 0, or draft with ngram"
+        self.stats = stats = {'tokens': 0, 'passes': 0, 'seconds': 0.0, 'drafted': 0, 'kept': 0, 'accepted': [0] * (draft_n + 1)}
         clock = time.perf_counter()
-        cache, x = self.prefill(prompts, min(longest + max_new_tokens, block_size))
-        rows = [r for r in range(len(prompts) * num_samples)]       # the rows still going; position b of the batch is row rows[b]
+        static, room = None, min(longest + max_new_tokens + draft_n, block_size)
+        pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        if self.compile and len(prompts) * num_samples == 1 and draft in (None, draft_head, draft_multi_token):
+            room = min(1 << (room - 1).bit_length(), block_size)    # few sizes, since each is compiled anew
+            static = self.compiled(draft, draft_n, pick)
+        cache = KVCache(self.config, len(prompts), room, device=self.device)
+        x = self.prefill(cache, [p[:-1] for p in prompts]) if longest > 1 else None    # the last token of the prompt is the first to be decoded
+        rows = list(range(len(prompts) * num_samples))              # the rows still going; place b of the batch is row rows[b]
         ids = [list(prompts[r // num_samples]) for r in rows]
         limit = [len(i) + max_new_tokens for i in ids]
         if num_samples > 1:
             copies = [r // num_samples for r in rows]
             cache.keep(copies)
-            x = x[copies]
-        self.stats['prefill_seconds'] = time.perf_counter() - clock
+            x = x[copies] if x is not None else None
+        stats['prefill_seconds'] = time.perf_counter() - clock
+        depth = Depth(draft_n)
+        noise = Noise(seed, self.config.vocab_size, self.device)
         while rows and max_new_tokens:
-            logits = self.model.logits(x[:, -1])                    # (B, V)
-            noise = gumbel(noise_keys(seed, rows, [[len(i)] for i in ids])[:, 0].to(self.device), logits.size(-1)) if temperature else None
-            new = draw(logits, noise, temperature, top_k, top_p, min_p).tolist()
-            for i, t in zip(ids, new):
-                i.append(t)
-            self.stats['tokens'] += len(rows)
-            self.stats['seconds'] = time.perf_counter() - clock
-            yield [(row, [t]) for row, t in zip(rows, new)]
-            going = [b for b, t in enumerate(new) if t not in stop and len(ids[b]) < limit[b]]
-            if len(going) < len(rows):
-                if not going:
-                    break
-                cache.keep(going)
-                rows, ids, limit = [rows[b] for b in going], [ids[b] for b in going], [limit[b] for b in going]
-            if max(cache.lengths) == block_size:                    # slide: read the later half again, then go on from it
-                cache, x = self.prefill([i[-(block_size // 2):] for i in ids], block_size)
+            began = time.perf_counter()
+            room = min(block_size - max(cache.lengths), max(m - len(i) for m, i in zip(limit, ids))) - 1
+            k = 0 if x is None or (draft is None and not static) else min(room, depth.choose() if adapt and not static else draft_n)
+            g = noise(rows, [len(i) for i in ids], k + 1)           # (B, k+1, V)
+            tokens = last = torch.tensor([i[-1:] for i in ids], device=self.device)
+            if static and len(rows) == 1 and k == draft_n and x is not None:
+                tokens, drawn, x = static(cache.k, cache.v, torch.tensor(cache.lengths[0], device=self.device), x, last, g)
+                cache.lengths[0] += k + 1
             else:
-                x = self.model.trunk(torch.tensor([i[-1:] for i in ids], device=self.device), cache)
-            self.stats['passes'] += 1
+                if static and draft is None:
+                    k = 0
+                if k:
+                    drafts = draft(self.model, x, last, ids, g[:, :k], pick)
+                    k = drafts.size(1)
+                    tokens = torch.cat((last, drafts), dim=1)       # (B, k+1)
+                x = self.model.trunk(tokens, cache)                 # (B, k+1, n_embd)
+                drawn = pick(self.model.logits(x), g[:, :k + 1])
+            drawn = drawn.tolist()
+            guessed = tokens.tolist() if k else None
+            new, kept = [], []
+            for b, i in enumerate(ids):
+                n = 0
+                while n < k and guessed[b][n + 1] == drawn[b][n]:
+                    n += 1
+                kept.append(n)
+                t = drawn[b][:min(n + 1, limit[b] - len(i))]        # n drafts that were right, and one token more
+                if stop:
+                    t = t[:next((j + 1 for j, token in enumerate(t) if token in stop), len(t))]
+                i += t
+                new.append(t)
+            if k:
+                x = x[torch.arange(len(rows), device=self.device), torch.tensor(kept, device=self.device)][:, None]
+                cache.rewind([m - k + n for m, n in zip(cache.lengths, kept)])
+                depth.saw(k, sum(kept), sum(min(n + 1, k) for n in kept), time.perf_counter() - began)
+                if draft:
+                    stats['drafted'], stats['kept'] = stats['drafted'] + k * len(rows), stats['kept'] + sum(kept)
+            elif draft:
+                depth.saw(0, 0, 0, time.perf_counter() - began)
+            for n in kept:
+                stats['accepted'][n] += 1
+            stats['passes'] += 1 if draft else k + 1
+            stats['tokens'] += sum(map(len, new))
+            stats['seconds'] = time.perf_counter() - clock
+            stats.setdefault('first_seconds', stats['seconds'])
+            yield list(zip(rows, new))
+            going = [b for b, t in enumerate(new) if t[-1] not in stop and len(ids[b]) < limit[b]]
+            if not going:
+                break
+            if len(going) < len(rows):
+                cache.keep(going)
+                rows, ids, limit, x = [rows[b] for b in going], [ids[b] for b in going], [limit[b] for b in going], x[going]
+            for b, n in enumerate(cache.lengths):
+                if n == block_size:                                 # slide: read the later half again and go on from it
+                    fresh = KVCache(self.config, 1, device=self.device)
+                    x[b] = self.prefill(fresh, [ids[b][-(block_size // 2):-1]])[0]
+                    cache.replace(b, fresh)
 
     def complete(self, prompts, max_new_tokens, **how):
         """The new tokens of every row, as a list of lists; arguments as generate."""

@@ -69,16 +69,15 @@ def norm(x):
 
 
 def rope_tables(config):
-    """cos, sin of every position, each (block_size, head_dim / 2) (RoFormer, arXiv 2104.09864)."""
+    """(cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) (RoFormer, arXiv 2104.09864)."""
     freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), freq)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle.cos(), angle.cos()), dim=1), torch.cat((angle.sin(), -angle.sin()), dim=1)
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (i, i + head_dim/2) of x (B, T, heads, head_dim) by minus the position's angle, as nanochat does."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+    """Turns the pairs (i, i + head_dim/2) of x (..., heads, head_dim) by minus the position's angle, as nanochat does."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -89,16 +88,17 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        self.c_qkv = None       # a decoder may put the three that read x into one product (engine.py); training keeps them apart for Muon
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        n_q, n_kv = self.n_head, self.n_kv_head
+        qkv = torch.cat((self.c_q(x), self.c_k(x), self.c_v(x)), dim=-1) if self.c_qkv is None else self.c_qkv(x)
+        qk, v = qkv.view(B, T, n_q + 2 * n_kv, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
+        q, k = norm(rotate(qk, cos, sin)).split((n_q, n_kv), dim=2)              # (B, T, heads, head_dim)
         if cache is None:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # (B, heads, T, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv < n_q)
             y = y.transpose(1, 2)                                                # (B, T, n_head, head_dim)
         else:
             y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim)
@@ -168,9 +168,9 @@ class GPT(nn.Module):
         """
         if cache is None:
             assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens do not fit block_size ({self.config.block_size}): shorten the input"
-            cos, sin = self.cos[:idx.size(1), None], self.sin[:idx.size(1), None]       # (T, 1, head_dim/2)
+            cos, sin = self.cos[:idx.size(1), None], self.sin[:idx.size(1), None]       # (T, 1, head_dim)
         else:
-            position = cache.advance(idx.size(1))                                        # (B, T), or (T,) when all rows agree
+            position = cache.advance(idx.size(1))                                        # a slice of T when all rows agree, else (B, T)
             cos, sin = self.cos[position].unsqueeze(-2), self.sin[position].unsqueeze(-2)
         x = F.dropout(self.embed(idx), self.config.dropout, self.training)
         for block in self.transformer.h:

@@ -62,8 +62,8 @@ def dequantize(q, scale, group=None):
 
 def round_rows(x):
     """Activations x (..., K) -> xq (..., K), integers in [-127, 127] kept as float, and xs (..., 1): x is about xq * xs."""
-    xs = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return (x / xs).round(), xs
+    peak = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    return (x * (127 / peak)).round_(), peak / 127
 
 
 def fake_weight(w, bits=8, group=None):
@@ -97,9 +97,9 @@ def prepare(model):
 # running on the integers
 
 def int_matmul(xq, w):
-    """xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N) in float32."""
+    """xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N), int32 or float32."""
     if xq.device.type == 'cpu':
-        return torch._int_mm(xq.to(torch.int8), w.t()).float()
+        return torch._int_mm(xq.to(torch.int8), w.t())      # int32: what it is multiplied with makes it float
     if xq.device.type == 'cuda' and w.size(0) % 8 == 0 and w.size(1) % 8 == 0:
         M = xq.size(0)                                       # cuBLAS wants at least 17 rows
         return torch._int_mm(F.pad(xq.to(torch.int8), (0, 0, 0, max(0, 17 - M))), w.t())[:M].float()

@@ -122,11 +122,11 @@ else:
     complete(ids)
 
 if show_stats:
-    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'passes': 0} | engine.stats
+    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'accepted': []} | engine.stats
     n = model.config
     kv = model.kv_bytes_per_token()
     numbers = {'tokens': s['tokens'], 'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / num_samples / (s['passes'] + 1),
+               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])),
                'weights': 'int8' if path == quantised else 'float', 'drafter': 'none', 'file': path, 'bytes': os.path.getsize(path),
                'int_share': int_share(model) if path == quantised else 0.0, 'kv_bytes_per_token': kv, 'device': device}
     print(f"{path}: {numbers['bytes']:,} bytes, {100 * numbers['int_share']:.1f} % int8; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)

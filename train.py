@@ -185,7 +185,7 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
 say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, {torch.get_num_threads()} threads")
 
 forward = torch.compile(model) if compile else model
-forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None, broadcast_buffers=False) if world_size > 1 else forward
+forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None) if world_size > 1 else forward
 autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 weight = {'ce': 1.0, 'multi_token': multi_token_weight, 'draft': draft_weight}
 
@@ -328,4 +328,5 @@ say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_
                 'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'],
                 'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step')}))
 if world_size > 1:
+    dist.barrier()                              # a process that exits while gloo still lets go of the last tensors is aborted
     dist.destroy_process_group()

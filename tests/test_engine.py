@@ -8,7 +8,7 @@ import torch
 import engine as E
 import quantize as Q
 from data.tokenizer import BPETokenizer, CharTokenizer
-from engine import Engine, KVCache, draw, gumbel, noise_keys
+from engine import Engine, KVCache, Noise, draw, gumbel, mix
 from model import GPT, GPTConfig
 from test_model import randomise
 
@@ -44,7 +44,8 @@ def test_ragged_rows_and_rewind_equal_the_full_forward(kv, ragged):
     ids = torch.randint(96, (3, 90))
     lengths = [40, 3, 77] if ragged else [40, 40, 40]
     with torch.inference_mode():
-        cache, _ = Engine(model).prefill([ids[b, :n].tolist() for b, n in enumerate(lengths)], 90)
+        cache = KVCache(model.config, 3)
+        Engine(model).prefill(cache, [ids[b, :n].tolist() for b, n in enumerate(lengths)])
         assert cache.lengths == lengths
         junk = torch.randint(96, (3, 6))
         model.trunk(junk, cache)                                                    # drafts that were wrong ...
@@ -68,7 +69,7 @@ def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv):
         for width in (1, 5, 16):
             cache, at, out = KVCache(model.config, 1), 0, []
             while at < 200:
-                n = min(width, 200 - at, E.BUCKET - at % E.BUCKET)
+                n = min(width, 200 - at)
                 out.append(model.logits(model.trunk(ids[:, at:at + n], cache)))
                 at += n
             outs.append(torch.cat(out, 1))
@@ -118,9 +119,10 @@ def test_rows_end_where_they_should():
 
 
 def test_gumbel_is_gumbel():
-    keys = noise_keys(1, range(100), [range(50)] * 100).flatten()
-    g = gumbel(keys, 20)
-    assert len(keys.unique()) == 5000 and g.isfinite().all()
+    g = Noise(1, 20)(range(100), [7] * 100, 50)                                     # (rows, positions, ids)
+    assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))     # a function of seed, row and position
+    g = g.flatten(0, 1)
+    assert len(g[:, 0].unique()) > 4990 and g.isfinite().all()
     for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):                                       # the distribution function exp(-exp(-x))
         p = math.exp(-math.exp(-x))
         assert abs((g < x).float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / g.numel())
@@ -131,7 +133,7 @@ def test_gumbel_is_gumbel():
 
 def test_the_filters():
     p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
-    noise = gumbel(noise_keys(0, [0], [range(4000)])[0], 5)
+    noise = gumbel(torch.tensor([mix(i) for i in range(4000)]), 5)
     seen = lambda **how: sorted(set(draw(p.log().expand(4000, 5), noise, 1.0, **how).tolist()))
     assert seen() == [0, 1, 2, 3, 4] and seen(top_k=2) == [0, 1] and seen(top_k=9) == seen(top_p=1.0) == [0, 1, 2, 3, 4]
     assert seen(top_p=0.4) == [0] and seen(top_p=0.6) == [0, 1] and seen(top_p=0.95) == [0, 1, 2, 3]
@@ -172,3 +174,77 @@ def test_streaming_whole_characters_and_stop_strings():
     fake.generate = lambda *a, **k: iter([[(0, [b])] for b in b'a' + euro + b'bSTxSTOPyz'])
     assert list(Engine.stream(fake, BPE, prompt, 9)) == ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']
     assert list(Engine.stream(fake, BPE, prompt, 9, stop_strings=['STOP'])) == ['a', '€', 'b', 'STx', '']
+
+# -----------------------------------------------------------------------------
+# speculation: the same seed gives the same text, whatever the drafter
+
+def with_heads(tokenizer, kv, block_size=160):
+    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=kv, multi_token_n=3, draft_n=4)))
+
+
+def oracle(accuracy):
+    """A drafter that knows the text and is wrong now and then: exercises every length of acceptance."""
+    def draft(model, x, last, ids, noise, pick):
+        out = []
+        for row in ids:
+            truth = next(t for t in oracle.texts if t[:len(row)] == row)[len(row):]
+            out.append([t if mix(len(row) + n) % 100 < accuracy else (t + 1) % noise.size(2) for n, t in enumerate(truth + [0] * noise.size(1))][:noise.size(1)])
+        return torch.tensor(out)
+    return draft
+
+
+@pytest.mark.parametrize('quantised', [False, True])
+@pytest.mark.parametrize('tokenizer, kv', [(CHAR, 4), (CHAR, 1), (BPE, 2)])
+def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
+    model = with_heads(tokenizer, kv)
+    model = Q.convert(model) if quantised else model
+    engine = Engine(model)
+    prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
+    n = 0
+    for temperature in (0, 0.7, 1, 1.3):
+        how = dict(seed=3, temperature=temperature, top_k=20 if temperature == 0.7 else None, top_p=0.9 if temperature == 1.3 else None)
+        plain = engine.complete(prompts, 60, **how)
+        oracle.texts = [p + t for p, t in zip(prompts, plain)]
+        alone = engine.complete(prompts[1:2], 60, **(how | dict(seed=4)))
+        for i, drafter in enumerate(('head', 'mtp', 'ngram', 'random', oracle(100), oracle(60))):
+            for k in {1, 8, 2 + (n + i) % 5}:
+                assert engine.complete(prompts, 60, drafter=drafter, draft_n=k, adapt=k % 2 == 0, **how) == plain, (drafter, k, temperature)
+                n += 1
+            if isinstance(drafter, str):
+                assert engine.complete(prompts[1:2], 60, drafter=drafter, **(how | dict(seed=4))) == alone
+        engine.complete(prompts[:1], 60, drafter=oracle(100), draft_n=5, adapt=False, **how)
+        assert engine.stats['passes'] <= 13 and engine.stats['accepted'][5] >= 9 and engine.stats['tokens'] == 60     # 6 tokens a pass but for the first and the last
+
+
+def test_speculation_with_stops_samples_streams_and_sliding():
+    model = with_heads(CHAR, 2)
+    engine = Engine(model)
+    prompts = [CHAR.encode('ab'), CHAR.encode('something else')]
+    for how in (dict(stop=[5, 40, 70]), dict(num_samples=3), dict(slide=True)):
+        length = 300 if 'slide' in how else 100
+        plain = engine.complete(prompts, length, seed=1, **how)
+        for drafter in ('head', 'ngram', 'random'):
+            assert engine.complete(prompts, length, seed=1, drafter=drafter, draft_n=4, **how) == plain, (how, drafter)
+    text = ''.join(engine.stream(CHAR, prompts[0], 100, seed=2))
+    for stops in ([], [text[30:33]]):
+        assert ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2, drafter='random')) == ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2))
+    with pytest.raises(AssertionError, match='draft head'):
+        next(Engine(build()).generate([[1]], 5, drafter='head'))
+
+
+def test_heads_draft_what_they_were_trained_for():
+    """A draft head and multi-token heads trained to know the next tokens of a fixed cycle have all their drafts kept."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=16, n_layer=1, n_head=2, n_embd=32, multi_token_n=2, draft_n=3))
+    text = torch.arange(2000) * 5 % 16
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(60):
+        at = torch.randint(1900, (16,))
+        x, y = (torch.stack([text[i + o:i + o + 32] for i in at]) for o in (0, 1))
+        optimizer.zero_grad()
+        sum(model(x, y).values()).backward()
+        optimizer.step()
+    engine = Engine(model)
+    for drafter, k in (('head', 6), ('mtp', 2)):
+        engine.complete([[0, 5]], 40, temperature=0, drafter=drafter, draft_n=k, adapt=False)
+        assert engine.stats['kept'] >= 0.9 * engine.stats['drafted'] - k

@@ -1,0 +1,188 @@
+"""
+sample.py and quantize.py on a model that train.py has just made: float and int8, one sample and several, files, stops, a conversation
+with stdin; and one line for whatever cannot work.
+
+$ python -m pytest tests/test_sample.py       some ten seconds
+"""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+from data.tokenizer import from_meta
+from engine import Engine
+from model import load_model
+from quantize import load
+from test_train import TINY, content, make_dataset, refused, run, start, toy_text
+
+LOAD = {'float': lambda out_dir: load_model(f'{out_dir}/best.pt'), 'int8': lambda out_dir: load(f'{out_dir}/int8.safetensors')}
+GREEDY = ['--temperature=0', '--max_new_tokens=30', '--start=the cat', '--device=cpu']
+
+
+@pytest.fixture(scope='module', params=['char', 'bpe'])
+def out_dir(request, tmp_path_factory):
+    """train.py, quantize.py, and then only the folder they wrote: elsewhere, the data gone."""
+    root = tmp_path_factory.mktemp(request.param)
+    data = make_dataset(root / 'data', level=request.param, vocab_size=275, val=2000)
+    for script, args in (('train.py', [*TINY, data, '--n_embd=64', '--block_size=64', '--max_iters=60', '--eval_interval=60', '--quant_bits=8', '--device=cpu']), ('quantize.py', ['--device=cpu'])):
+        got = run(script, *args, f'--out_dir={root}/out')
+        assert got.status == 0, got.err
+    (root / 'elsewhere').mkdir()
+    shutil.copytree(root / 'out', root / 'elsewhere' / 'model')
+    shutil.rmtree(root / 'out')
+    shutil.rmtree(root / 'data')
+    return str(root / 'elsewhere' / 'model')
+
+
+def sample(out_dir, *args, stdin=''):
+    """A run that must succeed -> what it printed."""
+    got = run('sample.py', f'--out_dir={out_dir}', *args, stdin=stdin)
+    assert got.status == 0, got.err
+    return got.out
+
+
+def expected(out_dir, weights, prompt, n, **how):
+    """The same text straight from the engine."""
+    model, state = LOAD[weights](out_dir)
+    tokenizer = from_meta(state['tokenizer'])
+    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
+    return [prompt + tokenizer.decode(row) for row in Engine(model).complete([ids], n, **how)]
+
+
+@pytest.mark.parametrize('weights', ['float', 'int8'])
+def test_one_sample(out_dir, weights):
+    got = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--weights={weights}', '--show_stats=True')
+    assert got.out == expected(out_dir, weights, 'the cat', 30, temperature=0)[0] + '\n'
+    assert got.out == sample(out_dir, *GREEDY, f'--weights={weights}')
+    assert got.out.split()[-2] in toy_text().split()                                   # it has learnt words
+    stats = json.loads(got.err.splitlines()[-1])
+    assert stats.keys() >= {'tokens', 'tok_s', 'tokens_per_verify', 'weights', 'drafter', 'bytes', 'int_share'}
+    file = f"{out_dir}/{'best.pt' if weights == 'float' else 'int8.safetensors'}"
+    assert stats['tokens'] == 30 and stats['tokens_per_verify'] == 1 and stats['weights'] == weights and stats['bytes'] == os.path.getsize(file)
+    assert stats['int_share'] == 0 if weights == 'float' else stats['int_share'] > 0.9
+
+
+def test_int8_is_taken_when_it_is_there(out_dir, tmp_path):
+    how = ['--start=the', '--seed=3', '--max_new_tokens=40', '--top_k=9', '--top_p=0.9', '--min_p=0.01', '--show_stats=True']
+    assert json.loads(run('sample.py', f'--out_dir={out_dir}', *how).err.splitlines()[-1])['weights'] == 'int8'
+    shutil.copy(f'{out_dir}/best.pt', tmp_path)
+    got = run('sample.py', f'--out_dir={tmp_path}', *how)
+    assert json.loads(got.err.splitlines()[-1])['weights'] == 'float' and got.out == sample(out_dir, *how, '--weights=float')
+
+
+def test_several_samples(out_dir):
+    """Each begins with the prompt and has its own noise; a row does not depend on how many others there are."""
+    args = ['--start=the cat', '--seed=5', '--max_new_tokens=40', '--temperature=1']
+    texts = sample(out_dir, *args, '--num_samples=3').split('\n---------------\n')
+    assert texts.pop() == '' and texts == expected(out_dir, 'int8', 'the cat', 40, seed=5, num_samples=3) and len(set(texts)) == 3
+    assert sample(out_dir, *args) == texts[0] + '\n'
+    assert sample(out_dir, *args, '--seed=6') != texts[0] + '\n'
+
+
+def test_a_stop_string_ends_the_text(out_dir):
+    free = sample(out_dir, *GREEDY)
+    stop = free[12:15]
+    cut = free[:free.index(stop, len('the cat'))]
+    assert sample(out_dir, *GREEDY, f'--stop={stop}') == cut + '\n'
+    assert sample(out_dir, *GREEDY, f'--stop={stop}', '--num_samples=2') == f'{cut}\n---------------\n' * 2
+
+
+def test_prompts_from_a_file_and_beyond_the_context(out_dir, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('the cat\nsat on')
+    how = ['--temperature=0', '--max_new_tokens=30']
+    assert sample(out_dir, *how, f'--start=FILE:{tmp_path}/prompt.txt') == sample(out_dir, *how, '--start=the cat\nsat on')
+    assert sample(out_dir, *how, '--start=the', '--max_new_tokens=0') == 'the\n'
+    long = sample(out_dir, *GREEDY, '--max_new_tokens=150', '--slide=True')
+    assert len(long) >= 150 and long.startswith(sample(out_dir, *GREEDY)[:-1])
+
+
+def test_a_conversation(out_dir):
+    """Prompts of several lines, one that is refused, one without an end; the seed moves on from prompt to prompt."""
+    how = ['--interactive=True', '--max_new_tokens=20', '--seed=7', '--temperature=1']
+    too_long = 'the ' * 100
+    got = run('sample.py', f'--out_dir={out_dir}', *how, stdin=f'the cat\nsat on\n###\n{too_long}\n###\na mat\n###\nno end')
+    first, second = (expected(out_dir, 'int8', prompt, 20, temperature=1.0, seed=seed)[0] for prompt, seed in (('the cat\nsat on', 7), ('a mat', 8)))
+    assert got.status == 0 and got.out == f'{first}\n{second}\n'
+    asked, *rest = got.err.splitlines()
+    assert '###' in asked and len(rest) == 1 and rest[0].startswith('error: the prompt')
+    got = run('sample.py', f'--out_dir={out_dir}', '--interactive=True', '--show_stats=True')
+    assert got.status == 0 and got.out == '' and json.loads(got.err.splitlines()[-1])['tokens'] == 0
+
+
+# -----------------------------------------------------------------------------
+# what goes wrong
+
+@pytest.fixture(scope='module')
+def house(tmp_path_factory):
+    """A folder with a good run, and runs with one thing wrong each."""
+    root = tmp_path_factory.mktemp('house')
+    data = make_dataset(root / 'data')
+    make_dataset(root / 'other', toy_text() + 'xyz')
+    for script, args in (('train.py', [*TINY, data, '--max_iters=1']), ('quantize.py', [])):
+        assert run(script, *args, f'--out_dir={root}/good').status == 0
+    best, small = ((root / 'good' / name).read_bytes() for name in ('best.pt', 'int8.safetensors'))
+    torch.save({'model': {}, 'iter_num': 3}, root / 'foreign.pt')
+    for name, file, damaged in (('truncated', 'best.pt', best[:-100]), ('text', 'best.pt', b'hello'), ('foreign', 'best.pt', (root / 'foreign.pt').read_bytes()), ('float', 'best.pt', best),
+                              ('short', 'int8.safetensors', small[:-100]), ('flipped', 'int8.safetensors', small[:-9] + bytes([small[-9] ^ 1]) + small[-8:]),
+                              ('header', 'int8.safetensors', small[:100]), ('mixed', 'int8.safetensors', best), ('empty', 'int8.safetensors', b'')):
+        (root / name).mkdir()
+        (root / name / file).write_bytes(damaged)
+    (root / 'latin.txt').write_bytes(b'caf\xe9')
+    return root
+
+
+BAD = [                                             # script, flags, what the line must say. {} is the folder above
+    ('sample.py', '--out_dir={}/nothing', 'no checkpoint at'),
+    ('sample.py', '--out_dir={}/truncated', 'not a whole'),
+    ('sample.py', '--out_dir={}/text', 'not a whole'),
+    ('sample.py', '--out_dir={}/foreign', 'expected the keys .* found .*iter_num'),
+    ('sample.py', '--out_dir={}/float --weights=int8', 'python quantize.py --out_dir='),
+    ('sample.py', '--out_dir={}/short', 'damaged'),
+    ('sample.py', '--out_dir={}/flipped', 'damaged'),
+    ('sample.py', '--out_dir={}/header', 'not a whole'),
+    ('sample.py', '--out_dir={}/mixed', 'not a whole'),
+    ('sample.py', '--out_dir={}/empty', 'not a whole'),
+    ('sample.py', '--weights=int4', 'auto, float or int8'),
+    ('sample.py', '--start=the%cat', "no token for '%'"),
+    ('sample.py', '--start=', 'prompt is empty'),
+    ('sample.py', '--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
+    ('sample.py', '--start=thecatsatonamatandran --slide=True', 'do not fit'),
+    ('sample.py', '--max_new_tokens=15', r'3 tokens \+ max_new_tokens \(15\) do not fit'),
+    ('sample.py', '--start=FILE:{}/missing.txt', 'missing.txt'),
+    ('sample.py', '--start=FILE:{}/latin.txt', 'not UTF-8'),
+    ('sample.py', '--temprature=1', 'temperature'),
+    ('sample.py', '--interactive=maybe', 'takes a bool'),
+    ('sample.py', '--device=foo', 'device'),
+    *(('sample.py', f'--{knob}={value}', knob) for knob, values in {
+        'max_new_tokens': '-1 none', 'temperature': '-0.5 none warm', 'top_k': 'fifty 0 -3 1.5 True', 'top_p': 'x 2 -0.1', 'min_p': 'x 3', 'num_samples': '0 none',
+        'seed': 'none', 'threads': '-1 none'}.items() for value in values.split()),
+    ('quantize.py', '--out_dir={}/nothing', 'no checkpoint at'),
+    ('quantize.py', '--out_dir={}/truncated', 'not a whole'),
+    ('quantize.py', '--out_dir={}/foreign', 'expected the keys'),
+    ('quantize.py', '--weights=last.pt', 'no checkpoint at'),
+    ('quantize.py', '--bits=3', 'bits'),
+    ('quantize.py', '--bits=none', 'bits'),
+    ('quantize.py', '--device=foo', 'foo'),
+    pytest.param('quantize.py', '--dataset={}/nothing --out_dir={}/float', 'data/text/prepare.py', marks=pytest.mark.xfail(reason='it writes the file first')),
+    pytest.param('quantize.py', '--dataset={}/other --out_dir={}/float', 'tokenizer', marks=pytest.mark.xfail(reason='it does not look')),
+]
+
+
+@pytest.mark.parametrize('script, flags, pattern', BAD)
+def test_bad_input(house, script, flags, pattern):
+    before = content(house)
+    first = [f'--out_dir={house}/good'] + (['--start=the', '--max_new_tokens=5'] if script == 'sample.py' else [])
+    got = run(script, *first, *flags.replace('{}', str(house)).split(' '))
+    refused(got, pattern)
+    assert got.out == '' and content(house) == before
+
+
+def test_in_a_process(house):
+    """stdout is text and nothing else; an error is one line on stderr."""
+    good = [f'--out_dir={house}/good', '--start=the', '--max_new_tokens=9', '--temperature=0']
+    for args, status in (([], 0), (['--start=%'], 1)):
+        out, err = (p := start('sample.py', *good, *args)).communicate()
+        inside = run('sample.py', *good, *args)
+        assert (p.returncode, out, err) == (inside.status, inside.out, inside.err) and p.returncode == status
