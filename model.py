@@ -58,6 +58,7 @@ class GPTConfig:
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'n_hidden'):
             assert getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1"
         assert self.n_head % self.n_kv_head == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): each key/value head serves equally many query heads"
+        assert max(self.multi_token_n, self.draft_n) < self.block_size, f"multi_token_n ({self.multi_token_n}) and draft_n ({self.draft_n}) look further than block_size ({self.block_size}): lower them"
         assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
 
 # -----------------------------------------------------------------------------
@@ -328,6 +329,23 @@ class Muon(torch.optim.Optimizer):
                     p.add_(u.to(p.dtype), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
 
 
+def check_device(device):
+    """Ends the script with one line if PyTorch cannot use this device here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
+
+
+def check_knobs(config, *ranges, may_be_none=''):
+    """The configurator knows a knob's type but not what it counts: ranges are (names, int or float, least, most)."""
+    for names, kind, least, most in ranges:
+        for name in names.split():
+            value = config[name]
+            if not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
+                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+
+
 def fast_bf16(device):
     """Whether this device multiplies bfloat16 faster than float32."""
     return torch.device(device).type == 'cuda' or (torch.device(device).type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
@@ -419,6 +437,9 @@ def load_checkpoint(path, device='cpu'):
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint dict."""
     state = load_checkpoint(path, device)
+    unknown = set(state['config']) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise SystemExit(f"error: {path} was written by another version: its shape has {sorted(unknown)}, which this model does not know: use the version that wrote it")
     model = GPT(GPTConfig(**state['config']))
     model.load_state_dict(state['model'])
     return model.to(device).eval(), state

@@ -16,13 +16,13 @@ import torch
 
 from data.loader import read_text
 from data.tokenizer import from_meta
-from engine import Engine
-from model import load_model
+from engine import DRAFTERS, Engine, for_decoding
+from model import check_device, check_knobs, load_model
 from quantize import int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
-weights = 'auto'            # float (best.pt), int8 (int8.safetensors), auto: int8 if there is one
+weights = 'auto'            # float (best.pt), int8 (int8.safetensors), auto: whichever is newer
 start = '\n'                # the prompt, or FILE:path to read it from a file
 num_samples = 1
 max_new_tokens = 200
@@ -32,6 +32,9 @@ top_p = None                # only the smallest set of tokens that holds this mu
 min_p = None                # only tokens at least this share as probable as the most probable one
 stop = ''                   # text to stop before
 seed = 1337
+drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
+draft_n = 4                 # at most so many at a time
+compile = False             # compile whole rounds: some 30 s once, then several times the speed for a small model
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 show_stats = False
@@ -40,27 +43,26 @@ threads = 0                 # CPU threads; 0: PyTorch's own choice
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-for names, kind, least, most in (               # the configurator knows a knob's type, but not what it counts
-        ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
-        ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1)):
-    for name in names.split():
-        value = config[name]
-        if not (value is None and name in ('top_k', 'top_p', 'min_p')) and not (type(value) in (int, kind) and least <= value <= most):
-            raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
-try:
-    torch.zeros(1, device=device).item()
-except (RuntimeError, AssertionError) as e:
-    raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
+check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_n', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
+            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), may_be_none='top_k top_p min_p')
+check_device(device)
+if drafter not in ('none', *DRAFTERS):
+    raise SystemExit(f"error: drafter ({drafter}) must be none, {', '.join(DRAFTERS)}")
 if threads:
     torch.set_num_threads(threads)
 if weights not in ('auto', 'float', 'int8'):
     raise SystemExit(f"error: weights ({weights}) must be auto, float or int8")
 quantised = os.path.join(out_dir, 'int8.safetensors')
-path = quantised if weights == 'int8' or (weights == 'auto' and os.path.exists(quantised)) else os.path.join(out_dir, 'best.pt')
+path = quantised if weights == 'int8' else os.path.join(out_dir, 'best.pt')
+if weights == 'auto':                           # the newer one: an int8 file may be left over from an earlier training
+    path = max(filter(os.path.exists, (quantised, path)), key=os.path.getmtime, default=path)
 model, state = (load if path == quantised else load_model)(path, device)
 tokenizer = from_meta(state['tokenizer'])
-engine = Engine(model)
-how = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
+needs = {'head': 'draft', 'mtp': 'multi_token'}.get(drafter)
+if needs and not hasattr(model, needs):
+    raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
+engine = Engine(for_decoding(model), compile)
+how = dict(drafter=None if drafter == 'none' else drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
 
 def encode(text):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
 from engine import Engine
-from model import GPT, GPTConfig, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
+from model import GPT, GPTConfig, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -81,17 +81,12 @@ exec(open('configurator.py').read())
 # -----------------------------------------------------------------------------
 # set-up: processes, device, data, model
 
-for names, kind, least, most in (                 # the configurator knows a knob's type, but not what it counts
-        ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
-        ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
-        ('seed', int, 0, 2**63 - 1),
-        ('dropout decay_frac qat_start', float, 0, 1),
-        ('muon_lr adam_lr weight_decay grad_clip multi_token_weight draft_weight', float, 0, math.inf)):
-    for name in names.split():
-        value = config[name]
-        usual = value is None and name in ('n_kv_head', 'head_dim', 'n_hidden')
-        if not usual and not (type(value) is kind and least <= value <= most):
-            raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+check_knobs(config,
+            ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
+            ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
+            ('seed', int, 0, 2**63 - 1),
+            ('dropout decay_frac qat_start', float, 0, 1),
+            ('muon_lr adam_lr weight_decay grad_clip multi_token_weight draft_weight', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
 if quant_bits not in (0, 8):
     raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
 if dtype not in ('auto', 'float32', 'bfloat16'):
@@ -111,10 +106,7 @@ if world_size > 1:
         device = f'cuda:{local_rank}'
         torch.cuda.set_device(device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')     # evaluate adds up its totals on the CPU
-try:
-    torch.zeros(1, device=device).item()
-except (RuntimeError, AssertionError) as e:
-    raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
+check_device(device)
 device_type = device.split(':')[0]
 if dtype == 'auto':
     dtype = 'bfloat16' if fast_bf16(device) else 'float32'

@@ -1,5 +1,6 @@
 """engine.py: cached = chunked = batched = full forward; the sampling law; whole characters."""
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -248,3 +249,28 @@ def test_heads_draft_what_they_were_trained_for():
     for drafter, k in (('head', 6), ('mtp', 2)):
         engine.complete([[0, 5]], 40, temperature=0, drafter=drafter, draft_n=k, adapt=False)
         assert engine.stats['kept'] >= 0.9 * engine.stats['drafted'] - k
+
+
+@pytest.mark.parametrize('quantised', [False, True])
+def test_prepared_for_decoding_is_the_same_model(quantised):
+    model, fused = (with_heads(BPE, 2) for _ in range(2))
+    if quantised:
+        Q.convert(model), Q.convert(fused)
+    E.for_decoding(fused)
+    x = torch.randint(259, (2, 30))
+    assert torch.allclose(model(x), fused(x), atol=0 if quantised else 1e-4)
+    assert Engine(fused).complete([[1, 2]], 50) == Engine(model).complete([[1, 2]], 50) and fused.params()['total'] == model.params()['total']
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU')
+@pytest.mark.parametrize('drafter', [None, 'head'])
+def test_compiled_rounds_give_the_same_text(drafter):
+    model = Q.convert(with_heads(CHAR, 1, block_size=96))
+    how = dict(drafter=drafter, draft_n=2, temperature=0.8, seed=9)
+    prompts = [CHAR.encode('To be'), CHAR.encode('x')]
+    compiled = Engine(model, compile=True)
+    for p in prompts:
+        plain = Engine(model).complete([p], 80, temperature=0.8, seed=9)
+        assert compiled.complete([p], 80, **how) == plain and compiled.stats['tokens'] == 80
+        assert compiled.complete([p], 80, stop=plain[0][20:21], **how)[0] == plain[0][:plain[0].index(plain[0][20]) + 1]
+    assert len(compiled.steps) == 1

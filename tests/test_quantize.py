@@ -64,6 +64,18 @@ def test_int8_rows_do_not_depend_on_their_neighbours():
         assert torch.equal(layer(x[:n]), alone[:n])
 
 
+def test_packed_is_bit_for_bit_the_plain_one():
+    q, scale = Q.round_weight(torch.randn(9000, 48))
+    layer = Q.Int8Linear(q, scale.squeeze(1))
+    if not Q.PackedInt8Linear.pays(layer):
+        pytest.skip('this CPU has no exact packed kernel; the plain one is used')
+    packed = Q.PackedInt8Linear(layer)
+    x = torch.randn(16, 48) * torch.logspace(-3, 3, 16)[:, None]
+    for n in (1, 2, 5, 16):
+        assert torch.equal(packed(x[:n]), layer(x[:n]))
+    assert torch.equal(packed(x.view(2, 8, 48)), layer(x).view(2, 8, -1))
+
+
 @pytest.mark.parametrize('tie', [False, True])
 def test_fake_quant_equals_the_integers(tie):
     """The prepared float model and the exported integer one are the same network; only the order of float sums differs."""
