@@ -17,7 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from quantize import Int8Linear, PackedInt8Linear
+from quantize import round_rows
 
 PREFILL_CHUNK = 512     # tokens of prompt per pass: bounds the memory of a long prompt
 BUCKET = 64             # decoding attends to the cache's length rounded up to this, masked; see KVCache.attend
@@ -31,31 +31,39 @@ def round_up(n):
 
 class KVCache:
     """
-    Keys and values of every layer, n_layer tensors (B, n_kv_head, T_max, head_dim) each, and a length per row.
+    Keys and values of every layer, n_layer tensors (B, n_kv_head, T_max, head_dim) each, and a length per row. dtype=torch.int8 keeps them as
+    integers with a scale per token and head: 4 times less memory than float32.
     advance(T) makes room for T more tokens in every row; the trunk then calls attend once per layer. rewind forgets tokens again.
     """
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
-        self.block_size = config.block_size
-        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size), config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.lengths = [0] * batch              # tokens held by each row; plain ints: asking a GPU for them would stall it
-        self.resize()
+        self.block_size, self.lengths = config.block_size, [0] * batch      # plain ints: asking a GPU for them would stall it
+        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size))
+        layers = lambda *width, dtype: [torch.zeros(*shape, *width, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.store = {name: layers(config.head_dim, dtype=dtype) for name in 'kv'}
+        self.int8 = dtype == torch.int8
+        if self.int8:
+            self.store |= {f'{name}_scale': layers(1, dtype=torch.float32) for name in 'kv'}
+        self.make_stairs()
 
-    def resize(self, extra=0):
-        """Room for extra more tokens. stairs is 0, 0, ..., -inf, -inf, ...: a window of it is the mask of one query."""
-        self.k, self.v = ([F.pad(t, (0, 0, 0, extra)) if extra else t for t in kv] for kv in (self.k, self.v))
-        n, first = max(self.k[0].size(2), self.k[0].size(0)), self.k[0]
+    def make_stairs(self):
+        """0, 0, ..., -inf, -inf, ...: a window of it is the mask of one query."""
+        first = self.store['k'][0]
+        self.size, n = first.size(2), max(first.size(0), first.size(2))
         self.numbers = torch.arange(n, device=first.device)
-        self.stairs = torch.zeros(2 * n, dtype=first.dtype, device=first.device)
+        self.stairs = torch.zeros(2 * n, dtype=torch.float32 if self.int8 else first.dtype, device=first.device)
         self.stairs[n:] = float('-inf')
+
+    def change(self, f):
+        """Every tensor of the store becomes f(tensor)."""
+        self.store = {name: [f(t) for t in tensors] for name, tensors in self.store.items()}
+        self.make_stairs()
 
     def advance(self, T):
         """Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else (B, T)."""
-        longest, size = max(self.lengths) + T, self.k[0].size(2)
+        longest = max(self.lengths) + T
         assert longest <= self.block_size, f"{longest} tokens do not fit the context of {self.block_size}: shorten the prompt or ask for fewer new tokens"
-        if longest > size:
-            self.resize(max(size, round_up(longest) - size))                                 # grow by doubling
+        if longest > self.size:                                                              # grow by doubling
+            self.change(lambda t: F.pad(t, (0, 0, 0, max(self.size, round_up(longest) - self.size))))
         S, start = round_up(longest), self.lengths[0]
         if len(set(self.lengths)) == 1:
             self.position = slice(start, start + T)
@@ -67,19 +75,28 @@ class KVCache:
         self.lengths = [n + T for n in self.lengths]
         return self.position
 
+    def put(self, name, layer, x):
+        """Writes x (B, T, n_kv_head, ...) behind what the rows hold; returns all of it, (B, n_kv_head, S, ...)."""
+        t = self.store[name][layer]
+        if isinstance(self.position, slice):
+            t[:, :, self.position] = x.transpose(1, 2)
+        else:
+            t[self.rows, :, self.position] = x.to(t.dtype)
+        return t[:, :, :self.mask.size(-1)]
+
     def attend(self, layer, q, k, v):
         """
         q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v behind what the rows
         hold and lets every query see all keys up to its own position.
         """
-        K, V, T = self.k[layer], self.v[layer], q.size(1)                                    # (B, n_kv_head, T_max, head_dim)
-        if isinstance(self.position, slice):
-            K[:, :, self.position], V[:, :, self.position] = k.transpose(1, 2), v.transpose(1, 2)
+        if self.int8:
+            (k, k_scale), (v, v_scale) = round_rows(k), round_rows(v)
+            K = self.put('k', layer, k).float() * self.put('k_scale', layer, k_scale)
+            V = self.put('v', layer, v).float() * self.put('v_scale', layer, v_scale)
         else:
-            K[self.rows, :, self.position], V[self.rows, :, self.position] = k.to(K.dtype), v.to(V.dtype)
-        S, q = self.mask.size(-1), q.to(K.dtype)
-        K, V = K[:, :, :S], V[:, :, :S]
-        if T <= 16:
+            K, V = self.put('k', layer, k), self.put('v', layer, v)                          # (B, n_kv_head, S, head_dim)
+        q = q.to(K.dtype)
+        if q.size(1) <= 16:
             return attend_each(q, K, V, self.mask)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, self.mask[:, None, :, 0, 0], enable_gqa=k.size(2) < q.size(2))
         return y.transpose(1, 2)                                                             # a prompt: all its queries in one call
@@ -92,18 +109,18 @@ class KVCache:
     def keep(self, rows):
         """Only these rows go on, in this order; a row may be named twice (samples of one prompt)."""
         index = torch.tensor(rows, device=self.numbers.device)
-        self.k, self.v = [t[index] for t in self.k], [t[index] for t in self.v]
         self.lengths = [self.lengths[r] for r in rows]
-        self.resize()
+        self.change(lambda t: t[index])
 
     def replace(self, row, other):
         """Row becomes what the one-row cache other holds."""
         n = self.lengths[row] = other.lengths[0]
-        for mine, its in zip(self.k + self.v, other.k + other.v):
-            mine[row, :, :n] = its[0, :, :n]
+        for name, tensors in self.store.items():
+            for mine, its in zip(tensors, other.store[name]):
+                mine[row, :, :n] = its[0, :, :n]
 
     def nbytes(self):
-        return sum(t.nbytes for t in self.k + self.v)
+        return sum(t.nbytes for tensors in self.store.values() for t in tensors)
 
 
 def attend_each(q, K, V, mask):
@@ -264,33 +281,16 @@ class Depth:
 # -----------------------------------------------------------------------------
 # decoding
 
-def for_decoding(model):
-    """
-    Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same input, c_q, c_k and c_v,
-    become one: fewer, larger calls. An int8 vocabulary goes into the layout that reads it fastest.
-    """
-    if isinstance(model.lm_head, Int8Linear) and PackedInt8Linear.pays(model.lm_head):
-        model.lm_head = PackedInt8Linear(model.lm_head)
-    for block in model.transformer.h:
-        a = block.attn
-        weight = torch.cat([part.weight.detach() for part in (a.c_q, a.c_k, a.c_v)])
-        if isinstance(a.c_q, Int8Linear):
-            a.c_qkv = Int8Linear(weight, torch.cat([part.scale for part in (a.c_q, a.c_k, a.c_v)]))
-        else:
-            a.c_qkv = torch.nn.Linear(*weight.T.shape, bias=False, device='meta')
-            a.c_qkv.weight = torch.nn.Parameter(weight, requires_grad=False)
-        a.c_q = a.c_k = a.c_v = None
-    return model
-
-
 class Engine:
     """
-    Decodes with one model; compile=True compiles the decoding of single sequences, which pays after some thousand tokens. After a generation, stats holds tokens, passes of the trunk, seconds in all, prefill_seconds, first_seconds (to the
+    Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand tokens; cache_dtype may
+    be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all, prefill_seconds, first_seconds (to the
     first token), drafted, kept, and accepted: how many passes kept 0, 1, 2, ... drafts.
     """
-    def __init__(self, model, compile=False):
-        self.model, self.config, self.device, self.compile = model.eval(), model.config, model.cos.device, compile
-        self.stats, self.steps = {}, {}
+    def __init__(self, model, compile=False, cache_dtype=torch.float32):
+        self.model, self.config, self.device = model.eval(), model.config, model.cos.device
+        self.compile, self.cache_dtype = compile and cache_dtype != torch.int8, cache_dtype
+        self.stats, self.steps, self.held = {}, {}, ([], None)
 
     def compiled(self, draft, n, pick):
         """
@@ -317,8 +317,8 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, cache, prompts):
-        """Reads prompts (token lists of any lengths) into an empty cache. Returns the state of each one's last token (B, 1, n_embd)."""
-        longest = max(map(len, prompts))
+        """Reads prompts (token lists of any lengths) into the rows of cache. Returns the state of each one's last token (B, 1, n_embd)."""
+        longest, before = max(map(len, prompts)), cache.lengths
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         for b, p in enumerate(prompts):
@@ -329,12 +329,12 @@ class Engine:
             at = (lengths - 1 - start).clamp(0, x.size(1) - 1)
             state = x[torch.arange(len(prompts), device=self.device), at][:, None]           # (B, 1, n_embd)
             last = state if last is None else torch.where((lengths > start)[:, None, None], state, last)
-        cache.rewind([len(p) for p in prompts])                     # the padding's keys are forgotten
+        cache.rewind([n + len(p) for n, p in zip(before, prompts)])    # the padding's keys are forgotten
         return last
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=(), num_samples=1, slide=False,
-                 drafter=None, draft_n=8, adapt=True):
+                 drafter=None, draft_n=8, adapt=True, reuse=False):
         """
         Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt r // num_samples. Yields, per pass,
         [(row, new tokens), ...]. A row ends after max_new_tokens or with a token in stop (which is yielded), and leaves the batch.
@@ -345,8 +345,11 @@ class Engine:
         reads them all, the target makes its own draw at every position, and drafts are kept exactly as long as they equal these draws;
         then the target's draw is taken. So the text is the target's own, token for token, at any temperature and with any drafter
         (drafter-invariant sampling, arXiv 2408.07978). adapt=False always drafts draft_n.
+
+        reuse=True (one prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in a chat.
         """
         longest, block_size = max(map(len, prompts)), self.config.block_size
+        assert not reuse or len(prompts) * num_samples == 1, f"reuse=True is for one prompt and one sample, not {len(prompts)} and {num_samples}"
         assert min(map(len, prompts)) > 0, "an empty prompt: start with at least one token"
         assert longest <= block_size and (slide or longest + max_new_tokens <= block_size + 1), \
             f"prompt ({longest} tokens) + max_new_tokens ({max_new_tokens}) exceed the context of {block_size}: shorten one of them, or let the window slide"
@@ -360,8 +363,18 @@ class Engine:
         if self.compile and len(prompts) * num_samples == 1 and draft in (None, draft_head, draft_multi_token):
             room = min(1 << (room - 1).bit_length(), block_size)    # few sizes, since each is compiled anew
             static = self.compiled(draft, draft_n, pick)
-        cache = KVCache(self.config, len(prompts), room, device=self.device)
-        x = self.prefill(cache, [p[:-1] for p in prompts]) if longest > 1 else None    # the last token of the prompt is the first to be decoded
+        cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
+        shared = 0
+        if reuse:                                                   # a conversation goes on: what of the prompt the last cache holds is not read again
+            text, held = self.held
+            if held:
+                pairs = list(zip(text[:held.lengths[0]], prompts[0][:-1]))
+                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+                cache = held
+                cache.rewind([shared])
+        stats['reused'] = shared
+        # the last token of the prompt is the first to be decoded
+        x = self.prefill(cache, [p[shared:-1] for p in prompts]) if longest - 1 > shared else None
         rows = list(range(len(prompts) * num_samples))              # the rows still going; place b of the batch is row rows[b]
         ids = [list(prompts[r // num_samples]) for r in rows]
         limit = [len(i) + max_new_tokens for i in ids]
@@ -379,7 +392,7 @@ class Engine:
             g = noise(rows, [len(i) for i in ids], k + 1)           # (B, k+1, V)
             tokens = last = torch.tensor([i[-1:] for i in ids], device=self.device)
             if static and len(rows) == 1 and k == draft_n and x is not None:
-                tokens, drawn, x = static(cache.k, cache.v, torch.tensor(cache.lengths[0], device=self.device), x, last, g)
+                tokens, drawn, x = static(cache.store['k'], cache.store['v'], torch.tensor(cache.lengths[0], device=self.device), x, last, g)
                 cache.lengths[0] += k + 1
             else:
                 if static and draft is None:
@@ -413,6 +426,8 @@ class Engine:
                 depth.saw(0, 0, 0, time.perf_counter() - began)
             for n in kept:
                 stats['accepted'][n] += 1
+            if reuse:
+                self.held = (ids[0], cache)
             stats['passes'] += 1 if draft else k + 1
             stats['tokens'] += sum(map(len, new))
             stats['seconds'] = time.perf_counter() - clock
@@ -426,9 +441,10 @@ class Engine:
                 rows, ids, limit, x = [rows[b] for b in going], [ids[b] for b in going], [limit[b] for b in going], x[going]
             for b, n in enumerate(cache.lengths):
                 if n == block_size:                                 # slide: read the later half again and go on from it
-                    fresh = KVCache(self.config, 1, device=self.device)
+                    fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
                     x[b] = self.prefill(fresh, [ids[b][-(block_size // 2):-1]])[0]
                     cache.replace(b, fresh)
+                    self.held, reuse = ([], None), False            # it no longer holds the text from its beginning
 
     def complete(self, prompts, max_new_tokens, **how):
         """The new tokens of every row, as a list of lists; arguments as generate."""
@@ -437,7 +453,6 @@ class Engine:
             for row, tokens in step:
                 out[row] += tokens
         return out
-
 
     def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), **how):
         """

@@ -16,9 +16,9 @@ import torch
 
 from data.loader import read_text
 from data.tokenizer import from_meta
-from engine import DRAFTERS, Engine, for_decoding
+from engine import DRAFTERS, Engine
 from model import check_device, check_knobs, load_model
-from quantize import int_share, load
+from quantize import for_decoding, int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'

@@ -256,7 +256,7 @@ def test_prepared_for_decoding_is_the_same_model(quantised):
     model, fused = (with_heads(BPE, 2) for _ in range(2))
     if quantised:
         Q.convert(model), Q.convert(fused)
-    E.for_decoding(fused)
+    Q.for_decoding(fused)
     x = torch.randint(259, (2, 30))
     assert torch.allclose(model(x), fused(x), atol=0 if quantised else 1e-4)
     assert Engine(fused).complete([[1, 2]], 50) == Engine(model).complete([[1, 2]], 50) and fused.params()['total'] == model.params()['total']
@@ -274,3 +274,38 @@ def test_compiled_rounds_give_the_same_text(drafter):
         assert compiled.complete([p], 80, **how) == plain and compiled.stats['tokens'] == 80
         assert compiled.complete([p], 80, stop=plain[0][20:21], **how)[0] == plain[0][:plain[0].index(plain[0][20]) + 1]
     assert len(compiled.steps) == 1
+
+
+def test_int8_cache_equals_attending_to_rounded_keys():
+    """An int8 cache is a cache of rounded keys and values: the same network with its keys and values rounded gives the same logits."""
+    model = build(kv=2)
+    ids = torch.randint(96, (2, 150))
+    plain = KVCache(model.config, 2)
+    plain.attend_exactly = plain.attend
+    def rounded(layer, q, k, v):
+        k, v = ((lambda r, s: r * s)(*Q.round_rows(t)) for t in (k, v))
+        return plain.attend_exactly(layer, q, k, v)
+    plain.attend = rounded
+    small = KVCache(model.config, 2, dtype=torch.int8)
+    with torch.no_grad():
+        for at, n in ((0, 100), (100, 1), (101, 4)):
+            a, b = (model.logits(model.trunk(ids[:, at:at + n], cache)) for cache in (plain, small))
+            assert torch.allclose(a, b, atol=1e-4)
+    assert small.nbytes() < 0.4 * plain.nbytes()                                    # head_dim is only 8 here: the scales weigh half as much as the integers
+    engine = Engine(model, cache_dtype=torch.int8)
+    assert engine.complete([[3] * 9, [4] * 20], 60, drafter='random') == engine.complete([[3] * 9, [4] * 20], 60)
+
+
+def test_a_conversation_keeps_its_cache():
+    model = build(kv=1)
+    engine, text = Engine(model), CHAR.encode('first question')
+    for turn in range(4):
+        answer = engine.complete([text], 30, temperature=0, reuse=True)[0]
+        assert engine.stats['reused'] == (0 if turn == 0 else len(text) - 10), turn     # all but the new question and the answer's last token
+        assert answer == Engine(model).complete([text], 30, temperature=0)[0]
+        text = text + answer + CHAR.encode('and then?')
+    engine.complete([CHAR.encode('something else')], 5, reuse=True)
+    assert engine.stats['reused'] == 0
+    edited = text[:40] + CHAR.encode('no, rather')
+    engine.complete([text], 5, reuse=True)
+    assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0) and engine.stats['reused'] == 40
