@@ -39,7 +39,7 @@ slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 show_stats = False
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
-threads = 0                 # CPU threads; 0: PyTorch's own choice
+threads = 0                 # CPU threads; 0: one for a model below 4M parameters, which two would only make wait for each other, else PyTorch's choice
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
@@ -48,8 +48,6 @@ check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens th
 check_device(device)
 if drafter not in ('none', *DRAFTERS):
     raise SystemExit(f"error: drafter ({drafter}) must be none, {', '.join(DRAFTERS)}")
-if threads:
-    torch.set_num_threads(threads)
 if weights not in ('auto', 'float', 'int8'):
     raise SystemExit(f"error: weights ({weights}) must be auto, float or int8")
 quantised = os.path.join(out_dir, 'int8.safetensors')
@@ -61,6 +59,10 @@ tokenizer = from_meta(state['tokenizer'])
 needs = {'head': 'draft', 'mtp': 'multi_token'}.get(drafter)
 if needs and not hasattr(model, needs):
     raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
+n_params = sum({t.data_ptr(): t.numel() for name, t in model.state_dict().items() if not name.endswith('scale')}.values())    # a tied head counts once
+if threads or n_params < 4e6:
+    torch.set_num_threads(threads or 1)
+share = int_share(model) if path == quantised else 0.0
 engine = Engine(for_decoding(model), compile)
 how = dict(drafter=None if drafter == 'none' else drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
@@ -128,8 +130,8 @@ if show_stats:
     n = model.config
     kv = model.kv_bytes_per_token()
     numbers = {'tokens': s['tokens'], 'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])),
-               'weights': 'int8' if path == quantised else 'float', 'drafter': 'none', 'file': path, 'bytes': os.path.getsize(path),
-               'int_share': int_share(model) if path == quantised else 0.0, 'kv_bytes_per_token': kv, 'device': device}
-    print(f"{path}: {numbers['bytes']:,} bytes, {100 * numbers['int_share']:.1f} % int8; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
+               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
+               'weights': 'int8' if path == quantised else 'float', 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
+               'int_share': share, 'kv_bytes_per_token': kv, 'device': device}
+    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % int8; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
     print(json.dumps(numbers), file=sys.stderr)

@@ -260,6 +260,18 @@ def test_prepared_for_decoding_is_the_same_model(quantised):
     x = torch.randint(259, (2, 30))
     assert torch.allclose(model(x), fused(x), atol=0 if quantised else 1e-4)
     assert Engine(fused).complete([[1, 2]], 50) == Engine(model).complete([[1, 2]], 50) and fused.params()['total'] == model.params()['total']
+    if not quantised:
+        for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
+            packed = Q.for_decoding(with_heads(BPE, 2), dtype)
+            assert (packed(x) - model(x)).abs().max() < close
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
+def test_packed_floats_are_the_same_product():
+    linear = torch.nn.Linear(64, 48, bias=False)
+    x = torch.randn(2, 5, 64)
+    assert torch.allclose(Q.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
+    assert torch.allclose(Q.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU')

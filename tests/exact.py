@@ -1,0 +1,80 @@
+"""
+Speculation never changes the text: plain decoding against every drafter, temperature and k, over tens of thousands of tokens per format.
+
+    python tests/exact.py                                     # random weights: MHA and MQA, with draft and multi-token heads
+    python tests/exact.py --out_dir=out-qat-shakespeare       # a trained model, float and int8
+
+For int8 the texts must be equal. In float, sums over several rows are taken in another order: where a text parts from the plain one, the two
+tokens' scores must lie within 1e-4 of each other (a tie), and such partings are counted. The last line is JSON; the status is 1 if any text is wrong.
+"""
+import json
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, '.')
+from engine import Engine, Noise
+from model import GPT, GPTConfig, load_model
+from quantize import convert, for_decoding, load
+
+# -----------------------------------------------------------------------------
+out_dir = ''                # a trained model; empty: random weights
+tokens = 50000              # per format, at least
+batch = 8                   # ragged rows decoded together
+seed = 1
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+
+
+def random_model(kv):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=256, vocab_size=97, n_layer=3, n_head=4, n_kv_head=kv, n_embd=96, multi_token_n=3, draft_n=4))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.12)
+    return model
+
+
+def models(kind):
+    if out_dir:
+        yield out_dir, (load(os.path.join(out_dir, 'int8.safetensors')) if kind == 'int8' else load_model(os.path.join(out_dir, 'best.pt')))[0]
+    else:
+        for kv in (4, 1):
+            yield f'{kv} key heads', convert(random_model(kv)) if kind == 'int8' else random_model(kv)
+
+
+@torch.no_grad()
+def gap(model, prompt, plain, other, row, temperature, run):
+    """Difference of the two scores where the texts part, by a full forward: 0 would be an exact tie."""
+    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), min(len(plain), len(other)))
+    scores = model(torch.tensor([prompt + plain[:at]]))[0, -1]
+    if temperature:
+        scores = scores / temperature + Noise(run, scores.numel())([row], [len(prompt) + at], 1)[0, 0]
+    return (scores[plain[at]] - scores[other[at]]).abs().item()
+
+
+results = {}
+for kind in ('float32', 'int8'):
+    done, parted, widest, run = 0, 0, 0.0, 0
+    while done < tokens:
+        for name, model in models(kind):
+            engine, c = Engine(for_decoding(model)), model.config
+            drafters = [d for d, head in (('head', 'draft'), ('mtp', 'multi_token'), ('ngram', ''), ('random', '')) if not head or hasattr(model, head)]
+            for temperature in (0, 0.7, 1, 1.3):
+                run += 1
+                g = torch.Generator().manual_seed(run)
+                prompts = [torch.randint(c.vocab_size, (n,), generator=g).tolist() for n in torch.randint(1, 40, (batch,), generator=g).tolist()]
+                how = dict(temperature=temperature, seed=run)
+                plain = engine.complete(prompts, c.block_size - 40, **how)
+                for drafter in drafters:
+                    k = 1 + run % 8
+                    texts = engine.complete(prompts, c.block_size - 40, drafter=drafter, draft_n=k, adapt=run % 2 == 0, **how)
+                    done += sum(map(len, texts))
+                    for row, (a, b) in enumerate(zip(plain, texts)):
+                        if a != b:
+                            parted, widest = parted + 1, max(widest, gap(model, prompts[row], a, b, row, temperature, run))
+                            print(f'{kind}, {name}, T={temperature}, {drafter} k={k}, row {row}: parts')
+    results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest, 'wrong': parted if kind == 'int8' else int(widest > 1e-4)}
+    print(f"{kind}: {done:,} tokens, {parted} texts part from the plain one, the widest gap of scores there {widest:.1e}", flush=True)
+print(json.dumps(results))
+sys.exit(any(r['wrong'] for r in results.values()))
