@@ -41,14 +41,14 @@ from quantize import convert, for_decoding, load
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-FORMATS = ('f32', 'f32-fused', 'f32-compiled', 'int8', 'int8-fused', 'int8-compiled')
+FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'int8', 'int8-packed', 'int8-compiled')
 HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a head -> the model's name for it
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
 mode = 'decode'
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-fused'     # f32 or int8; -fused: as sample.py runs it; -compiled: with its --compile=True, a minute for each at first
+formats = 'f32,int8,int8-packed'    # f32, int8; -packed (also bf16-packed): as sample.py runs it; -compiled: with its --compile=True, a minute for each
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = '1'               # sequences decoded together, like 1,4,16
 draft_n = 4                 # at most so many drafts at a time
@@ -113,7 +113,7 @@ def build(shape, format):
             model = load_model(best, device)[0]
     if weights == 'int8':
         model = convert(model)
-    return Engine(for_decoding(model) if how else model, compile=how == 'compiled')
+    return Engine(for_decoding(model, torch.bfloat16 if weights == 'bf16' else torch.float32) if how else model, compile=how == 'compiled')
 
 
 def bytes_per_pass(model):

@@ -261,6 +261,7 @@ class Depth:
     """
     def __init__(self, most):
         self.most, self.kept, self.offered = most, 1.0, 2.0         # a starts at 1/2
+        self.idle = 0                                               # rounds in a row without drafts
         self.sums = [0.0] * 5                                       # n, k, k*k, t, k*t over rounds, older ones counting less
 
     def choose(self):
@@ -271,7 +272,9 @@ class Depth:
         slope = max(0.0, (n * kt - k * t) / spread)
         base = max(1e-9, (t - slope * k) / n)
         a = min(0.99, self.kept / self.offered)
-        return max(range(self.most + 1), key=lambda k: (1 - a ** (k + 1)) / (1 - a) / (base + slope * k))
+        k = max(range(self.most + 1), key=lambda k: (1 - a ** (k + 1)) / (1 - a) / (base + slope * k))
+        self.idle = 0 if k else self.idle + 1
+        return k if self.idle % 16 < 15 else max(1, self.most // 2)     # the text may have become easier: try again now and then
 
     def saw(self, k, kept, offered, seconds):
         """A round of k drafts took seconds; of the offered drafts that were tried, kept were kept."""
@@ -385,6 +388,8 @@ class Engine:
         stats['prefill_seconds'] = time.perf_counter() - clock
         depth = Depth(draft_n)
         noise = Noise(seed, self.config.vocab_size, self.device)
+        if not temperature:                                         # the largest logit wins whatever the noise: make none
+            noise = lambda rows, starts, n: torch.zeros((), device=self.device).expand(len(rows), n, self.config.vocab_size)
         while rows and max_new_tokens:
             began = time.perf_counter()
             room = min(block_size - max(cache.lengths), max(m - len(i) for m, i in zip(limit, ids))) - 1
