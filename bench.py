@@ -34,15 +34,14 @@ import numpy as np
 import torch
 
 from data.tokenizer import from_meta
-from engine import DRAFTERS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, check_device, check_knobs, load_model
+from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
+from model import GPT, GPTConfig, can_compile, check_device, check_knobs, load_model
 from quantize import convert, for_decoding, load
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
 FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'int8', 'int8-packed', 'int8-compiled')
-HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a head -> the model's name for it
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
@@ -82,7 +81,7 @@ if mode != 'decode':
 check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
             ('temperature', float, 0, math.inf), may_be_none='temperature')
 check_device(device)
-formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', ('none', *DRAFTERS))))
+formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
 if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', batches):
     fail(f'batches ({batches}) must be numbers from 1 on, like 1,4,16')
 batches = sorted({int(b) for b in batches.split(',')})
@@ -113,7 +112,8 @@ def build(shape, format):
             model = load_model(best, device)[0]
     if weights == 'int8':
         model = convert(model)
-    return Engine(for_decoding(model, torch.bfloat16 if weights == 'bf16' else torch.float32) if how else model, compile=how == 'compiled')
+    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16}.get(format)
+    return Engine(for_decoding(model, pack) if how else model, compile=how == 'compiled' and can_compile(device))
 
 
 def bytes_per_pass(model):
@@ -128,7 +128,7 @@ def bytes_per_pass(model):
 
 def decode(engine, drafter='none', batch=1):
     """-> texts of the first batch prompts, and the engine's stats with its tokens/s and passes/s once the prompt is read."""
-    text = engine.complete(prompts[:batch], new_tokens, temperature=temperature, seed=seed, drafter=None if drafter == 'none' else drafter, draft_n=draft_n)
+    text = engine.complete(prompts[:batch], new_tokens, temperature=temperature, seed=seed, drafter=drafter, draft_n=draft_n)
     s = engine.stats
     seconds = s['seconds'] - s['prefill_seconds']
     return text, s | {'tok_s': s['tokens'] / seconds, 'passes_s': s['passes'] / seconds}

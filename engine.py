@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from quantize import round_rows
 
 PREFILL_CHUNK = 512     # tokens of prompt per pass: bounds the memory of a long prompt
+FEW = 16                # up to so many tokens at once are attended one by one, as decoding does
 BUCKET = 64             # decoding attends to the cache's length rounded up to this, masked; see KVCache.attend
 
 # -----------------------------------------------------------------------------
@@ -58,12 +59,16 @@ class KVCache:
         self.store = {name: [f(t) for t in tensors] for name, tensors in self.store.items()}
         self.make_stairs()
 
+    def grow(self, n):
+        """Room for n tokens a row, by doubling."""
+        if n > self.size:
+            self.change(lambda t: F.pad(t, (0, 0, 0, max(self.size, round_up(n) - self.size))))
+
     def advance(self, T):
         """Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else (B, T)."""
         longest = max(self.lengths) + T
         assert longest <= self.block_size, f"{longest} tokens do not fit the context of {self.block_size}: shorten the prompt or ask for fewer new tokens"
-        if longest > self.size:                                                              # grow by doubling
-            self.change(lambda t: F.pad(t, (0, 0, 0, max(self.size, round_up(longest) - self.size))))
+        self.grow(longest)
         S, start = round_up(longest), self.lengths[0]
         if len(set(self.lengths)) == 1:
             self.position = slice(start, start + T)
@@ -96,7 +101,7 @@ class KVCache:
         else:
             K, V = self.put('k', layer, k), self.put('v', layer, v)                          # (B, n_kv_head, S, head_dim)
         q = q.to(K.dtype)
-        if q.size(1) <= 16:
+        if q.size(1) <= FEW:
             return attend_each(q, K, V, self.mask)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, self.mask[:, None, :, 0, 0], enable_gqa=k.size(2) < q.size(2))
         return y.transpose(1, 2)                                                             # a prompt: all its queries in one call
@@ -157,18 +162,15 @@ class StaticCache:
 # sampling
 
 def mix(h):
-    """A 32-bit hash of Python ints (lowbias32, Ellis 2018): every bit of h changes every bit of the result."""
+    """A 32-bit hash of ints below 2^32, or of an int64 tensor of them (lowbias32, Ellis 2018): every bit of h changes every bit of the result."""
     h = ((h ^ (h >> 16)) * 0x7feb352d) & 0xffffffff
     h = ((h ^ (h >> 15)) * 0x846ca68b) & 0xffffffff
     return h ^ (h >> 16)
 
 
 def gumbel(keys, vocab_size):
-    """keys (...) int64 below 2^32, one per draw -> Gumbel noise (..., vocab_size) float32; id i of key k gets a hash of (k, i): mix() again, on tensors."""
-    h = (keys.unsqueeze(-1) + 0x9e3779b9 * torch.arange(1, vocab_size + 1, device=keys.device)) & 0xffffffff
-    h = ((h ^ (h >> 16)) * 0x7feb352d) & 0xffffffff
-    h = ((h ^ (h >> 15)) * 0x846ca68b) & 0xffffffff
-    h = h ^ (h >> 16)
+    """keys (...) int64 below 2^32, one per draw -> Gumbel noise (..., vocab_size) float32; id i of key k gets a hash of (k, i)."""
+    h = mix((keys.unsqueeze(-1) + 0x9e3779b9 * torch.arange(1, vocab_size + 1, device=keys.device)) & 0xffffffff)
     u = ((h >> 8).float() + 0.5) * 2.0 ** -24                       # 24 bits: strictly between 0 and 1 in float32
     return -torch.log(-torch.log(u))
 
@@ -185,7 +187,7 @@ class Noise:
             first, g = self.ahead.get(row, (0, ()))
             if not first <= start <= start + n <= first + len(g):                # a small vocabulary's noise is made for many positions in one go
                 m, key = max(n, min(64, 8192 // self.vocab_size)), mix(self.seed + row & 0xffffffff)
-                g = gumbel(torch.tensor([mix(key + p & 0xffffffff) for p in range(start, start + m)], device=self.device), self.vocab_size)
+                g = gumbel(mix(torch.arange(start, start + m, device=self.device) + key & 0xffffffff), self.vocab_size)
                 self.ahead[row], first = (start, g), start
             out.append(g[start - first:start - first + n])
         return out[0][None] if len(out) == 1 else torch.stack(out)
@@ -204,7 +206,7 @@ def draw(logits, noise, temperature, top_k=None, top_p=None, min_p=None):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     if top_p is not None and top_p < 1:
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        out = (p.cumsum(dim=-1) - p) >= top_p                       # what comes before already holds top_p; the first always stays
+        out = (p.cumsum(dim=-1) - p) >= max(top_p, 1e-9)            # what comes before already holds top_p; the first always stays
         logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float('-inf'))
     if min_p is not None and min_p > 0:
         p = logits.softmax(dim=-1)
@@ -227,8 +229,7 @@ def draft_head(model, x, last, ids, noise, pick):
 
 def draft_multi_token(model, x, last, ids, noise, pick):
     """The multi-token heads, all from one state: the first predicts what follows the last token, and so on."""
-    n = min(noise.size(1), model.config.multi_token_n)
-    return pick(model.logits(torch.cat([model.multi_token_state(x, i) for i in range(n)], dim=1)), noise[:, :n])
+    return pick(model.logits(torch.cat([model.multi_token_state(x, i) for i in range(noise.size(1))], dim=1)), noise)
 
 
 def draft_ngram(model, x, last, ids, noise, pick, longest=8):
@@ -251,7 +252,8 @@ def draft_random(model, x, last, ids, noise, pick):
     return torch.tensor([[mix(31 * len(row) + n + row[-1]) % noise.size(2) for n in range(noise.size(1))] for row in ids], device=noise.device)
 
 
-DRAFTERS = {'head': draft_head, 'mtp': draft_multi_token, 'ngram': draft_ngram, 'random': draft_random}
+DRAFTERS = {'none': None, 'head': draft_head, 'mtp': draft_multi_token, 'ngram': draft_ngram, 'random': draft_random}
+HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a head -> the model's name for it
 
 
 class Depth:
@@ -314,7 +316,8 @@ class Engine:
                 tokens = torch.cat((last, draft(model, x, last, None, noise[:, :n], pick)), dim=1)
                 states = model.trunk(tokens, cache)
                 return tokens, pick(model.logits(states), noise), states
-            how = dict(options={'cpp_wrapper': True}) if self.device.type == 'cpu' else dict(mode='reduce-overhead')    # on CUDA: one graph launch
+            how = dict(options={'cpp_wrapper': True}) if self.device.type == 'cpu' else dict(mode='reduce-overhead')    # asks for CUDA graphs; not tried on a GPU yet
+            torch._dynamo.config.recompile_limit = 64               # drafters, temperatures and cache sizes all compile this same function
             self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, **how)
         return self.steps[key]
 
@@ -337,14 +340,14 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=(), num_samples=1, slide=False,
-                 drafter=None, draft_n=8, adapt=True, reuse=False):
+                 drafter='none', draft_n=8, adapt=True, reuse=False):
         """
         Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt r // num_samples. Yields, per pass,
         [(row, new tokens), ...]. A row ends after max_new_tokens or with a token in stop (which is yielded), and leaves the batch.
         Prompt + max_new_tokens beyond block_size raise an AssertionError with the numbers; with slide=True a row that has filled the
         context goes on from the later half of it instead.
 
-        drafter ('head', 'mtp', 'ngram', 'random' or a function) makes decoding speculative: up to draft_n tokens are guessed, one pass
+        drafter ('head', 'mtp', 'ngram', 'random' or a function) makes decoding speculative: up to draft_n tokens (15 at most) are guessed, one pass
         reads them all, the target makes its own draw at every position, and drafts are kept exactly as long as they equal these draws;
         then the target's draw is taken. So the text is the target's own, token for token, at any temperature and with any drafter
         (drafter-invariant sampling, arXiv 2408.07978). adapt=False always drafts draft_n.
@@ -356,9 +359,11 @@ class Engine:
         assert min(map(len, prompts)) > 0, "an empty prompt: start with at least one token"
         assert longest <= block_size and (slide or longest + max_new_tokens <= block_size + 1), \
             f"prompt ({longest} tokens) + max_new_tokens ({max_new_tokens}) exceed the context of {block_size}: shorten one of them, or let the window slide"
-        draft = DRAFTERS.get(drafter, drafter)
-        needs = {draft_head: 'draft', draft_multi_token: 'multi_token'}.get(draft)
-        assert not needs or hasattr(self.model, needs), f"drafter {drafter!r} needs a model with a {needs} head: train one with {needs}_n > 0, or draft with ngram"
+        assert callable(drafter) or drafter in DRAFTERS, f"drafter {drafter!r} must be one of {', '.join(DRAFTERS)}, or a function"
+        assert 0 <= draft_n < FEW, f"draft_n ({draft_n}) must be below {FEW}: more tokens at once are attended in another order"
+        assert drafter not in HEADS or hasattr(self.model, HEADS[drafter]), f"drafter {drafter!r} needs a model with a {HEADS[drafter]} head: train one with {HEADS[drafter]}_n > 0, or draft with ngram"
+        draft_n = min(draft_n, self.config.multi_token_n) if drafter == 'mtp' else draft_n
+        draft = DRAFTERS.get(drafter, drafter) if draft_n else None
         self.stats = stats = {'tokens': 0, 'passes': 0, 'seconds': 0.0, 'drafted': 0, 'kept': 0, 'accepted': [0] * (draft_n + 1)}
         clock = time.perf_counter()
         static, room = None, min(longest + max_new_tokens + draft_n, block_size)
@@ -375,6 +380,7 @@ class Engine:
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
                 cache = held
                 cache.rewind([shared])
+                cache.grow(room)
         stats['reused'] = shared
         # the last token of the prompt is the first to be decoded
         x = self.prefill(cache, [p[shared:-1] for p in prompts]) if longest - 1 > shared else None
@@ -387,21 +393,18 @@ class Engine:
             x = x[copies] if x is not None else None
         stats['prefill_seconds'] = time.perf_counter() - clock
         depth = Depth(draft_n)
-        noise = Noise(seed, self.config.vocab_size, self.device)
-        if not temperature:                                         # the largest logit wins whatever the noise: make none
-            noise = lambda rows, starts, n: torch.zeros((), device=self.device).expand(len(rows), n, self.config.vocab_size)
+        none = torch.zeros((), device=self.device)                  # at temperature 0 the largest logit wins whatever the noise
+        noise = Noise(seed, self.config.vocab_size, self.device) if temperature else lambda rows, starts, n: none.expand(len(rows), n, self.config.vocab_size)
         while rows and max_new_tokens:
             began = time.perf_counter()
             room = min(block_size - max(cache.lengths), max(m - len(i) for m, i in zip(limit, ids))) - 1
-            k = 0 if x is None or (draft is None and not static) else min(room, depth.choose() if adapt and not static else draft_n)
+            k = 0 if x is None or (draft is None and not (static and room >= draft_n)) else min(room, depth.choose() if adapt and not static else draft_n)
             g = noise(rows, [len(i) for i in ids], k + 1)           # (B, k+1, V)
             tokens = last = torch.tensor([i[-1:] for i in ids], device=self.device)
-            if static and len(rows) == 1 and k == draft_n and x is not None:
+            if static and k == draft_n and x is not None:
                 tokens, drawn, x = static(cache.store['k'], cache.store['v'], torch.tensor(cache.lengths[0], device=self.device), x, last, g)
                 cache.lengths[0] += k + 1
             else:
-                if static and draft is None:
-                    k = 0
                 if k:
                     drafts = draft(self.model, x, last, ids, g[:, :k], pick)
                     k = drafts.size(1)
@@ -409,26 +412,18 @@ class Engine:
                 x = self.model.trunk(tokens, cache)                 # (B, k+1, n_embd)
                 drawn = pick(self.model.logits(x), g[:, :k + 1])
             drawn = drawn.tolist()
-            guessed = tokens.tolist() if k else None
-            new, kept = [], []
-            for b, i in enumerate(ids):
-                n = 0
-                while n < k and guessed[b][n + 1] == drawn[b][n]:
-                    n += 1
-                kept.append(n)
-                t = drawn[b][:min(n + 1, limit[b] - len(i))]        # n drafts that were right, and one token more
-                if stop:
-                    t = t[:next((j + 1 for j, token in enumerate(t) if token in stop), len(t))]
+            kept = [next((n for n in range(k) if guess[n + 1] != own[n]), k) for guess, own in zip(tokens.tolist(), drawn)]
+            new = [own[:min(n + 1, m - len(i))] for own, n, m, i in zip(drawn, kept, limit, ids)]    # n drafts that were right, and one token more
+            if stop:
+                new = [t[:next((j + 1 for j, token in enumerate(t) if token in stop), len(t))] for t in new]
+            for i, t in zip(ids, new):
                 i += t
-                new.append(t)
             if k:
                 x = x[torch.arange(len(rows), device=self.device), torch.tensor(kept, device=self.device)][:, None]
                 cache.rewind([m - k + n for m, n in zip(cache.lengths, kept)])
+            if draft:
                 depth.saw(k, sum(kept), sum(min(n + 1, k) for n in kept), time.perf_counter() - began)
-                if draft:
-                    stats['drafted'], stats['kept'] = stats['drafted'] + k * len(rows), stats['kept'] + sum(kept)
-            elif draft:
-                depth.saw(0, 0, 0, time.perf_counter() - began)
+                stats['drafted'], stats['kept'] = stats['drafted'] + k * len(rows), stats['kept'] + sum(kept)
             for n in kept:
                 stats['accepted'][n] += 1
             if reuse:

@@ -12,6 +12,10 @@ distillation and drafting all go through it. Heads that read it: lm_head, and, w
 """
 import math
 import os
+import platform
+import shutil
+import sys
+import sysconfig
 import zipfile
 from dataclasses import asdict, dataclass
 
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
-LOSS_CHUNK_BYTES = 128 * 2**20      # the losses hold at most this much of fp32 logits at once
+LOSS_CHUNK_BYTES = 128 * 2**20      # the losses are computed over chunks of tokens whose fp32 logits take at most this much
 
 
 @dataclass
@@ -295,7 +299,46 @@ def evaluate(model, batches, token_bytes=None):
         torch.distributed.all_reduce(total)
     nats, tokens, nats_b, n_bytes = total.tolist()
     assert tokens > 0, "the validation split has no unmasked targets"
-    return {'loss': nats / tokens, 'bpb': nats_b / math.log(2) / n_bytes if n_bytes else float('nan'), 'tokens': int(tokens)}
+    return {'loss': nats / tokens, 'bpb': nats_b / math.log(2) / n_bytes if n_bytes else None, 'tokens': int(tokens)}
+
+# -----------------------------------------------------------------------------
+# what this machine can do, and whether the knobs make sense: checks that the scripts share
+
+def check_device(device):
+    """Ends the script with one line if PyTorch cannot use this device here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as e:
+        raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
+
+
+def check_knobs(config, *ranges, may_be_none=''):
+    """The configurator knows a knob's type but not what it counts: ranges are (names, int or float, least, most)."""
+    for names, kind, least, most in ranges:
+        for name in names.split():
+            value = config[name]
+            if not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
+                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+
+
+def fast_bf16(device):
+    """Whether this device multiplies bfloat16 faster than float32."""
+    kind = torch.device(device).type
+    return torch.cuda.is_bf16_supported(including_emulation=False) if kind == 'cuda' else kind == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+
+
+def can_compile(device):
+    """Whether torch.compile can work here; says in a line why not. On a CPU it needs the C++ compiler that it looks for, and Python.h."""
+    kind, why = torch.device(device).type, None
+    if kind == 'mps' or platform.system() == 'Windows':
+        why = 'not supported here'
+    elif kind == 'cpu' and not shutil.which(os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')):
+        why = 'no C++ compiler was found (apt-get install g++ python3-dev)'
+    elif kind == 'cpu' and not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
+        why = 'no Python.h was found (apt-get install g++ python3-dev)'
+    if why:
+        print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
+    return why is None
 
 # -----------------------------------------------------------------------------
 # optimizers: Muon for the trunk's matrices, AdamW for the rest
@@ -319,7 +362,9 @@ class Muon(torch.optim.Optimizer):
             for params in by_shape.values():
                 grads = []
                 for p in params:
-                    buf = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                    if 'momentum' not in self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                    buf = self.state[p]['momentum']
                     buf.lerp_(p.grad, 1 - group['momentum'])
                     g = p.grad.lerp(buf, group['momentum'])                      # Nesterov
                     grads.append(g.mT if p.size(0) > p.size(1) else g)           # wide, so that X @ X.mT is the small side
@@ -327,28 +372,6 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group['lr'] * group['weight_decay'])
                     u = u.mT if p.size(0) > p.size(1) else u
                     p.add_(u.to(p.dtype), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
-
-
-def check_device(device):
-    """Ends the script with one line if PyTorch cannot use this device here."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
-        raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
-
-
-def check_knobs(config, *ranges, may_be_none=''):
-    """The configurator knows a knob's type but not what it counts: ranges are (names, int or float, least, most)."""
-    for names, kind, least, most in ranges:
-        for name in names.split():
-            value = config[name]
-            if not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
-                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
-
-
-def fast_bf16(device):
-    """Whether this device multiplies bfloat16 faster than float32."""
-    return torch.device(device).type == 'cuda' or (torch.device(device).type == 'cpu' and torch.cpu._is_avx512_bf16_supported())
 
 
 def orthogonalize(g):
@@ -365,7 +388,7 @@ def orthogonalize(g):
 def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, betas=(0.8, 0.95)):
     """
     [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW: an orthogonal update
-    means nothing where a row is a token. weight_decay is Muon's; decaying tables hurt in every run we made.
+    means nothing where a row is a token. weight_decay is Muon's.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in params.items() if p.ndim == 2 and 'wte' not in name and 'lm_head' not in name]

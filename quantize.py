@@ -12,6 +12,7 @@ Weights: symmetric int8, one scale per output row (embedding: per token). Activa
 come. Products are summed as integers, which is exact in any order: the result for one token cannot depend on its neighbours.
 The file is in safetensors layout (8 bytes of length, a JSON header, the tensors), with shape and tokenizer in its metadata.
 """
+import copy
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from model import GPT, GPTConfig, atomic_write, check_device, evaluate, load_model, rope_tables
 
 # shares of a row's largest weight that are tried as the edge of the integer range; the one with the least squared error is taken.
-# At 8 bits a row of some hundred weights never gains by clipping (its step is a 127th already), so there is nothing to search.
+# At 8 bits a step is a 127th of the largest already, and rows are short: there is nothing to search.
 CLIPS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 
 # -----------------------------------------------------------------------------
@@ -139,9 +140,9 @@ def _(x, packed, scale):
 class PackedInt8Linear(nn.Module):
     """
     An Int8Linear in oneDNN's own layout, for matrices with so many rows (vocabularies) that a pass over several tokens must not read them
-    slowly: 768 -> 65,536 on 2 cores takes 1.1 ms for one token and 1.3 for five; _int_mm takes 1.0 and 2.6. The results are the same bits.
+    slowly: five tokens cost little more than one there, and twice as much in _int_mm. The results are the same bits.
     """
-    ROWS = 8192             # from here on it pays: a call costs 30 us before it multiplies anything
+    ROWS = 8192             # from here on it pays; in smaller ones the call itself costs more than it saves
 
     def __init__(self, linear):
         super().__init__()
@@ -154,7 +155,7 @@ class PackedInt8Linear(nn.Module):
     @staticmethod
     def pays(linear):
         """Whether linear should be packed: it is tall, it is on a CPU whose oneDNN has the kernel, and the kernel does not saturate there (without VNNI it may)."""
-        if linear.weight.device.type != 'cpu' or linear.weight.size(0) < PackedInt8Linear.ROWS or not hasattr(torch.ops.onednn, 'qlinear_prepack'):
+        if linear.weight.device.type != 'cpu' or linear.weight.size(0) < PackedInt8Linear.ROWS or not torch.backends.mkldnn.is_available():
             return False
         edge = torch.full((2, linear.weight.size(1)), 127.0)
         few = Int8Linear(edge.repeat(8, 1).to(torch.int8), torch.ones(16))
@@ -195,17 +196,16 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, None, 'none', [], '').float()
 
 
-# ms per pass of 1 / 5 tokens through the linears of 12 layers x 768, MQA, and a vocabulary of 65,536; 2 cores, AVX-512 with VNNI and
-# without bf16 arithmetic, torch 2.13. Bytes decide for one token, arithmetic for five; int8 wins both.
-#     F.linear float32     19.5 / 37.7            oneDNN packed float32    18.8 / 27.0
-#     F.linear bfloat16    16.4                   oneDNN packed bfloat16   12.8 / 34.3
-#     F.linear float16     16.0                   int4, groups of 128, bfloat16 activations    4.0 / 14.0
-#     int8 _int_mm          3.1 / 6.5             int8 onednn.qlinear       5.4 / 6.2        both, as below    3.2 / 5.3
-def for_decoding(model, dtype=torch.float32):
+def for_decoding(model, pack=None):
     """
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same input, c_q, c_k and c_v,
-    become one: fewer, larger calls. On a CPU a float model of some size is packed, in float32 or bfloat16; an int8 vocabulary, too.
+    become one: fewer, larger calls. An int8 vocabulary is packed. pack (torch.float32, torch.bfloat16) packs a float model's matrices
+    for a CPU: bfloat16 pays where the CPU has arithmetic for it, float32 where most passes verify drafts.
     """
+    # python bench.py --shape=d12 --formats=f32,f32-packed,bf16-packed,int8,int8-packed,int8-compiled, 2 cores, AVX-512 with VNNI, without bf16 arithmetic:
+    #                               f32   f32-packed   bf16-packed   int8   int8-packed   int8-compiled
+    #   tokens/s                   47.6         40.7          54.5   89.0          94.9           163.4
+    #   cost of 5 tokens to 1      1.82         1.35          2.31   1.51          1.44
     for block in model.transformer.h:
         a = block.attn
         weight = torch.cat([part.weight.detach() for part in (a.c_q, a.c_k, a.c_v)])
@@ -215,13 +215,12 @@ def for_decoding(model, dtype=torch.float32):
             a.c_qkv = nn.Linear(*weight.T.shape, bias=False, device='meta')
             a.c_qkv.weight = nn.Parameter(weight, requires_grad=False)
         a.c_q = a.c_k = a.c_v = None
-    pack_floats = model.cos.device.type == 'cpu' and (dtype == torch.bfloat16 or model.config.n_embd >= 512) and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, Int8Linear) and PackedInt8Linear.pays(module):
                 setattr(parent, name, PackedInt8Linear(module))
-            elif isinstance(module, nn.Linear) and pack_floats:
-                setattr(parent, name, PackedLinear(module.weight, dtype))
+            elif isinstance(module, nn.Linear) and pack and model.cos.device.type == 'cpu' and torch.backends.mkldnn.is_available():
+                setattr(parent, name, PackedLinear(module.weight, pack))
     return model
 
 
@@ -285,15 +284,15 @@ def load(path, device='cpu'):
     state = {}
     for name, t in header.items():
         start, end = t['data_offsets']
-        state[name] = torch.frombuffer(bytearray(data[start:end]), dtype=kinds[t['dtype']]).view(t['shape'])
+        state[name] = torch.frombuffer(bytearray(data[start:end]), dtype=kinds[t['dtype']]).view(t['shape']).to(device)
     config = GPTConfig(**json.loads(meta['config']))
     with torch.device('meta'):                               # the float model never takes any memory
         model = convert(GPT(config))
     if config.tie_weights:
         state |= {f'lm_head.{k}': state[f'transformer.wte.{k}'] for k in ('weight', 'scale')}
     model.load_state_dict(state, assign=True)
-    model.cos, model.sin = rope_tables(config)
-    return model.to(device).eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer'])}
+    model.cos, model.sin = (t.to(device) for t in rope_tables(config))
+    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer'])}
 
 # -----------------------------------------------------------------------------
 # the script
@@ -307,7 +306,7 @@ def compare(model, quantised, batches):
         a = F.log_softmax(model(x).flatten(0, 1)[keep], dim=-1)
         b = F.log_softmax(quantised(x).flatten(0, 1)[keep], dim=-1)
         kl = (a.exp() * (a - b)).sum(dim=-1)
-        kl_sum, kl_max = kl_sum + kl.double().sum().item(), max([kl_max] + kl.tolist())
+        kl_sum, kl_max = kl_sum + kl.cpu().double().sum().item(), max([kl_max] + kl.tolist())
         flips, n = flips + (a.argmax(-1) != b.argmax(-1)).sum().item(), n + len(kl)
     return {'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
 
@@ -332,7 +331,7 @@ if __name__ == '__main__':
     tokenizer = from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
         raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: give the dataset it was trained on (--dataset={state['dataset']})")
-    quantised = convert(load_model(os.path.join(out_dir, weights), device)[0])
+    quantised = convert(copy.deepcopy(model))
     path = os.path.join(out_dir, 'int8.safetensors')
     size = export(path, quantised, state['tokenizer'])
     quantised = load(path, device)[0]                        # what is measured is the file

@@ -16,8 +16,8 @@ import torch
 
 from data.loader import read_text
 from data.tokenizer import from_meta
-from engine import DRAFTERS, Engine
-from model import check_device, check_knobs, load_model
+from engine import DRAFTERS, HEADS, Engine
+from model import can_compile, check_device, check_knobs, load_model
 from quantize import for_decoding, int_share, load
 
 # -----------------------------------------------------------------------------
@@ -43,11 +43,11 @@ threads = 0                 # CPU threads; 0: one for a model below 4M parameter
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_n', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
+check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads', int, 0, math.inf), ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
             ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), may_be_none='top_k top_p min_p')
 check_device(device)
-if drafter not in ('none', *DRAFTERS):
-    raise SystemExit(f"error: drafter ({drafter}) must be none, {', '.join(DRAFTERS)}")
+if drafter not in DRAFTERS:
+    raise SystemExit(f"error: drafter ({drafter}) must be one of {', '.join(DRAFTERS)}")
 if weights not in ('auto', 'float', 'int8'):
     raise SystemExit(f"error: weights ({weights}) must be auto, float or int8")
 quantised = os.path.join(out_dir, 'int8.safetensors')
@@ -56,15 +56,15 @@ if weights == 'auto':                           # the newer one: an int8 file ma
     path = max(filter(os.path.exists, (quantised, path)), key=os.path.getmtime, default=path)
 model, state = (load if path == quantised else load_model)(path, device)
 tokenizer = from_meta(state['tokenizer'])
-needs = {'head': 'draft', 'mtp': 'multi_token'}.get(drafter)
+needs = HEADS.get(drafter)
 if needs and not hasattr(model, needs):
     raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
 n_params = sum({t.data_ptr(): t.numel() for name, t in model.state_dict().items() if not name.endswith('scale')}.values())    # a tied head counts once
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)
 share = int_share(model) if path == quantised else 0.0
-engine = Engine(for_decoding(model), compile)
-how = dict(drafter=None if drafter == 'none' else drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
+engine = Engine(for_decoding(model), compile and can_compile(device))
+how = dict(drafter=drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
 
 def encode(text):

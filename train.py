@@ -4,7 +4,7 @@ Trains a GPT: characters or BPE, in float or with quantisation in the loop; from
     python data/stdlib_char/prepare.py
     python train.py config/quickstart.py                            # a config, then any knob as --key=value
     python train.py config/quickstart.py --init_from=resume         # goes on where it stopped, exactly
-    torchrun --standalone --nproc_per_node=8 train.py config/train_38m.py
+    torchrun --standalone --nproc_per_node=2 train.py config/train_38m.py
 
 Ctrl+C (or SIGTERM) saves and stops. out_dir receives ckpt.pt (the last state, to resume from), best.pt (the weights with the lowest
 validation loss), log.csv. The last line on stdout is one JSON document.
@@ -14,10 +14,7 @@ import csv
 import json
 import math
 import os
-import platform
-import shutil
 import signal
-import sysconfig
 import time
 
 import torch
@@ -27,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
 from engine import Engine
-from model import GPT, GPTConfig, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
+from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -47,8 +44,10 @@ tie_weights = False
 dropout = 0.0               # only for small data seen many times
 multi_token_n = 0           # extra heads for t+2, t+3, ...
 multi_token_weight = 0.2    # their share of the loss
+multi_token_hidden_mult = 0.5   # their hidden width, in n_embd
 draft_n = 0                 # unroll of the draft head; 0: none
 draft_weight = 0.1
+draft_hidden_mult = 0.5
 # the batch
 batch_size = 16             # rows per forward, per device
 total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
@@ -86,7 +85,7 @@ check_knobs(config,
             ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
             ('seed', int, 0, 2**63 - 1),
             ('dropout decay_frac qat_start', float, 0, 1),
-            ('muon_lr adam_lr weight_decay grad_clip multi_token_weight draft_weight', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
+            ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
 if quant_bits not in (0, 8):
     raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
 if dtype not in ('auto', 'float32', 'bfloat16'):
@@ -119,20 +118,14 @@ def say(*words):
         print(*words, flush=True)
 
 
-if compile and (device_type == 'mps' or platform.system() == 'Windows'):
-    say('compile: off, not supported here; going on in eager mode, slower')
-    compile = False
-elif compile and device_type == 'cpu':          # what torch.compile will look for
-    compiler = shutil.which(os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++'))
-    if not compiler or not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-        say(f"compile: off, no {'Python.h' if compiler else 'C++ compiler'} was found (apt-get install g++ python3-dev); going on in eager mode, slower")
-        compile = False
+compile = compile and can_compile(device)
 
 data_dir = os.path.join('data', dataset)
 try:
     tokenizer = from_meta(load_meta(data_dir))
     gpt_config = GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_kv_head, n_embd, head_dim, n_hidden, tie_weights=tie_weights,
-                           dropout=dropout, multi_token_n=multi_token_n, draft_n=draft_n)
+                           dropout=dropout, multi_token_n=multi_token_n, multi_token_hidden_mult=multi_token_hidden_mult,
+                           draft_n=draft_n, draft_hidden_mult=draft_hidden_mult)
 except (AssertionError, ValueError) as e:
     raise SystemExit(f'error: {e}')
 tokens_per_forward = batch_size * block_size * world_size
@@ -225,7 +218,7 @@ signal.signal(signal.SIGTERM, stop)
 def asked_to_stop():
     if world_size == 1:
         return stopping
-    flag = torch.tensor(float(stopping), device=device)     # all processes must leave after the same step
+    flag = torch.tensor(float(stopping))        # all processes must leave after the same step
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag.item() > 0
 
@@ -238,7 +231,7 @@ except OSError as e:
 log_path = os.path.join(out_dir, 'log.csv')
 if main_process:
     rows = list(csv.DictReader(open(log_path))) if resumed and os.path.exists(log_path) else []
-    log = csv.DictWriter(open(log_path, 'w', buffering=1), columns)
+    log = csv.DictWriter(open(log_path, 'w', buffering=1, newline=''), columns)
     log.writeheader()
     log.writerows(row for row in rows if int(row['step']) <= start_step)     # the log goes back to where the checkpoint is
 if wandb_log and main_process:
@@ -277,8 +270,8 @@ while step < max_iters:
     step += 1
     leaving = step == max_iters or asked_to_stop()
     logs, saves = (bool(every) and step % every == 0 or leaving for every in (log_interval, save_interval))
-    evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters     # no evaluation on the way out: SIGTERM is urgent
-    if logs or evals or saves:                  # the losses are read only now: asking a GPU every step would stall it
+    evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters     # being asked to stop brings no evaluation forward: SIGTERM is urgent
+    if logs or evals or saves:                  # the losses are looked at only now and then, and before anything is kept
         read = [(s, {k: v.item() for k, v in parts.items()}) for s, parts in losses_due]
         wrong = [(s, f'the loss became {parts}') for s, parts in read if not all(map(math.isfinite, parts.values()))]
         if (evals or saves) and not all(p.isfinite().all() for p in model.parameters()):      # the last update is in no loss yet
@@ -288,6 +281,8 @@ while step < max_iters:
             raise SystemExit(f"error: {wrong[0][1]} at step {wrong[0][0]}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
         means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
         losses_due = []
+    if device_type != 'cpu':
+        torch.accelerator.synchronize()         # the clock must not run ahead of the device
     now = time.perf_counter()
     seconds, step_times = seconds + now - clock, step_times[-200:] + [now - clock]
     if logs:

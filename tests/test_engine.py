@@ -137,7 +137,7 @@ def test_the_filters():
     noise = gumbel(torch.tensor([mix(i) for i in range(4000)]), 5)
     seen = lambda **how: sorted(set(draw(p.log().expand(4000, 5), noise, 1.0, **how).tolist()))
     assert seen() == [0, 1, 2, 3, 4] and seen(top_k=2) == [0, 1] and seen(top_k=9) == seen(top_p=1.0) == [0, 1, 2, 3, 4]
-    assert seen(top_p=0.4) == [0] and seen(top_p=0.6) == [0, 1] and seen(top_p=0.95) == [0, 1, 2, 3]
+    assert seen(top_p=0.4) == seen(top_p=0.0) == [0] and seen(top_p=0.6) == [0, 1] and seen(top_p=0.95) == [0, 1, 2, 3]
     assert seen(min_p=0.2) == [0, 1, 2] and seen(top_k=4, min_p=0.4) == [0, 1]
     assert draw(p.log(), None, 0).item() == 0
 
@@ -229,6 +229,10 @@ def test_speculation_with_stops_samples_streams_and_sliding():
     text = ''.join(engine.stream(CHAR, prompts[0], 100, seed=2))
     for stops in ([], [text[30:33]]):
         assert ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2, drafter='random')) == ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2))
+    assert engine.complete(prompts, 50, seed=1, drafter='head', draft_n=0) == engine.complete(prompts, 50, seed=1)
+    for drafter, n in (('heads', 4), ('head', 16)):
+        with pytest.raises(AssertionError, match='draft'):
+            next(engine.generate(prompts, 5, drafter=drafter, draft_n=n))
     with pytest.raises(AssertionError, match='draft head'):
         next(Engine(build()).generate([[1]], 5, drafter='head'))
 
@@ -275,16 +279,17 @@ def test_packed_floats_are_the_same_product():
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU')
-@pytest.mark.parametrize('drafter', [None, 'head'])
+@pytest.mark.parametrize('drafter', ['none', 'head', 'mtp'])
 def test_compiled_rounds_give_the_same_text(drafter):
     model = Q.convert(with_heads(CHAR, 1, block_size=96))
-    how = dict(drafter=drafter, draft_n=2, temperature=0.8, seed=9)
+    how = dict(drafter=drafter, draft_n=4, temperature=0.8, seed=9)
     prompts = [CHAR.encode('To be'), CHAR.encode('x')]
     compiled = Engine(model, compile=True)
     for p in prompts:
         plain = Engine(model).complete([p], 80, temperature=0.8, seed=9)
         assert compiled.complete([p], 80, **how) == plain and compiled.stats['tokens'] == 80
         assert compiled.complete([p], 80, stop=plain[0][20:21], **how)[0] == plain[0][:plain[0].index(plain[0][20]) + 1]
+        assert compiled.complete([p], 60, reuse=True, **how) == [plain[0][:60]]
     assert len(compiled.steps) == 1
 
 

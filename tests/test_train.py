@@ -253,7 +253,7 @@ def test_without_a_compiler_it_goes_on(toy, tmp_path, monkeypatch, name, value):
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setenv(name, value)
     got = run('train.py', *TINY, toy, '--max_iters=1', '--compile=True', '--device=cpu', f'--out_dir={tmp_path}')
-    assert got.status == 0 and 'no C++ compiler was found' in got.out and 'compile=False' in got.out
+    assert got.status == 0 and 'no C++ compiler was found' in got.err and 'compile=False' in got.out
 
 
 # -----------------------------------------------------------------------------
