@@ -67,7 +67,7 @@ def test_another_text_is_an_error_with_the_numbers(monkeypatch, tmp_path):
     honest = Engine.complete
     save_checkpoint(f'{tmp_path}/best.pt', GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=65, block_size=32)), CharTokenizer(map(chr, range(65))).meta())
 
-    def cheat(self, prompts, n, drafter=None, **how):
+    def cheat(self, prompts, n, drafter='none', **how):
         rows = honest(self, prompts, n, drafter=drafter, **how)
         return [[(row[0] + 1) % 65] + row[1:] for row in rows] if drafter == 'random' else rows
     monkeypatch.setattr(Engine, 'complete', cheat)
