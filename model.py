@@ -186,8 +186,9 @@ class GPT(nn.Module):
     # the heads
 
     def logits(self, x):
-        """States (..., n_embd) -> logits (..., vocab_size) in float32."""
-        return SOFTCAP * torch.tanh(self.lm_head(x).float() / SOFTCAP)
+        """States (..., n_embd) -> logits (..., vocab_size), float32 at least."""
+        y = self.lm_head(x)
+        return SOFTCAP * torch.tanh(y.to(torch.promote_types(y.dtype, torch.float32)) / SOFTCAP)
 
     def multi_token_state(self, x, i):
         """The trunk's state at t -> the state from which lm_head predicts token t+2+i; (..., n_embd) both."""
@@ -213,14 +214,23 @@ class GPT(nn.Module):
             return self.cross_entropy(x, targets), self.logits(x), heads
         if targets is None:
             return self.logits(x)
-        losses = {'ce': self.cross_entropy(x, targets)}
-        if self.config.multi_token_n:       # head i at t is asked for the target of t+1+i: the target that stands 1+i further on
-            losses['multi_token'] = sum(self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i)) for i in range(self.config.multi_token_n)) / self.config.multi_token_n
-        if self.config.draft_n:             # teacher-forced and unrolled just as it is used
-            losses['draft'], state = 0.0, x
-            for i in range(self.config.draft_n):
-                state = self.draft_state(state, shift(targets, i).clamp(min=0))
-                losses['draft'] = losses['draft'] + self.cross_entropy(state, shift(targets, 1 + i)) / self.config.draft_n
+        return {'ce': self.cross_entropy(x, targets)} | self.head_losses(x, targets)
+
+    def head_losses(self, x, targets):
+        """The trunk's states x (B, T, n_embd) and targets (B, T) -> {'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist."""
+        losses, c = {}, self.config
+        if c.multi_token_n:                 # head i at t is asked for the target of t+1+i: the target that stands 1+i further on
+            losses['multi_token'] = sum(self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i)) for i in range(c.multi_token_n)) / c.multi_token_n
+        if c.draft_n:                       # unrolled as it is used, fed the text's tokens; a draft counts when it is the model's own draw, so
+            losses['draft'], state = 0.0, x     # the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of the model
+            def nats(state, own):
+                with torch.no_grad():
+                    own = F.log_softmax(self.logits(own), dim=-1)
+                return (own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
+            for i in range(c.draft_n):
+                state, keep = self.draft_state(state, shift(targets, i).clamp(min=0)), (shift(targets, 1 + i) >= 0).flatten()
+                loss = chunked(nats, c.vocab_size, state.flatten(0, 1), shift(x.detach(), 1 + i, 0.0).flatten(0, 1)) * keep
+                losses['draft'] = losses['draft'] + loss.sum() / keep.sum().clamp(min=1) / c.draft_n
         return losses
 
     def cross_entropy(self, x, targets, reduction='mean'):
@@ -256,9 +266,9 @@ class GPT(nn.Module):
         return 2 * c.n_layer * c.n_kv_head * c.head_dim * bytes_per_value
 
 
-def shift(targets, n):
-    """targets (B, T) moved n places to the left; what falls off the end is masked."""
-    return F.pad(targets[:, n:], (0, n), value=-1)
+def shift(x, n, fill=-1):
+    """x (B, T) or (B, T, C) moved n places to the left along T; what comes in at the end is fill, which masks a target."""
+    return F.pad(x[:, n:], (0, n) if x.ndim == 2 else (0, 0, 0, n), value=fill)
 
 
 def chunked(f, vocab_size, *rows):

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
+from distill import DIVERGENCES, Distiller, Labels, load_teachers
 from engine import Engine
 from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
 from quantize import prepare
@@ -31,7 +32,7 @@ from quantize import prepare
 # where things are
 out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
-init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
 # the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd
 n_layer = 4
 n_head = 4
@@ -60,6 +61,13 @@ warmup_iters = 0            # steps of linear warm-up
 decay_frac = 1.0            # the last share of the steps over which the rates fall linearly to zero
 grad_clip = 1.0             # largest gradient norm; 0: no clipping
 seed = 1337
+# what it learns from; the text alone unless there is a teacher
+teacher = ''                # the out_dir of a trained model, several joined by +, or a folder of labels (distill.py)
+alpha = 0.5                 # the teacher's share of the loss; the text has the rest
+temperature = 1.0           # of the teacher's and the student's distributions when they are compared
+divergence = 'forward_kl'   # forward_kl, reverse_kl, jsd
+train_only = ''             # draft or multi_token: that head learns, everything else is frozen
+own_samples = 0.0           # the share of rows that the frozen model wrote itself
 # quantisation in the loop
 quant_bits = 0              # 8: train through the rounding of the int8 file; 0: float
 qat_start = 0.0             # share of max_iters after which the rounding begins
@@ -84,10 +92,16 @@ check_knobs(config,
             ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
             ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
             ('seed', int, 0, 2**63 - 1),
-            ('dropout decay_frac qat_start', float, 0, 1),
+            ('dropout decay_frac qat_start alpha own_samples', float, 0, 1), ('temperature', float, 1e-3, math.inf),
             ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
 if quant_bits not in (0, 8):
     raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
+if divergence not in DIVERGENCES:
+    raise SystemExit(f"error: divergence ({divergence}) must be one of {', '.join(DIVERGENCES)}")
+if train_only not in ('', 'draft', 'multi_token') or train_only and teacher:
+    raise SystemExit(f"error: train_only ({train_only}) must be draft or multi_token, without a teacher, or empty")
+if own_samples and not train_only:
+    raise SystemExit(f"error: own_samples ({own_samples}) is for train_only=draft or multi_token: while the trunk learns, what it writes is not what it will write")
 if dtype not in ('auto', 'float32', 'bfloat16'):
     raise SystemExit(f"error: dtype ({dtype}) must be auto, float32 or bfloat16")
 if wandb_log:
@@ -136,29 +150,43 @@ accumulation = total_batch_size // tokens_per_forward
 loader = Loader(data_dir, 'train', batch_size, block_size, seed, rank, world_size, device)
 val_loader = Loader(data_dir, 'val', batch_size, block_size, seed, rank, world_size, device)
 
-torch.manual_seed(seed)
-model = GPT(gpt_config)
 start_step, best = 0, {'loss': math.inf}
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-resumed = None
+resumed = source = None
 if init_from == 'resume':
-    resumed = load_checkpoint(ckpt_path, device)
+    resumed = source = load_checkpoint(ckpt_path, device)
     if 'optimizers' not in resumed:
         raise SystemExit(f"error: {ckpt_path} holds weights alone and cannot be resumed: start from it with --init_from={ckpt_path}")
     if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
+    differ = [f'{k} is {resumed["knobs"].get(k)} there and {config[k]} here' for k in vars(gpt_config) if k in config and k != 'dropout' and resumed['knobs'].get(k) != config[k]]
+    if differ:
+        raise SystemExit(f"error: {ckpt_path} was trained with another shape: {'; '.join(differ)}: resume with the same knobs")
     start_step, best = resumed['step'], resumed['best']
-elif init_from == 'scratch' and os.path.exists(ckpt_path):
+elif init_from != 'scratch':
+    source = load_checkpoint(init_from, device)
+elif os.path.exists(ckpt_path):
     say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it)")
-source = resumed or (load_checkpoint(init_from, device) if init_from not in ('scratch', 'resume') else None)
-if source:
+if source:                                      # its shape, but for what weights do not depend on, and for heads that it has not: they may be added
     if source['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {init_from} was trained with another tokenizer ({source['tokenizer']['kind']}) than data/{dataset} has ({tokenizer.kind}): prepare the data with the same one")
-    theirs, ours = source['config'], vars(gpt_config)
-    differ = [f'{k} is {theirs[k]} there and {ours[k]} here' for k in ours if theirs.get(k) != ours[k] and k not in ('dropout', 'block_size', 'use_mqa')]
-    if differ:
-        raise SystemExit(f"error: the checkpoint has another shape: {'; '.join(differ)}: give the same knobs")
-    model.load_state_dict(source['model'])
+    new = {'block_size': block_size, 'dropout': dropout}
+    for head in ('multi_token', 'draft'):
+        if not source['config'][f'{head}_n']:
+            new |= {k: v for k, v in vars(gpt_config).items() if k.startswith(head)}
+    if draft_n:                                 # the cell is the same however often it is applied
+        new['draft_n'] = draft_n
+    gpt_config = GPTConfig(**source['config'] | new)
+torch.manual_seed(seed)
+model = GPT(gpt_config)
+if source:
+    missing, unexpected = model.load_state_dict(source['model'], strict=False)
+    assert not unexpected and all(name.startswith(('multi_token', 'draft')) for name in missing), f'{init_from}: unexpected {unexpected}, missing {missing}'
+if train_only:
+    if not hasattr(model, train_only):
+        raise SystemExit(f"error: train_only={train_only} needs that head: give --{train_only}_n=4")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(train_only))
 model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
 if resumed:
@@ -169,10 +197,28 @@ say(f"model: {n_params['total']:,} parameters ({', '.join(f'{k} {v:,}' for k, v 
 say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, {torch.get_num_threads()} threads")
 
-forward = torch.compile(model) if compile else model
+trained, labels = model, None
+if teacher and os.path.exists(os.path.join(teacher, 'labels.bin')):
+    labels = Labels(teacher, loader, device)
+    if labels.meta['temperature'] != temperature or divergence != 'forward_kl':
+        raise SystemExit(f"error: the labels in {teacher} are for forward_kl at temperature {labels.meta['temperature']}, not for {divergence} at {temperature}: write others, or train beside the teacher itself")
+    trained = Distiller(model, temperature=temperature)
+elif teacher:
+    trained = Distiller(model, load_teachers(teacher, tokenizer, block_size, device), divergence, temperature)
+forward = torch.compile(trained) if compile else trained
 forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None) if world_size > 1 else forward
 autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
-weight = {'ce': 1.0, 'multi_token': multi_token_weight, 'draft': draft_weight}
+weight = {'ce': 1 - alpha if teacher else 1.0, 'kl': alpha, 'multi_token': multi_token_weight, 'draft': draft_weight}
+if train_only:
+    weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}
+flops = model.flops_per_token() + sum(t.flops_per_token(training=False) for t in getattr(trained, 'teachers', ()))      # per token; what labels cost is in their meta.json
+own = None
+if own_samples:                                 # the frozen model writes as many rows as 64 batches have of them; drafts are made after its own words
+    n, cut = 64 * round(own_samples * batch_size), block_size // 16
+    starts = [loader.starts(step)[row] for step in range(64) for row in range(round(own_samples * batch_size))]
+    prompts = loader.rows(starts)[0][:, :cut].tolist()
+    say(f'the model writes {n} rows of its own')
+    own = torch.tensor([p + new for p, new in zip(prompts, Engine(model).complete(prompts, block_size + 1 - cut, seed=seed))], device=device)     # (n, block_size + 1)
 
 # -----------------------------------------------------------------------------
 # what happens now and then
@@ -193,7 +239,7 @@ def validate(step):
     global best
     with autocast:
         result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
-    if result['loss'] < best['loss']:
+    if result['loss'] < best['loss'] or train_only:         # of a frozen trunk the newest head is the best
         best = {**result, 'step': step}
         if main_process:
             save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset, knobs=config)
@@ -257,9 +303,14 @@ while step < max_iters:
             group['lr'] = group['peak_lr'] * factor
     for micro in range(accumulation):
         x, y = loader.batch(step, micro, accumulation)
+        soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
+        if own is not None:
+            n = len(own) // 64
+            rows = own[step % 64 * n:][:n]
+            x[:n], y[:n] = rows[:, :-1], rows[:, 1:]
         last = micro == accumulation - 1
         with contextlib.nullcontext() if world_size == 1 or last else forward.no_sync(), autocast:
-            losses = forward(x, y)
+            losses = forward(x, y, *soft)
             sum(weight[k] * v for k, v in losses.items()).div(accumulation).backward()
         losses_due.append((step, {k: v.detach() for k, v in losses.items()}))
     if grad_clip:
@@ -312,7 +363,7 @@ if step >= max_iters and result is None:        # a run resumed at its end has n
     result = validate(step)
 result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
-                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'],
+                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'], 'flops': flops * step * total_batch_size,
                 'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step')}))
 if world_size > 1:
     dist.barrier()                              # a process that exits while gloo still lets go of the last tensors is aborted

@@ -335,9 +335,13 @@ class Loader:
 
     def batch(self, step, micro=0, accumulation=1):
         """Micro-batch `micro` of the `accumulation` of this step -> x, y: (batch_size, block_size) int64; y is -1 where the mask is 0."""
+        return self.rows(self.starts(step, micro, accumulation))
+
+    def starts(self, step, micro=0, accumulation=1):
+        """Where the rows of that batch start in the split: batch_size ints."""
         assert 0 <= micro < accumulation, f'micro ({micro}) must be in 0..{accumulation - 1}, of accumulation ({accumulation})'
         first = ((step * accumulation + micro) * self.world_size + self.rank) * self.batch_size
-        return self._rows([self._start(first + row) for row in range(self.batch_size)])
+        return [int(self._start(first + row)) for row in range(self.batch_size)]
 
     def _start(self, i):
         """Where sample i starts in the split. Its tokens and the target of the last are start .. start + block_size."""
@@ -358,9 +362,10 @@ class Loader:
         n_windows = math.ceil((self.n_tokens - 1) / self.block_size)
         for i in range(math.ceil(n_windows / (batch_size * self.world_size))):
             first = (i * self.world_size + self.rank) * batch_size
-            yield self._rows([(first + row) * self.block_size for row in range(batch_size)])
+            yield self.rows([(first + row) * self.block_size for row in range(batch_size)])
 
-    def _rows(self, starts):
+    def rows(self, starts):
+        """The windows that start at these places -> x, y as batch gives them."""
         import torch
         at = np.array(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T+1)
         inside = at < self.n_tokens

@@ -1,0 +1,241 @@
+"""distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the whole path."""
+import json
+import math
+import os
+import re
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_file
+from data.loader import Loader
+from distill import DIVERGENCES, Distiller, Labels, choose_labels, load_teacher, write_labels
+from model import GPT, GPTConfig, load_checkpoint, shift
+from test_train import TINY, interrupt, largest_difference, make_dataset, refused, run, train
+
+SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
+
+
+def random_model(seed=0, **more):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SMALL, **more}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def batch(B=3, T=16, seed=1):
+    text = torch.randint(23, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    targets = text[:, 1:].clone()
+    targets[0, 3:7] = -1
+    return text[:, :-1], targets
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(model_file, 'LOSS_CHUNK_BYTES', 4 * 23 * 5)              # five tokens at a time
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+@pytest.mark.parametrize('kind', DIVERGENCES)
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature, small_chunks):
+    """In float64, chunked and recomputed, with two teachers and all heads, against the textbook's sums over whole tensors."""
+    student, teachers = random_model(multi_token_n=2, draft_n=2).double(), [random_model(s, n_layer=s).double().requires_grad_(False) for s in (1, 3)]
+    idx, y = batch()
+    losses = Distiller(student, teachers, kind, temperature)(idx, y)
+    sum(losses.values()).backward()
+    got = {name: p.grad.clone() for name, p in student.named_parameters()}
+    assert all(g.abs().sum() > 0 for g in got.values()) and all(p.grad is None for t in teachers for p in t.parameters())
+
+    student.zero_grad()
+    p = sum((t(idx) / temperature).softmax(-1) for t in teachers) / 2
+    q = (student(idx) / temperature).softmax(-1)
+    m = (p + q) / 2
+    kl = lambda a, b: F.kl_div(b.log(), a, reduction='none').sum(-1)
+    apart = {'forward_kl': kl(p, q), 'reverse_kl': kl(q, p), 'jsd': (kl(p, m) + kl(q, m)) / 2}[kind]
+    plain = {'kl': temperature ** 2 * apart[y >= 0].mean(), 'ce': F.cross_entropy(student(idx)[y >= 0], y[y >= 0])} | student.head_losses(student.trunk(idx), y)
+    sum(plain.values()).backward()
+    assert losses.keys() == plain.keys() and losses['kl'] > 1e-3
+    for name in losses:
+        assert torch.allclose(losses[name], plain[name], rtol=1e-12, atol=0), name
+    for name, p in student.named_parameters():
+        assert torch.allclose(got[name], p.grad, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
+    student, teacher = random_model(block_size=32), random_model(1, block_size=32)
+    for m in (student, teacher):                                                 # without attention a token's losses depend on itself alone
+        for block in m.transformer.h:
+            torch.nn.init.zeros_(block.attn.c_proj.weight)
+    idx, y = batch()
+    labels = (torch.randint(23, (3, 16, 5)), torch.full((3, 16, 5), 0.2), torch.rand(3, 16)) if labelled else ()
+    f = Distiller(student, [teacher])
+    once = f(idx, y, *labels)
+    for dim in (0, 1):
+        twice = f(*(torch.cat((t, t), dim) for t in (idx, y, *labels)))
+        assert all(torch.allclose(once[k], twice[k], rtol=1e-5) for k in ('ce', 'kl'))
+    padded = f(*(torch.cat((t, t), 1) for t in (idx,)), torch.cat((y, torch.full_like(y, -1)), 1), *(torch.cat((t, t), 1) for t in labels))
+    assert all(torch.allclose(once[k], padded[k], rtol=1e-5) for k in ('ce', 'kl'))
+
+
+def test_a_teacher_teaches_nothing_to_itself():
+    model = random_model()
+    for kind in DIVERGENCES:
+        loss = Distiller(model, [model, model], kind)(*batch())['kl']
+        loss.backward()
+        assert loss.abs() < 1e-6 and all(p.grad.abs().max() < 1e-5 for p in model.parameters())
+
+
+def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():
+    """A model whose state is a function of the last token alone can be drafted without error by a cell that ignores the state."""
+    model = random_model(draft_n=3)
+    idx, y = batch()
+    x = model.trunk(idx)
+    right = model.head_losses(x, y)['draft']
+    model.draft_state = lambda state, tokens: next(shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(y, n - 1).clamp(min=0)))
+    assert right > 0.01 and model.head_losses(x, y)['draft'].abs() < 1e-6
+
+
+# -----------------------------------------------------------------------------
+# labels
+
+def test_sampled_labels_are_unbiased_and_top_k_is_not():
+    """The gradient of the loss on labels, averaged over many draws of 4, against the full KL's; five standard errors wide."""
+    torch.manual_seed(0)
+    s, log_p = torch.randn(9), (2 * torch.randn(9)).log_softmax(-1)
+    full = s.softmax(-1) - log_p.exp()                                           # d KL / d logits
+    n = 50000
+    generator = torch.Generator().manual_seed(3)
+    gradient = {}
+    for method in ('sample', 'topk'):
+        ids, p = choose_labels(log_p.expand(n, 9), method, 4, generator)
+        p = torch.full(ids.shape, 0.25) if p is None else p
+        gradient[method] = s.softmax(-1) - torch.zeros(n, 9).scatter_add_(1, ids, p)     # (n, 9)
+    error = 5 * gradient['sample'].std(dim=0) / math.sqrt(n)
+    assert (error > 0).all() and ((gradient['sample'].mean(0) - full).abs() < error).all()
+    assert (gradient['topk'].mean(0) - full).abs().max() > 10 * error.max()
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'toy'
+    make_dataset(folder)
+    return str(folder)
+
+
+def toy_teachers(toy):
+    loader = Loader(toy, 'train', 4, 16)
+    return loader, [random_model(s, vocab_size=len(loader.meta['chars'])) for s in (1, 2)]
+
+
+def test_labels_of_the_whole_vocabulary_are_the_teacher(toy, tmp_path):
+    """Records of every token, in place: the KL from labels equals that from the running teachers wherever both have the same context."""
+    loader, teachers = toy_teachers(toy)
+    V = teachers[0].config.vocab_size
+    write_labels(str(tmp_path), teachers, loader, {}, 'topk', V, temperature=1.5)
+    student = random_model(5, vocab_size=V)
+    labels = Labels(str(tmp_path), loader)
+    for start in (0, 8, 64, loader.n_tokens - 20):                               # of later windows the first half has seen more than a window here shows
+        x, y = loader.rows([start])
+        y[:, :8] = -1 if start else y[:, :8]
+        start_of_window = start % 8 == 0
+        cached = Distiller(student, temperature=1.5)(x, y, *labels.batch([start], 16))['kl']
+        online = Distiller(student, teachers, temperature=1.5)(x, y)['kl']
+        assert (abs(cached - online) < 2e-3 * online) == start_of_window, (start, cached, online)
+    assert len(labels.table) == loader.n_tokens and (labels.table['p'].astype(float).sum(-1) > 0.99).all()
+
+
+@pytest.mark.parametrize('method', ['sample', 'topk'])
+def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
+    loader, teachers = toy_teachers(toy)
+    write_labels(str(tmp_path / 'whole'), teachers, loader, {}, method, 3)
+    expected = (tmp_path / 'whole' / 'labels.bin').read_bytes()
+    rows = loader.rows
+    for stop in (0, 1, 30):
+        def stopped(starts, seen=[]):
+            seen.append(starts)
+            if len(seen) == stop + 1:
+                raise KeyboardInterrupt
+            return rows(starts)
+        loader.rows = stopped
+        folder = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_labels(str(folder), teachers, loader, {}, method, 3)
+        if stop:
+            with open(folder / 'labels.bin.part', 'ab') as f:
+                f.write(b'a torn record')
+        loader.rows = rows
+        with pytest.raises(SystemExit, match='of another kind'):
+            write_labels(str(folder), teachers, loader, {}, method, 4)
+        write_labels(str(folder), teachers, loader, {}, method, 3)
+        assert (folder / 'labels.bin').read_bytes() == expected and sorted(os.listdir(folder)) == ['labels.bin', 'meta.json']
+
+
+# -----------------------------------------------------------------------------
+# the whole path
+
+@pytest.fixture(scope='module')
+def teacher(toy, tmp_path_factory):
+    out_dir = str(tmp_path_factory.mktemp('teacher'))
+    train(out_dir, f'--dataset={toy}', '--n_embd=32', '--max_iters=120', '--eval_interval=60', '--muon_lr=0.02', '--log_interval=40')
+    return out_dir
+
+
+def script(*args):
+    got = run('distill.py', *args)
+    assert got.status == 0 and not got.err, got.err
+    return json.loads(got.out.splitlines()[-1])
+
+
+def test_teacher_labels_student(toy, teacher, tmp_path):
+    """Beside the teacher, or from its labels, a student learns the same from the same data; and the labels' cost is counted."""
+    V = Loader(toy, 'val', 4, 16).meta['chars']
+    written = script(f'--teacher={teacher}+{teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}', '--method=topk', f'--k={len(V)}')
+    assert written['bytes'] == os.path.getsize(tmp_path / 'labels' / 'labels.bin') == written['tokens'] * (2 + 4 * len(V))
+    how = f'--dataset={toy}', '--alpha=0.9', '--max_iters=40', '--eval_interval=40', '--log_interval=40'
+    beside = train(tmp_path / 'beside', f'--teacher={teacher}', *how)
+    labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
+    control = train(tmp_path / 'control', *how)
+    assert abs(beside['val_loss'] - labelled['val_loss']) < 0.05 and beside['val_loss'] != control['val_loss']
+    assert labelled['flops'] == control['flops'] and beside['flops'] == control['flops'] + beside['tokens'] * load_teacher(teacher)[0].flops_per_token(training=False)
+    refused(run('distill.py', f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}'), 'already holds labels')
+    refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}', '--temperature=2'), 'are for forward_kl at temperature 1.0')
+
+
+@pytest.mark.parametrize('head', ['draft', 'multi_token'])
+def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, interrupt):
+    """Everything else keeps its bits, in float and through the rounding; stopped and resumed it is the same; and the head's loss falls."""
+    how = *TINY, f'--dataset={toy}', f'--train_only={head}', f'--{head}_n=2', '--own_samples=0.5', '--quant_bits=8', '--muon_lr=0.05', '--max_iters=30', '--eval_interval=15'
+    start = f'--init_from={teacher}/best.pt'
+    got = run('train.py', *how, f'--out_dir={tmp_path}/once', start)
+    losses = [float(loss) for loss in re.findall(rf'\+ {head} ([\d.]+)', got.out)]
+    assert got.status == 0 and len(losses) == 30 and losses[-1] < 0.9 * losses[0], (got.err, losses)
+    before, after = (load_checkpoint(path)['model'] for path in (f'{teacher}/best.pt', tmp_path / 'once' / 'best.pt'))
+    assert all(torch.equal(before[k], after[k]) for k in before) and len(after) == len(before) + (2 if head == 'draft' else 4)
+    assert all(after[k].abs().sum() > 0 for k in after.keys() - before.keys())
+    interrupt(19, signal.SIGTERM)
+    assert 'stopped at step 20' in run('train.py', *how, f'--out_dir={tmp_path}/twice', start).out
+    interrupt(99, signal.SIGTERM)
+    assert run('train.py', *how, f'--out_dir={tmp_path}/twice', '--init_from=resume').status == 0
+    once, twice = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('once', 'twice'))
+    assert largest_difference(*({k: c[k] for k in ('model', 'optimizers')} for c in (once, twice))) == 0
+
+
+@pytest.mark.parametrize('flags, pattern', [
+    ('', 'give --teacher='),
+    ('--teacher={}/nothing --out_dir={}/l', 'no checkpoint at'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --method=best', r'method \(best\) must be sample or topk'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --k=0', r'k \(0\)'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --block_size=99', r'a context of 16'),
+    ('--teacher={T} --out_dir={}/l --dataset={}/none', 'prepare.py'),
+    ('--teachr=x', 'unknown key')])
+def test_bad_input(flags, pattern, toy, teacher, tmp_path):
+    refused(run('distill.py', *flags.replace('{T}', teacher).replace('{D}', toy).replace('{}', str(tmp_path)).split()), pattern)
+    assert not os.listdir(tmp_path)
