@@ -5,6 +5,7 @@ How fast it decodes, and against what. Everything is timed in this process, inte
     python bench.py --mode=decode --shape=d12                            # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --mode=decode --peers=True --llama2c=FOLDER          # beside transformers and llama2.c, if they are there
+    python bench.py --mode=quality --shape=out-quickstart                # loss of each format, and of an int8 cache, on the validation split
 
 You will see a table, then one line of JSON. The first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
     x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
@@ -33,9 +34,10 @@ import time
 import numpy as np
 import torch
 
+from data.loader import Loader
 from data.tokenizer import from_meta
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, can_compile, check_device, check_knobs, load_model
+from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, load_checkpoint, load_model
 from quantize import convert, for_decoding, load
 
 SHAPES = {
@@ -76,8 +78,8 @@ def listed(knob, known):
     return fail(f"{knob} ({config[knob]}) must be of {', '.join(known)}; {wrong[0]!r} is not") if wrong else items
 
 
-if mode != 'decode':
-    fail(f'mode ({mode}) must be decode: there is no other yet')
+if mode not in ('decode', 'quality'):
+    fail(f'mode ({mode}) must be decode or quality: there is no other yet')
 check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
             ('temperature', float, 0, math.inf), may_be_none='temperature')
 check_device(device)
@@ -87,6 +89,8 @@ if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', batches):
 batches = sorted({int(b) for b in batches.split(',')})
 if shape not in SHAPES and not os.path.isdir(shape):
     fail(f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model")
+if shape in SHAPES and mode == 'quality':
+    fail(f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir')
 if temperature is None:
     temperature = 0.0 if shape in SHAPES else 0.8
 if threads:
@@ -122,6 +126,41 @@ def bytes_per_pass(model):
         tensors = [t for part in parts for m in part.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()) if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
+
+
+cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
+machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
+machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
+machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
+def report(table, **document):
+    """Lines of text cells -> a table, the first three columns to the left; then everything as one line of JSON, numbers to seven digits."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    document = {'mode': mode, 'machine': machine, **document}
+    print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
+
+# -----------------------------------------------------------------------------
+# --mode=quality: the loss on the whole validation split
+
+if mode == 'quality':
+    state = load_checkpoint(os.path.join(shape, 'best.pt'))
+    tokenizer, rows = from_meta(state['tokenizer']), []
+    for f in formats:
+        model = build(shape, f).model
+        c = model.config
+        loader = Loader(os.path.join('data', state['dataset']), 'val', 16, c.block_size, device=device)
+        for dtype in (torch.float32, torch.int8):
+            make_cache = lambda batch: KVCache(c, batch, dtype=dtype, device=device)
+            result = evaluate(model, loader.eval_batches(), tokenizer.token_bytes, make_cache)
+            one = make_cache(1)
+            rows.append({'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'), 'val_loss': result['loss'], 'val_bpb': result['bpb'],
+                         'kv_bytes_per_token': one.nbytes() / one.size})
+    report([['format', 'cache', 'nats', 'bits/byte', 'cache bytes a token']] +
+           [[r['format'], r['cache'], f"{r['val_loss']:.5f}", f"{r['val_bpb']:.5f}", f"{r['kv_bytes_per_token']:,.0f}"] for r in rows], rows=rows)
+    sys.exit()
 
 # -----------------------------------------------------------------------------
 # what is timed
@@ -358,13 +397,6 @@ for row in rows:
         return '-' if row[key] is None else f'{factor * row[key]:,.{digits}f}'
     table.append([row['decoder'], row['format'], row['drafter'], str(row['batch']), cell('tok_s', 1), cell('ratio_plain_f32', 2), cell('ratio_recompute', 2), cell('first_token_ms', 1),
                   cell('gb_s', 2), cell('share_of_bandwidth', 0, 100), ' '.join(f'{x:.2f}' for x in (row['rows_cost'] or {}).values()) or '-', cell('tokens_per_verify', 2)])
-widths = [max(map(len, column)) for column in zip(*table)]
-for line in table:
-    print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
-cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
-machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
-machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
-document = {'mode': mode, 'machine': machine | {'threads': torch.get_num_threads(), 'torch': torch.__version__}, 'bandwidth_gb_s': median(memory) / 1e9, 'rows': rows}
-print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.5g}'))))
+report(table, bandwidth_gb_s=median(memory) / 1e9, rows=rows)
 if parted:
     fail('another text than the plain row: ' + '; '.join(parted))

@@ -285,9 +285,9 @@ def chunked(f, vocab_size, *rows):
 # evaluation: the one place that measures loss
 
 @torch.no_grad()
-def evaluate(model, batches, token_bytes=None):
+def evaluate(model, batches, token_bytes=None, make_cache=None):
     """
-    The loss over batches of (x, y), y = -1 masked. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
+    The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
     token_bytes: the bytes of each id; ids of 0 bytes (specials) count towards neither side of bpb (nanochat's definition).
     """
     was_training = model.training
@@ -297,7 +297,7 @@ def evaluate(model, batches, token_bytes=None):
     total = torch.zeros(4, dtype=torch.float64)                                  # nats, tokens, nats of tokens with bytes, bytes
     for x, y in batches:
         x, y = x.to(device), y.to(device).flatten()
-        nats = model.cross_entropy(model.trunk(x), y.view_as(x), reduction='none')
+        nats = model.cross_entropy(model.trunk(x, make_cache and make_cache(len(x))), y.view_as(x), reduction='none')
         total[0] += nats.sum().item()
         total[1] += (y >= 0).sum().item()
         if size is not None:

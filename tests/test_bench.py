@@ -17,7 +17,7 @@ from data.tokenizer import CharTokenizer
 from engine import Engine
 from model import GPT, GPTConfig, save_checkpoint
 from quantize import convert, export
-from test_train import refused, run
+from test_train import make_dataset, refused, run, train
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12']
 ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s', 'share_of_bandwidth',
@@ -113,6 +113,20 @@ def test_peers(tmp_path, monkeypatch):
     assert int((tmp_path / 'runq.size').read_text()) == 256 + 4 * norms + matrices + 4 * matrices // 64
     assert matrices + norms == theirs['params'] and int((tmp_path / 'run.tokenizer').read_text()) == 4 + 9 * 65
     assert (tmp_path / 'runq.args').read_text().split()[-4:] == ['-t', '0', '-n', '18']
+
+
+def test_quality(tmp_path):
+    """Through a float32 cache the loss is train.py's own; through an int8 one it is another, close by, at little more than a quarter of the bytes."""
+    data = make_dataset(tmp_path / 'toy')
+    trained = train(tmp_path / 'out', data, '--max_iters=40', '--eval_interval=40', '--muon_lr=0.02', '--log_interval=40')
+    document, _ = bench('--mode=quality', f'--shape={tmp_path}/out', '--formats=f32,int8')
+    rows = {(r['format'], r['cache']): r for r in document['rows']}
+    assert list(rows) == [(f, cache) for f in ('f32', 'int8') for cache in ('float32', 'int8')]
+    assert rows['f32', 'float32']['val_loss'] == pytest.approx(trained['val_loss'], rel=1e-5) and rows['f32', 'float32']['val_bpb'] == pytest.approx(trained['val_bpb'], rel=1e-4)
+    for f in ('f32', 'int8'):
+        assert 0 < abs(rows[f, 'int8']['val_loss'] - rows[f, 'float32']['val_loss']) < 0.01
+    assert [rows['int8', cache]['kv_bytes_per_token'] for cache in ('float32', 'int8')] == [4 * 2 * 2 * 16, 2 * 2 * (16 + 2 * 4)]
+    refused(run('bench.py', '--mode=quality'), r'shape \(tiny\) has random weights')
 
 
 @pytest.mark.parametrize('flags, pattern', [

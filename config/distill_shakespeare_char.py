@@ -1,0 +1,20 @@
+# The sub-megabyte model of qat_shakespeare_char.py, learning from a teacher's distributions as well (teacher_shakespeare_char.py says
+# how to make them). Its control, the same in everything but the teacher: --teacher= --out_dir=out-control-shakespeare
+out_dir = 'out-distill-shakespeare'
+dataset = 'shakespeare_char'
+teacher = 'labels-shakespeare'
+alpha = 0.9
+
+n_layer, n_head, n_embd, n_hidden = 3, 4, 192, 384
+block_size = 256
+batch_size = 16             # 4,096 tokens a step
+max_iters = 3200            # 13.1M tokens
+dropout = 0.1
+weight_decay = 0.1
+muon_lr = 0.02
+adam_lr = 0.005
+quant_bits = 8
+
+eval_interval = 400
+save_interval = 400
+sample_interval = 0

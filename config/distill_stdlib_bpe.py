@@ -1,0 +1,22 @@
+# A student with an eighth of the teacher's weights: 4 layers, 160 wide, 5 heads of 32 with one key/value head, tables tied; 1,679,360.
+#     python data/stdlib_bpe/prepare.py && python train.py config/train_stdlib_bpe.py                 # the teacher, 13,762,560
+#     python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe                          # 12 sampled labels a token, 88 MB
+#     python train.py config/distill_stdlib_bpe.py
+# Beside the running teacher instead: --teacher=out-stdlib-bpe. The control, on the text alone: --teacher= --out_dir=out-control-stdlib-bpe
+out_dir = 'out-distill-stdlib-bpe'
+dataset = 'stdlib_bpe'
+teacher = 'labels-stdlib-bpe'
+alpha = 0.9
+
+n_layer, n_head, n_embd, head_dim, n_hidden = 4, 5, 160, 32, 608
+n_kv_head = 1
+tie_weights = True
+block_size = 256
+batch_size = 16             # 4,096 tokens a step
+max_iters = 1200            # 4.9M tokens
+muon_lr = 0.02
+adam_lr = 0.005
+
+eval_interval = 300
+save_interval = 300
+sample_interval = 0
