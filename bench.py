@@ -38,7 +38,7 @@ from data.loader import Loader
 from data.tokenizer import from_meta
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
 from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, load_checkpoint, load_model
-from quantize import convert, for_decoding, load
+from quantize import PackedInt8Linear, convert, export, for_decoding, load
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
@@ -58,6 +58,7 @@ new_tokens = 128
 rounds = 5
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
+memory = True               # and what an int8 process takes of it, beyond one that has decoded something (Linux, CPU)
 peers = False               # measure transformers (pip install transformers) and llama2.c, too
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 seed = 1337
@@ -289,9 +290,26 @@ def child(what):
     got = subprocess.run([sys.executable, 'bench.py', *(f'--{k}={v}' for k, v in knobs.items())], capture_output=True, text=True)
     return json.loads(got.stdout.splitlines()[-1]) if got.returncode == 0 else fail(f"the process for {what} ended with status {got.returncode}: {got.stderr.strip()[-200:]}")
 
+def memory_taken(path):
+    """-> {'memory_bytes': how much this process grows by loading the int8 file at path and decoding with it, 'file_bytes', 'cache_bytes'}."""
+    def resident():
+        with open('/proc/self/statm') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    small = for_decoding(convert(GPT(GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
+    Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
+    before = resident()
+    engine = Engine(for_decoding(load(path)[0]))
+    for step in engine.generate([[1] * prompt_tokens], new_tokens, temperature=temperature, seed=seed):
+        grown = resident() - before
+    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens).nbytes()
+    return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
+
 # -----------------------------------------------------------------------------
 # what will run; whatever cannot is said before anything is timed
 
+if peer.endswith('.safetensors'):
+    print(json.dumps(memory_taken(peer)))
+    sys.exit()
 plain = build(shape, 'f32')
 c, params = plain.config, plain.model.params()['total']
 if prompt_tokens + new_tokens > c.block_size:
@@ -333,7 +351,7 @@ if peers:
 
 engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
 runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches]}
-texts, parted, costs, slow, memory = {}, [], {f: [] for f in engines}, [], []
+texts, parted, costs, slow, rates = {}, [], {f: [] for f in engines}, [], []
 caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device) for f in engines if not f.endswith('compiled')}
 for f, cache in caches.items():
     engines[f].prefill(cache, [prompts[0][:c.block_size - max(LENGTHS)]])
@@ -349,7 +367,7 @@ for r in range(rounds + 1):                     # round 0 warms up
     for f, cache in caches.items():
         costs[f].append(pass_seconds(engines[f], cache))
     slow += [without_cache(plain, texts['f32'][0])] if recompute else []
-    memory.append(bandwidth(big))
+    rates.append(bandwidth(big))
     print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
 
 # -----------------------------------------------------------------------------
@@ -360,7 +378,8 @@ def median(values):
 
 
 empty = dict.fromkeys(['decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s',
-                       'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params'])
+                       'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
+                       'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
 empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
 yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
 for (f, drafter, batch), run in runs.items():
@@ -370,7 +389,7 @@ for (f, drafter, batch), run in runs.items():
     rows.append(empty | {
         'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
         'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)), 'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
-        'first_token_ms': 1000 * median(s['first_seconds'] for s in run), 'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(memory),
+        'first_token_ms': 1000 * median(s['first_seconds'] for s in run), 'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
         'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if costs[f] else None,
         'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted), 'accepted': None if drafter == 'none' else accepted,
         'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
@@ -378,6 +397,10 @@ if slow:
     rows.append(empty | {'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:], 'ratio_recompute': 1.0,
                          'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
 plain = engines = caches = cache = big = None   # the other processes get the memory
+if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
+    with tempfile.TemporaryDirectory() as folder:
+        export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
+        rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | child(f'{folder}/int8.safetensors'))
 with tempfile.TemporaryDirectory() as folder:
     size = llama2c_files(folder, c) if llama2c else None
     pairs = {key: [] for key in others}
@@ -397,6 +420,9 @@ for row in rows:
         return '-' if row[key] is None else f'{factor * row[key]:,.{digits}f}'
     table.append([row['decoder'], row['format'], row['drafter'], str(row['batch']), cell('tok_s', 1), cell('ratio_plain_f32', 2), cell('ratio_recompute', 2), cell('first_token_ms', 1),
                   cell('gb_s', 2), cell('share_of_bandwidth', 0, 100), ' '.join(f'{x:.2f}' for x in (row['rows_cost'] or {}).values()) or '-', cell('tokens_per_verify', 2)])
-report(table, bandwidth_gb_s=median(memory) / 1e9, rows=rows)
+for row in rows:
+    if row['memory_ratio']:
+        print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, {row['memory_ratio']:.2f} times its file and cache ({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
+report(table, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
 if parted:
     fail('another text than the plain row: ' + '; '.join(parted))

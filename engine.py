@@ -223,7 +223,8 @@ def draft_head(model, x, last, ids, noise, pick):
     out = [last]
     for n in range(noise.size(1)):
         x = model.draft_state(x, out[-1])
-        out.append(pick(model.logits(x), noise[:, n:n + 1]))        # (B, 1)
+        logits = model.logits(x, model.draft_lm_head)
+        out.append(pick(logits, noise[:, n:n + 1, :logits.size(-1)]))    # (B, 1)
     return torch.cat(out[1:], dim=1)
 
 

@@ -147,6 +147,7 @@ class GPT(nn.Module):
             self.multi_token = nn.ModuleList(MLP(c.n_embd, hidden, c.n_embd) for _ in range(c.multi_token_n))
         if c.draft_n:            # one cell, applied again for each further token; it reads the state and the token just drafted
             self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
+            self.draft_lm_head = None   # a decoder may let drafts be chosen among lm_head's first rows alone
         cos, sin = rope_tables(c)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -185,9 +186,9 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # the heads
 
-    def logits(self, x):
-        """States (..., n_embd) -> logits (..., vocab_size), float32 at least."""
-        y = self.lm_head(x)
+    def logits(self, x, head=None):
+        """States (..., n_embd) -> logits (..., vocab_size), float32 at least; with head instead of lm_head, as many as it has rows."""
+        y = (head or self.lm_head)(x)
         return SOFTCAP * torch.tanh(y.to(torch.promote_types(y.dtype, torch.float32)) / SOFTCAP)
 
     def multi_token_state(self, x, i):

@@ -20,9 +20,9 @@ from model import GPT, GPTConfig, evaluate, save_checkpoint
 from quantize import convert, export
 from test_train import make_dataset, refused, run
 
-SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12']
+SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
 ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s', 'share_of_bandwidth',
-       'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params'}
+       'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'}
 
 
 def bench(*args):
@@ -134,6 +134,14 @@ def test_quality(tmp_path):
         assert 0 < abs(rows[f, 'int8']['val_loss'] - rows[f, 'float32']['val_loss']) < 0.01
     assert [rows['int8', cache]['kv_bytes_per_token'] for cache in ('float32', 'int8')] == [4 * 2 * 2 * 32, 2 * 2 * (32 + 2 * 4)]
     refused(run('bench.py', '--mode=quality'), r'shape \(tiny\) has random weights')
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='Linux alone says what a process takes')
+def test_memory(out_dir):
+    document, _ = bench(f'--shape={out_dir}', '--formats=f32', '--recompute=False', '--memory=True')
+    row = document['rows'][-1]
+    assert row['file_bytes'] > 4 * 7 + row['params'] and row['cache_bytes'] == 4 * 2 * 16 * 64          # places come in 64s
+    assert row['memory_bytes'] % 4096 == 0 and row['memory_ratio'] == pytest.approx(row['memory_bytes'] / (row['file_bytes'] + row['cache_bytes']), rel=1e-5)
 
 
 @pytest.mark.parametrize('flags, pattern', [
