@@ -4,6 +4,7 @@ data/*/prepare.py, run as their users run them, into a temporary folder; what th
 $ python -m pytest tests/test_prepare.py       about 5 seconds, offline
 """
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -280,3 +281,47 @@ def test_text_errors(prepare, tmp_path, flags, error):
 def test_an_error_is_one_line_and_status_1():
     ran = subprocess.run([sys.executable, 'data/text/prepare.py', '--input=/no/such'], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (1, '') and ran.stderr.startswith('error: ') and ran.stderr.count('\n') == 1
+
+
+# -----------------------------------------------------------------------------
+# FineWeb-Edu: shards of our own, and a tokenizer.pkl as nanochat pickles it
+
+@pytest.fixture
+def shards(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet
+    tiktoken = pytest.importorskip('tiktoken')
+    tokenizer = train_bpe(['low lower lowest'] * 3, 270)
+    encoding = tiktoken.Encoding('toy', pat_str=tokenizer.pattern, mergeable_ranks={token: i for i, token in enumerate(tokenizer._merged)}, special_tokens=tokenizer._special_ids)
+    (tmp_path / 'tokenizer.pkl').write_bytes(pickle.dumps(encoding))
+    documents = {}
+    for shard in (0, 1, 9):
+        documents[shard] = [f'lower {shard} {i}\n' * (i % 3 + 1) for i in range(1500)]
+        pa.parquet.write_table(pa.table({'text': documents[shard]}), tmp_path / f'shard_{shard:05d}.parquet', row_group_size=700)
+    return documents
+
+
+def test_fineweb_edu(prepare, shards, server, tmp_path):
+    """Downloaded or local, in one go or resumed: the documents in order, each after a <|bos|>; the shards are gone when they were ours to remove."""
+    expected = ['<|bos|>' + '<|bos|>'.join(shards[0] + shards[1]), '<|bos|>' + '<|bos|>'.join(shards[9][:1200])]
+    how = f'--tokenizer={tmp_path}', '--shards=2', '--val_shard=9', '--val_docs=1200'
+    prepare('fineweb_edu', *how, f'--input={tmp_path}', f'--out_dir={tmp_path}/local')
+    assert texts_of(tmp_path / 'local') == expected
+    for shard in (0, 1):
+        name = f'shard_{shard:05d}.parquet'
+        server.pages['/' + name] = {'body': (tmp_path / name).read_bytes()}
+    with pytest.raises(SystemExit, match='shard_00009.parquet answered 404'):
+        prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
+    server.pages['/shard_00009.parquet'] = {'body': (tmp_path / 'shard_00009.parquet').read_bytes()}
+    prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
+    assert texts_of(tmp_path / 'fetched') == expected and sorted(os.listdir(tmp_path / 'fetched')) == ['meta.json', 'train.bin', 'val.bin']
+    assert [path for path, _ in server.asked] == ['/shard_00000.parquet', '/shard_00001.parquet', '/shard_00009.parquet', '/shard_00009.parquet']
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--tokenizer=nowhere'], 'error: no tokenizer at tokenizer .nowhere.'), (['--shards=0'], 'error: shards .0.'), (['--val_docs=0'], 'error: val_docs .0.'),
+    (['--input=nowhere'], 'error: nowhere/shard_00000.parquet is not there')])
+def test_fineweb_edu_bad_input(prepare, shards, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        prepare('fineweb_edu', f'--tokenizer={tmp_path}', f'--out_dir={tmp_path}/out', *flags)
+    assert not os.path.exists(tmp_path / 'out' / 'meta.json')

@@ -1,0 +1,93 @@
+"""
+FineWeb-Edu in the teacher's own tokens: nanochat's parquet shards of about 250M characters each, for the run on one GPU.
+
+$ pip install pyarrow
+$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20        20 shards: some 1.1B tokens, 2 GB to download, 2.2 GB to keep
+$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER     shard_*.parquet that you have: no download
+
+tokenizer is nanochat's tokenizer.pkl or the folder that holds it. Every document starts with <|bos|>. The last shard is for validation,
+as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+sys.path.insert(0, '.')  # run from the repo root
+from data.loader import download, write_dataset
+from data.tokenizer import load_nanochat_tokenizer
+
+# -----------------------------------------------------------------------------
+out_dir = 'data/fineweb_edu'
+tokenizer = ''  # tokenizer.pkl, or its folder: python distill.py --fetch=d32 --out_dir=teachers/d32 brings one
+shards = 20  # for training, from the first on
+val_shard = 1822  # the last one
+val_docs = 20000  # of it
+input = ''  # a folder with the shards; empty: download them into out_dir
+url = 'https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main'
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+
+if type(shards) is not int or shards < 1 or type(val_shard) is not int or val_shard < shards:
+    sys.exit(f'error: shards ({shards}) must be at least 1, and val_shard ({val_shard}) none of them')
+if type(val_docs) is not int or val_docs < 1:
+    sys.exit(f'error: val_docs ({val_docs}) must be at least 1')
+try:
+    import pyarrow.parquet
+except ImportError:
+    sys.exit('error: the shards are parquet files: pip install pyarrow')
+try:
+    words = load_nanochat_tokenizer(tokenizer)
+except (OSError, ValueError) as e:
+    sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
+
+
+def tokens_of(shard, most=None):
+    """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
+    path = os.path.join(out_dir, f'shard_{shard:05d}.tokens')
+    if os.path.exists(path):
+        return path
+    name = f'shard_{shard:05d}.parquet'
+    parquet = os.path.join(input, name) if input else download(f'{url}/{name}', os.path.join(out_dir, name))
+    if not os.path.exists(parquet):
+        sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
+    left, dtype = most or float('inf'), 'uint16' if words.vocab_size <= 65536 else 'uint32'
+    os.makedirs(out_dir, exist_ok=True)
+    with open(path + '.part', 'wb') as f:
+        for group in pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text']):
+            texts = group.column('text').to_pylist()[:int(min(left, 1024))]
+            left -= len(texts)
+            for ids in words.encode_batch(texts):
+                np.array([words.bos] + ids, dtype).tofile(f)
+            if left <= 0:
+                break
+    os.replace(path + '.part', path)
+    if not input:
+        os.remove(parquet)  # its tokens are what is needed
+    print(f'{name}: {os.path.getsize(path) // np.dtype(dtype).itemsize:,} tokens', flush=True)
+    return path
+
+
+class Joined:
+    """Files of tokens one after another, read in slices."""
+
+    def __init__(self, paths):
+        self.parts = [np.memmap(path, 'uint16' if words.vocab_size <= 65536 else 'uint32', 'r') for path in paths]
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, at):
+        out, start = [], 0
+        for part in self.parts:
+            out.append(part[max(0, at.start - start):max(0, at.stop - start)])
+            start += len(part)
+        return np.concatenate(out)
+
+
+train = [tokens_of(shard) for shard in range(shards)]
+val = tokens_of(val_shard, val_docs)
+write_dataset(out_dir, words, Joined(train), Joined([val]), f'FineWeb-Edu, shards 0 to {shards - 1} of {url}')
+for path in [*train, val]:
+    os.remove(path)
