@@ -5,10 +5,14 @@ Distillation: a student that learns from a teacher's distributions beside the te
     python distill.py --teacher=out-stdlib-bpe --out_dir=labels         # or only once: 12 sampled soft labels a token, on disk
     python train.py config/distill_stdlib_bpe.py --teacher=labels       # ... and any number of students learn from them
 
+    python distill.py --fetch=d32 --out_dir=teachers/d32                # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
+    python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe    # for transformers' NanoChatForCausalLM
+
     from distill import Distiller
     losses = Distiller(student, [teacher])(idx, targets)                # {'ce': ..., 'kl': ..., ...}, each in nats per unmasked token
 
-A teacher is a picochat model (its out_dir or a .pt), or several joined by +, whose probabilities are averaged. Losses are means over
+A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt or Hugging Face's
+folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose probabilities are averaged. Losses are means over
 unmasked tokens: they do not change when the batch or its rows become twice as long, so alpha means the same everywhere.
 Labels are written for every token of the training split, with at least half a context to its left. Sampled ones are unbiased: the
 expected gradient is that of the whole distribution (arXiv 2503.16870). Those of --method=topk are not, unless k is the vocabulary.
@@ -16,16 +20,18 @@ expected gradient is that of the whole distribution (arXiv 2503.16870). Those of
 import json
 import math
 import os
+import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.loader import Loader
-from data.tokenizer import fingerprint, from_meta
-from model import atomic_write, check_device, check_knobs, chunked, load_model
+from data.loader import Loader, download, read_text
+from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
+from model import GPT, GPTConfig, SOFTCAP, atomic_write, check_device, check_knobs, chunked, load_model, load_tensors, rope_tables
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -114,7 +120,7 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
     with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
     """
     T, S, n = loader.block_size, loader.block_size // 2, loader.n_tokens
-    vocab_size, device = teachers[0].config.vocab_size, teachers[0].cos.device
+    vocab_size, device = teachers[0].config.vocab_size, loader.device
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
                     'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': 2 * n * sum(t.flops_per_token(training=False) for t in teachers)}
@@ -173,13 +179,38 @@ class Labels:
         return tuple(t.to(self.device) for t in (ids, weight, torch.from_numpy(rows['entropy'].astype(np.float32))))
 
 # -----------------------------------------------------------------------------
-# teachers
+# teachers: whoever made them, they offer config.block_size, config.vocab_size, trunk(idx) -> states and logits(states) -> float32
+
+# d32 is a finished chat model (650 steps of chat fine-tuning after its pretraining), d34 a base model; bytes: float32, and the embedding in bfloat16
+NANOCHAT = {'d32': dict(repo='karpathy/nanochat-d32', step=650, params=1_879_048_192, bytes=4 * 1_879_048_192 - 2 * 65536 * 2048),
+            'd34': dict(repo='karpathy/nanochat-d34', step=169150, params=2_217_082_880, bytes=4 * 2_217_082_880 - 2 * 65536 * 2176)}
+
+# what only later nanochats have, newest first, and how wide it is where that tells two apart
+LATER = (('smear_gate', None, 'of era E4 (from 2026-03-14): the embedding is smeared from the token before, a state from half-way is subtracted, q and k are scaled by 1.2'),
+         ('ve_gate', 12, 'of era E3 (from 2026-03-09): the rotary base is 100,000, q and k are scaled by 1.15, value embeddings are gated by 3 * sigmoid'),
+         ('bigram_embed', None, 'of a few days in January 2026 (between E1 and E3): pairs of tokens are embedded, too'),
+         ('value_embeds', None, 'of era E2 (from 2026-01-18): gated value embeddings are added to v'),
+         ('resid_lambdas', None, 'of era E1 (from 2026-01-11): residual stream and embedding are mixed before each block, some layers see half the context'),
+         ('attn.c_attn', None, 'not nanochat but of the GPT-2 family: name it as gpt2:PATH'))
+
 
 def load_teacher(spec, device='cpu'):
-    """A spec of one teacher -> (model in eval mode without gradients, its tokenizer, the dataset it was trained on)."""
-    path = os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec
-    model, state = load_model(path, device)
-    return model.requires_grad_(False), from_meta(state['tokenizer']), state.get('dataset')
+    """
+    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) -> the model, in eval mode and without
+    gradients, its tokenizer or None, and the dataset it was trained on or None. SystemExit, in one line, for what is missing, damaged, hostile or of another kind.
+    """
+    kind, _, path = spec.partition(':')
+    dataset = None
+    if kind == 'nanochat':
+        model, tokenizer = load_nanochat(path, device)
+    elif kind == 'gpt2':
+        model, tokenizer = load_gpt2(path, device)
+    elif kind == 'random':
+        model, tokenizer = random_teacher(path, device), None
+    else:
+        model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
+        tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
+    return model.requires_grad_(False), tokenizer, dataset
 
 
 def load_teachers(spec, tokenizer, block_size, device='cpu'):
@@ -194,13 +225,221 @@ def load_teachers(spec, tokenizer, block_size, device='cpu'):
         teachers.append(teacher)
     return teachers
 
+def random_teacher(name, device='cpu'):
+    """'d20', 'd32', 'd34', ... -> a GPT of that nanochat's shape with random weights: to measure speed and memory without the files."""
+    depth = int(name[1:]) if re.fullmatch(r'd[1-9]\d{0,2}', name) else 1
+    if depth % 2:
+        raise SystemExit(f"error: teacher random:{name} must be random:d and an even number of layers, each 64 channels of the width, in heads of 128: try random:d32")
+    with torch.device(device):
+        model = GPT(GPTConfig(block_size=2048, vocab_size=65536, n_layer=depth, n_head=depth // 2, n_embd=64 * depth))
+        nn.init.normal_(model.lm_head.weight, std=model.config.n_embd ** -0.5)  # it starts at zero, and would predict every token alike
+    return model.eval()
+
+
+def fetch_nanochat(name, folder, host='https://huggingface.co'):
+    """Downloads the four files of NANOCHAT[name] into folder, going on from what is there; returns folder. SystemExit says what went wrong."""
+    if name not in NANOCHAT:
+        raise SystemExit(f"error: fetch ({name}) must be one of {', '.join(NANOCHAT)}")
+    repo, step, size = (NANOCHAT[name][k] for k in ('repo', 'step', 'bytes'))
+    print(f"{host}/{repo} -> {folder}: about {size / 1e9:.1f} GB", flush=True)
+    for file in ('tokenizer.pkl', 'token_bytes.pt', f'meta_{step:06d}.json', f'model_{step:06d}.pt'):
+        download(f'{host}/{repo}/resolve/main/{file}', os.path.join(folder, file))
+    return folder
+
+
+def one_line(e):
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
+def fill(kind, config, state, path, device):
+    """kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode."""
+    with torch.device('meta'):                  # the weights are in memory once
+        model = kind(config)
+    own = model.state_dict()
+    wrong = [f'{k} is missing' for k in own if k not in state] + [f'{k} is unknown' for k in state if k not in own]
+    wrong += [f'{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}' for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise SystemExit(f"error: {path} does not have the tensors of its own settings: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}: use another copy")
+    model.load_state_dict({k: v.to(device, torch.float32).contiguous() for k, v in state.items()}, assign=True)
+    return model.eval()
+
+
+def load_nanochat(path, device='cpu', step=None):
+    """
+    A nanochat folder of the d20-d34 era (E0, 2025-10-13 to 2026-01-11) -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
+    The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt lie there, too,
+    or in ../../tokenizer, as nanochat leaves them. SystemExit, in one line, for anything else; no pickle runs anything.
+    """
+    files = os.listdir(path) if os.path.isdir(path) else []
+    steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
+    if not steps:
+        raise SystemExit(f"error: no nanochat checkpoint (model_XXXXXX.pt) in {path!r}: fetch one with python distill.py --fetch=d32 --out_dir=teachers/d32 ({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), "
+                         f"try its shape with --teacher=random:d32, or run config/distill_stdlib_bpe.py, which a laptop can")
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise SystemExit(f"error: {path} has no step {step}: take one of {', '.join(map(str, steps))}")
+    file = os.path.join(path, steps[step])
+    home = path if 'tokenizer.pkl' in files else os.path.join(path, '..', '..', 'tokenizer')
+    meta, token_bytes = os.path.join(path, f'meta_{step:06d}.json'), os.path.join(home, 'token_bytes.pt')
+    try:
+        state = {k.replace('_orig_mod.', ''): v for k, v in load_tensors(file, mmap=True).items()}         # torch.compile puts _orig_mod. in front
+        for key, width, what in LATER:
+            if any(key in k and width in (None, v.size(-1)) for k, v in state.items()):
+                raise SystemExit(f"error: {file} is {what}; only nanochats until 2026-01-11 (era E0: d20, d32, d34) load here")
+        c = json.loads(read_text(meta))['model_config']
+        config = GPTConfig(c['sequence_len'], c['vocab_size'], c['n_layer'], c['n_head'], c['n_kv_head'], c['n_embd'], rope_bf16=True)
+        tokenizer = load_nanochat_tokenizer(home)
+        sizes = load_tensors(token_bytes).tolist() if os.path.exists(token_bytes) else tokenizer.token_bytes
+    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+        raise SystemExit(f"error: {file}, {meta} and {home} are not a whole nanochat checkpoint ({one_line(e)}): use another copy")
+    # nanochat used to measure a token as text, in which half a character is U+FFFD, 3 bytes; later as bytes
+    as_text = [len(tokenizer.decode([i]).encode()) if n else 0 for i, n in enumerate(tokenizer.token_bytes)]
+    if not len(sizes) == tokenizer.vocab_size == config.vocab_size or any(n not in either for n, *either in zip(sizes, as_text, tokenizer.token_bytes)):
+        raise SystemExit(f"error: the tokenizer in {home} ({tokenizer.vocab_size} tokens), its token_bytes.pt ({len(sizes)}) and {file} ({config.vocab_size}) do not belong together: use those of one training")
+    for key in ('transformer.wte.weight', 'lm_head.weight'):                    # rows padded to a multiple of 64, whose logits nanochat cuts off
+        if key in state and len(state[key]) == -(-config.vocab_size // 64) * 64:
+            state[key] = state[key][:config.vocab_size]
+    model = fill(GPT, config, state, file, device)
+    model.cos, model.sin = (t.to(device) for t in rope_tables(config))
+    return model, tokenizer
+
 # -----------------------------------------------------------------------------
-# the script: labels
+# GPT-2 and nanoGPT
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al. 2019) as a teacher: LayerNorm, learned positions, GELU, names as everywhere. config: see load_gpt2."""
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        linear = lambda n_in, n_out: nn.Linear(n_in, n_out, bias=c.bias)
+        layer_norm = lambda: nn.LayerNorm(c.n_embd, eps=c.eps, bias=c.bias)
+        block = lambda: nn.ModuleDict(dict(
+            ln_1=layer_norm(), attn=nn.ModuleDict(dict(c_attn=linear(c.n_embd, 3 * c.n_embd), c_proj=linear(c.n_embd, c.n_embd))),
+            ln_2=layer_norm(), mlp=nn.ModuleDict(dict(c_fc=linear(c.n_embd, c.n_hidden), c_proj=linear(c.n_hidden, c.n_embd)))))
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd), h=nn.ModuleList(block() for _ in range(c.n_layer)), ln_f=layer_norm()))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+
+    def trunk(self, idx):
+        """idx (B, T) int64 -> states (B, T, n_embd)."""
+        c, t, T = self.config, self.transformer, idx.size(1)
+        assert T <= c.block_size, f"{T} tokens do not fit block_size ({c.block_size}): shorten the input"
+        x = t.wte(idx) + t.wpe.weight[:T]
+        for block in t.h:
+            qkv = block.attn.c_attn(block.ln_1(x)).view(-1, T, 3, c.n_head, c.n_embd // c.n_head)
+            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)    # of (B, n_head, T, head_dim) each
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))                            # (B, T, n_embd)
+            x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate=c.gelu))
+        return t.ln_f(x)
+
+    def logits(self, x):
+        """States (..., n_embd) -> logits (..., vocab_size) in float32."""
+        return self.lm_head(x).float()
+
+    def flops_per_token(self, training=False):
+        """As GPT's, for which see there."""
+        c, tables = self.config, ('transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight')
+        weights = sum(p.numel() for name, p in self.named_parameters() if name not in tables) + c.vocab_size * c.n_embd
+        return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_embd * c.block_size)
+
+
+GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}       # Hugging Face's names -> PyTorch's
+PLAIN = {'model_type': ['gpt2'], 'activation_function': GELU, 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False]}     # what GPT2 can do
+
+
+def load_gpt2(path, device='cpu'):
+    """
+    nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or pytorch_model.bin) -> GPT2, float32, in
+    eval mode on device, and the tokenizer that lies beside it (load_gpt2_tokenizer), or None. nanoGPT's GELU is the exact one; until
+    May 2023 it was the tanh, and a checkpoint does not say when it was made. SystemExit, in one line, for anything else.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    hf = folder == path and os.path.exists(os.path.join(path, 'config.json'))
+    name = next((n for n in ('model.safetensors', 'pytorch_model.bin') if os.path.exists(os.path.join(path, n))), 'model.safetensors') if hf else 'ckpt.pt'
+    file = os.path.join(path, name) if folder == path else path
+    try:
+        if hf:
+            c = json.loads(read_text(os.path.join(path, 'config.json')))
+            state = import_safetensors().load_file(file) if name.endswith('safetensors') else load_tensors(file, mmap=True)
+            state = {f"{'' if k.startswith(('transformer.', 'lm_head.')) else 'transformer.'}{k}": v for k, v in state.items()}
+            state = {k: v.t() if re.search(r'\.(c_attn|c_proj|c_fc)\.weight$', k) else v for k, v in state.items()}            # (in, out) there
+            odd = [f'{k}={c[k]}' for k in PLAIN if k in c and c[k] not in PLAIN[k]]
+        else:
+            saved = dict(load_tensors(file, mmap=True))
+            c, state = saved['model_args'], {k.replace('_orig_mod.', ''): v for k, v in saved['model'].items()}
+            odd = [f'{k}={c[k]}' for k in c if k not in 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()]    # of a fork with other blocks
+        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}                        # old ones hold their causal masks
+        tied = 'lm_head.weight' not in state or torch.equal(state['lm_head.weight'], state['transformer.wte.weight'])
+        state['lm_head.weight'] = state.get('lm_head.weight', state['transformer.wte.weight'])
+        config = SimpleNamespace(block_size=c['n_positions' if hf else 'block_size'], vocab_size=c['vocab_size'], n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'],
+                                 n_hidden=c.get('n_inner') or 4 * c['n_embd'], bias='transformer.ln_f.bias' in state, eps=c.get('layer_norm_epsilon', 1e-5),
+                                 gelu=GELU.get(c.get('activation_function', 'gelu_new')) if hf else 'none')
+        tokenizer = load_gpt2_tokenizer(folder)
+    except Exception as e:                      # the safetensors package has an exception of its own for damaged files
+        raise SystemExit(f"error: {file} and what lies beside it are not a whole checkpoint of GPT-2 or nanoGPT ({one_line(e)}): use another copy")
+    if odd:
+        raise SystemExit(f"error: {file} is not a plain GPT-2 ({', '.join(odd)}): it would need another forward")
+    model = fill(GPT2, config, state, file, device)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model, tokenizer
+
+
+# -----------------------------------------------------------------------------
+# the other way: Hugging Face's NanoChat, which turns q and k by minus theta, too
+
+HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.', 'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj',
+            'attn.c_v': 'self_attn.v_proj', 'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise SystemExit("error: model.safetensors needs one more package: pip install safetensors")
+    return safetensors.torch
+
+
+def export_hf(model, tokenizer, folder):
+    """
+    Writes a float GPT and its BPE into folder, for transformers' NanoChatForCausalLM and AutoTokenizer: the same logits, the same ids. Multi-token and
+    draft heads have no place there and are left out. There, special tokens are read out of text, unless split_special_tokens=True.
+    """
+    c = model.config
+    assert tokenizer.kind == 'bpe' and tokenizer.vocab_size == c.vocab_size, f"expected the model's own BPE of {c.vocab_size} tokens, not a {tokenizer.kind} tokenizer of {tokenizer.vocab_size}"
+    tensors, left_out = {}, []
+    for name, t in model.state_dict().items():
+        assert t.is_floating_point(), f"{name} is {t.dtype}: export the float model, before it is quantised"
+        if name.startswith(('multi_token.', 'draft.')):
+            left_out.append(name)
+        elif not (c.tie_weights and name == 'lm_head.weight'):
+            for ours, theirs in HF_NAMES.items():
+                name = name.replace(ours, theirs)
+            tensors[name] = t.detach().cpu().float().contiguous()
+    if left_out:
+        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: Hugging Face's NanoChat has none")
+    ends = [tokenizer.special(name) for name in ('<|assistant_end|>', '<|bos|>') if name in tokenizer.special_tokens]
+    config = {'architectures': ['NanoChatForCausalLM'], 'model_type': 'nanochat', 'vocab_size': c.vocab_size, 'hidden_size': c.n_embd, 'intermediate_size': c.n_hidden, 'num_hidden_layers': c.n_layer,
+              'num_attention_heads': c.n_head, 'num_key_value_heads': c.n_kv_head, 'head_dim': c.head_dim, 'max_position_embeddings': c.block_size, 'hidden_act': 'relu2',
+              'rms_norm_eps': torch.finfo(torch.float32).eps, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base}, 'final_logit_softcapping': SOFTCAP,
+              'tie_word_embeddings': c.tie_weights, 'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'clean_up_tokenization_spaces': False} | ({'bos_token': '<|bos|>'} if tokenizer.bos is not None else {})
+    texts = {'tokenizer.json': hf_tokenizer(tokenizer), 'tokenizer_config.json': settings, 'config.json': config}
+    data = import_safetensors().save(tensors, metadata={'format': 'pt'})
+    for name, content in {'model.safetensors': data, **{name: json.dumps(text).encode() for name, text in texts.items()}}.items():
+        atomic_write(os.path.join(folder, name), lambda f: f.write(content))
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# the script: labels, fetching, exporting
 
 if __name__ == '__main__':
     # -------------------------------------------------------------------------
-    teacher = ''                # out_dir or .pt of a picochat model; A+B averages two
-    out_dir = ''                # where the labels go
+    teacher = ''                # as above
+    out_dir = ''                # where the labels go, or what is fetched
+    fetch = ''                  # d32 or d34: download that nanochat
+    to_hf = ''                  # a folder: write the teacher there in Hugging Face's NanoChat format
     dataset = ''                # a folder under data/; empty: the one the teacher was trained on
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
@@ -213,6 +452,18 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf))
     check_device(device)
+    began = time.perf_counter()
+    if fetch or to_hf:
+        if fetch and not out_dir or to_hf and not teacher:
+            raise SystemExit("error: --fetch= needs --out_dir= (where the files go), and --to_hf= needs --teacher= (what is written there)")
+        if to_hf:
+            model, tokenizer, _ = load_teacher(teacher)
+            folder = export_hf(model, tokenizer, to_hf)
+        else:
+            folder = fetch_nanochat(fetch, out_dir)
+        names = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+        print(json.dumps({'file': folder, 'bytes': sum(map(os.path.getsize, names)), 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}))
+        raise SystemExit
     if method not in ('sample', 'topk'):
         raise SystemExit(f"error: method ({method}) must be sample or topk")
     if not teacher or not out_dir:
@@ -220,11 +471,12 @@ if __name__ == '__main__':
     if os.path.exists(os.path.join(out_dir, 'meta.json')):
         raise SystemExit(f"error: {out_dir} already holds labels: give another --out_dir, or remove it")
     first, _, trained_on = load_teacher(teacher.split('+')[0], device)
+    if not (dataset or trained_on):
+        raise SystemExit(f"error: {teacher} does not say which dataset to label: give --dataset=")
     loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size, block_size or first.config.block_size, device=device)
     teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device)
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
-    began = time.perf_counter()
     meta = write_labels(out_dir, teachers, loader, {'teacher': teacher}, method, k, temperature, seed)
     path = os.path.join(out_dir, 'labels.bin')
     seconds = time.perf_counter() - began

@@ -43,6 +43,7 @@ class GPTConfig:
     tie_weights: bool = False       # lm_head is wte
     dropout: float = 0.0            # on the embedding and on what each branch adds; only for small data seen many times
     rope_base: float = 10000.0
+    rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
     multi_token_hidden_mult: float = 0.5
     draft_n: int = 0                # how far the draft head is unrolled in training; 0: no draft head
@@ -74,10 +75,11 @@ def norm(x):
 
 
 def rope_tables(config):
-    """(cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) (RoFormer, arXiv 2104.09864)."""
+    """(cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) float32 (RoFormer, arXiv 2104.09864)."""
     freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), freq)
-    return torch.cat((angle.cos(), angle.cos()), dim=1), torch.cat((angle.sin(), -angle.sin()), dim=1)
+    cos, sin = (t.bfloat16().float() if config.rope_bf16 else t for t in (angle.cos(), angle.sin()))
+    return torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)
 
 
 def rotate(x, cos, sin):
@@ -448,20 +450,29 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
     atomic_write(path, lambda f: torch.save(state, f))
 
 
+def load_tensors(path, device='cpu', mmap=False):
+    """
+    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until they are used. One line
+    refuses a file that is damaged, or holds more than that.
+    """
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole checkpoint: it is truncated or of another kind; use another copy")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as e:                      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
+        raise SystemExit(f"error: {path} was refused ({type(e).__name__}): a checkpoint holds tensors and plain types only; use another copy")
+    if damaged:
+        raise SystemExit(f"error: {path} is damaged at {damaged}: use another copy")
+    return state
+
+
 def load_checkpoint(path, device='cpu'):
     """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
     if not os.path.isfile(path):
         raise SystemExit(f"error: no checkpoint at {path}: train one first (python train.py ...), or name its folder with --out_dir=")
-    if not zipfile.is_zipfile(path):
-        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole picochat checkpoint: it is truncated or of another kind; use another copy")
-    try:
-        with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:                      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
-        raise SystemExit(f"error: {path} was refused: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}; a picochat checkpoint holds tensors and plain types only: use another copy")
-    if damaged:
-        raise SystemExit(f"error: {path} is damaged at {damaged}: use another copy")
+    state = load_tensors(path, device)
     if not isinstance(state, dict) or 'picochat' not in state:
         found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
         raise SystemExit(f"error: {path} is not a picochat checkpoint: expected the keys picochat, config, tokenizer and model, found {found}")

@@ -22,6 +22,7 @@ the network: tiktoken does the encoding, with our own table of tokens.
 import hashlib
 import heapq
 import json
+import math
 import os
 import pickle
 from collections import Counter, defaultdict
@@ -348,3 +349,72 @@ def load_nanochat_tokenizer(path):
             return BPETokenizer(ranks, pattern, names)
         except Exception as error:  # garbage makes pickle raise nearly anything; what matters is that it stops here
             raise ValueError(f'{path} is not a nanochat tokenizer.pkl: {type(error).__name__}: {error}') from None
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face's files
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _read(path):
+    with open(path, encoding='utf-8') as f:
+        return f.read()
+
+
+def byte_characters():
+    """{byte: character}: GPT-2's files write tokens as text, each byte as a visible character, those that have none in Latin-1 as the ones from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(visible)))}
+
+
+def load_gpt2_tokenizer(folder):
+    """tokenizer.json, or vocab.json and merges.txt, in GPT-2's manner -> BPETokenizer with the same ids. None without them, ValueError if of another kind."""
+    path, pair = os.path.join(folder, 'tokenizer.json'), [os.path.join(folder, name) for name in ('vocab.json', 'merges.txt')]
+    usual = True
+    if os.path.exists(path):
+        t = json.loads(_read(path))
+        vocab = t['model']['vocab'] | {token['content']: token['id'] for token in t['added_tokens']}
+        merges = [m.split(' ') if isinstance(m, str) else m for m in t['model'].get('merges', [])]
+        usual = t['normalizer'] is None and [(t['pre_tokenizer'] or {}).get(k) for k in ('type', 'add_prefix_space', 'use_regex')] == ['ByteLevel', False, True]
+    elif all(map(os.path.exists, pair)):
+        path, vocab = pair[0], json.loads(_read(pair[0]))
+        merges = [line.split(' ') for line in _read(pair[1]).split('\n') if line and not line.startswith('#version')]
+    else:
+        return None
+    byte, tokens, n = {c: b for b, c in byte_characters().items()}, sorted(vocab, key=vocab.get), 256 + len(merges)
+    # ranks say the same as a list of merges if the ids of what is merged are in the list's order
+    if not usual or [vocab[t] for t in tokens] != list(range(len(tokens))) or set(tokens[:256]) != set(byte) or tokens[256:n] != list(map(''.join, merges)):
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected ids for the 256 bytes, then for the merges in their order, then for special tokens")
+    return BPETokenizer({bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}, GPT2_PATTERN, tokens[n:])
+
+
+def hf_tokenizer(tokenizer):
+    """BPETokenizer -> the content of a tokenizer.json (Hugging Face's tokenizers) with the same ids for the same text. ValueError: see merges_of."""
+    meta, character = tokenizer.meta(), byte_characters()
+    text = lambda token: ''.join(character[b] for b in token)
+    tokens = [token.encode('latin-1') for token in meta['ranks']]
+    special = [{'id': len(tokens) + i, 'content': name, 'special': True} | dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False) for i, name in enumerate(meta['special_tokens'])]
+    by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+    split = {'type': 'Split', 'pattern': {'Regex': meta['pattern']}, 'behavior': 'Isolated', 'invert': False}
+    return {'version': '1.0', 'added_tokens': special, 'normalizer': None, 'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, by_bytes]}, 'post_processor': None, 'decoder': by_bytes,
+            'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)}, 'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
+
+
+def merges_of(tokens):
+    """
+    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte was merged from. Ranks do not say it, but merging
+    the token's own bytes with the tokens before it must end in those two. ValueError for a token that no merging reaches.
+    """
+    rank = {token: i for i, token in enumerate(tokens)}
+    pairs = []
+    for i, token in enumerate(tokens):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+            at = ranks.index(min(ranks))
+            if ranks[at] >= i:
+                raise ValueError(f"token {i} ({token}) is not made of two tokens before it: a list of merges cannot express that")
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        pairs += [tuple(parts)] if len(parts) == 2 else []
+    return pairs

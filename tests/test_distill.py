@@ -1,4 +1,6 @@
 """distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the whole path."""
+import contextlib
+import io
 import json
 import math
 import os
@@ -13,7 +15,7 @@ import model as model_file
 from data.loader import Loader
 from distill import DIVERGENCES, Distiller, Labels, choose_labels, load_teacher, write_labels
 from model import GPT, GPTConfig, load_checkpoint, shift
-from test_train import TINY, interrupt, largest_difference, make_dataset, refused, run, train
+from test_train import TINY, interrupt, largest_difference, make_dataset, refused, run, toy_text, train  # noqa: F401, a fixture
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
 
@@ -206,6 +208,26 @@ def test_teacher_labels_student(toy, teacher, tmp_path):
     assert labelled['flops'] == control['flops'] and beside['flops'] == control['flops'] + beside['tokens'] * load_teacher(teacher)[0].flops_per_token(training=False)
     refused(run('distill.py', f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}'), 'already holds labels')
     refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}', '--temperature=2'), 'are for forward_kl at temperature 1.0')
+
+
+def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
+    """Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its labels."""
+    import numpy as np
+    from data.loader import write_dataset
+    from data.tokenizer import load_nanochat_tokenizer, train_bpe
+    from test_teachers import TEXTS, V, write_nanochat
+    folder = write_nanochat(tmp_path / 'd2', train_bpe([toy_text(), *TEXTS], V), sequence_len=32)
+    tokenizer = load_nanochat_tokenizer(folder)
+    ids = np.array(tokenizer.encode(toy_text()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_dataset(str(tmp_path / 'data'), tokenizer, ids, ids[:200], 'toy')
+    how = f'--dataset={tmp_path}/data', '--n_kv_head=1', '--multi_token_n=3', '--draft_n=4', '--max_iters=6', '--eval_interval=6'
+    beside = train(tmp_path / 'beside', f'--teacher=nanochat:{folder}', *how)
+    script(f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/labels', f'--dataset={tmp_path}/data', '--method=topk', f'--k={V}', '--block_size=16')
+    labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
+    assert abs(beside['val_loss'] - labelled['val_loss']) < 0.02
+    refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'), 'does not say which dataset')
+    refused(run('train.py', *TINY, f'--out_dir={tmp_path}/x', f'--dataset={tmp_path}/data', '--teacher=nanochat:nowhere'), 'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
 
 
 @pytest.mark.parametrize('head', ['draft', 'multi_token'])
