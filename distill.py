@@ -264,12 +264,8 @@ def fill(kind, config, state, path, device):
     return model.eval()
 
 
-def load_nanochat(path, device='cpu', step=None):
-    """
-    A nanochat folder of the d20-d34 era (E0, 2025-10-13 to 2026-01-11) -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
-    The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt lie there, too,
-    or in ../../tokenizer, as nanochat leaves them. SystemExit, in one line, for anything else; no pickle runs anything.
-    """
+def find_nanochat(path, step=None):
+    """A folder -> the step of its checkpoint (the last one, or this one) and the path of it. SystemExit, in one line, says where to get one."""
     files = os.listdir(path) if os.path.isdir(path) else []
     steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
     if not steps:
@@ -278,8 +274,17 @@ def load_nanochat(path, device='cpu', step=None):
     step = max(steps) if step is None else step
     if step not in steps:
         raise SystemExit(f"error: {path} has no step {step}: take one of {', '.join(map(str, steps))}")
-    file = os.path.join(path, steps[step])
-    home = path if 'tokenizer.pkl' in files else os.path.join(path, '..', '..', 'tokenizer')
+    return step, os.path.join(path, steps[step])
+
+
+def load_nanochat(path, device='cpu', step=None):
+    """
+    A nanochat folder of the d20-d34 era (E0, 2025-10-13 to 2026-01-11) -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
+    The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt lie there, too,
+    or in ../../tokenizer, as nanochat leaves them. SystemExit, in one line, for anything else; no pickle runs anything.
+    """
+    step, file = find_nanochat(path, step)
+    home = path if os.path.exists(os.path.join(path, 'tokenizer.pkl')) else os.path.join(path, '..', '..', 'tokenizer')
     meta, token_bytes = os.path.join(path, f'meta_{step:06d}.json'), os.path.join(home, 'token_bytes.pt')
     try:
         state = {k.replace('_orig_mod.', ''): v for k, v in load_tensors(file, mmap=True).items()}         # torch.compile puts _orig_mod. in front

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
-from distill import DIVERGENCES, Distiller, Labels, load_teachers
+from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
 from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
 from quantize import prepare
@@ -104,6 +104,9 @@ if own_samples and not train_only:
     raise SystemExit(f"error: own_samples ({own_samples}) is for train_only=draft or multi_token: while the trunk learns, what it writes is not what it will write")
 if dtype not in ('auto', 'float32', 'bfloat16'):
     raise SystemExit(f"error: dtype ({dtype}) must be auto, float32 or bfloat16")
+for name in teacher.split('+'):
+    if name.startswith('nanochat:'):            # before anything is said of the data, which are in this teacher's tokens
+        find_nanochat(name.partition(':')[2])
 if wandb_log:
     try:
         import wandb

@@ -227,7 +227,7 @@ def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
     labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
     assert abs(beside['val_loss'] - labelled['val_loss']) < 0.02
     refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'), 'does not say which dataset')
-    refused(run('train.py', *TINY, f'--out_dir={tmp_path}/x', f'--dataset={tmp_path}/data', '--teacher=nanochat:nowhere'), 'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
+    refused(run('train.py', 'config/distill_d12_mqa.py', f'--out_dir={tmp_path}/x', '--teacher=nanochat:nowhere'), 'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
 
 
 @pytest.mark.parametrize('head', ['draft', 'multi_token'])
