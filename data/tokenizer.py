@@ -27,6 +27,7 @@ import os
 import pickle
 from collections import Counter, defaultdict
 
+import numpy as np
 import regex  # comes with tiktoken, and has its \p{L}
 import tiktoken
 
@@ -401,20 +402,75 @@ def hf_tokenizer(tokenizer):
             'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)}, 'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
 
 
+def bpe_parts(token, ranks):
+    """A BPE token (bytes) -> the tokens that BPE makes of these bytes just before it makes that one: two, if it is ever made; else more."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= ranks[token]:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 def merges_of(tokens):
     """
-    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte was merged from. Ranks do not say it, but merging
-    the token's own bytes with the tokens before it must end in those two. ValueError for a token that no merging reaches.
+    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte is merged from: ranks do not say it, but
+    merging its own bytes does. ValueError for a token that no merging reaches.
     """
-    rank = {token: i for i, token in enumerate(tokens)}
-    pairs = []
-    for i, token in enumerate(tokens):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            ranks = [rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-            at = ranks.index(min(ranks))
-            if ranks[at] >= i:
-                raise ValueError(f"token {i} ({token}) is not made of two tokens before it: a list of merges cannot express that")
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        pairs += [tuple(parts)] if len(parts) == 2 else []
+    ranks = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(bpe_parts(token, ranks)) for token in tokens if len(token) > 1]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"token {ranks[b''.join(pair)]} ({b''.join(pair)}) is not made of two tokens before it: a list of merges cannot express that")
     return pairs
+
+
+# -----------------------------------------------------------------------------
+# Smaller vocabularies
+
+def cut_tokenizer(tokenizer, counts, keep):
+    """
+    tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in which they are 0..keep-1.
+
+    Characters: the most frequent stay, and encode refuses the others as it does every unknown one. BPE: bytes and special tokens stay. Always the
+    rarest token goes that no other one left is made of, and its parts inherit its count. So every token left can still be merged from bytes, and
+    text without cut tokens is encoded as before; where one stood its parts stand, or what they merge to with their neighbours.
+    """
+    specials = [] if tokenizer.kind == 'char' else tokenizer.special_tokens
+    least = 1 if tokenizer.kind == 'char' else 256 + len(specials)
+    if not least <= keep <= tokenizer.vocab_size:
+        raise ValueError(f"vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens that there are")
+    if tokenizer.kind == 'char':
+        ids = sorted(sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))[:keep])
+        return ids, CharTokenizer(tokenizer.decode(ids))
+    merged = [token.encode('latin-1') for token in tokenizer.meta()['ranks']]
+    ranks = {token: i for i, token in enumerate(merged)}
+    parts = {i: [ranks[p] for p in bpe_parts(token, ranks)] for i, token in enumerate(merged) if len(token) > 1}
+    users = Counter(p for made_of in parts.values() for p in set(made_of))                  # how many tokens are made of this one
+    counts, cut = [int(n) for n in counts], set()
+    leaves = [(counts[i], -i) for i in parts if not users[i]]
+    heapq.heapify(leaves)
+    while tokenizer.vocab_size - len(cut) > keep:
+        i = -heapq.heappop(leaves)[1]
+        cut.add(i)
+        for p in parts[i]:
+            counts[p] += counts[i]
+        for p in set(parts[i]):
+            users[p] -= 1
+            if p in parts and not users[p]:
+                heapq.heappush(leaves, (counts[p], -p))
+    ids = [i for i in range(tokenizer.vocab_size) if i not in cut]
+    return ids, BPETokenizer({merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])}, tokenizer.pattern, specials)
+
+
+def recode(ids, old, new):
+    """An array of the old tokenizer's ids -> the same text in the new one's, an array. Cut characters are left out: nothing can stand for them."""
+    if old.kind == 'char':
+        table = np.array([new.chars.find(c) for c in old.chars])[np.asarray(ids)]
+        return table[table >= 0]
+    at = [-1, *np.flatnonzero(np.asarray(ids) >= old.vocab_size - len(old.special_tokens)).tolist(), len(ids)]
+    out = []
+    for start, end in zip(at, at[1:]):              # text is what stands between special tokens, whose ids are the last in both
+        out += ([int(ids[start]) - old.vocab_size + new.vocab_size] if start >= 0 else []) + new.encode(old.decode(ids[start + 1:end]))
+    return np.array(out)
