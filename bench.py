@@ -43,13 +43,13 @@ from quantize import PackedInt8Linear, convert, export, for_decoding, load
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'int8', 'int8-packed', 'int8-compiled')
+FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
 mode = 'decode'
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8; -packed (also bf16-packed): as sample.py runs it; -compiled: with its --compile=True, a minute for each
+formats = 'f32,int8,int8-packed'    # f32, int8, int4; -packed (also bf16-, f16-): as sample.py runs it; -compiled: with its --compile=True, a minute for each; int4-bf16: 4 bits in memory
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = '1'               # sequences decoded together, like 1,4,16
 draft_n = 4                 # at most so many drafts at a time
@@ -110,14 +110,14 @@ def build(shape, format):
             torch.nn.init.normal_(p, std=0.05, generator=noise)
         model = model.to(device)
     else:
-        best, int8 = os.path.join(shape, 'best.pt'), os.path.join(shape, 'int8.safetensors')
-        if weights == 'int8' and os.path.exists(int8) and os.path.getmtime(int8) >= os.path.getmtime(best):
-            model, weights = load(int8, device)[0], 'already int8'
-        else:                                   # an older int8 file may be of an earlier training
+        best, integers = os.path.join(shape, 'best.pt'), os.path.join(shape, f'{weights}.safetensors')
+        if os.path.exists(integers) and os.path.getmtime(integers) >= os.path.getmtime(best):
+            model = load(integers, device)[0]
+        else:                                   # an older file of integers may be of an earlier training
             model = load_model(best, device)[0]
-    if weights == 'int8':
-        model = convert(model)
-    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16}.get(format)
+    if weights in ('int8', 'int4') and not hasattr(model, 'rounding'):
+        model = convert(model, int(weights[3:]))
+    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16, 'int4-bf16': torch.bfloat16}.get(format)
     return Engine(for_decoding(model, pack) if how else model, compile=how == 'compiled' and can_compile(device))
 
 

@@ -1,5 +1,5 @@
 """
-Completes text with a trained model: float, or the int8 file running on its integers. Needs nothing but out_dir.
+Completes text with a trained model: float, or the int8 or int4 file running on its integers. Needs nothing but out_dir.
 
     python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0.5 --top_k=20
@@ -17,12 +17,12 @@ import torch
 from data.loader import read_text
 from data.tokenizer import from_meta
 from engine import DRAFTERS, HEADS, Engine
-from model import can_compile, check_device, check_knobs, load_model
+from model import GPT, can_compile, check_device, check_knobs, load_model
 from quantize import for_decoding, int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
-weights = 'auto'            # float (best.pt), int8 (int8.safetensors), auto: whichever is newer
+weights = 'auto'            # float (best.pt), int8 (int8.safetensors), int4 (int4.safetensors), auto: the newest of them
 start = '\n'                # the prompt, or FILE:path to read it from a file
 num_samples = 1
 max_new_tokens = 200
@@ -34,6 +34,7 @@ stop = ''                   # text to stop before
 seed = 1337
 drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
 draft_n = 4                 # at most so many at a time
+draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: all
 compile = False             # compile whole rounds: some 30 s once, then several times the speed for a small model
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
@@ -43,27 +44,28 @@ threads = 0                 # CPU threads; 0: one for a model below 4M parameter
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads', int, 0, math.inf), ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
+check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf), ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
             ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), may_be_none='top_k top_p min_p')
 check_device(device)
 if drafter not in DRAFTERS:
     raise SystemExit(f"error: drafter ({drafter}) must be one of {', '.join(DRAFTERS)}")
-if weights not in ('auto', 'float', 'int8'):
-    raise SystemExit(f"error: weights ({weights}) must be auto, float or int8")
-quantised = os.path.join(out_dir, 'int8.safetensors')
-path = quantised if weights == 'int8' else os.path.join(out_dir, 'best.pt')
-if weights == 'auto':                           # the newer one: an int8 file may be left over from an earlier training
-    path = max(filter(os.path.exists, (quantised, path)), key=os.path.getmtime, default=path)
-model, state = (load if path == quantised else load_model)(path, device)
+files = {'float': os.path.join(out_dir, 'best.pt')} | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')}
+if weights not in ('auto', *files):
+    raise SystemExit(f"error: weights ({weights}) must be auto, {', '.join(files)}")
+if weights == 'auto':                           # the newest: integers may be left over from an earlier training
+    weights = max((name for name in files if os.path.exists(files[name])), key=lambda name: os.path.getmtime(files[name]), default='float')
+path = files[weights]
+model, state = (load_model if weights == 'float' else load)(path, device)
 tokenizer = from_meta(state['tokenizer'])
 needs = HEADS.get(drafter)
 if needs and not hasattr(model, needs):
     raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
-n_params = sum({t.data_ptr(): t.numel() for name, t in model.state_dict().items() if not name.endswith('scale')}.values())    # a tied head counts once
+with torch.device('meta'):
+    n_params = GPT(model.config).params()['total']
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)
-share = int_share(model) if path == quantised else 0.0
-engine = Engine(for_decoding(model), compile and can_compile(device))
+share = 0.0 if weights == 'float' else int_share(model)
+engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device))
 how = dict(drafter=drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
 
@@ -131,7 +133,7 @@ if show_stats:
     kv = model.kv_bytes_per_token()
     numbers = {'tokens': s['tokens'], 'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
                'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
-               'weights': 'int8' if path == quantised else 'float', 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
+               'weights': weights, 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
                'int_share': share, 'kv_bytes_per_token': kv, 'device': device}
-    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % int8; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
+    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
     print(json.dumps(numbers), file=sys.stderr)

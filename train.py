@@ -69,7 +69,9 @@ divergence = 'forward_kl'   # forward_kl, reverse_kl, jsd
 train_only = ''             # draft or multi_token: that head learns, everything else is frozen
 own_samples = 0.0           # the share of rows that the frozen model wrote itself
 # quantisation in the loop
-quant_bits = 0              # 8: train through the rounding of the int8 file; 0: float
+quant_bits = 0              # 8 or 4: train through the rounding of the file of integers; 0: float
+quant_group = 32            # 4 bits: columns that share a step
+tables_bits = 8             # of the vocabularies, whatever the rest has
 qat_start = 0.0             # share of max_iters after which the rounding begins
 # watching it, in steps
 log_interval = 10
@@ -94,8 +96,8 @@ check_knobs(config,
             ('seed', int, 0, 2**63 - 1),
             ('dropout decay_frac qat_start alpha own_samples', float, 0, 1), ('temperature', float, 1e-3, math.inf),
             ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
-if quant_bits not in (0, 8):
-    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, or 0 for float")
+if quant_bits not in (0, 4, 8) or tables_bits not in (4, 8) or quant_group not in (32, 64, 128):
+    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, 4, or 0 for float; tables_bits ({tables_bits}) 8 or 4; quant_group ({quant_group}) 32, 64 or 128")
 if divergence not in DIVERGENCES:
     raise SystemExit(f"error: divergence ({divergence}) must be one of {', '.join(DIVERGENCES)}")
 if train_only not in ('', 'draft', 'multi_token') or train_only and teacher:
@@ -292,12 +294,12 @@ if wandb_log and main_process:
 model.train()
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
 if start_step >= qat_step:
-    prepare(model)
+    prepare(model, quant_bits, quant_group, tables_bits)
 step, seconds, step_times, losses_due, result = start_step, resumed.get('seconds', 0.0) if resumed else 0.0, [], [], None
 began = clock = time.perf_counter()
 while step < max_iters:
     if step == qat_step:
-        prepare(model)
+        prepare(model, quant_bits, quant_group, tables_bits)
         best = {'loss': math.inf}               # from here on losses are those of the rounded weights
     torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step, so there is no random state to save
     factor = schedule(step)
@@ -346,7 +348,7 @@ while step < max_iters:
         say(f"step {step}/{max_iters} | loss {' + '.join(f'{k} {v:.4f}' if len(means) > 1 else f'{v:.4f}' for k, v in means.items())} | lr x{factor:.3f} | {1000 * typical:.0f} ms | {rate:,.0f} tok/s | ETA {int(eta // 60)}:{int(eta % 60):02d}")
     if evals:
         result = validate(step)
-        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{' (weights rounded to int8)' if step > qat_step else ''}")
+        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{' (weights rounded to int{quant_bits})' if step > qat_step else ''}")
     if main_process and (logs or evals):
         row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'train_loss': means['ce'], 'lr_factor': factor,
                'tok_s': round(total_batch_size / (sorted(step_times)[len(step_times) // 2]))}

@@ -2,9 +2,9 @@
 Speculation never changes the text: plain decoding against every drafter, temperature and k, over tens of thousands of tokens per format.
 
     python tests/exact.py                                     # random weights: MHA and MQA, with draft and multi-token heads
-    python tests/exact.py --out_dir=out-qat-shakespeare       # a trained model, float and int8
+    python tests/exact.py --out_dir=out-qat-shakespeare       # a trained model
 
-For int8 the texts must be equal. In float, sums over several rows are taken in another order: where a text parts from the plain one, the two
+For integers, int8 and int4, the texts must be equal. In float, sums over several rows are taken in another order: where a text parts from the plain one, the two
 tokens' scores must lie within 1e-4 of each other (a tie), and such partings are counted. The last line is JSON; the status is 1 if any text is wrong.
 """
 import json
@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, '.')
 from engine import Engine, Noise
 from model import GPT, GPTConfig, load_model
-from quantize import convert, for_decoding, load
+from quantize import convert, for_decoding
 
 # -----------------------------------------------------------------------------
 out_dir = ''                # a trained model; empty: random weights
@@ -37,10 +37,11 @@ def random_model(kv, vocab_size):
 
 def models(kind):
     if out_dir:
-        yield out_dir, (load(os.path.join(out_dir, 'int8.safetensors')) if kind == 'int8' else load_model(os.path.join(out_dir, 'best.pt')))[0]
+        model = load_model(os.path.join(out_dir, 'best.pt'))[0]
+        yield out_dir, model if kind == 'float32' else convert(model, int(kind[3:]))
     else:
         for kv, vocab_size in ((4, 97), (1, 97), (2, 8192)):     # the last one's lm_head is packed
-            yield f'{kv} key heads, {vocab_size} tokens', convert(random_model(kv, vocab_size)) if kind == 'int8' else random_model(kv, vocab_size)
+            yield f'{kv} key heads, {vocab_size} tokens', random_model(kv, vocab_size) if kind == 'float32' else convert(random_model(kv, vocab_size), int(kind[3:]))
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def gap(model, prompt, plain, other, row, temperature, run):
 
 
 results = {}
-for kind in ('float32', 'int8'):
+for kind in ('float32', 'int8', 'int4'):
     done, parted, widest, run = 0, 0, 0.0, 0
     while done < tokens:
         for name, model in models(kind):
@@ -74,7 +75,7 @@ for kind in ('float32', 'int8'):
                         if a != b:
                             parted, widest = parted + 1, max(widest, gap(model, prompts[row], a, b, row, temperature, run))
                             print(f'{kind}, {name}, T={temperature}, {drafter} k={k}, row {row}: parts')
-    results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest, 'wrong': parted if kind == 'int8' else int(widest > 1e-4)}
+    results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest, 'wrong': int(widest > 1e-4) if kind == 'float32' else parted}
     print(f"{kind}: {done:,} tokens, {parted} texts part from the plain one, the widest gap of scores there {widest:.1e}", flush=True)
 print(json.dumps(results))
 sys.exit(any(r['wrong'] for r in results.values()))

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import quantize as Q
@@ -163,7 +162,7 @@ def test_arranged_for_decoding_it_is_the_same_network(bits, monkeypatch):
     assert fast.transformer.h[0].attn.c_q is None and torch.equal(fast(x), logits)
     small = Q.for_decoding(copy.deepcopy(model), torch.bfloat16)
     packed = sum(isinstance(m, Q.PackedInt4Linear) for m in small.modules())
-    assert packed == (0 if bits == 8 else 2 * 4 + 3)                                # not lm_head's 50 rows, nor the heads' c_proj with their 16 columns
+    assert packed == (0 if bits == 8 else 2 * 4 + 3)                                # not lm_head's 50 rows, nor the 16 columns of the heads' c_proj
     assert 0 < (small(x) - logits).abs().mean() < 0.05 if packed else torch.equal(small(x), logits)
 
 # -----------------------------------------------------------------------------
@@ -214,7 +213,8 @@ def test_gptq_of_a_model(bits):
     batches = [(torch.randint(50, (4, 32)), torch.randint(50, (4, 32))) for _ in range(3)]
     fitted, rounded = Q.gptq(model, batches, bits), Q.convert(copy.deepcopy(model), bits)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not list(fitted.parameters())
-    assert fitted.rounding == rounded.rounding and {k: t.shape for k, t in fitted.state_dict().items()} == {k: t.shape for k, t in rounded.state_dict().items()}
+    shapes = lambda other: {k: t.shape for k, t in other.state_dict().items()}
+    assert fitted.rounding == rounded.rounding and shapes(fitted) == shapes(rounded)
     kl = lambda other: Q.compare(model, other, batches)['mean_kl']
     assert kl(fitted) < (0.95 if bits == 8 else 0.8) * kl(rounded)                   # at 8 bits the activations' rounding is most of it
     xq, xs = Q.round_rows(F.rms_norm(torch.cat([rounded.embed(x) for x, _ in batches]).flatten(0, 1), (32,)))
@@ -262,13 +262,16 @@ def test_the_script(tmp_path):
     fitted = Q.gptq(model, [loader.batch(step) for step in range(2)], 4)
     for folder, flags, method, expected in (
             ('float', '', 'rtn', convert(8)), ('float', '--bits=4', 'gptq', fitted), ('float', '--bits=4 --method=rtn', 'rtn', convert(4, search=False)),
-            ('float', '--bits=4 --method=clip --group=128 --tables_bits=4', 'clip', convert(4, 128, 4)), ('trained', '--bits=4', 'qat', convert(4, 64)), ('trained', '', 'rtn', convert(8, 64))):
+            ('float', '--bits=4 --method=clip --group=128 --tables_bits=4', 'clip', convert(4, 128, 4)),
+            ('trained', '--bits=4', 'qat', convert(4, 64)), ('trained', '', 'rtn', convert(8, 64))):
         got = run('quantize.py', f'--out_dir={tmp_path}/{folder}', '--device=cpu', '--calib_batches=2', *flags.split())
         assert got.status == 0, got.err
         result = json.loads(got.out.splitlines()[-1])
         bits = expected.rounding['bits']
-        assert result.keys() >= {'file', 'bytes', 'bits', 'method', 'group', 'compression', 'int_share', 'val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'top1_flips'}
-        assert result['method'] == method and result['bits'] == bits and result['file'] == f'{tmp_path}/{folder}/int{bits}.safetensors' and result['group'] == expected.rounding['group']
+        assert result.keys() >= {'file', 'bytes', 'bits', 'method', 'group', 'compression', 'int_share', 'bytes_by_group',
+                                 'val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'top1_flips'}
+        assert result['method'] == method and result['bits'] == bits and result['file'] == f'{tmp_path}/{folder}/int{bits}.safetensors'
+        assert result['group'] == (expected.rounding['group'] if bits == 4 else None)
         written = Q.load(result['file'])[0]
         assert written.rounding == expected.rounding and all(torch.equal(t, expected.state_dict()[k]) for k, t in written.state_dict().items())
     for folder, flags, says in (('float', '--bits=4 --method=qat', 'quant_bits'), ('trained', '--bits=4 --method=qat --group=32', 'quant_group'), ('float', '--method=foo', 'method'),
