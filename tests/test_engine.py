@@ -198,8 +198,7 @@ def oracle(accuracy):
 @pytest.mark.parametrize('tokenizer, kv', [(CHAR, 4), (CHAR, 1), (BPE, 2)])
 def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
     model = with_heads(tokenizer, kv)
-    model = Q.convert(model) if quantised else model
-    engine = Engine(model)
+    engine = Engine(Q.convert(model) if quantised else model)
     prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
     n = 0
     for temperature in (0, 0.7, 1, 1.3):
@@ -255,19 +254,24 @@ def test_heads_draft_what_they_were_trained_for():
         assert engine.stats['kept'] >= 0.9 * engine.stats['drafted'] - k
 
 
-@pytest.mark.parametrize('quantised', [False, True])
-def test_prepared_for_decoding_is_the_same_model(quantised):
+@pytest.mark.parametrize('bits', [0, 8, 4])
+def test_prepared_for_decoding_is_the_same_model(bits):
+    """The same logits and text; its drafts are chosen among the first 64 tokens, and the text is still the same."""
     model, fused = (with_heads(BPE, 2) for _ in range(2))
-    if quantised:
-        Q.convert(model), Q.convert(fused)
-    Q.for_decoding(fused)
+    if bits:
+        Q.convert(model, bits), Q.convert(fused, bits)
     x = torch.randint(259, (2, 30))
-    assert torch.allclose(model(x), fused(x), atol=0 if quantised else 1e-4)
-    assert Engine(fused).complete([[1, 2]], 50) == Engine(model).complete([[1, 2]], 50) and fused.params()['total'] == model.params()['total']
-    if not quantised:
-        for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
-            packed = Q.for_decoding(with_heads(BPE, 2), dtype)
-            assert (packed(x) - model(x)).abs().max() < close
+    Q.for_decoding(fused, draft_vocab=64)
+    assert torch.allclose(model(x), fused(x), atol=0 if bits else 1e-4)
+    assert model.logits(x := model.trunk(x))[..., :64].allclose(fused.logits(x, fused.draft_lm_head), atol=0 if bits else 1e-4)
+    plain = Engine(model).complete([[1, 2]], 50)
+    assert max(plain[0]) >= 64 and Engine(fused).complete([[1, 2]], 50) == Engine(fused).complete([[1, 2]], 50, drafter='head') == plain
+
+
+def test_packed_floats_are_nearly_the_same_model():
+    model, x = with_heads(BPE, 2), torch.randint(259, (2, 30))
+    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)):
+        assert (Q.for_decoding(with_heads(BPE, 2), dtype)(x) - model(x)).abs().max() < close
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
