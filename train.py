@@ -348,7 +348,7 @@ while step < max_iters:
         say(f"step {step}/{max_iters} | loss {' + '.join(f'{k} {v:.4f}' if len(means) > 1 else f'{v:.4f}' for k, v in means.items())} | lr x{factor:.3f} | {1000 * typical:.0f} ms | {rate:,.0f} tok/s | ETA {int(eta // 60)}:{int(eta % 60):02d}")
     if evals:
         result = validate(step)
-        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{' (weights rounded to int{quant_bits})' if step > qat_step else ''}")
+        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{f' (weights rounded to int{quant_bits})' if step > qat_step else ''}")
     if main_process and (logs or evals):
         row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'train_loss': means['ce'], 'lr_factor': factor,
                'tok_s': round(total_batch_size / (sorted(step_times)[len(step_times) // 2]))}

@@ -1,7 +1,7 @@
 # A draft head for the sub-megabyte model, trained on the frozen model as it runs, int8: on the text and on what the model writes itself.
 # 2 CPU cores: about 3 minutes. Then: python quantize.py --out_dir=out-draft-shakespeare
 #     python sample.py --out_dir=out-draft-shakespeare --drafter=head --compile=True --show_stats=True
-init_from = 'out-distill-shakespeare/best.pt'
+init_from = 'out-qat-shakespeare/best.pt'
 out_dir = 'out-draft-shakespeare'
 dataset = 'shakespeare_char'
 train_only = 'draft'
