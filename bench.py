@@ -43,7 +43,7 @@ from quantize import PackedInt8Linear, convert, export, for_decoding, load
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16')
+FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def build(shape, format):
             model = load_model(best, device)[0]
     if weights in ('int8', 'int4') and not hasattr(model, 'rounding'):
         model = convert(model, int(weights[3:]))
-    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16, 'int4-bf16': torch.bfloat16}.get(format)
-    return Engine(for_decoding(model, pack) if how else model, compile=how == 'compiled' and can_compile(device))
+    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16, 'int4-bf16': torch.bfloat16}.get(format.removesuffix('-compiled'))
+    return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled') and can_compile(device))
 
 
 def bytes_per_pass(model):

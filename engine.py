@@ -156,7 +156,8 @@ class StaticCache:
         K, V = self.k[layer], self.v[layer]
         K.index_copy_(2, self.position, k.transpose(1, 2).to(K.dtype))
         V.index_copy_(2, self.position, v.transpose(1, 2).to(V.dtype))
-        return attend_each(q.to(K.dtype), K, V, self.mask)
+        each = zip(q.to(K.dtype).split(1, dim=1), self.mask.split(1, dim=1))                 # compiled, attend_each's expand would copy K and V for every query
+        return torch.cat([attend_each(q, K, V, mask) for q, mask in each], dim=1)
 
 # -----------------------------------------------------------------------------
 # sampling
