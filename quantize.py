@@ -288,10 +288,11 @@ def for_decoding(model, pack=None, draft_vocab=0):
     leaves half a byte a weight in memory, see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only (a BPE
     learns the most frequent first), and reads only their rows of a large vocabulary; 0: all.
     """
-    # python bench.py --shape=d12 --formats=f32,f32-packed,bf16-packed,int8,int8-packed,int8-compiled, 2 cores, AVX-512 with VNNI, without bf16 arithmetic:
-    #                               f32   f32-packed   bf16-packed   int8   int8-packed   int8-compiled
-    #   tokens/s                   47.6         40.7          54.5   89.0          94.9           163.4
-    #   cost of 5 tokens to 1      1.82         1.35          2.31   1.51          1.44
+    # python bench.py --shape=d12 --new_tokens=48 --formats=..., 2 cores; A: EPYC with bf16 arithmetic, B: Xeon without; both AVX-512 with VNNI
+    #                            f32   f32-packed   bf16-packed   f16-packed   int8   int8-packed   int4-bf16   int8-compiled
+    #   A: tokens/s             21.2         38.2          67.6         72.5   84.2          97.2        99.1           161.6
+    #      5 tokens to 1        1.71         1.42          1.18         3.53   1.68          1.54        1.55
+    #   B: tokens/s             47.6         40.7          54.5                89.0          94.9                       163.4
     if draft_vocab and hasattr(model, 'draft'):
         head, n = model.lm_head, draft_vocab
         if isinstance(head, IntLinear):
