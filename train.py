@@ -219,7 +219,7 @@ if train_only:
 flops = model.flops_per_token() + sum(t.flops_per_token(training=False) for t in getattr(trained, 'teachers', ()))      # per token; what labels cost is in their meta.json
 own = None
 if own_samples:                                 # the frozen model writes as many rows as 64 batches have of them; drafts are made after its own words
-    n, cut = 64 * round(own_samples * batch_size), block_size // 16
+    n, cut = 64 * round(own_samples * batch_size), max(1, block_size // 16)
     starts = [loader.starts(step)[row] for step in range(64) for row in range(round(own_samples * batch_size))]
     prompts = loader.rows(starts)[0][:, :cut].tolist()
     say(f'the model writes {n} rows of its own')

@@ -6,7 +6,6 @@ from collections import Counter
 import pytest
 import torch
 
-import engine as E
 import quantize as Q
 from data.tokenizer import BPETokenizer, CharTokenizer
 from engine import Engine, KVCache, Noise, draw, gumbel, mix

@@ -1,7 +1,6 @@
 """model.py: shapes that must count exactly, the forward against plain formulas, heads, losses, optimizers, checkpoints."""
 import math
 import os
-import pickle
 import resource
 import signal
 
