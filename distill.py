@@ -1,9 +1,9 @@
 """
 Distillation: a student that learns from a teacher's distributions beside the text.
 
-    python train.py config/distill_stdlib_bpe.py                        # the teacher runs beside the student
-    python distill.py --teacher=out-stdlib-bpe --out_dir=labels         # or only once: 12 sampled soft labels a token, on disk
-    python train.py config/distill_stdlib_bpe.py --teacher=labels       # ... and any number of students learn from them
+    python train.py config/distill_stdlib_bpe.py --teacher=out-stdlib-bpe       # the teacher runs beside the student
+    python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe      # or only once: 12 sampled soft labels a token, on disk
+    python train.py config/distill_stdlib_bpe.py                                # ... and any number of students learn from them
 
     python distill.py --fetch=d32 --out_dir=teachers/d32                # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
     python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe    # for transformers' NanoChatForCausalLM
@@ -224,6 +224,7 @@ def load_teachers(spec, tokenizer, block_size, device='cpu'):
             raise SystemExit(f"error: the teacher {name} has a vocabulary of {teacher.config.vocab_size:,} and a context of {teacher.config.block_size}, which must be {tokenizer.vocab_size:,} and at least block_size ({block_size})")
         teachers.append(teacher)
     return teachers
+
 
 def random_teacher(name, device='cpu'):
     """'d20', 'd32', 'd34', ... -> a GPT of that nanochat's shape with random weights: to measure speed and memory without the files."""

@@ -185,8 +185,8 @@ if source:                                      # its shape, but for what weight
 torch.manual_seed(seed)
 model = GPT(gpt_config)
 if source:
-    missing, unexpected = model.load_state_dict(source['model'], strict=False)
-    assert not unexpected and all(name.startswith(('multi_token', 'draft')) for name in missing), f'{init_from}: unexpected {unexpected}, missing {missing}'
+    heads = {name: p for name, p in model.state_dict().items() if name.startswith(('multi_token', 'draft'))}
+    model.load_state_dict(heads | source['model'])      # what the checkpoint has not of the heads starts fresh; all else must be there
 if train_only:
     if not hasattr(model, train_only):
         raise SystemExit(f"error: train_only={train_only} needs that head: give --{train_only}_n=4")
@@ -203,7 +203,7 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
 say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, {torch.get_num_threads()} threads")
 
 trained, labels = model, None
-if teacher and os.path.exists(os.path.join(teacher, 'labels.bin')):
+if teacher and os.path.exists(os.path.join(teacher, 'meta.json')):
     labels = Labels(teacher, loader, device)
     if labels.meta['temperature'] != temperature or divergence != 'forward_kl':
         raise SystemExit(f"error: the labels in {teacher} are for forward_kl at temperature {labels.meta['temperature']}, not for {divergence} at {temperature}: write others, or train beside the teacher itself")
@@ -368,7 +368,7 @@ if step >= max_iters and result is None:        # a run resumed at its end has n
     result = validate(step)
 result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
-                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'], 'flops': flops * step * total_batch_size,
+                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'], 'flops': None if train_only else flops * step * total_batch_size,
                 'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step')}))
 if world_size > 1:
     dist.barrier()                              # a process that exits while gloo still lets go of the last tensors is aborted

@@ -1,5 +1,6 @@
 # The sub-megabyte model of qat_shakespeare_char.py, learning from a teacher's distributions as well (teacher_shakespeare_char.py says
-# how to make them). Its control, the same in everything but the teacher: --teacher= --out_dir=out-control-shakespeare
+# how to make them). It ends worse than its control, 1.481 against 1.460: the teacher has memorised the text it labels.
+# The control, the same in everything but the teacher: --teacher= --out_dir=out-control-shakespeare
 out_dir = 'out-distill-shakespeare'
 dataset = 'shakespeare_char'
 teacher = 'labels-shakespeare'
