@@ -6,6 +6,7 @@ Distillation: a student that learns from a teacher's distributions beside the te
     python train.py config/distill_stdlib_bpe.py                                # ... and any number of students learn from them
 
     python distill.py --fetch=d32 --out_dir=teachers/d32                # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
+    python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --to_picochat=out-d32    # as best.pt, for every other script
     python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe    # for transformers' NanoChatForCausalLM
 
     from distill import Distiller
@@ -17,6 +18,7 @@ unmasked tokens: they do not change when the batch or its rows become twice as l
 Labels are written for every token of the training split, with at least half a context to its left. Sampled ones are unbiased: the
 expected gradient is that of the whole distribution (arXiv 2503.16870). Those of --method=topk are not, unless k is the vocabulary.
 """
+import contextlib
 import json
 import math
 import os
@@ -31,7 +33,7 @@ import torch.nn.functional as F
 
 from data.loader import Loader, download, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
-from model import GPT, GPTConfig, SOFTCAP, atomic_write, check_device, check_knobs, chunked, load_model, load_tensors, rope_tables
+from model import GPT, GPTConfig, SOFTCAP, atomic_write, check_device, check_knobs, chunked, fast_bf16, load_model, load_tensors, rope_tables, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -445,6 +447,7 @@ if __name__ == '__main__':
     teacher = ''                # as above
     out_dir = ''                # where the labels go, or what is fetched
     fetch = ''                  # d32 or d34: download that nanochat
+    to_picochat = ''            # a folder: write the teacher there as a picochat checkpoint
     to_hf = ''                  # a folder: write the teacher there in Hugging Face's NanoChat format
     dataset = ''                # a folder under data/; empty: the one the teacher was trained on
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
@@ -454,24 +457,29 @@ if __name__ == '__main__':
     batch_size = 16             # windows a pass
     seed = 1337
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster, as train.py runs a teacher
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
     check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf))
     check_device(device)
     began = time.perf_counter()
-    if fetch or to_hf:
-        if fetch and not out_dir or to_hf and not teacher:
-            raise SystemExit("error: --fetch= needs --out_dir= (where the files go), and --to_hf= needs --teacher= (what is written there)")
-        if to_hf:
-            model, tokenizer, _ = load_teacher(teacher)
-            folder = export_hf(model, tokenizer, to_hf)
-        else:
+    if fetch or to_picochat or to_hf:
+        if fetch and not out_dir or not fetch and not teacher:
+            raise SystemExit("error: --fetch= needs --out_dir= (where the files go); --to_picochat= and --to_hf= need --teacher= (what is written there)")
+        if fetch:
             folder = fetch_nanochat(fetch, out_dir)
+        else:
+            model, tokenizer, trained_on = load_teacher(teacher)
+            if to_picochat and not (isinstance(model, GPT) and tokenizer and (dataset or trained_on)):
+                raise SystemExit(f"error: to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like nanochat:FOLDER, and --dataset= to measure it on, not {teacher} and dataset ({dataset})")
+            folder = to_picochat or export_hf(model, tokenizer, to_hf)
+            if to_picochat:
+                save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0, dataset=dataset or trained_on, knobs={})
         names = sorted(os.path.join(folder, name) for name in os.listdir(folder))
         print(json.dumps({'file': folder, 'bytes': sum(map(os.path.getsize, names)), 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}))
         raise SystemExit
-    if method not in ('sample', 'topk'):
-        raise SystemExit(f"error: method ({method}) must be sample or topk")
+    if method not in ('sample', 'topk') or dtype not in ('auto', 'float32', 'bfloat16'):
+        raise SystemExit(f"error: method ({method}) must be sample or topk, dtype ({dtype}) auto, float32 or bfloat16")
     if not teacher or not out_dir:
         raise SystemExit("error: give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     if os.path.exists(os.path.join(out_dir, 'meta.json')):
@@ -483,7 +491,9 @@ if __name__ == '__main__':
     teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device)
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
-    meta = write_labels(out_dir, teachers, loader, {'teacher': teacher}, method, k, temperature, seed)
+    dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
+    with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
+        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype}, method, k, temperature, seed)
     path = os.path.join(out_dir, 'labels.bin')
     seconds = time.perf_counter() - began
     print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, {loader.n_tokens / seconds:,.0f} tokens/s")

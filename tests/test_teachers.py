@@ -9,16 +9,19 @@ import pickle
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import quantize as Q
+from data.loader import write_dataset
 from data.tokenizer import GPT2_PATTERN, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer, merges_of, train_bpe
 from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
-from model import GPT, GPTConfig, rope_tables, save_checkpoint
+from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
 from test_loader import server  # noqa: F401, a fixture
 from test_model import randomise
+from test_train import run
 
 GOLDEN = '../shared/data/nanochat_e0'
 TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9, "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
@@ -107,6 +110,21 @@ def test_nanochats_own_logits():
         model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
         assert (model(golden['x']) - golden['logits']).abs().max() > 1e-3
     assert tokenizer.encode(golden['text']) == golden['ids']
+
+
+def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
+    """From where quantize.py, and with it everything else, takes it: logits as loaded, loss in 8 bits near that in float."""
+    folder, data, out = write_nanochat(tmp_path / 'd2', bpe), str(tmp_path / 'toy'), str(tmp_path / 'out')
+    write_dataset(data, bpe, *(np.array(bpe.encode(text)) for text in TEXTS), source='toy')
+    got = run('distill.py', f'--teacher=nanochat:{folder}', f'--dataset={data}', f'--to_picochat={out}')
+    assert got.status == 0 and json.loads(got.out.splitlines()[-1])['file'] == out, got.err
+    ours, idx = load_model(f'{out}/best.pt')[0], torch.randint(V, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(ours(idx), load_nanochat(folder)[0](idx))
+    got = run('quantize.py', f'--out_dir={out}')
+    result = json.loads(got.out.splitlines()[-1])
+    assert got.status == 0 and abs(result['val_loss_quant'] - result['val_loss_float']) < 0.1, got.err
+    assert 'to_picochat' in run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}').err                    # without a dataset
 
 
 def test_steps_and_places(tmp_path, bpe):
