@@ -1,5 +1,5 @@
 """
-How fast it decodes, and against what. Everything is timed in this process, interleaved: each row once, then each again; medians.
+Measures, one thing a mode. Here is how fast it decodes, and against what: everything is timed in this process, interleaved; medians.
 
     python bench.py --mode=decode                                        # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=d12                            # 12 layers, 768, MQA, vocabulary 65,536: minutes
@@ -16,22 +16,19 @@ You will see a table, then one line of JSON. The first row is the yardstick: flo
     tok/verify  tokens that a pass settled, per sequence
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not, the numbers
 are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
-their ratio is. llama2.c's clock starts at the first token, where the others have read the prompt: that flatters it a little.
+their ratio is (tests/peers.py).
 """
-import importlib.util
 import json
 import math
 import os
 import platform
 import re
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 
 from data.loader import Loader
@@ -47,9 +44,11 @@ FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'in
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
-mode = 'decode'
+mode = 'decode'             # decode, quality
+# decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
 formats = 'f32,int8,int8-packed'    # f32, int8, int4; -packed (also bf16-, f16-): as sample.py runs it; -compiled: with its --compile=True, a minute for each; int4-bf16: 4 bits in memory
+# decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = '1'               # sequences decoded together, like 1,4,16
 draft_n = 4                 # at most so many drafts at a time
@@ -61,10 +60,11 @@ recompute = True            # measure decoding without a cache, too
 memory = True               # and what an int8 process takes of it, beyond one that has decoded something (Linux, CPU)
 peers = False               # measure transformers (pip install transformers) and llama2.c, too
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
+# the machine
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 threads = 0                 # CPU threads; 0: PyTorch's own choice
-peer = ''                   # private: what a child process of --peers=True measures
+child = ''                  # private: what a process started by this script measures
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
@@ -73,32 +73,59 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
+check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf))
+check_device(device)
+if threads:
+    torch.set_num_threads(threads)
+cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
+machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
+machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
+machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
+def report(table, **document):
+    """Lines of text cells -> a table, the first three columns to the left; then everything as one line of JSON, numbers to seven digits."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    document = {'mode': mode, 'machine': machine, **document}
+    print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
+
+
+def start(*files, **knobs):
+    """Runs a script and its flags (the knobs, by name) in a process of its own -> the JSON document that its output ends with; if it fails, its last line is ours."""
+    got = subprocess.run([sys.executable, *files, *(f'--{k}={v}' for k, v in knobs.items())], capture_output=True, text=True)
+    if got.returncode:
+        fail(f"{files[0]}: {(got.stderr.strip() or f'status {got.returncode}').splitlines()[-1].removeprefix('error: ')}")
+    print(got.stderr, end='', file=sys.stderr)
+    return json.loads(got.stdout.splitlines()[-1])
+
+
+def median(values):
+    return statistics.median(list(values)[1:])  # without round 0
+
+# -----------------------------------------------------------------------------
+# --mode=decode and quality: the model, in a format
+
 def listed(knob, known):
     items = list(dict.fromkeys(config[knob].replace(' ', '').split(',')))
     wrong = [item for item in items if item not in known]
     return fail(f"{knob} ({config[knob]}) must be of {', '.join(known)}; {wrong[0]!r} is not") if wrong else items
 
 
-if mode not in ('decode', 'quality'):
-    fail(f'mode ({mode}) must be decode or quality: there is no other yet')
-check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf),
-            ('temperature', float, 0, math.inf), may_be_none='temperature')
-check_device(device)
-formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
-if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', batches):
-    fail(f'batches ({batches}) must be numbers from 1 on, like 1,4,16')
-batches = sorted({int(b) for b in batches.split(',')})
-if shape not in SHAPES and not os.path.isdir(shape):
-    fail(f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model")
-if shape in SHAPES and mode == 'quality':
-    fail(f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir')
-if temperature is None:
-    temperature = 0.0 if shape in SHAPES else 0.8
-if threads:
-    torch.set_num_threads(threads)
+if mode in ('decode', 'quality'):
+    check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
+    formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
+    if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', batches):
+        fail(f'batches ({batches}) must be numbers from 1 on, like 1,4,16')
+    batches = sorted({int(b) for b in batches.split(',')})
+    if shape not in SHAPES and not os.path.isdir(shape):
+        fail(f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model")
+    if shape in SHAPES and mode == 'quality':
+        fail(f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir')
+    if temperature is None:
+        temperature = 0.0 if shape in SHAPES else 0.8
 
-# -----------------------------------------------------------------------------
-# the model, in a format
 
 def build(shape, format):
     """-> an Engine. Random weights are the same in every format, with the heads that the drafters need; a trained model has its own."""
@@ -129,24 +156,7 @@ def bytes_per_pass(model):
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
-cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
-machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
-machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
-machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
-
-
-def report(table, **document):
-    """Lines of text cells -> a table, the first three columns to the left; then everything as one line of JSON, numbers to seven digits."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
-    document = {'mode': mode, 'machine': machine, **document}
-    print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
-
-# -----------------------------------------------------------------------------
-# --mode=quality: the loss on the whole validation split
-
-if mode == 'quality':
+def measure_quality():
     state = load_checkpoint(os.path.join(shape, 'best.pt'))
     tokenizer, rows = from_meta(state['tokenizer']), []
     for f in formats:
@@ -161,10 +171,12 @@ if mode == 'quality':
                          'kv_bytes_per_token': one.nbytes() / one.size})
     report([['format', 'cache', 'nats', 'bits/byte', 'cache bytes a token']] +
            [[r['format'], r['cache'], f"{r['val_loss']:.5f}", f"{r['val_bpb']:.5f}", f"{r['kv_bytes_per_token']:,.0f}"] for r in rows], rows=rows)
-    sys.exit()
 
 # -----------------------------------------------------------------------------
-# what is timed
+# --mode=decode: what is timed
+
+prompts, texts, parted = [], {}, []             # of each sequence; of each format, by sequence; what is wrong
+
 
 def decode(engine, drafter='none', batch=1):
     """-> texts of the first batch prompts, and the engine's stats with its tokens/s and passes/s once the prompt is read."""
@@ -219,76 +231,6 @@ def difference(engine, row, expected, got):
     gap = abs(score[expected[n]] - score[got[n]]).item()
     return f'sequence {row}: token {n} is {got[n]}, not {expected[n]}, and their scores differ by {gap:.2g}' if gap > 1e-4 else None
 
-# -----------------------------------------------------------------------------
-# peers: a Llama of as many parameters. Its gated MLP has three matrices where ours has two
-
-def llama_hidden(c):
-    return max(64, round(c.n_hidden * 2 / 3 / 64) * 64)             # a multiple of the groups of 64 that llama2.c quantises in
-
-
-def transformers_rate(c, dtype):
-    """Hugging Face's generate, greedy, with its cache -> {'tok_s' after the first token, 'params'}."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=c.n_embd, intermediate_size=llama_hidden(c), num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size,
-        max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(dtype).eval()
-
-    class Clock:                                                     # generate() calls put with the prompt, then with every token
-        def __init__(self): self.times = []
-        def put(self, ids): self.times.append(time.perf_counter())
-        def end(self): pass
-
-    ids = torch.tensor(prompts[:1])
-    for clock in (Clock(), Clock()):                                 # the first run warms up
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
-    assert len(clock.times) == new_tokens + 1, f'{len(clock.times) - 1} tokens, not {new_tokens}'
-    return {'tok_s': (new_tokens - 1) / (clock.times[-1] - clock.times[1]), 'params': sum(p.numel() for p in model.parameters())}
-
-
-def llama2c_files(folder, c):
-    """Writes random weights in llama2.c's formats, version 0 (float32) and version 2 (int8, a scale per 64), and a tokenizer. -> parameters"""
-    noise = np.random.default_rng(seed)
-    L, D, H, V, KV, tied = c.n_layer, c.n_embd, llama_hidden(c), c.vocab_size, c.n_kv_head * c.head_dim, c.tie_weights
-    attention, mlp, head = [D * D, KV * D, KV * D, D * D], [H * D] * 3, [V * D] * (not tied)       # wq wk wv wo; w1 w2 w3; the classifier
-    ones = np.ones((2 * L + 1) * D, np.float32)                      # the norms
-
-    def write(f, values):
-        if values.size == V * D:
-            values[D:2 * D] = 0                                      # token 1 would end the text; at score 0 it is never the best
-        values.tofile(f)
-
-    with open(f'{folder}/f32.bin', 'wb') as f:
-        f.write(struct.pack('<7i', D, H, L, c.n_head, c.n_kv_head, V if tied else -V, c.block_size))
-        for n in (V * D, 'norm', *attention, 'norm', *mlp):
-            write(f, ones[:L * D] if n == 'norm' else noise.standard_normal(n if n == V * D else L * n, np.float32) * np.float32(0.05))
-        write(f, ones[:D])
-        write(f, np.zeros(c.block_size * c.head_dim, np.float32))    # rotary tables, once
-        for n in head:
-            write(f, noise.standard_normal(n, np.float32))
-    with open(f'{folder}/int8.bin', 'wb') as f:
-        f.write(struct.pack('<2I7iBi', 0x616b3432, 2, D, H, L, c.n_head, c.n_kv_head, V, c.block_size, tied, 64).ljust(256, b'\0'))
-        write(f, ones)
-        for n in (V * D, *(n for n in attention + mlp for _ in range(L)), *head):
-            write(f, noise.integers(-127, 128, n, np.int8))
-            write(f, np.full(n // 64, 0.05 / 73, np.float32))        # 73 is the deviation of such integers
-    with open(f'{folder}/tokenizer.bin', 'wb') as f:
-        f.write(struct.pack('<i', 1) + struct.pack('<fi1s', 0.0, 1, b'a') * V)
-    return V * D + sum(head) + L * sum(attention + mlp) + ones.size
-
-
-def llama2c_rate(binary, file):
-    """-> tokens/s as it reports them, greedy, to as many places as the others reach."""
-    got = subprocess.run([binary, file, '-z', f'{os.path.dirname(file)}/tokenizer.bin', '-t', '0', '-n', str(prompt_tokens + new_tokens)],
-                         env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}, capture_output=True, text=True, errors='replace')
-    found = re.search(r'achieved tok/s: ([\d.]+)', got.stderr)
-    return float(found[1]) if found else fail(f'{binary} reported no speed, status {got.returncode}: {got.stderr.strip()[-200:]}')
-
-
-def child(what):
-    """What a fresh process of this script prints with --peer=what."""
-    knobs = dict(peer=what, shape=shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads())
-    got = subprocess.run([sys.executable, 'bench.py', *(f'--{k}={v}' for k, v in knobs.items())], capture_output=True, text=True)
-    return json.loads(got.stdout.splitlines()[-1]) if got.returncode == 0 else fail(f"the process for {what} ended with status {got.returncode}: {got.stderr.strip()[-200:]}")
 
 def memory_taken(path):
     """-> {'memory_bytes': how much this process grows by loading the int8 file at path and decoding with it, 'file_bytes', 'cache_bytes'}."""
@@ -304,125 +246,101 @@ def memory_taken(path):
     size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens).nbytes()
     return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
 
-# -----------------------------------------------------------------------------
-# what will run; whatever cannot is said before anything is timed
 
-if peer.endswith('.safetensors'):
-    print(json.dumps(memory_taken(peer)))
-    sys.exit()
-plain = build(shape, 'f32')
-c, params = plain.config, plain.model.params()['total']
-if prompt_tokens + new_tokens > c.block_size:
-    fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: lower them')
-for drafter in drafters:
-    if drafter in HEADS and not hasattr(plain.model, HEADS[drafter]):
-        fail(f'drafter ({drafter}) needs a model with a {HEADS[drafter]} head, which {shape} has not: train one with --{HEADS[drafter]}_n=4, or draft with ngram')
-if shape in SHAPES:
-    prompts = torch.randint(c.vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-else:                                           # from the token before any text, or the first of the vocabulary, where a newline mostly is
-    first = from_meta(load_model(os.path.join(shape, 'best.pt'))[1]['tokenizer']).bos or 0
-    prompts = [[first] + text for text in plain.complete([[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
-if peer:
-    decode(plain)
-    print(json.dumps({'tok_s': decode(plain)[1]['tok_s'], 'params': params} if peer == 'picochat-f32' else
-                     transformers_rate(c, torch.bfloat16 if peer == 'transformers-bf16' else torch.float32)))
-    sys.exit()
-others = {}                                     # (decoder, format) -> binary
-if llama2c and not peers:
-    fail(f'llama2c ({llama2c}) is measured with --peers=True')
-if peers:
-    if device != 'cpu' or c.n_head * c.head_dim != c.n_embd or abs(3 * llama_hidden(c) - 2 * c.n_hidden) * c.n_embd * c.n_layer > 0.02 * params:
-        fail(f'peers ({peers}) need --device=cpu and a shape that a Llama can match within 2 % of its parameters, with n_head * head_dim = n_embd: {shape} on {device} is not that')
-    if importlib.util.find_spec('transformers'):
-        others |= {('transformers', 'f32'): None, ('transformers', 'bf16'): None}
-    else:
-        print('transformers is absent: pip install transformers', file=sys.stderr)
-    if llama2c:
-        folder = llama2c if os.path.isdir(llama2c) else os.path.dirname(llama2c)
-        others |= {('llama2.c', 'f32'): os.path.join(folder, 'run'), ('llama2.c', 'int8'): os.path.join(folder, 'runq')}
-    else:
-        print('llama2.c is absent: build its run and runq, and give --llama2c=FOLDER', file=sys.stderr)
-    for binary in filter(None, others.values()):
-        if not os.access(binary, os.X_OK):
-            fail(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of github.com/karpathy/llama2.c, gcc -Ofast -fopenmp -march=native -o run run.c -lm; runq likewise')
+def measure_decode():
+    if child:
+        return print(json.dumps(memory_taken(child)))
+    plain = build(shape, 'f32')
+    c, params = plain.config, plain.model.params()['total']
+    if prompt_tokens + new_tokens > c.block_size:
+        fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: lower them')
+    for drafter in drafters:
+        if drafter in HEADS and not hasattr(plain.model, HEADS[drafter]):
+            fail(f'drafter ({drafter}) needs a model with a {HEADS[drafter]} head, which {shape} has not: train one with --{HEADS[drafter]}_n=4, or draft with ngram')
+    if shape in SHAPES:
+        prompts[:] = torch.randint(c.vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed)).tolist()
+    else:                                       # from the token before any text, or the first of the vocabulary, where a newline mostly is
+        first = from_meta(load_model(os.path.join(shape, 'best.pt'))[1]['tokenizer']).bos or 0
+        prompts[:] = [[first] + text for text in plain.complete([[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
+    if llama2c and not peers:
+        fail(f'llama2c ({llama2c}) is measured with --peers=True')
+    if peers and device != 'cpu':
+        fail(f'peers are measured on --device=cpu, not on {device}')
+    others = {'rows': []}
+    if peers:                                   # first, as they may refuse
+        their_shape = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size', 'tie_weights')}
+        others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, llama2c=llama2c, seed=seed, threads=torch.get_num_threads())
 
-# -----------------------------------------------------------------------------
-# the rounds
-
-engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
-runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches]}
-texts, parted, costs, slow, rates = {}, [], {f: [] for f in engines}, [], []
-caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device) for f in engines if not f.endswith('compiled')}
-for f, cache in caches.items():
-    engines[f].prefill(cache, [prompts[0][:c.block_size - max(LENGTHS)]])
-big = torch.ones(2**27, device=device)          # 512 MiB, written: pages never touched are all one page of zeros, read from the cache
-for r in range(rounds + 1):                     # round 0 warms up
-    for (f, drafter, batch), run in runs.items():
-        text, stats = decode(engines[f], drafter, batch)
-        known = texts.setdefault(f, [])         # by row; the plain runs come first
-        wrong = [difference(engines[f], row, *pair) for row, pair in enumerate(zip(known, text))]
-        parted += [f'format {f}, drafter {drafter}, batch {batch}, {w}' for w in wrong if w]
-        known += text[len(known):]
-        run.append(stats)
+    engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
+    runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches]}
+    costs, slow, rates = {f: [] for f in engines}, [], []
+    caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device) for f in engines if not f.endswith('compiled')}
     for f, cache in caches.items():
-        costs[f].append(pass_seconds(engines[f], cache))
-    slow += [without_cache(plain, texts['f32'][0])] if recompute else []
-    rates.append(bandwidth(big))
-    print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
+        engines[f].prefill(cache, [prompts[0][:c.block_size - max(LENGTHS)]])
+    big = torch.ones(2**27, device=device)      # 512 MiB, written: pages never touched are all one page of zeros, read from the cache
+    for r in range(rounds + 1):                 # round 0 warms up
+        for (f, drafter, batch), run in runs.items():
+            text, stats = decode(engines[f], drafter, batch)
+            known = texts.setdefault(f, [])     # by row; the plain runs come first
+            wrong = [difference(engines[f], row, *pair) for row, pair in enumerate(zip(known, text))]
+            parted.extend([f'format {f}, drafter {drafter}, batch {batch}, {w}' for w in wrong if w])
+            known += text[len(known):]
+            run.append(stats)
+        for f, cache in caches.items():
+            costs[f].append(pass_seconds(engines[f], cache))
+        slow += [without_cache(plain, texts['f32'][0])] if recompute else []
+        rates.append(bandwidth(big))
+        print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
+
+    empty = dict.fromkeys(['decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s',
+                           'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
+                           'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
+    yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
+    for (f, drafter, batch), run in runs.items():
+        tok_s, size = [s['tok_s'] for s in run], bytes_per_pass(engines[f].model)
+        gb_s = size * median(s['passes_s'] for s in run) / 1e9
+        accepted = [sum(n) for n in zip(*(s['accepted'] for s in run[1:]))]
+        rows.append(empty | {
+            'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
+            'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)), 'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
+            'first_token_ms': 1000 * median(s['first_seconds'] for s in run), 'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
+            'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if costs[f] else None,
+            'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted), 'accepted': None if drafter == 'none' else accepted,
+            'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
+    if slow:
+        rows.append(empty | {'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:], 'ratio_recompute': 1.0,
+                             'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
+    plain = engines = caches = cache = big = None   # the other processes get the memory
+    if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
+        with tempfile.TemporaryDirectory() as folder:
+            export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
+            rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | start(
+                'bench.py', child=f'{folder}/int8.safetensors', prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads()))
+    if others['rows']:
+        ours = [rate for row in others['rows'] for rate in row['ours']]
+        rows.append(empty | {'decoder': 'picochat alone', 'format': 'f32', 'tok_s': statistics.median(ours), 'tok_s_rounds': ours, 'ratio_plain_f32': 1.0, 'params': others['params']})
+    for row in others['rows']:
+        rows.append(empty | {k: row[k] for k in ('decoder', 'format', 'tok_s_rounds', 'params')} | {
+            'tok_s': statistics.median(row['tok_s_rounds']), 'ratio_plain_f32': statistics.median(a / b for a, b in zip(row['tok_s_rounds'], row['ours']))})
+
+    table = [['decoder', 'format', 'drafter', 'batch', 'tok/s', 'x plain', 'x nocache', 'first ms', 'GB/s', '% memory', 'rows 2 4 5 8', 'tok/verify']]
+    for row in rows:
+        def cell(key, digits, factor=1):
+            return '-' if row[key] is None else f'{factor * row[key]:,.{digits}f}'
+        table.append([row['decoder'], row['format'], row['drafter'], str(row['batch']), cell('tok_s', 1), cell('ratio_plain_f32', 2), cell('ratio_recompute', 2), cell('first_token_ms', 1),
+                      cell('gb_s', 2), cell('share_of_bandwidth', 0, 100), ' '.join(f'{x:.2f}' for x in (row['rows_cost'] or {}).values()) or '-', cell('tokens_per_verify', 2)])
+    for row in rows:
+        if row['memory_ratio']:
+            print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, {row['memory_ratio']:.2f} times its file and cache ({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
+    report(table, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
+    if parted:
+        fail('another text than the plain row: ' + '; '.join(parted))
 
 # -----------------------------------------------------------------------------
-# the report
+# the mode
 
-def median(values):
-    return statistics.median(list(values)[1:])  # without round 0
-
-
-empty = dict.fromkeys(['decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s',
-                       'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
-                       'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
-empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
-yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
-for (f, drafter, batch), run in runs.items():
-    tok_s, size = [s['tok_s'] for s in run], bytes_per_pass(engines[f].model)
-    gb_s = size * median(s['passes_s'] for s in run) / 1e9
-    accepted = [sum(n) for n in zip(*(s['accepted'] for s in run[1:]))]
-    rows.append(empty | {
-        'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
-        'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)), 'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
-        'first_token_ms': 1000 * median(s['first_seconds'] for s in run), 'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
-        'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if costs[f] else None,
-        'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted), 'accepted': None if drafter == 'none' else accepted,
-        'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
-if slow:
-    rows.append(empty | {'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:], 'ratio_recompute': 1.0,
-                         'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
-plain = engines = caches = cache = big = None   # the other processes get the memory
-if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
-    with tempfile.TemporaryDirectory() as folder:
-        export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
-        rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | child(f'{folder}/int8.safetensors'))
-with tempfile.TemporaryDirectory() as folder:
-    size = llama2c_files(folder, c) if llama2c else None
-    pairs = {key: [] for key in others}
-    for r in range(rounds if others else 0):
-        for (decoder, format), binary in others.items():
-            ours = child('picochat-f32')
-            pairs[decoder, format].append((ours, {'tok_s': llama2c_rate(binary, f'{folder}/{format}.bin'), 'params': size} if binary else child(f'{decoder}-{format}')))
-        print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
-pairs = {('picochat alone', 'f32'): [(ours, ours) for run in pairs.values() for ours, _ in run]} | pairs if pairs else {}
-for (decoder, format), run in pairs.items():
-    rows.append(empty | {'decoder': decoder, 'format': format, 'tok_s': statistics.median(its['tok_s'] for _, its in run), 'tok_s_rounds': [its['tok_s'] for _, its in run],
-                         'ratio_plain_f32': statistics.median(its['tok_s'] / ours['tok_s'] for ours, its in run), 'params': run[0][1]['params']})
-
-table = [['decoder', 'format', 'drafter', 'batch', 'tok/s', 'x plain', 'x nocache', 'first ms', 'GB/s', '% memory', 'rows 2 4 5 8', 'tok/verify']]
-for row in rows:
-    def cell(key, digits, factor=1):
-        return '-' if row[key] is None else f'{factor * row[key]:,.{digits}f}'
-    table.append([row['decoder'], row['format'], row['drafter'], str(row['batch']), cell('tok_s', 1), cell('ratio_plain_f32', 2), cell('ratio_recompute', 2), cell('first_token_ms', 1),
-                  cell('gb_s', 2), cell('share_of_bandwidth', 0, 100), ' '.join(f'{x:.2f}' for x in (row['rows_cost'] or {}).values()) or '-', cell('tokens_per_verify', 2)])
-for row in rows:
-    if row['memory_ratio']:
-        print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, {row['memory_ratio']:.2f} times its file and cache ({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
-report(table, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
-if parted:
-    fail('another text than the plain row: ' + '; '.join(parted))
+modes = {'decode': measure_decode, 'quality': measure_quality}
+if mode not in modes:
+    fail(f"mode ({mode}) must be {', '.join(modes)}: there is no other")
+modes[mode]()
