@@ -6,6 +6,8 @@ Measures, one thing a mode. Here is how fast it decodes, and against what: every
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --mode=decode --peers=True --llama2c=FOLDER          # beside transformers and llama2.c, if they are there
     python bench.py --mode=quality --shape=out-quickstart                # loss of each format, and of an int8 cache, on the validation split
+    python bench.py --mode=ladder config/ladder_quick.py                 # builds models step by step, then measures all of them in one run
+    python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # measures them again: what has changed?
 
 You will see a table, then one line of JSON. The first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
     x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
@@ -18,11 +20,14 @@ Every row must give the text of its format's plain row, or part from it at a tie
 are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
 their ratio is (tests/peers.py).
 """
+import glob
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -34,7 +39,7 @@ import torch
 from data.loader import Loader
 from data.tokenizer import from_meta
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, load_checkpoint, load_model
+from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, load_checkpoint, load_model
 from quantize import PackedInt8Linear, convert, export, for_decoding, load
 
 SHAPES = {
@@ -44,7 +49,7 @@ FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'in
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
-mode = 'decode'             # decode, quality
+mode = 'decode'             # decode, quality, ladder
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
 formats = 'f32,int8,int8-packed'    # f32, int8, int4; -packed (also bf16-, f16-): as sample.py runs it; -compiled: with its --compile=True, a minute for each; int4-bf16: 4 bits in memory
@@ -57,9 +62,16 @@ new_tokens = 128
 rounds = 5
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
-memory = True               # and what an int8 process takes of it, beyond one that has decoded something (Linux, CPU)
+memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
 peers = False               # measure transformers (pip install transformers) and llama2.c, too
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
+# ladder
+rungs = ''                  # a line each, "name | python SCRIPT ... && python SCRIPT ...": what builds it, the last one says which file it is; without a name: preparation
+seeds = '1337'              # a line with {seed} in it is built for each of these
+ladder = 'out-ladder/ladder.json'   # the record, to go on from; the picture and what the scripts print lie beside it
+timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
+compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
+check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -233,14 +245,14 @@ def difference(engine, row, expected, got):
 
 
 def memory_taken(path):
-    """-> {'memory_bytes': how much this process grows by loading the int8 file at path and decoding with it, 'file_bytes', 'cache_bytes'}."""
+    """-> {'memory_bytes': how much this process grows by loading the file at path and decoding with it, 'file_bytes', 'cache_bytes'}."""
     def resident():
         with open('/proc/self/statm') as f:
             return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     small = for_decoding(convert(GPT(GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
     Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
     before = resident()
-    engine = Engine(for_decoding(load(path)[0]))
+    engine = Engine(for_decoding((load_model if path.endswith('.pt') else load)(path)[0]))
     for step in engine.generate([[1] * prompt_tokens], new_tokens, temperature=temperature, seed=seed):
         grown = resident() - before
     size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens).nbytes()
@@ -338,9 +350,205 @@ def measure_decode():
         fail('another text than the plain row: ' + '; '.join(parted))
 
 # -----------------------------------------------------------------------------
+# --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
+
+if mode == 'ladder':
+    check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
+    temperature = 0.8 if temperature is None else temperature
+    if not re.fullmatch(r'\d+(,\d+)*', seeds):
+        fail(f'seeds ({seeds}) must be numbers, like 1337,1338,1339')
+
+
+def read_rungs():
+    """The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds; a line without a name is preparation."""
+    out = []
+    for line in filter(None, (line.strip() for line in rungs.splitlines())):
+        name, bar, command = (part.strip() for part in line.partition('|'))
+        if not bar or any(part.split()[:1] != ['python'] for part in command.split('&&')):
+            fail(f'rungs: a line is "name | python SCRIPT ... && python SCRIPT ...", and {line!r} is not')
+        out += [(name, int(s), command.replace('{seed}', s)) for s in seeds.split(',')] if '{seed}' in command else [(name, None, command)]
+    return out or fail('rungs: none are given: python bench.py --mode=ladder config/ladder_quick.py')
+
+
+BUILT = ('name', 'seed', 'command', 'file', 'mtime', 'train_tokens', 'train_seconds', 'train_flops')
+
+
+def build_rung(name, seed, command, folders):
+    """
+    Runs a rung's commands; what they print goes to a file beside the ladder. folders: {folder: row} of the rungs below. -> its row: the model's file, and
+    what it cost in tokens that it read, seconds and FLOPs, with what the rung cost that it starts from, and in FLOPs its labels.
+    """
+    log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', f"{name or 'prepare'} {seed or ''}".strip()) + '.log')
+    os.makedirs(os.path.dirname(log) or '.', exist_ok=True)
+    row = dict.fromkeys(BUILT, 0) | {'name': name, 'seed': seed, 'command': command, 'file': None}
+    for part in command.split('&&'):
+        print(f"[{name or 'prepare'}{'' if seed is None else f', seed {seed}'}] {part.strip()} > {log}", file=sys.stderr, flush=True)
+        with open(log, 'w') as out:
+            got = subprocess.run([sys.executable, *shlex.split(part)[1:]], stdout=out, stderr=subprocess.PIPE, text=True)
+        if got.returncode:
+            fail(f"rung {name!r}: {part.strip()!r} ended with status {got.returncode}: {(got.stderr.strip() or 'no word').splitlines()[-1]}; what it printed is in {log}")
+        with open(log) as out:
+            last = (out.read().splitlines() or [''])[-1]
+        said = json.loads(last) if last.startswith('{') else {}     # a prepare.py ends without a document
+        for folder, below in folders.items():
+            found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
+            if found and folder != said.get('out_dir') and (found[1] != 'teacher' or below['file'].endswith('labels.bin')):
+                row |= {k: row[k] + below[k] for k in BUILT if k.startswith('train')}
+        row |= {'train_tokens': row['train_tokens'] + (said['tokens'] if 'iters' in said else 0), 'train_seconds': row['train_seconds'] + (said.get('seconds') or 0.0),
+                'train_flops': row['train_flops'] + (said.get('flops') or 0)}
+        row['file'] = said.get('file') or (os.path.join(said['out_dir'], 'best.pt') if 'out_dir' in said else row['file'])
+    return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
+
+
+def open_rung(file):
+    """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
+    model, state = (load_model if file.endswith('.pt') else load)(file, device)
+    return model, from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
+
+
+def measure_rung(file):
+    """-> a rung's parameters, bytes, and loss on the whole validation split, on its integers if it has them."""
+    model, tokenizer, data = open_rung(file)
+    with torch.device('meta'):
+        params = GPT(model.config).params()
+    result = evaluate(model, Loader(data, 'val', 16, model.config.block_size, device=device).eval_batches(), tokenizer.token_bytes)
+    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'kv_bytes_per_token': model.kv_bytes_per_token(),
+            'val_loss': result['loss'], 'val_bpb': result['bpb']}
+
+
+def time_rungs(rows):
+    """
+    Adds tokens/s to the rows, plain and speculative, eager and maybe compiled, as sample.py runs them, interleaved, in every round on another text of the
+    validation split; and whether the texts are the same with and without drafts.
+    """
+    runs, usual = [], torch.get_num_threads()
+    for row in rows:
+        model, _, data = open_rung(row['file'])
+        if prompt_tokens + new_tokens > model.config.block_size:
+            fail(f"prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit {row['name']}'s context of {model.config.block_size}: lower them")
+        texts, drafter = Loader(data, 'val', 1, prompt_tokens), next((d for d, head in HEADS.items() if hasattr(model, head)), None)
+        model = for_decoding(model)
+        for how in ('', '_compiled') if row['name'] in compiled.split(',') and can_compile(device) else ('',):
+            engine = Engine(model, compile=bool(how))
+            runs += [(row, f'tok_s{kind}{how}', engine, texts, d, []) for kind, d in (('', 'none'), ('_speculative', drafter)) if d]
+    for r in range(rounds + 1):                 # round 0 warms up, and compiles
+        for row, key, engine, texts, drafter, seen in runs:
+            torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
+            text = engine.complete(texts.rows([1024 * r])[0].tolist(), new_tokens, temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
+            seen.append((text, engine.stats))
+        print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
+    torch.set_num_threads(usual)
+    for (row, key, *_, drafter, seen), (*_, before) in zip(runs, [runs[0], *runs]):
+        row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen)
+        if drafter != 'none':                   # the run before it is its plain one
+            row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
+            row['speculation_exact'] = row.get('speculation_exact', True) and [text for text, _ in seen] == [text for text, _ in before]
+    for row in rows if memory and device == 'cpu' and os.path.exists('/proc/self/statm') else ():
+        row['memory_bytes'] = start('bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=usual)['memory_bytes']
+
+
+def welch(a, b):
+    """Two lists of losses -> the p of Welch's two-sided t-test that their means are equal, None if one has a single value. The integral of Student's density, by angles."""
+    if min(len(a), len(b)) < 2:
+        return None
+    va, vb = (statistics.variance(x) / len(x) for x in (a, b))
+    if not va + vb:
+        return float(statistics.mean(a) == statistics.mean(b))
+    t, df = (statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb), (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
+    area = lambda end: end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
+    return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
+
+
+def draw_ladder(names, path):
+    """Bytes, and tokens/s, against bits per byte, as a picture; controls are crosses."""
+    if not importlib.util.find_spec('matplotlib'):
+        return print('no picture: pip install matplotlib', file=sys.stderr)
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for axis, key, label in zip(axes, ('bytes', 'tok_s'), ('bytes of the file', 'tokens/s, one sequence, plain')):
+        for name, rows in names.items():
+            points = [(row[key], row['val_bpb']) for row in rows if row.get(key)]
+            axis.scatter(*zip(*points), marker='x' if 'control' in name else 'o') if points else None
+            for point in points[:1]:
+                axis.annotate(name, point, xytext=(4, 4), textcoords='offset points', fontsize=8)
+        axis.set(xscale='log', xlabel=label)
+    axes[0].set_ylabel('bits per byte, validation')
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f'drawn: {path}', file=sys.stderr)
+
+
+def measure_ladder():
+    def recorded(path):
+        with open(path) as f:
+            return json.load(f)['rows']
+    def write():
+        atomic_write(ladder, lambda f: f.write(json.dumps({'mode': mode, 'machine': machine, 'rows': rows + list(above.values())}, indent=1).encode()))
+
+    if check and not os.path.exists(check):
+        fail(f'check ({check}) is not there: build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
+    old, rows, fresh = recorded(check) if check else [], [], []     # fresh: folders that this run has written
+    for row in old:
+        if row['name'] and not os.path.exists(row['file']):
+            fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
+        rows.append({k: row[k] for k in BUILT} | (measure_rung(row['file']) if row['name'] else {}))
+    records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]      # a rung may stand in other ladders, too
+    known = {row['command']: row for path in records for row in recorded(path)}
+    above = {row['command']: row for row in recorded(ladder)} if ladder in records else {}      # of an earlier run, kept until this one gets there
+    folders = lambda: {os.path.dirname(row['file']): row for row in rows if row['file']}
+    for name, rung_seed, command in () if check else read_rungs():
+        row = known[command] | {'name': name, 'seed': rung_seed} if command in known else None
+        mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
+        if not (row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']) or any(map(mentions, fresh)):
+            row = build_rung(name, rung_seed, command, folders())
+            fresh += [os.path.dirname(row['file'])] if row['file'] else []
+        rows.append(row)
+        if name and 'val_loss' not in row:
+            row |= measure_rung(row['file'])
+        above.pop(command, None)
+        write()
+    above.clear()
+    shown = [row for row in rows if row['name']]
+    if timed != 'none':
+        names = [row['name'] for row in shown] if timed == 'all' else timed.split(',')
+        if set(names) - {row['name'] for row in shown}:
+            fail(f"timed ({timed}) names {sorted(set(names) - {row['name'] for row in shown})[0]!r}, which is no rung")
+        time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])      # of several seeds the first
+    if not check:
+        write()
+
+    names, first = {}, shown[0]
+    for row in shown:
+        names.setdefault(row['name'], []).append(row)
+    control = next((rows for name, rows in names.items() if 'control' in name), None)
+    table = [['rung', 'parameters', 'bytes', 'x less', 'KV B/token', 'nats', '+-', 'bits/byte', 'p', 'tok/s', 'x', 'drafting', 'x', 'compiled', 'drafting', 'tok/verify', 'MiB', 'Mtokens', 'seconds', 'PFLOPs']]
+    for name, same in names.items():
+        row, losses = same[0], [r['val_loss'] for r in same]
+        p = welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None
+        cell = lambda key, digits, by=1: f'{row[key] / by:,.{digits}f}' if row.get(key) is not None else '-'
+        table.append([name, cell('params', 0), cell('bytes', 0), f"{first['bytes'] / row['bytes']:.1f}", cell('kv_bytes_per_token', 0), f'{statistics.mean(losses):.4f}',
+                      f'{statistics.stdev(losses):.4f}' if len(same) > 1 else '-', f"{statistics.mean(r['val_bpb'] for r in same):.4f}", '-' if p is None else f'{p:.1g}',
+                      cell('tok_s', 0), cell('tok_s', 2, first.get('tok_s') or 1), cell('tok_s_speculative', 0), cell('tok_s_speculative', 2, first.get('tok_s') or 1), cell('tok_s_compiled', 0), cell('tok_s_speculative_compiled', 0),
+                      cell('tokens_per_verify', 2), cell('memory_bytes', 1, 2**20), cell('train_tokens', 1, 1e6), cell('train_seconds', 0), cell('train_flops', 1, 1e15)])
+    keep = [i for i, column in enumerate(zip(*table)) if set(column[1:]) != {'-'}]
+    if check:
+        changes = [f"{new['name']}{'' if new['seed'] is None else ' ' + str(new['seed'])}: {key} was {before[key]:.6g} and is {new[key]:.6g}"
+                   for before, new in zip((row for row in old if row['name']), shown) for key, noise in (('bytes', 0), ('val_loss', 1e-4), ('tokens_per_verify', 0.1), ('tok_s', 0.3), ('tok_s_speculative', 0.3))
+                   if before.get(key) and new.get(key) and abs(new[key] / before[key] - 1) > noise]
+        print('\n'.join(changes or ['nothing changed beyond noise']))
+    else:
+        draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
+    report([[line[i] for i in keep] for line in table], rows=[{k: v for k, v in row.items() if k != 'mtime'} for row in shown])
+    wrong = [row['name'] for row in shown if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
+    if wrong:
+        fail(f"{', '.join(wrong)}: another text with drafts than without, on integers")
+
+# -----------------------------------------------------------------------------
 # the mode
 
-modes = {'decode': measure_decode, 'quality': measure_quality}
+modes = {'decode': measure_decode, 'quality': measure_quality, 'ladder': measure_ladder}
 if mode not in modes:
     fail(f"mode ({mode}) must be {', '.join(modes)}: there is no other")
 modes[mode]()

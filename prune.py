@@ -98,12 +98,16 @@ def procrustes(x):
     return u
 
 
-def merge_kv_heads(state, config, n_kv_head, moments=None, align=True):
+MERGE = ('aligned', 'plain', 'first')
+
+
+def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
     """
     Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other (arXiv 2412.20677): values by
     any orthogonal map, undone in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these
     commute with RoPE (and all orthogonal maps do with the norm after it), so the turn alone changes nothing: heads that are turned
     copies of one another merge without loss. moments: heads are compared by what they give on data instead of by their weights.
+    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a group serve all of it.
     """
     n, D, E = config.n_kv_head, config.head_dim, config.n_embd
     if n_kv_head < 1 or n % n_kv_head:
@@ -117,7 +121,7 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, align=True):
         a = f'transformer.h.{i}.attn'
         q, k, v, proj = (state[f'{a}.{name}.weight'].cpu().double() for name in ('c_q', 'c_k', 'c_v', 'c_proj'))
         q, k, v, proj = q.view(*shape, g, D, E), k.view(*shape, D, E), v.view(*shape, D, E), proj.view(E, *shape, g, D)
-        if align:
+        if how == 'aligned':
             values, vectors = torch.linalg.eigh(moments[f'{a}.c_q'].to(q)) if moments else (torch.ones(E).to(q), torch.eye(E).to(q))
             root = vectors * values.clamp(min=0).sqrt()                                     # root root^T: the second moment of what the heads read
             # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each takes its group's
@@ -126,7 +130,8 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, align=True):
             k, v, proj = k * k_scale, v * v_scale, proj / v_scale
             turn, u = procrustes(plane(k @ root)), procrustes(v @ root)                     # (n_kv_head, merged, D/2, 1, 1) complex: angles; (n_kv_head, merged, D, D)
             q, k, v, proj = real(turn.unsqueeze(2) @ plane(q)), real(turn @ plane(k)), u @ v, proj @ u.mT
-        for name, w in (('c_q', q), ('c_k', k.mean(dim=1)), ('c_v', v.mean(dim=1)), ('c_proj', proj)):
+        k, v = (x[:, 0] if how == 'first' else x.mean(dim=1) for x in (k, v))                # (n_kv_head, D, E)
+        for name, w in (('c_q', q), ('c_k', k), ('c_v', v), ('c_proj', proj)):
             state[f'{a}.{name}.weight'] = w.reshape(E, -1).float() if name == 'c_proj' else w.reshape(-1, E).float()
     return state, replace(config, n_kv_head=n_kv_head)
 
@@ -359,6 +364,7 @@ if __name__ == '__main__':
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'taylor'           # taylor, activation, l1, random
+    kv_merge = 'aligned'            # how kv_heads merges: aligned, or for comparison plain (averaged as they are), first (one head of each group serves all)
     layer_importance = 'loss'       # as above, or loss: leave each layer out in turn
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
@@ -369,7 +375,7 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99), ('keep_params', float, 0.01, 1),
                 ('vocab_keep kv_heads seed', int, 0, math.inf), ('calibration_batches', int, 1, math.inf))
-    for knob, known in (('importance', IMPORTANCE), ('layer_importance', ('loss', *IMPORTANCE))):
+    for knob, known in (('importance', IMPORTANCE), ('kv_merge', MERGE), ('layer_importance', ('loss', *IMPORTANCE))):
         if config[knob] not in known:
             raise SystemExit(f"error: {knob} ({config[knob]}) must be one of {', '.join(known)}")
     if layers is not None and not re.fullmatch(r'\d+(,\d+)*,?', str(layers)):
@@ -407,7 +413,7 @@ if __name__ == '__main__':
             have = getattr(model.config, KINDS[kind])
             model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
             if kind == 'heads' and kv_heads:
-                model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, measure(model, batches, 'l1')[1]))
+                model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, measure(model, batches, 'l1')[1], kv_merge))
         for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
             print(f"{left} {kind} left: {model.params()['total']:,} parameters, loss on the calibration batches {loss:.4f}", flush=True)
     except ValueError as e:

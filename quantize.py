@@ -411,8 +411,8 @@ def file_state(model):
     return {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k.startswith('lm_head.'))}
 
 
-def export(path, model, tokenizer_meta):
-    """Writes a converted model with shape and tokenizer to path; returns the file's bytes."""
+def export(path, model, tokenizer_meta, dataset=None):
+    """Writes a converted model with shape, tokenizer and the name of its dataset to path; returns the file's bytes."""
     tensors = {k: v.cpu().contiguous() for k, v in file_state(model).items()}
     tensors = dict(sorted(tensors.items(), key=lambda kv: -kv[1].element_size()))    # 4-byte tensors first keeps all of them aligned
     data = b''.join(t.numpy().tobytes() for t in tensors.values())
@@ -420,7 +420,7 @@ def export(path, model, tokenizer_meta):
     for name, t in tensors.items():
         start, end = end, end + t.nbytes
         header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
-    header['__metadata__'] = {'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding), 'tokenizer': json.dumps(tokenizer_meta)}
+    header['__metadata__'] = {'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding), 'tokenizer': json.dumps(tokenizer_meta), 'dataset': json.dumps(dataset)}
     header['__metadata__']['sha256'] = checksum(header, data)
     head = json.dumps(header, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)
@@ -434,7 +434,7 @@ def checksum(header, data):
 
 
 def load(path, device='cpu'):
-    """path -> the integer model on device, in eval mode, and {'config', 'tokenizer'}. One line names what is wrong with a damaged or foreign file."""
+    """path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}. One line names what is wrong with a damaged or foreign file."""
     if not os.path.isfile(path):
         raise SystemExit(f"error: no quantised model at {path}: make one with python quantize.py --out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")
     with open(path, 'rb') as f:
@@ -463,7 +463,7 @@ def load(path, device='cpu'):
         state |= {name.replace('transformer.wte', 'lm_head'): t for name, t in state.items() if 'wte' in name}
     model.load_state_dict(state, assign=True)
     model.cos, model.sin = (t.to(device) for t in rope_tables(config))
-    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer'])}
+    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer']), 'dataset': json.loads(meta.get('dataset', 'null'))}
 
 # -----------------------------------------------------------------------------
 # the script
@@ -488,6 +488,7 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
+    save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
     method = 'auto'                 # rtn: to nearest; clip: with the search for steps; gptq: fitted to calibration data; qat: as the weights were trained
                                     # auto: qat if they were trained with quant_bits=bits; else rtn at 8 bits, where nothing is left to gain, and gptq at 4
@@ -522,8 +523,8 @@ if __name__ == '__main__':
         quantised = gptq(model, [calibration.batch(step) for step in range(calib_batches)], bits, group, tables_bits)
     else:
         quantised = convert(copy.deepcopy(model), bits, group, tables_bits, search=method != 'rtn')
-    path = os.path.join(out_dir, f'int{bits}.safetensors')
-    size = export(path, quantised, state['tokenizer'])
+    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
+    size = export(path, quantised, state['tokenizer'], dataset or state['dataset'])
     quantised = load(path, device)[0]                        # what is measured is the file
     before = evaluate(model, loader.eval_batches(), tokenizer.token_bytes)
     after = evaluate(quantised, loader.eval_batches(), tokenizer.token_bytes)

@@ -7,6 +7,7 @@ $ python -m pytest tests/test_bench.py        some fifteen seconds
 import importlib.util
 import json
 import os
+import shutil
 import stat
 import struct
 
@@ -16,8 +17,8 @@ import torch
 from data.loader import Loader
 from data.tokenizer import CharTokenizer
 from engine import Engine
-from model import GPT, GPTConfig, evaluate, save_checkpoint
-from quantize import convert, export
+from model import GPT, GPTConfig, evaluate, load_model, save_checkpoint
+from quantize import convert, export, load
 from test_train import make_dataset, refused, run
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
@@ -163,3 +164,104 @@ def test_bad_knobs(out_dir, flags, pattern):
     got.err = ''.join(line for line in got.err.splitlines(keepends=True) if 'pip install' not in line)
     assert not got.out
     refused(got, pattern)
+
+# -----------------------------------------------------------------------------
+# the ladder. Its rungs are made by a script that copies a checkpoint and says what a training would say, so nothing is trained here
+
+MAKE = '''
+import json, os, shutil, sys
+model, folder, tokens = sys.argv[1:]
+folder = folder.removeprefix('--out_dir=')
+os.makedirs(folder, exist_ok=True)
+shutil.copy(model, folder)
+open('calls', 'a').write(os.path.basename(folder) + ' ')
+print('step 1')
+print(json.dumps({'out_dir': folder, 'iters': 1, 'tokens': int(tokens), 'seconds': 2.5, 'flops': 10 * int(tokens)}))
+'''
+CONFIG = """
+mode = 'ladder'
+ladder = 'T/out/ladder.json'
+seeds = '1,2'
+rungs = '''
+wide        | python T/make.py T/wide/best.pt --out_dir=T/w 100
+a control   | python T/make.py T/narrow/best.pt --out_dir=T/c{seed} 30
+narrow      | python T/make.py T/narrow/best.pt --out_dir=T/n 30 && python T/make.py T/n/best.pt --out_dir=T/m 7
+int4        | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=T/w4 --device=cpu
+'''
+"""
+
+
+@pytest.fixture
+def climb(tmp_path):
+    """climb(*flags, old text=new text) -> a run of CONFIG, so changed; in climb.folder lie its two models, and in calls what was made."""
+    data = make_dataset(tmp_path / 'toy').split('=')[1]
+    meta = json.load(open(f'{data}/meta.json'))
+    for name, width, draft_n in (('wide', 16, 0), ('narrow', 8, 2)):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=len(meta['chars']), block_size=32, draft_n=draft_n))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        save_checkpoint(f'{tmp_path}/{name}/best.pt', model, {'kind': 'char', 'chars': meta['chars']}, dataset=data)
+    (tmp_path / 'make.py').write_text(MAKE.replace('calls', f'{tmp_path}/calls'))
+
+    def f(*flags, old='', new=''):
+        (tmp_path / 'ladder.py').write_text(CONFIG.replace(old, new).replace('T/', f'{tmp_path}/'))
+        got = run('bench.py', f'{tmp_path}/ladder.py', *SHORT, '--timed=none', *flags)
+        got.err = got.err[got.err.rfind('error: '):] if got.status else got.err      # without what it said on the way
+        return got
+    f.folder, f.calls = tmp_path, lambda: (tmp_path / 'calls').read_text().split()
+    return f
+
+
+def test_a_ladder_is_built_once_measured_and_checked(climb):
+    got, at = climb('--timed=all'), climb.folder
+    assert got.status == 0, got.err
+    rows = json.loads(got.out.splitlines()[-1])['rows']
+    assert [(r['name'], r['seed']) for r in rows] == [('wide', None), ('a control', 1), ('a control', 2), ('narrow', None), ('int4', None)] and climb.calls() == ['w', 'c1', 'c2', 'n', 'm']
+    assert [r['train_tokens'] for r in rows] == [100, 30, 30, 37, 100] and rows[3]['train_flops'] == 370 and rows[4]['train_seconds'] == 2.5     # int4's are those of what it rounds
+    wide, narrow = (load_model(f'{at}/{name}/best.pt')[0] for name in ('wide', 'narrow'))
+    for row, model in zip(rows, (wide, narrow, narrow, narrow, load(f'{at}/w4/int4.safetensors')[0])):
+        assert row['val_loss'] == pytest.approx(evaluate(model, Loader(f'{at}/toy', 'val', 16, 32).eval_batches())['loss'], rel=1e-6)
+        assert row['bytes'] == os.path.getsize(row['file']) and row['kv_bytes_per_token'] == model.kv_bytes_per_token()
+    assert [r['params'] for r in rows] == [m.params()['total'] for m in (wide, narrow, narrow, narrow, wide)]
+    assert rows[0]['tok_s'] > 0 and 'tok_s_speculative' not in rows[0] and rows[3]['tok_s_speculative'] > 0 and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3]
+    assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
+
+    assert climb().status == 0 and len(climb.calls()) == 5                       # nothing is built twice
+    check = f'--check={at}/out/ladder.json'
+    got = climb(check)
+    assert got.status == 0 and 'nothing changed' in got.out, got.err
+    shutil.copy(f'{at}/wide/best.pt', rows[3]['file'])                           # somebody else trains there
+    assert 'narrow: val_loss was' in climb(check).out
+    assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']               # what is not as it was built is built again, and nothing else
+
+
+def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
+    climb()
+    read = lambda: {(r['name'], r['seed']): r['mtime'] for r in json.load(open(f'{climb.folder}/out/ladder.json'))['rows']}
+    before = read()
+    os.utime(f'{climb.folder}/w/best.pt', (0, 0))
+    climb()
+    assert climb.calls()[5:] == ['w'] and {key for key, mtime in read().items() if mtime != before[key]} == {('wide', None), ('int4', None)}
+
+
+def test_ladders_that_cannot_stand(climb):
+    record = f'{climb.folder}/out/ladder.json'
+    refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'), "rung 'a control'.*nowhere.pt.*a-control-1.log")
+    assert [r['name'] for r in json.load(open(record))['rows']] == ['wide']      # what was built stays
+    refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
+    refused(run('bench.py', '--mode=ladder'), 'none are given')
+    refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
+    refused(climb('--timed=wide,thin'), 'thin')
+    refused(climb('--seeds=one'), 'seeds')
+    os.remove(f'{climb.folder}/w/best.pt')
+    refused(climb(f'--check={record}'), 'build the ladder again')
+
+
+def test_welch(climb):
+    """Against a table of Student's distribution: with four degrees of freedom, 2.776 is exceeded with probability 0.05 and 4.604 with 0.01."""
+    welch = climb().names['welch']
+    for t, p in ((2.776, 0.05), (4.604, 0.01)):
+        a = [0.0, 1.0, 2.0]                                                      # of variance 1: two such means differ with deviation (2/3)^0.5
+        assert welch(a, [x + t * (2 / 3) ** 0.5 for x in a]) == pytest.approx(p, rel=2e-3)
+    assert welch([1.0], [1.0, 2.0]) is None and welch([1.0, 1.0], [1.0, 1.0]) == 1.0

@@ -1,0 +1,40 @@
+# What pruning costs, and what brings it back: the teacher on the standard library cut by 25, 50 and 65 % of its parameters, by each score, at the same shapes.
+#     python train.py config/train_stdlib_bpe.py && python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
+#     python bench.py --mode=ladder config/ladder_prune.py
+# plain: what is left keeps its weights. refit: it is fitted by least squares, and channels are cut along principal axes. +1 and +5: after so
+# many per cent of the teacher's training tokens, learnt from its labels at a fifth of its rates. 2 CPU cores: an hour.
+mode = 'ladder'
+ladder = 'out-ladder-prune/ladder.json'
+seeds = '1337,1338,1339'        # of the recovery that is set against a training from scratch
+timed = 'teacher,depth: 3 layers of 6,width: as many parameters,MQA aligned'
+_shape = {25: '--neuron_prune_ratio=0.5', 50: '--neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334', 65: '--neuron_prune_ratio=0.6 --channel_prune_ratio=0.5'}
+_prune = 'python prune.py --out_dir=out-stdlib-bpe'
+_learn = 'python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --eval_interval=0 --save_interval=0 --muon_lr=0.004 --adam_lr=0.001'
+_lines = ['teacher | python train.py config/train_stdlib_bpe.py']
+
+
+def _rung(name, command):
+    """The out_dir of a rung is made of its name."""
+    _lines.append(f"{name} | {command}out-prune-{name.replace(' % ', '-').replace(' ', '-').replace(':', '').replace('+', '')}")
+
+
+for _percent in _shape:
+    for _score in ('random', 'l1', 'activation', 'taylor', 'refit'):
+        _how = '--importance=taylor' if _score == 'refit' else f'--importance={_score} --refit=False --rotate=False'
+        _rung(f'{_percent} % {_score}', f'{_prune} {_shape[_percent]} {_how} --save_dir=')
+_rung('50 % measured', f'{_prune} --keep_params=0.5 --save_dir=')
+for _steps, _share in ((14, 1), (70, 5)):
+    for _score in ('random', 'l1', 'activation', 'taylor', 'refit', 'measured'):
+        _each = ' --seed={seed}' if (_score, _share) == ('refit', 5) else ''
+        _rung(f'50 % {_score} +{_share}', f'{_learn} --init_from=out-prune-50-{_score}/best.pt --max_iters={_steps}{_each} --out_dir=')
+        _lines[-1] += _each and '-{seed}'
+_scratch = 'python train.py config/train_stdlib_bpe.py --n_embd=256 --head_dim=64 --n_hidden=768 --max_iters=350 --eval_interval=0 --save_interval=0'
+_rung('50 % control: from scratch +25', f'{_scratch} --out_dir=')
+_rung('50 % control: labels from scratch +25', f'{_scratch} --teacher=labels-stdlib-bpe --alpha=0.9 --out_dir=')
+for _merge in ('aligned', 'plain', 'first'):
+    _rung(f'MQA {_merge}', f'{_prune} --kv_heads=1 --kv_merge={_merge} --save_dir=')
+    _rung(f'MQA {_merge} +5', f'{_learn} --init_from=out-prune-MQA-{_merge}/best.pt --max_iters=70 --out_dir=')
+for _name, _how in (('depth: 3 layers of 6', '--layers=3'), ('width: as many parameters', '--neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25')):
+    _rung(_name, f'{_prune} {_how} --save_dir=')
+    _rung(f'{_name} +5', f"{_learn} --init_from={_lines[-1].split('--save_dir=')[1]}/best.pt --max_iters=70 --out_dir=")
+rungs = '\n'.join(_lines)

@@ -1,0 +1,22 @@
+# The character path: what training through the rounding is worth, at 8 and at 4 bits, beside rounding afterwards; and a draft head.
+#     python data/shakespeare_char/prepare.py && python bench.py --mode=ladder config/ladder_shakespeare.py
+# 2 CPU cores: about 50 minutes, in three trainings of 3,200 steps.
+mode = 'ladder'
+ladder = 'out-ladder-shakespeare/ladder.json'
+compiled = 'control: float,int8'
+draft_n = 6
+temperature = 1.0
+threads = 1
+_train = 'python train.py config/qat_shakespeare_char.py'
+_round = 'python quantize.py --out_dir'
+rungs = f'''
+control: float   | {_train} --quant_bits=0 --out_dir=out-float-shakespeare
+float -> int8    | {_round}=out-float-shakespeare
+float -> int4    | {_round}=out-float-shakespeare --bits=4 --method=rtn --save_dir=out-float-shakespeare/rtn
+float -> gptq    | {_round}=out-float-shakespeare --bits=4 --method=gptq
+through int8     | {_train} --out_dir=out-qat-shakespeare
+int8             | {_round}=out-qat-shakespeare
+int8 -> gptq     | {_round}=out-qat-shakespeare --bits=4 --method=gptq
+int4             | {_train} --quant_bits=4 --out_dir=out-qat4-shakespeare && {_round}=out-qat4-shakespeare --bits=4
+int8 drafting    | python train.py config/draft_shakespeare_char.py --init_from=out-qat-shakespeare/best.pt --out_dir=out-draft-shakespeare && {_round}=out-draft-shakespeare
+'''
