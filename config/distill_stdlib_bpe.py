@@ -13,10 +13,10 @@ n_kv_head = 1
 tie_weights = True
 block_size = 256
 batch_size = 16             # 4,096 tokens a step
-max_iters = 1200            # 4.9M tokens
+max_iters = 800             # 3.3M tokens
 muon_lr = 0.02
 adam_lr = 0.005
 
-eval_interval = 300
-save_interval = 300
+eval_interval = 0           # at the end
+save_interval = 200
 sample_interval = 0

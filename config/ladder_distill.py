@@ -4,7 +4,7 @@
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'
 timed = 'none'
-_train = 'python train.py config/distill_stdlib_bpe.py --max_iters=400 --eval_interval=0 --save_interval=0'
+_train = 'python train.py config/distill_stdlib_bpe.py --max_iters=400'
 _beside = f'{_train} --teacher=out-stdlib-bpe'
 rungs = f'''
 teacher                        | python train.py config/train_stdlib_bpe.py
