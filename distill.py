@@ -15,7 +15,7 @@ Distillation: a student that learns from a teacher's distributions beside the te
 A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt or Hugging Face's
 folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose probabilities are averaged. Losses are means over
 unmasked tokens: they do not change when the batch or its rows become twice as long, so alpha means the same everywhere.
-Labels are written for every token of the training split, with at least half a context to its left. Sampled ones are unbiased: the
+Labels are written for every token of the training split, with at least a quarter of the context to its left (but for the first ones). Sampled ones are unbiased: the
 expected gradient is that of the whole distribution (arXiv 2503.16870). Those of --method=topk are not, unless k is the vocabulary.
 """
 import contextlib
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from data.loader import Loader, download, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
-from model import GPT, GPTConfig, SOFTCAP, atomic_write, check_device, check_knobs, chunked, fast_bf16, load_model, load_tensors, rope_tables, save_checkpoint
+from model import GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16, load_model, load_tensors, rope_tables, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -118,10 +118,10 @@ def choose_labels(log_p, method, k, generator):
 def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, say=print):
     """
     Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
-    a set of labels. The loader's block_size is the teachers' context; windows overlap by half, and the later half of each is kept. Goes on
+    a set of labels. The loader's block_size is the teachers' context; windows overlap by a quarter, which is kept of the earlier one. Goes on
     with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
     """
-    T, S, n = loader.block_size, loader.block_size // 2, loader.n_tokens
+    T, S, n = loader.block_size, loader.block_size - loader.block_size // 4, loader.n_tokens
     vocab_size, device = teachers[0].config.vocab_size, loader.device
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
@@ -458,6 +458,7 @@ if __name__ == '__main__':
     seed = 1337
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster, as train.py runs a teacher
+    compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
     check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf))
@@ -491,6 +492,9 @@ if __name__ == '__main__':
     teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device)
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
+    if compile and can_compile(device):
+        for t in teachers:
+            t.trunk = torch.compile(t.trunk)
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
         meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype}, method, k, temperature, seed)

@@ -143,10 +143,10 @@ def test_labels_of_the_whole_vocabulary_are_the_teacher(toy, tmp_path):
     write_labels(str(tmp_path), teachers, loader, {}, 'topk', V, temperature=1.5)
     student = random_model(5, vocab_size=V)
     labels = Labels(str(tmp_path), loader)
-    for start in (0, 8, 64, loader.n_tokens - 20):                               # of later windows the first half has seen more than a window here shows
+    for start in (0, 12, 60, 64):                                                # of later windows the first quarter has seen more than a window here shows
         x, y = loader.rows([start])
-        y[:, :8] = -1 if start else y[:, :8]
-        start_of_window = start % 8 == 0
+        y[:, :4] = -1 if start else y[:, :4]
+        start_of_window = start % 12 == 0
         cached = Distiller(student, temperature=1.5)(x, y, *labels.batch([start], 16))['kl']
         online = Distiller(student, teachers, temperature=1.5)(x, y)['kl']
         assert (abs(cached - online) < 2e-3 * online) == start_of_window, (start, cached, online)
@@ -190,7 +190,7 @@ def teacher(toy, tmp_path_factory):
 
 
 def script(*args):
-    got = run('distill.py', *args)
+    got = run('distill.py', '--compile=False', *args)
     assert got.status == 0 and not got.err, got.err
     return json.loads(got.out.splitlines()[-1])
 
