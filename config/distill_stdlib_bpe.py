@@ -13,7 +13,7 @@ n_kv_head = 1
 tie_weights = True
 block_size = 256
 batch_size = 16             # 4,096 tokens a step
-max_iters = 800             # 3.3M tokens
+max_iters = 600             # 2.5M tokens
 muon_lr = 0.02
 adam_lr = 0.005
 
