@@ -329,3 +329,5 @@ def test_a_conversation_keeps_its_cache():
     edited = text[:40] + CHAR.encode('no, rather')
     engine.complete([text], 5, reuse=True)
     assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0) and engine.stats['reused'] == 40
+    engine.complete([CHAR.encode('something else')], 0, reuse=True)                 # read, but nothing was said: the cache no longer holds the text of before
+    assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0)
