@@ -57,7 +57,7 @@ def first_sentence(node):
     """Of the docstring, on one line; None where there is none that says something in 300 characters. Some begin with a signature, or with examples."""
     paragraphs = [' '.join(part.split()) for part in re.split(r'\n\s*\n', ast.get_docstring(node) or '')]
     paragraph = next((part for part in paragraphs if not re.fullmatch(r'[\w.]+\(.*\)( ?->.*)?|>>>.*', part)), '')
-    sentence = re.match(r'.{16,}?[.!?](?= [A-Z]|$)|.*', paragraph)[0]
+    sentence = re.match(r'.{7,}?[.!?](?= [A-Z]|$)|.*', paragraph)[0]
     return sentence if 8 <= len(sentence) <= 300 else None
 
 
