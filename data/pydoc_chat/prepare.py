@@ -7,9 +7,9 @@ $ python data/pydoc_chat/prepare.py
 One conversation of one to three exchanges about each public module, class, function and method with a docstring: what it does, its signature,
 arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe. Takes some 5 seconds. With Python 3.11.7 you see
 
-    6,382 conversations for training and 272 for validation, 4,653 and 202 of several exchanges; 0 files are not Python
-    6,382 and 272 conversations with 12,944 answers in 1,480 and 60 rows of 256 tokens: 43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
-    data/pydoc_chat: 378,880 training and 15,360 validation tokens, vocabulary of 4,096 (chat), sha256 ea619afd bdbf66e7
+    6,383 conversations for training and 253 for validation, 4,653 and 188 of several exchanges; 0 files are not Python
+    6,383 and 253 conversations with 12,906 answers in 1,480 and 54 rows of 256 tokens: 43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
+    data/pydoc_chat: 378,880 training and 13,824 validation tokens, vocabulary of 4,096 (chat), sha256 27b16b43 b7fb2240
 """
 
 import ast
