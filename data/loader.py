@@ -247,7 +247,7 @@ def pack_rows(chats, row, pad):
     """
     chats: list of (ids, mask), none longer than row -> ids, mask: arrays (n_rows * row,), uint32 and uint8. Best fit: the longest comes first,
     each goes whole into the fullest row that has room for it; what stays free is pad, with mask 0. Equal lengths are taken in the order of a
-    hash, so that what stands together in a row has nothing to do with each other.
+    hash, so that neighbours in a row have nothing to do with each other.
     """
     rows, room = [], []  # room: (tokens still free, number of the row), sorted
     for ids, mask in sorted(chats, key=lambda chat: (-len(chat[0]), zlib.crc32(str(chat[0]).encode()))):
@@ -356,8 +356,8 @@ class Loader:
     Batches of one split as a pure function of the step: no state to save, resume is exact.
 
     An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window starts is random too, so
-    a token is seen at other positions in other epochs; where meta.json has a row, windows are the rows. Sample number i, counted over steps, micro-batches, ranks and rows in this order, is
-    window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
+    a token is seen at other positions in other epochs; where meta.json has a row, windows are the rows. Sample number i, counted over steps,
+    micro-batches, ranks and rows in this order, is window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
     """
 
     def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu'):
