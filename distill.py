@@ -118,10 +118,10 @@ def choose_labels(log_p, method, k, generator):
 def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, say=print):
     """
     Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
-    a set of labels. The loader's block_size is the teachers' context; windows overlap by a quarter, which is kept of the earlier one. Goes on
-    with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
+    a set of labels. The loader's block_size is the teachers' context; windows overlap by a quarter, which is kept of the earlier one (rows of chats do not
+    overlap). Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
     """
-    T, S, n = loader.block_size, loader.block_size - loader.block_size // 4, loader.n_tokens
+    T, S, n = loader.block_size, loader.row or loader.block_size - loader.block_size // 4, loader.n_tokens
     vocab_size, device = teachers[0].config.vocab_size, loader.device
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,

@@ -1,5 +1,5 @@
 """
-Everything about producing tokens: the key/value cache, sampling, batched decoding, streaming.
+Everything about producing tokens: the key/value cache, sampling, batched decoding, streaming, chat.
 
     from engine import Engine
     engine = Engine(model)
@@ -376,9 +376,9 @@ class Engine:
         cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
         shared = 0
         if reuse:                                                   # a conversation goes on: what of the prompt the last cache holds is not read again
-            text, held = self.held
+            (text, held), self.held = self.held, ([], None)         # stopped before the first pass is through, it holds no text that is known
             if held:
-                pairs = list(zip(text[:held.lengths[0]], prompts[0][:-1]))
+                pairs = list(zip(text[:-1], prompts[0][:-1]))       # the last token is in the cache only if it was drafted: reading it again makes all drafters alike
                 shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
                 cache = held
                 cache.rewind([shared])
@@ -456,15 +456,16 @@ class Engine:
                 out[row] += tokens
         return out
 
-    def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), **how):
+    def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), stop=(), **how):
         """
         Yields the text that follows prompt (a token list), piece by piece and in whole characters: the bytes of an unfinished one wait for
-        the rest. Ends before the first of stop_strings; text that may be the beginning of one is held back until that is decided.
+        the rest. Ends before the first of stop_strings; text that may be the beginning of one is held back until that is decided. The
+        tokens in stop end it, too, and are no part of it.
         """
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         held = ''
-        for step in self.generate([prompt], max_new_tokens, **how):
-            held += decoder.decode(tokenizer.decode_bytes(step[0][1]))
+        for step in self.generate([prompt], max_new_tokens, stop=stop, **how):
+            held += decoder.decode(tokenizer.decode_bytes(t for t in step[0][1] if t not in stop))
             found = [at for at in (held.find(s) for s in stop_strings) if at >= 0]
             if found:
                 yield held[:min(found)]
@@ -474,3 +475,37 @@ class Engine:
                 yield held[:len(held) - wait]
                 held = held[len(held) - wait:]
         yield held + decoder.decode(b'', final=True)
+
+# -----------------------------------------------------------------------------
+# chat
+
+class Chat:
+    """
+    A conversation, in the form that BPETokenizer.render_chat trains: exchanges is a list of token lists, each from user_start to assistant_end
+    (exchanges.pop() takes the last one back, exchanges.clear() forgets all). The answers are kept as the tokens that were drawn.
+    """
+    def __init__(self, engine, tokenizer):
+        self.engine, self.tokenizer, self.exchanges = engine, tokenizer, []
+        self.special = frozenset(map(tokenizer.special, tokenizer.special_tokens))
+
+    def ask(self, question, max_new_tokens, **how):
+        """
+        Streams the answer to question (str), a special token ends it; how as Engine.generate. Left early, by break or Ctrl+C, what was said until then
+        stays in the conversation. Where the context is too small for it all and for an answer of max_new_tokens, or of a quarter of the context if
+        that is less, the oldest exchanges go; self.dropped says how many. ValueError, with the conversation as it was, if the question does not fit alone.
+        """
+        t, block_size = self.tokenizer, self.engine.config.block_size
+        question = t.render_prompt([{'role': 'user', 'content': question}])[1:]      # without bos
+        room = block_size - min(max_new_tokens, block_size // 4)
+        if 1 + len(question) > room:
+            raise ValueError(f"the question's {len(question)} tokens do not fit the context of {block_size} with an answer of {block_size - room}: shorten it")
+        before = len(self.exchanges)
+        while 1 + sum(map(len, self.exchanges)) + len(question) > room:
+            self.exchanges.pop(0)
+        self.dropped = before - len(self.exchanges)
+        prompt = [t.bos, *(token for exchange in self.exchanges for token in exchange), *question]
+        try:
+            yield from self.engine.stream(t, prompt, min(max_new_tokens, block_size + 1 - len(prompt)), stop=self.special, reuse=True, **how)
+        finally:
+            answer = [token for token in self.engine.held[0][len(prompt):] if token not in self.special]
+            self.exchanges.append([*question, *answer, t.special('<|assistant_end|>')])

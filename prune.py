@@ -395,9 +395,9 @@ if __name__ == '__main__':
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
     try:
         if vocab_keep:
-            train, val = (Loader(data_dir, split, 1, 1) for split in ('train', 'val'))
-            if train.mask is not None:
+            if load_meta(data_dir)['kind'] == 'chat':
                 raise ValueError(f"vocab_keep ({vocab_keep}): {data_dir} is a chat dataset, whose masks belong to its tokens: cut the vocabulary before chat fine-tuning")
+            train, val = (Loader(data_dir, split, 1, 1) for split in ('train', 'val'))
             ids, tokenizer = cut_tokenizer(tokenizer, np.bincount(train.tokens, minlength=tokenizer.vocab_size), vocab_keep)
             data_name, data_dir = (f'{name}_v{vocab_keep}' for name in (data_name, data_dir))
             write_dataset(data_dir, tokenizer, *(recode(split.tokens, old, tokenizer) for split in (train, val)), source=train.meta['source'])

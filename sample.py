@@ -4,6 +4,7 @@ Completes text with a trained model: float, or the int8 or int4 file running on 
     python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0.5 --top_k=20
     python sample.py --out_dir=out-quickstart --interactive=True
+    python sample.py --out_dir=out-sft-pydoc --chat=True                # a line is a question; /undo, /reset, /quit
 
 stdout receives text only; what it cost goes to stderr with --show_stats=True, one JSON document last.
 """
@@ -16,7 +17,7 @@ import torch
 
 from data.loader import read_text
 from data.tokenizer import from_meta
-from engine import DRAFTERS, HEADS, Engine
+from engine import DRAFTERS, HEADS, Chat, Engine
 from model import GPT, can_compile, check_device, check_knobs, load_model
 from quantize import for_decoding, int_share, load
 
@@ -38,6 +39,7 @@ draft_vocab = 0             # the draft head chooses among the first so many tok
 compile = False             # compile whole rounds: some 30 s once, then several times the speed for a small model
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
+chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
 show_stats = False
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 threads = 0                 # CPU threads; 0: one for a model below 4M parameters, which two would only make wait for each other, else PyTorch's choice
@@ -49,6 +51,8 @@ check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens th
 check_device(device)
 if drafter not in DRAFTERS:
     raise SystemExit(f"error: drafter ({drafter}) must be one of {', '.join(DRAFTERS)}")
+if chat and (num_samples > 1 or interactive):
+    raise SystemExit(f"error: chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 and interactive ({interactive}) off")
 files = {'float': os.path.join(out_dir, 'best.pt')} | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')}
 if weights not in ('auto', *files):
     raise SystemExit(f"error: weights ({weights}) must be auto, {', '.join(files)}")
@@ -57,6 +61,8 @@ if weights == 'auto':                           # the newest: integers may be le
 path = files[weights]
 model, state = (load_model if weights == 'float' else load)(path, device)
 tokenizer = from_meta(state['tokenizer'])
+if chat and '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
+    raise SystemExit(f"error: chat=True needs a model with special tokens like <|assistant_end|>, and {path} has none: train on BPE, then config/sft_pydoc.py")
 needs = HEADS.get(drafter)
 if needs and not hasattr(model, needs):
     raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
@@ -96,7 +102,44 @@ def complete(ids):
             print(prompt + (text.partition(stop)[0] if stop else text) + '\n---------------')
 
 
-if interactive:
+def answer(talk, question):
+    """Streams the answer to a question; Ctrl+C stops it, and a question too long is refused."""
+    try:
+        for piece in talk.ask(question, max_new_tokens, stop_strings=[stop] if stop else [], seed=seed, **how):
+            print(piece, end='', flush=True)
+    except KeyboardInterrupt:
+        pass
+    except ValueError as e:                     # the conversation goes on without it
+        print(f'error: {e}', file=sys.stderr)
+        return
+    print(flush=True)
+    if talk.dropped:
+        print(f'note: the context of {model.config.block_size} tokens is full; the oldest {talk.dropped} of the exchanges are forgotten', file=sys.stderr)
+
+
+if chat:
+    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
+    talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
+    try:
+        while True:
+            if at_terminal:
+                print('> ', end='', flush=True, file=sys.stderr)
+            line = sys.stdin.readline()
+            word = line.strip()
+            if not line or word == '/quit':
+                break
+            if word == '/reset':
+                talk.exchanges.clear()
+            elif word == '/undo':
+                del talk.exchanges[-1:]
+            elif word[:1] == '/':
+                print(f'error: {word} is no command: /undo, /reset, /quit', file=sys.stderr)
+            elif word:
+                answer(talk, word)
+                seed += 1                       # asked again after /undo, it may answer otherwise
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+elif interactive:
     print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.', file=sys.stderr)
     grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
     try:

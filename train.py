@@ -236,14 +236,21 @@ def schedule(step):
 def save(step):
     if main_process:
         save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best, seconds=seconds,
-                        dataset=dataset, total_batch_size=total_batch_size, knobs=config)
+                        val_loss_before=val_loss_before, dataset=dataset, total_batch_size=total_batch_size, knobs=config)
+
+
+def measure(step):
+    """Loss on the whole validation split."""
+    with autocast:
+        result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
+    say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{f' (weights rounded to int{quant_bits})' if step > qat_step or qat_step == 0 else ''}")
+    return result
 
 
 def validate(step):
-    """Loss on the whole validation split; the best weights so far go to best.pt."""
+    """The same; the best weights so far go to best.pt."""
     global best
-    with autocast:
-        result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
+    result = measure(step)
     if result['loss'] < best['loss'] or train_only:         # of a frozen trunk the newest head is the best
         best = {**result, 'step': step}
         if main_process:
@@ -252,10 +259,11 @@ def validate(step):
 
 
 def show_sample(step):
-    prompt = [tokenizer.bos] if tokenizer.bos is not None else val_loader.tokens[:1].tolist()
-    ids = Engine(model).complete([prompt], min(sample_tokens, block_size - 1), temperature=0.8, seed=step)[0]
+    asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())     # of chats, the first question
+    prompt = val_loader.tokens[:asked].tolist()
+    ids = Engine(model).complete([prompt], min(sample_tokens, block_size - asked), temperature=0.8, seed=step)[0]
     model.train()
-    say(f"----- sample at step {step} -----\n{tokenizer.decode(ids)}\n-----")
+    say(f"----- sample at step {step} -----\n{tokenizer.decode(prompt[1:] + ids)}\n-----")
 
 
 stopping = False
@@ -296,7 +304,9 @@ qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
 if start_step >= qat_step:
     prepare(model, quant_bits, quant_group, tables_bits)
 step, seconds, step_times, losses_due, result = start_step, resumed.get('seconds', 0.0) if resumed else 0.0, [], [], None
-began = clock = time.perf_counter()
+began = time.perf_counter()
+val_loss_before = resumed.get('val_loss_before') if resumed else measure(0)['loss'] if source and eval_interval else None     # what fine-tuning starts from
+clock = time.perf_counter()
 while step < max_iters:
     if step == qat_step:
         prepare(model, quant_bits, quant_group, tables_bits)
@@ -348,7 +358,6 @@ while step < max_iters:
         say(f"step {step}/{max_iters} | loss {' + '.join(f'{k} {v:.4f}' if len(means) > 1 else f'{v:.4f}' for k, v in means.items())} | lr x{factor:.3f} | {1000 * typical:.0f} ms | {rate:,.0f} tok/s | ETA {int(eta // 60)}:{int(eta % 60):02d}")
     if evals:
         result = validate(step)
-        say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte{f' (weights rounded to int{quant_bits})' if step > qat_step else ''}")
     if main_process and (logs or evals):
         row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'train_loss': means['ce'], 'lr_factor': factor,
                'tok_s': round(total_batch_size / (sorted(step_times)[len(step_times) // 2]))}
@@ -369,7 +378,7 @@ if step >= max_iters and result is None:        # a run resumed at its end has n
 result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
                 'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'], 'flops': None if train_only else flops * step * total_batch_size,
-                'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step')}))
+                'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step'), 'val_loss_before': val_loss_before}))
 if world_size > 1:
     dist.barrier()                              # a process that exits while gloo still lets go of the last tensors is aborted
     dist.destroy_process_group()

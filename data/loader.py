@@ -9,9 +9,11 @@ upper half of this file, train.py the last part. From the repo root:
 >>> for x, y in Loader('data/stdlib_char', 'val', 4, 256).eval_batches(): ...     # every token once
 
 A dataset is train.bin and val.bin (plain integers, no header), for chat train.mask.bin and val.mask.bin (a byte a token, 1 where it is to be
-learnt), and meta.json, which is written last: a folder without it is not a dataset.
+learnt), and meta.json, which is written last: a folder without it is not a dataset. Where meta.json has a row, the files are rows of so many
+tokens that hold whole conversations, and a window is a row.
 """
 
+import bisect
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import zlib
 
 import numpy as np
 
-from data.tokenizer import CharTokenizer, train_bpe
+from data.tokenizer import CharTokenizer, from_meta, train_bpe
 # requests and torch are imported where they are used: training needs no requests, preparing no torch, which takes seconds to import.
 
 
@@ -230,6 +232,61 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, chars=None
     return write_dataset(data_dir, tokenizer, train_ids, val_ids, source)
 
 
+def chat_tokenizer(data_dir):
+    """The tokenizer of the dataset in data_dir, for chat. A one-line error if there is none, or if it has no special tokens."""
+    try:
+        tokenizer = from_meta(load_meta(data_dir))
+    except ValueError as e:
+        raise SystemExit(f'error: {data_dir}: {e}')
+    if '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
+        raise SystemExit(f'error: tokenizer ({data_dir}) has no special tokens like <|assistant_end|>, which chat needs: take that of a BPE dataset, like data/stdlib_bpe')
+    return tokenizer
+
+
+def pack_rows(chats, row, pad):
+    """
+    chats: list of (ids, mask), none longer than row -> ids, mask: arrays (n_rows * row,), uint32 and uint8. Best fit: the longest comes first,
+    each goes whole into the fullest row that has room for it; what stays free is pad, with mask 0. Equal lengths are taken in the order of a
+    hash, so that neighbours in a row have nothing to do with each other.
+    """
+    rows, room = [], []  # room: (tokens still free, number of the row), sorted
+    for ids, mask in sorted(chats, key=lambda chat: (-len(chat[0]), zlib.crc32(str(chat[0]).encode()))):
+        at = bisect.bisect_left(room, (len(ids),))
+        free, r = room.pop(at) if at < len(room) else (row, len(rows))
+        if r == len(rows):
+            rows.append(([], []))
+        rows[r][0].extend(ids)
+        rows[r][1].extend(mask)
+        bisect.insort(room, (free - len(ids), r))
+    fill = lambda tokens, value: tokens + [value] * (row - len(tokens))
+    return tuple(np.array([fill(part, value) for part in parts], dtype=kind).ravel() for parts, value, kind in zip(zip(*rows), (pad, 0), ('uint32', 'uint8')))
+
+
+def write_chats(data_dir, tokenizer, train, val, row, source):
+    """
+    Lists of training and validation conversations, each as render_chat returns it -> a dataset in rows of row tokens, and its meta as a dict.
+
+    One row is one window of training, so no batch has a shape of its own, no answer comes without its question, and the first token of a
+    row, <|bos|>, is nobody's target. Of a conversation longer than a row the last exchanges are left out, if need be all of them.
+    """
+    if type(row) is not int or row < 8:
+        raise SystemExit(f'error: row is {row!r}: it is the number of tokens in a row, at least 8; training takes it as block_size')
+    stop, parts, n_cut, n_out = tokenizer.special('<|assistant_end|>'), [], 0, 0
+    for chats in (train, val):
+        ends = [max((i + 1 for i, token in enumerate(ids[:row]) if token == stop), default=0) for ids, _ in chats]
+        n_cut += sum(end > 0 and any(mask[end:]) for end, (_, mask) in zip(ends, chats))
+        n_out += ends.count(0)
+        parts.append([(ids[:end], mask[:end]) for end, (ids, mask) in zip(ends, chats) if end])
+    if not all(parts):
+        raise SystemExit(f'error: there are too few conversations: {len(parts[0]):,} for training, {len(parts[1]):,} for validation; {n_out:,} have no answer that ends within a row of {row} tokens')
+    (train_ids, train_mask), (val_ids, val_mask) = (pack_rows(chats, row, tokenizer.bos) for chats in parts)
+    chats, used = parts[0] + parts[1], sum(len(ids) for ids, _ in parts[0] + parts[1])
+    n = len(train_ids) + len(val_ids)
+    print(f'{len(parts[0]):,} and {len(parts[1]):,} conversations with {sum(ids.count(stop) for ids, _ in chats):,} answers in {len(train_ids) // row:,} and {len(val_ids) // row:,} rows of {row} tokens: '
+          f'{100 * (int(train_mask.sum()) + int(val_mask.sum())) / n:.1f} % of the tokens are learnt, {100 * (1 - used / n):.1f} % are padding; {n_cut:,} conversations are cut at a turn, {n_out:,} left out')
+    return write_dataset(data_dir, tokenizer, train_ids, val_ids, source, (train_mask, val_mask), {'kind': 'chat', 'row': row})
+
+
 def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):
     """
     Writes train.bin, val.bin and meta.json into data_dir, prints the counts, and returns the meta as a dict.
@@ -299,8 +356,8 @@ class Loader:
     Batches of one split as a pure function of the step: no state to save, resume is exact.
 
     An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window starts is random too, so
-    a token is seen at other positions in other epochs. Sample number i, counted over steps, micro-batches, ranks and rows in this order, is
-    window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
+    a token is seen at other positions in other epochs; where meta.json has a row, windows are the rows. Sample number i, counted over steps,
+    micro-batches, ranks and rows in this order, is window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
     """
 
     def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu'):
@@ -319,11 +376,15 @@ class Loader:
         self.tokens = self._map(path, dtype)  # (n_tokens,)
         mask_path = os.path.join(data_dir, f'{split}.mask.bin')
         self.mask = self._map(mask_path, np.dtype('uint8')) if f'{split}.mask.bin' in self.meta['sha256'] else None  # (n_tokens,)
-        if self.n_tokens < block_size + 1:
+        self.row = self.meta.get('row')
+        if self.row and self.row != block_size:
+            raise SystemExit(f'error: {data_dir} is packed in rows of {self.row} tokens, and block_size is {block_size}: give --block_size={self.row} in training, '
+                             f'or prepare it again with --row={block_size}')
+        if not self.row and self.n_tokens < block_size + 1:
             raise SystemExit(f'error: {path} has {self.n_tokens:,} tokens, fewer than block_size + 1 ({block_size + 1:,}): '
                              f'use a smaller block_size, or more text')
         # One window fewer than fit, so that the first has block_size places to start and every epoch is of the same length.
-        self.n_windows = max(1, self.n_tokens // block_size - 1)
+        self.n_windows = self.n_tokens // self.row if self.row else max(1, self.n_tokens // block_size - 1)
         self._epoch = None, None, None  # number, start of the first window, order of the windows: the one in use
 
     def _map(self, path, dtype):
@@ -348,7 +409,7 @@ class Loader:
         epoch, index = divmod(i, self.n_windows)
         if self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            shift = rng.integers(self.n_tokens - self.n_windows * self.block_size)  # any that leaves room for all windows
+            shift = 0 if self.row else rng.integers(self.n_tokens - self.n_windows * self.block_size)  # any that leaves room for all windows
             self._epoch = epoch, shift, rng.permutation(self.n_windows)
         _, shift, order = self._epoch
         return shift + order[index] * self.block_size

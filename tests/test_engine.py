@@ -8,7 +8,7 @@ import torch
 
 import quantize as Q
 from data.tokenizer import BPETokenizer, CharTokenizer
-from engine import Engine, KVCache, Noise, draw, gumbel, mix
+from engine import Chat, Engine, KVCache, Noise, draw, gumbel, mix
 from model import GPT, GPTConfig
 from test_model import randomise
 
@@ -329,3 +329,19 @@ def test_a_conversation_keeps_its_cache():
     edited = text[:40] + CHAR.encode('no, rather')
     engine.complete([text], 5, reuse=True)
     assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0) and engine.stats['reused'] == 40
+    engine.complete([CHAR.encode('something else')], 0, reuse=True)                 # read, but nothing was said: the cache no longer holds the text of before
+    assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0)
+
+
+def test_an_exchange_taken_back_leaves_no_trace():
+    """In a chat: neither in what it holds nor in the cache."""
+    tokenizer = BPETokenizer({bytes([b]): b for b in range(256)})
+    model = build(tokenizer, kv=1)
+    one, other = (Chat(Engine(model), tokenizer) for _ in range(2))
+    ask = lambda chat, question: ''.join(chat.ask(question, 20, temperature=0))
+    assert ask(one, 'first') == ask(other, 'first') != ''
+    ask(one, 'a question to be taken back')
+    one.exchanges.pop()
+    other.engine.held = ([], None)
+    assert ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it') and one.engine.stats['reused'] > 20 and other.engine.stats['reused'] == 0
+    assert one.exchanges == other.exchanges and len(one.exchanges) == 2

@@ -5,6 +5,7 @@ $ python -m pytest tests/test_loader.py        about 5 seconds, offline
 """
 import hashlib
 import http.server
+import random
 import os
 import threading
 
@@ -12,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import (DownloadError, Loader, char_ids, download, load_meta, read_text, split_texts, stdlib_files, stdlib_held_out,
-                         write_dataset, write_texts)
-from data.tokenizer import CharTokenizer, from_meta
+from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, load_meta, pack_rows, read_text, split_texts, stdlib_files,
+                         stdlib_held_out, write_chats, write_dataset, write_texts)
+from data.tokenizer import BPETokenizer, CharTokenizer, from_meta
 
 N = 1000
 TOKENIZER = CharTokenizer(map(chr, range(0x100, 0x100 + N)))  # a token a position, so that a batch tells where it was taken
@@ -123,6 +124,79 @@ def test_missing_and_damaged_datasets_name_the_command(tmp_path):
     (tmp_path / 'meta.json').write_text('{"kind": ')
     with pytest.raises(SystemExit, match='damaged'):
         load_meta(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# rows of chats
+
+BPE = BPETokenizer({bytes([b]): b for b in range(256)})
+BOS, END = BPE.bos, BPE.special('<|assistant_end|>')
+
+
+def chats(n, longest, seed=0):
+    """Conversations of one to three exchanges, every text another one."""
+    rng, count = random.Random(seed), iter(range(10**6))
+    text = lambda: f'{next(count)}'.ljust(rng.randint(5, longest), '.')
+    return [BPE.render_chat([{'role': role, 'content': text()} for _ in range(rng.randint(1, 3)) for role in ('user', 'assistant')]) for _ in range(n)]
+
+
+def test_rows_hold_whole_conversations(tmp_path):
+    """Each once, in one piece, in one row, with its mask; the rest is masked; few rows are needed."""
+    train, row = chats(60, 12), 100
+    ids, mask = (part.reshape(-1, row) for part in pack_rows(train, row, BOS))
+    found = []
+    for tokens, learn in zip(ids.tolist(), mask.tolist()):
+        cuts = [i for i, token in enumerate(tokens) if token == BOS] + [row]
+        assert cuts[0] == 0
+        found += [(tokens[a:b], learn[a:b]) for a, b in zip(cuts, cuts[1:]) if (tokens[a:b], learn[a:b]) != ([BOS], [0])]     # that is padding
+    assert sorted(found) == sorted((ids, mask) for ids, mask in train)
+    assert len(ids) <= 1.1 * sum(len(ids) for ids, _ in train) / row + 1
+
+
+@pytest.mark.parametrize('world_size, batch_size', [(1, 1), (1, 4), (2, 3)])
+def test_an_epoch_of_rows_has_every_answer_once(tmp_path, world_size, batch_size):
+    train, val = chats(60, 12), chats(7, 12, seed=1)
+    write_chats(tmp_path, BPE, train, val, 100, 'test')
+    for split, given in (('train', train), ('val', val)):
+        loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size) for rank in range(world_size)]
+        answers = sorted(token for ids, mask in given for token, learn in zip(ids, mask) if learn)
+        rows = {tuple(row) for row in loaders[0].tokens.reshape(-1, 100).tolist()}
+        batches, n = [batch for loader in loaders for batch in loader.eval_batches()], loaders[0].n_windows
+        assert n == len(loaders[0].tokens) // 100
+        assert sorted(int(t) for _, y in batches for t in y[y >= 0]) == answers
+        for epoch in range(2):                          # sample by sample, as steps, ranks and rows count them
+            samples = [(x[0], y[0]) for i in range(epoch * n, (epoch + 1) * n) for x, y in [loaders[0].rows([int(loaders[0]._start(i))])]]
+            assert sorted(int(t) for _, y in samples for t in y[y >= 0]) == answers
+            assert {tuple(x.tolist()) for x, _ in samples} == rows
+            assert all(y[-1] == -1 and torch.equal(y[:-1][y[:-1] >= 0], x[1:][y[:-1] >= 0]) for x, y in samples)   # no target is of another row
+        assert all(tuple(x) in rows for loader in loaders for step in range(9) for x in loader.batch(step)[0].tolist())
+
+
+def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
+    say = lambda *sizes: BPE.render_chat([{'role': ('user', 'assistant')[i % 2], 'content': 'x' * n} for i, n in enumerate(sizes)])
+    whole, long, unanswered, question, too_long = say(3, 4), say(3, 4, 5, 40), say(3, 4, 5), say(3), say(3, 40)
+    write_chats(tmp_path, BPE, [whole, long, unanswered, question, too_long], [whole], 32, 'test')
+    assert '3 and 1 conversations with 4 answers in 2 and 1 rows of 32 tokens' in capsys.readouterr().out.replace('1 conversations are', '')
+    tokens, mask = (np.fromfile(tmp_path / f'train{name}', kind).reshape(-1, 32).tolist() for name, kind in (('.bin', np.uint16), ('.mask.bin', np.uint8)))
+    assert tokens == [whole[0] * 2 + [BOS] * 8, whole[0] + [BOS] * 20] and mask == [whole[1] * 2 + [0] * 8, whole[1] + [0] * 20]
+    before = load_meta(tmp_path)
+    assert before['kind'] == 'chat' and before['row'] == 32 and from_meta(before).meta() == BPE.meta()
+    for row, pattern in ((8, '2 have no answer|6 have no answer'), (7, 'row is 7'), (None, 'row is None')):
+        with pytest.raises(SystemExit, match=f'error: .*({pattern})'):
+            write_chats(tmp_path, BPE, [whole, long, unanswered, question, too_long], [whole], row, 'test')
+    assert load_meta(tmp_path) == before
+
+
+def test_rows_need_their_block_size_and_special_tokens(tmp_path):
+    write_chats(tmp_path / 'chat', BPE, chats(9, 9), chats(2, 9), 64, 'test')
+    for block_size in (63, 32, 128):
+        with pytest.raises(SystemExit, match=f'error: .*rows of 64 tokens, and block_size is {block_size}: give --block_size=64'):
+            Loader(tmp_path / 'chat', 'train', 4, block_size)
+    assert chat_tokenizer(tmp_path / 'chat').meta() == BPE.meta()
+    with pytest.raises(SystemExit, match='error: tokenizer .*has no special tokens'):
+        chat_tokenizer(dataset(tmp_path / 'char'))
+    with pytest.raises(SystemExit, match='error: no dataset in .*nowhere'):
+        chat_tokenizer(tmp_path / 'nowhere')
 
 
 # -----------------------------------------------------------------------------

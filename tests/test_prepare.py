@@ -3,6 +3,9 @@ data/*/prepare.py, run as their users run them, into a temporary folder; what th
 
 $ python -m pytest tests/test_prepare.py       about 5 seconds, offline
 """
+import contextlib
+import io
+import json
 import os
 import pickle
 import runpy
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from test_loader import server  # noqa: F401, a fixture
 
-from data.loader import Loader, load_meta
+from data.loader import Loader, load_meta, write_texts
 from data.tokenizer import from_meta, train_bpe
 
 SHAKESPEARE = os.path.join('..', 'shared', 'data', 'tinyshakespeare.txt')
@@ -76,6 +79,117 @@ def test_the_real_standard_library(prepare, tmp_path):
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     prepare('stdlib_char', f'--out_dir={tmp_path}')
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+# -----------------------------------------------------------------------------
+# chats
+
+ZOO = '''"""Animals. And more of them."""
+import random
+class Cat(Animal, metaclass=Meta):
+    """A small carnivore.
+
+    It purrs."""
+    def __init__(self, name: str, *, legs=4):
+        self.name = name
+    @property
+    def age(self):
+        """In years, since its birth."""
+    def purr(self, loud=False, *, times: int = 2 + 1, **how):
+        """purr([loud])
+
+        Make a sound like a motor. Ends soon."""
+    @staticmethod
+    def count(a, b, /):
+        """Count all that there are."""
+    def _hide(self):
+        """Nobody sees this one."""
+if random:
+    async def feed(*animals):
+        """Give them what they eat."""
+def silent(x):
+    pass
+'''
+
+
+@pytest.fixture
+def bpe_dir(tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_texts(tmp_path / 'bpe', ['some text of some words, and some more'] * 9, ['text'], 'bpe', 'test', 280)
+    return tmp_path / 'bpe'
+
+
+def conversations(folder):
+    """What a chat dataset holds: {split: set of conversations as text}."""
+    return {split: set(text.split('<|bos|>')) - {''} for split, text in zip(('train', 'val'), texts_of(folder))}
+
+
+def test_pydoc_chat(prepare, bpe_dir, tmp_path):
+    (tmp_path / 'lib').mkdir()
+    (tmp_path / 'lib' / 'zoo.py').write_text(ZOO)
+    (tmp_path / 'lib' / 'optparse.py').write_text('def parse(options):\n    """Read the options given."""\n')        # held out
+    (tmp_path / 'lib' / 'broken.py').write_text('def (')
+    seen = set()
+    for seed in range(30):
+        said = prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', f'--seed={seed}', '--row=512')
+        assert '6 conversations for training and 1 for validation' in said and '1 files are not Python' in said
+        found = conversations(tmp_path / 'out')
+        assert len(found['train']) == 6 and len(found['val']) == 1 and 'optparse.parse' in min(found['val']) and 'optparse' not in ''.join(found['train'])
+        seen |= {tuple(exchange.removesuffix('<|assistant_end|>').split('<|user_end|><|assistant_start|>')) for chat in found['train'] for exchange in chat.split('<|user_start|>')[1:]}
+    assert {('What is the module zoo for?', 'Animals.'), ('What is in it?', 'Cat, feed and silent.'), ('What is the class zoo.Cat?', 'A small carnivore.'),
+            ('What are the methods of zoo.Cat?', 'age, purr and count.'), ('What is zoo.Cat derived from?', 'Animal.'), ('How do I call it?', 'zoo.Cat(name, *, legs=4)'),
+            ('What does zoo.Cat.purr do?', 'Make a sound like a motor.'), ('What is the signature of zoo.Cat.purr?', 'zoo.Cat.purr(loud=False, *, times=2 + 1, **how)'),
+            ('What are its arguments?', 'It takes loud, times and **how.'), ('What is the default of times?', '2 + 1.'), ('What are its arguments?', 'It takes a and b.'),
+            ('What does zoo.Cat.age hold?', 'In years, since its birth.'), ('Which method of zoo.Cat does this: Count all that there are.', 'zoo.Cat.count'),
+            ('Which function of zoo does this: Give them what they eat.', 'zoo.feed'), ('Which arguments does zoo.feed take?', 'It takes *animals.')} <= seen
+    assert not any(word in text for exchange in seen for text in exchange for word in ('hide', 'self', 'str', 'Nobody', 'None', 'zoo.silent'))
+    before = {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')}
+    prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--seed=29', '--row=512')
+    assert {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')} == before
+    with pytest.raises(SystemExit, match='error: no dataset in data/nothing '):
+        prepare('pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
+
+
+def test_your_own_chats(prepare, bpe_dir, tmp_path):
+    turn = lambda i: [{'role': 'user', 'content': f'What is {i}?'}, {'role': 'assistant', 'content': f'A number, {i}.'}]
+    lines = [json.dumps({'messages': [{'role': 'system', 'content': 'Be brief.'}] + turn(i)} if i % 2 else turn(i)) for i in range(20)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines + ['', lines[3]]) + '\n')
+    (tmp_path / 'b.jsonl').write_text('\n'.join(lines[:2]))
+    text = lambda i: '<|user_start|>' + 'Be brief.\n\n' * (i % 2) + f'What is {i}?<|user_end|><|assistant_start|>A number, {i}.<|assistant_end|>'
+    how = f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--row=128'
+    prepare('chat', f'--input={tmp_path}/a.jsonl', *how)
+    found = conversations(tmp_path / 'out')
+    assert found['train'] | found['val'] == set(map(text, range(20))) and 1 <= len(found['val']) <= 2 and not found['train'] & found['val']
+    prepare('chat', f'--input={tmp_path}/a.jsonl', f'--val_input={tmp_path}/b.jsonl', *how)
+    assert conversations(tmp_path / 'out') == {'train': set(map(text, range(2, 20))), 'val': {text(0), text(1)}}
+    x, y = Loader(tmp_path / 'out', 'val', 1, 128).rows([0])
+    assert from_meta(load_meta(bpe_dir)).decode(y[y >= 0]) in [a + b for a, b in ((f'A number, {i}.<|assistant_end|>', f'A number, {1 - i}.<|assistant_end|>') for i in (0, 1))]
+
+
+GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]'
+
+
+@pytest.mark.parametrize('text, flags, error', [
+    (f'{GOOD}\n\n{{"messages": ', [], r'line 3: this is not JSON \(.*column 14\)'),
+    (f'{GOOD}\n[{{"role": "bot", "content": ""}}]', [], "line 2: message 0 has role 'bot', expected 'user'"),
+    (f'{GOOD}\n"Hi."', [], 'line 2: a conversation is a list'),
+    (GOOD, [], r'has 1 conversation\(s\): at least two'),
+    ('', [], r'has 0 conversation\(s\)'),
+    (f'{GOOD}\n{GOOD}', [], r'has 1 conversation\(s\)'),
+    (GOOD, ['--val_input={}/nothing.jsonl'], 'cannot read .*nothing.jsonl'),
+    (GOOD, ['--val_input={}/in.jsonl'], 'too few conversations: 0 for training, 1'),
+    (GOOD, ['--input='], 'input is empty'),
+    (GOOD, ['--val_fraction=1'], 'must lie between 0 and 1'),
+    (GOOD, ['--out_dir=', '--name=a/b'], 'without slashes'),
+    (GOOD, ['--tokenizer={}/nothing'], 'no dataset in .*nothing'),
+    (GOOD.replace('Hello.', 'Hello' * 200) + f'\n{GOOD}', [], '1 have no answer that ends within a row of 64'),
+    (f'{GOOD}\n{GOOD} ', ['--row=4'], 'row is 4'),
+])
+def test_chat_errors(prepare, bpe_dir, tmp_path, text, flags, error):
+    (tmp_path / 'in.jsonl').write_text(text)
+    with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
+        prepare('chat', f'--input={tmp_path}/in.jsonl', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--row=64', *[flag.format(tmp_path) for flag in flags])
+    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
 # -----------------------------------------------------------------------------

@@ -1,23 +1,27 @@
 """
 sample.py and quantize.py on a model that train.py has just made: float and int8, one sample and several, files, stops, a conversation
-with stdin; and one line for whatever cannot work.
+with stdin, a chat; and one line for whatever cannot work.
 
-$ python -m pytest tests/test_sample.py       some ten seconds
+$ python -m pytest tests/test_sample.py       some fifteen seconds
 """
 import json
 import os
+import random
 import shutil
+import signal
 
 import pytest
 import torch
 
-from data.tokenizer import from_meta
+import engine
+from data.loader import write_chats
+from data.tokenizer import from_meta, train_bpe
 from engine import Engine
 from model import load_model
 from quantize import load
 from test_train import TINY, content, make_dataset, refused, run, start, toy_text
 
-LOAD = {'float': lambda out_dir: load_model(f'{out_dir}/best.pt'), 'int8': lambda out_dir: load(f'{out_dir}/int8.safetensors')}
+LOAD = {'float': lambda out_dir: load_model(f'{out_dir}/best.pt')} | {name: lambda out_dir, name=name: load(f'{out_dir}/{name}.safetensors') for name in ('int8', 'int4')}
 GREEDY = ['--temperature=0', '--max_new_tokens=30', '--start=the cat', '--device=cpu']
 
 
@@ -112,6 +116,104 @@ def test_a_conversation(out_dir):
 
 
 # -----------------------------------------------------------------------------
+# chat
+
+@pytest.fixture(scope='module')
+def chat_dir(tmp_path_factory):
+    """A small model of questions and answers with both kinds of drafting heads, as float, int8 and int4."""
+    root, rng = tmp_path_factory.mktemp('chat'), random.Random(0)
+    tokenizer, say = train_bpe([toy_text()], 275), lambda n: ' '.join(rng.choices('the cat sat on a mat and ran'.split(), k=rng.randint(1, n)))
+    turns = lambda: [{'role': role, 'content': say(n)} for _ in range(rng.randint(1, 3)) for role, n in (('user', 3), ('assistant', 6))]
+    train, val = ([tokenizer.render_chat(turns()) for _ in range(n)] for n in (150, 10))
+    write_chats(root / 'data', tokenizer, train, val, 64, 'toy')
+    for script, args in (('train.py', [*TINY, f'--dataset={root}/data', '--n_embd=64', '--block_size=64', '--max_iters=40', '--eval_interval=40', '--sample_interval=40', '--draft_n=2', '--multi_token_n=2']),
+                         ('quantize.py', []), ('quantize.py', ['--bits=4'])):
+        got = run(script, *args, f'--out_dir={root}/out')
+        assert got.status == 0 and ('----- sample' in got.out) == ('<|user_start|>' in got.out), got.err          # it shows an answer to a question
+    return f'{root}/out'
+
+
+def chat(out_dir, *lines, **knobs):
+    got = run('sample.py', '--chat=True', f'--out_dir={out_dir}', *(f'--{k}={v}' for k, v in knobs.items()), stdin=''.join(f'{line}\n' for line in lines))
+    assert got.status == 0, got.err
+    return got.out, got.err.splitlines()[1:]            # the first says how it is used
+
+
+def reference(out_dir, weights, lines, max_new_tokens=20, seed=1337, cut={}, **how):
+    """What a chat must say, every answer decoded from nothing but its whole conversation; cut: number of an answer -> how many of its tokens are said."""
+    model, state = LOAD[weights](out_dir)
+    t, exchanges, out = from_meta(state['tokenizer']), [], []
+    bos, u0, u1, a0, a1 = map(t.special, t.special_tokens[:5])
+    for line in lines:
+        if line == '/undo':
+            exchanges = exchanges[:-1]
+        elif line == '/reset':
+            exchanges = []
+        else:
+            question = [u0, *t.encode(line), u1, a0]
+            while 1 + sum(map(len, exchanges)) + len(question) + min(16, max_new_tokens) > 64:
+                exchanges = exchanges[1:]
+            prompt = [bos, *sum(exchanges, []), *question]
+            new = Engine(model).complete([prompt], min(max_new_tokens, 65 - len(prompt)), stop=range(u0 - 1, t.vocab_size), seed=seed + len(out), **{'temperature': 0.8, **how})[0]
+            answer = [token for token in new if token < bos][:cut.get(len(out))]
+            exchanges = [*exchanges, question + answer + [a1]]
+            out.append(t.decode(answer))
+    return ''.join(f'{text}\n' for text in out)
+
+
+LINES = ['the cat', 'sat on', '/undo', 'a mat and', 'ran', '/reset', '/undo', 'the cat', 'a']
+
+
+@pytest.mark.parametrize('weights', ['float', 'int8', 'int4'])
+def test_chat_equals_decoding_from_scratch(chat_dir, weights):
+    said, notes = chat(chat_dir, *LINES, weights=weights, max_new_tokens=20)
+    assert said == reference(chat_dir, weights, LINES) and '<|' not in said and not notes
+    assert len(set(said.splitlines())) > 3 and min(map(len, said.splitlines())) < 15         # not everything was cut by max_new_tokens
+    assert said != reference(chat_dir, weights, [line for line in LINES if line[0] != '/'])
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_no_drafter_changes_a_chat(chat_dir, temperature):
+    how = dict(temperature=temperature, max_new_tokens=20, weights='int8')
+    plain = chat(chat_dir, *LINES, **how)
+    assert plain[0] == reference(chat_dir, 'int8', LINES, temperature=temperature)
+    for drafter in ('head', 'mtp', 'ngram', 'random'):
+        assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5) == plain, drafter
+
+
+def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):
+    """In the middle of a pass: what was said until then stays, and the conversation goes on from it with the cache it has."""
+    seed = next(seed for seed in range(100) if len(reference(chat_dir, 'int8', ['the cat'], seed=seed)) > 12)
+    draw, count = engine.draw, iter(range(1000))
+    def draw_and_signal(*args, **how):
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(*args, **how)
+    monkeypatch.setattr(engine, 'draw', draw_and_signal)
+    said, _ = chat(chat_dir, *(lines := ['the cat', 'sat on', 'a']), weights='int8', max_new_tokens=20, seed=seed)
+    monkeypatch.undo()
+    assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: 3}) and len(said.splitlines()) == 3
+    assert said.splitlines()[0] != reference(chat_dir, 'int8', lines[:1], seed=seed)[:-1]
+
+
+def test_a_full_context_forgets_the_oldest(chat_dir):
+    lines = ['the cat sat', 'on a mat', 'and ran', 'the mat', 'a cat ran'] * 2
+    said, notes = chat(chat_dir, *lines[:5], 'the cat sat on a mat ' * 5, *lines[5:], '/quit', 'never asked', weights='int8', max_new_tokens=20)
+    first, last = (reference(chat_dir, 'int8', lines, seed=seed).splitlines() for seed in (1337, 1338))            # the refused one took a seed
+    assert len(said.splitlines()) == 10 and said.splitlines()[:5] == first[:5]
+    assert any('are forgotten' in note for note in notes)
+    refusal, = (note for note in notes if note.startswith('error'))
+    assert 'do not fit the context of 64 with an answer of 16' in refusal and '/bye is no command' in chat(chat_dir, '/bye')[1][0]
+
+
+def test_a_chat_model_is_pruned(chat_dir, tmp_path):
+    assert run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--neuron_prune_ratio=0.5').status == 0
+    said, _ = chat(tmp_path, *LINES, max_new_tokens=20)
+    assert said == reference(tmp_path, 'float', LINES)
+    refused(run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--vocab_keep=270'), 'is a chat dataset')
+
+
+# -----------------------------------------------------------------------------
 # what goes wrong
 
 @pytest.fixture(scope='module')
@@ -154,6 +256,9 @@ BAD = [                                             # script, flags, what the li
     ('sample.py', '--start=FILE:{}/latin.txt', 'not UTF-8'),
     ('sample.py', '--temprature=1', 'temperature'),
     ('sample.py', '--interactive=maybe', 'takes a bool'),
+    ('sample.py', '--chat=True', 'special tokens'),
+    ('sample.py', '--chat=True --num_samples=2', 'num_samples .2. at 1'),
+    ('sample.py', '--chat=True --interactive=True', 'interactive .True. off'),
     ('sample.py', '--device=foo', 'device'),
     *(('sample.py', f'--{knob}={value}', knob) for knob, values in {
         'max_new_tokens': '-1 none', 'temperature': '-0.5 none warm', 'top_k': 'fifty 0 -3 1.5 True', 'top_p': 'x 2 -0.1', 'min_p': 'x 3', 'num_samples': '0 none',

@@ -167,6 +167,18 @@ def test_resuming_takes_this_runs_rates(toy, tmp_path):
     assert after['step'] == 4 and largest_difference(before['model'], after['model']) == 0
 
 
+def test_the_loss_before_fine_tuning(toy, tmp_path):
+    """Of a checkpoint it is the loss that it ended with, through the rounding too; a resumed run still knows it; others have none."""
+    first = train(tmp_path / 'a', toy)
+    source = f'--init_from={tmp_path}/a/best.pt'
+    tuned = train(tmp_path / 'b', toy, source, '--max_iters=2')
+    assert tuned['val_loss_before'] == first['best_val_loss'] != tuned['val_loss'] and first['val_loss_before'] is None
+    assert train(tmp_path / 'b', toy, '--init_from=resume', '--max_iters=4')['val_loss_before'] == first['best_val_loss']
+    assert train(tmp_path / 'c', toy, source, '--max_iters=1', '--eval_interval=0')['val_loss_before'] is None
+    rounded = train(tmp_path / 'd', toy, source, '--quant_bits=8', '--muon_lr=0', '--adam_lr=0')
+    assert rounded['val_loss_before'] == rounded['val_loss'] != first['best_val_loss']
+
+
 def test_accumulation_equals_one_large_batch(toy, tmp_path, monkeypatch):
     monkeypatch.setattr('model.fast_bf16', lambda device: False)                       # Muon's bfloat16 would hide mistakes
     args = [toy, '--multi_token_n=1', '--draft_n=2']
@@ -282,6 +294,8 @@ def house(toy, tmp_path_factory):
     make_dataset(root / 'short', val=12)
     make_dataset(root / 'strange')
     (root / 'strange' / 'meta.json').write_text('{"kind": "runes"}')
+    make_dataset(root / 'rows')
+    (root / 'rows' / 'meta.json').write_text(json.dumps(data.loader.load_meta(root / 'rows') | {'row': 32}))
     good = (root / 'good' / 'ckpt.pt').read_bytes()
     for name, damaged in (('truncated', good[:len(good) // 2]), ('text', b'hello'), ('weights', (root / 'good' / 'best.pt').read_bytes())):
         (root / name).mkdir()
@@ -296,6 +310,7 @@ BAD = [                                             # flags; what the line must 
     ('--dataset=shakespeare_char_', 'run python data/text/prepare.py'),
     ('--dataset={}/short', 'val.bin has 12 tokens, fewer than block_size'),
     ('--dataset={}/strange', 'runes'),
+    ('--dataset={}/rows', 'rows of 32 tokens, and block_size is 16: give --block_size=32'),
     ('--init_from=resume', 'no checkpoint at'),
     ('--init_from=resume --out_dir={}/truncated', 'not a whole'),
     ('--init_from=resume --out_dir={}/text', 'not a whole'),

@@ -1,0 +1,157 @@
+"""
+Questions and answers about the running Python's own standard library, for chat fine-tuning. Offline; the files are read, nothing is imported.
+
+$ python data/stdlib_bpe/prepare.py         the tokenizer, that of the model to be fine-tuned
+$ python data/pydoc_chat/prepare.py
+
+One conversation of one to three exchanges about each public module, class, function and method with a docstring: what it does, its signature,
+arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe. Takes some 5 seconds. With Python 3.11.7 you see
+
+    6,383 conversations for training and 253 for validation, 4,653 and 188 of several exchanges; 0 files are not Python
+    6,383 and 253 conversations with 12,906 answers in 1,480 and 54 rows of 256 tokens: 43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
+    data/pydoc_chat: 378,880 training and 13,824 validation tokens, vocabulary of 4,096 (chat), sha256 27b16b43 b7fb2240
+"""
+
+import ast
+import random
+import re
+import sys
+import warnings
+
+sys.path.insert(0, '.')  # run from the repo root
+from data.loader import chat_tokenizer, stdlib_files, stdlib_held_out, stdlib_source, write_chats
+
+# -----------------------------------------------------------------------------
+out_dir = 'data/pydoc_chat'
+tokenizer = 'data/stdlib_bpe'  # the dataset whose tokenizer it is
+row = 256  # tokens a row, which must be the block_size of training
+root = ''  # another folder of Python files to read instead
+seed = 1337  # of the choice of questions
+# -----------------------------------------------------------------------------
+exec(open('configurator.py').read())
+
+# For each kind of fact: questions that name the thing, and questions about the thing spoken of last.
+QUESTIONS = {
+    'module': (['What is the module {x} for?', 'What does the module {x} do?', 'Tell me about the module {x}.'], ['What is it for?']),
+    'contents': (['What does the module {x} define?', 'Which classes and functions are in {x}?', 'What is in {x}?'], ['What does it define?', 'What is in it?']),
+    'class': (['What is the class {x}?', 'What is {x}?', 'What is {x} for?', 'Tell me about the class {x}.'], ['What is it for?', 'What is it?']),
+    'bases': (['What is {x} derived from?', 'Which are the base classes of {x}?'], ['What is it derived from?', 'And its base classes?']),
+    'methods': (['Which methods does {x} have?', 'What are the methods of {x}?', 'List the methods of {x}.'], ['Which methods does it have?', 'And its methods?']),
+    'property': (['What is {x}?', 'What does {x} hold?', 'Tell me about {x}.'], ['What does it hold?']),
+    'what': (['What does {x} do?', 'What is {x} for?', 'Explain {x}.', 'Tell me about {x}.', 'What happens when I call {x}?'], ['What does it do?', 'What is it for?']),
+    'signature': (['How do I call {x}?', 'What is the signature of {x}?', 'Show me how to call {x}.'], ['How do I call it?', 'And how is it called?', 'Show me its signature.']),
+    'arguments': (['What are the arguments of {x}?', 'Which arguments does {x} take?', 'What can I pass to {x}?'], ['What are its arguments?', 'Which arguments does it take?']),
+    'default': (['What is the default of {argument} in {x}?', 'What is {argument} if I leave it out of {x}?'], ['What is the default of {argument}?', 'And if I leave {argument} out?']),
+    'name': (['Which {sort} of {owner} does this: {what}', 'What is the {sort} in {owner} for this? {what}'], []),
+}
+
+
+def listed(names, most=8):
+    """['a', 'b', 'c'] -> 'a, b and c'; of more than most, these and how many there are."""
+    if len(names) > most:
+        return f'{", ".join(names[:most])} and {len(names) - most} more'
+    return ' and '.join(filter(None, (', '.join(names[:-1]), *names[-1:])))
+
+
+def first_sentence(node):
+    """Of the docstring, on one line; None where there is none that says something in 300 characters. Some begin with a signature, or with examples."""
+    paragraphs = [' '.join(part.split()) for part in re.split(r'\n\s*\n', ast.get_docstring(node) or '')]
+    paragraph = next((part for part in paragraphs if not re.fullmatch(r'[\w.]+\(.*\)( ?->.*)?|>>>.*', part)), '')
+    sentence = re.match(r'.{7,}?[.!?](?= [A-Z]|$)|.*', paragraph)[0]
+    return sentence if 8 <= len(sentence) <= 300 else None
+
+
+def definitions(body):
+    """The public functions and classes that a body defines, also under an if or a try, each name once."""
+    found = {}
+    for node in body:
+        for inner in definitions(node.body) if isinstance(node, (ast.If, ast.Try)) else [node]:
+            if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (inner.name[0] != '_' or inner.name == '__init__'):
+                found.setdefault(inner.name, inner)
+    return list(found.values())
+
+
+def arguments(function, bound):
+    """A function's arguments without annotations, and without the first if it is bound."""
+    args = function.args
+    for arg in ast.walk(args):
+        if isinstance(arg, ast.arg):
+            arg.annotation = None
+    if bound and (args.posonlyargs or args.args):
+        (args.posonlyargs or args.args).pop(0)
+    return args
+
+
+def about_call(x, args):
+    """What calling x(args) is like: facts, and the argument whose default is asked for."""
+    plain, stars = [*args.posonlyargs, *args.args], [('*', args.vararg), *(('', arg) for arg in args.kwonlyargs), ('**', args.kwarg)]
+    names = [arg.arg for arg in plain] + [star + arg.arg for star, arg in stars if arg]
+    facts = {'signature': f'{x}({ast.unparse(args)})', 'arguments': f'It takes {listed(names, 20)}.' if names else 'It takes no arguments.'}
+    optional = [(arg, default) for arg, default in [*zip(plain[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)] if default]
+    if not optional:
+        return facts, None
+    arg, default = optional[-1]
+    return facts | {'default': f'{ast.unparse(default)}.'}, arg.arg
+
+
+def things(module, tree):
+    """What there is to ask about in a module: (name, facts by kind of question, what else the questions mention)."""
+    defined = definitions(tree.body)
+    yield module, {'module': first_sentence(tree), 'contents': f'{listed([node.name for node in defined])}.' if defined else None}, {}
+    for node in defined:
+        x = f'{module}.{node.name}'
+        if not isinstance(node, ast.ClassDef):
+            yield about_function(x, node, module, 'function', False)
+            continue
+        members = definitions(node.body)
+        methods = [m for m in members if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and m.name != '__init__']
+        facts, argument = {}, None
+        for init in members:
+            if init.name == '__init__':
+                facts, argument = about_call(x, arguments(init, True))
+        bases = [ast.unparse(base) for base in node.bases]
+        yield x, {'class': first_sentence(node), 'bases': f'{listed(bases)}.' if bases else None, 'methods': f'{listed([m.name for m in methods])}.' if methods else None, **facts}, {'argument': argument}
+        for method in methods:
+            how = [ast.unparse(decorator) for decorator in method.decorator_list]
+            if any('property' in decorator for decorator in how):
+                yield f'{x}.{method.name}', {'property': first_sentence(method)}, {}
+            else:
+                yield about_function(f'{x}.{method.name}', method, x, 'method', 'staticmethod' not in how)
+
+
+def about_function(x, node, owner, sort, bound):
+    what = first_sentence(node)
+    facts, argument = about_call(x, arguments(node, bound))
+    return x, {'what': what, 'name': what and x, **facts}, {'argument': argument, 'what': what, 'owner': owner, 'sort': sort}
+
+
+def conversation(x, facts, mentions):
+    """Messages about x, or None if its docstring says nothing: a choice that depends on x and the seed alone."""
+    if not next(iter(facts.values())):
+        return None
+    rng = random.Random(f'{seed} {x}')
+    kinds = [kind for kind, answer in facts.items() if answer and len(answer) <= 300]
+    rng.shuffle(kinds)
+    if kinds[0] == 'name':
+        kinds = [kind for kind in kinds if kind != 'what']  # the question says it
+    kinds = kinds[:1] + [kind for kind in kinds[1:] if kind != 'name']
+    messages = []
+    for i, kind in enumerate(kinds[:rng.choice((1, 2, 2, 3))]):
+        question = rng.choice(QUESTIONS[kind][min(i, 1)]).format(x=x, **mentions)
+        messages += [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': facts[kind]}]
+    return messages
+
+
+tokenizer = chat_tokenizer(tokenizer)
+warnings.simplefilter('ignore')  # of the parser, about other people's escapes
+sides, unread = ([], []), 0
+for module, text in stdlib_files(root):
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):  # a template, or a test of the parser
+        unread += 1
+        continue
+    sides[stdlib_held_out(module)].extend(filter(None, (conversation(*thing) for thing in things(module, tree))))
+multi = [sum(len(messages) > 2 for messages in side) for side in sides]
+print(f'{len(sides[0]):,} conversations for training and {len(sides[1]):,} for validation, {multi[0]:,} and {multi[1]:,} of several exchanges; {unread} files are not Python')
+write_chats(out_dir, tokenizer, *([tokenizer.render_chat(messages) for messages in side] for side in sides), row, stdlib_source())
