@@ -1,13 +1,21 @@
 """
-Measures, one thing a mode. Here is how fast it decodes, and against what: everything is timed in this process, interleaved; medians.
+Measures and plans, a mode for each: decoding, quality, training speed, memory, and curves of losses.
 
     python bench.py --mode=decode                                        # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=d12                            # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --mode=decode --peers=True --llama2c=FOLDER          # beside transformers and llama2.c, if they are there
     python bench.py --mode=quality --shape=out-quickstart                # loss of each format, and of an int8 cache, on the validation split
+    python bench.py --mode=train config/train_stdlib_bpe.py              # tokens/s of training; --vocab_size=4096 where the data are not prepared
+    python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside the train.py of a copy of nanoGPT
+    python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # the estimate beside the measured peak
+    python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54      # what fits, hours, dollars; needs no data and no GPU
+    python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size, and how much data they need
+    python bench.py --mode=plot --logs='out-a/log.csv,out-b/log.csv' --png=losses.png       # the logs are a knob, as a word that is no config is refused
 
-You will see a table, then one line of JSON. The first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
+You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each again; medians.
+
+decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
     x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
     first ms    from the prompt to its first token
     GB/s        weights that a pass of trunk and lm_head reads (of wte its row; what drafters read is not counted) times passes/s
@@ -17,6 +25,16 @@ You will see a table, then one line of JSON. The first row is the yardstick: flo
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not, the numbers
 are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
 their ratio is (tests/peers.py).
+
+train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length and fed rows of half to all of
+block_size, so its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the same round. % GEMM: FLOPs that the step
+needs (flops_per_token, a teacher's forward included), over those of the fastest matrix product of the same run in the same dtype. Beside
+nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
+dtype says: give --dtype=float32 for like and like.
+
+memory: the estimate is GPT.training_bytes. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
+(Linux; torch.cuda's own count on a GPU). cache: of as many sequences that decode, float32.
+Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
 import contextlib
 import csv
@@ -403,7 +421,9 @@ def teachers_of_config(c, device):
     models = []
     for name in teacher.split('+'):
         absent = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)', name)
-        model = load_teacher(f'random:{absent[1]}' if absent and not os.path.isdir(name[9:]) else name, device)[0]
+        if absent and not os.path.isdir(name.removeprefix('nanochat:')):
+            name = f'random:{absent[1]}'
+        model = load_teacher(name, device if device != 'meta' or name.startswith('random:') else 'cpu')[0]
         if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
             fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of {model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): give --vocab_size= or another teacher')
         model.config.block_size = c.block_size                      # it attends to no more, which flops_per_token counts
@@ -485,8 +505,8 @@ def nanogpt_rate(folder, c, compiled):
     got = subprocess.run([sys.executable, os.path.abspath(os.path.join(peers, 'train.py')), *(f'--{k}={v}' for k, v in knobs.items())], cwd=folder, capture_output=True, text=True)
     times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', got.stdout, re.M)[5:]]
     if got.returncode or not times:
-        fail(f'{peers}/train.py ended with status {got.returncode}: {(got.stderr.strip() or got.stdout.strip()).splitlines()[-1]}')
-    return {'tok_s': accumulation * batch_size * c.block_size / statistics.median(times), 'params': None}
+        fail(f"{peers}/train.py ended with status {got.returncode} after {len(times)} steps: {' '.join((got.stderr or got.stdout).split())[-200:]}")
+    return {'tok_s': accumulation * batch_size * c.block_size / statistics.median(times)}
 
 
 def measure_train():
@@ -524,19 +544,19 @@ def measure_train():
                 run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT' else start('train.py', **ours | {'compile': way == 'compiled'}))
             print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
     rows, eager = [], [r['tok_s'] for r in runs['eager']]
-    empty = dict.fromkeys(['run', 'way', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation'])
+    empty = dict.fromkeys(['run', 'way', 'dtype', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation']) | {'dtype': dtype}
     for way, run in runs.items():
         tok_s = [r['tok_s'] for r in run]
         rows.append(empty | {'run': 'steps', 'way': way, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:], 'ratio': median(a / b for a, b in zip(tok_s, eager)),
                              'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']}, 'utilisation': flops * median(tok_s) / gemm})
     for (who, way), run in others.items():
         tok_s = [r['tok_s'] for r in run]
-        rows.append(empty | {'run': who, 'way': way, 'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
+        rows.append(empty | {'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype, 'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
                              'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
-    report([['run', 'way', 'tok/s', 'ratio', 'ms: data', 'forward', 'backward', 'optimizer', '% GEMM']] +
-           [[r['run'], r['way'], f"{r['tok_s']:,.0f}", f"{r['ratio']:.2f}", *(f'{ms:.1f}' for ms in (r['ms'] or {}).values())] + (
-               [f"{100 * r['utilisation']:.0f}"] if r['ms'] else ['-'] * 5) for r in rows],
-           dtype=dtype, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
+    report([['run', 'way', 'dtype', 'tok/s', 'ratio', 'ms: data', 'forward', 'backward', 'optimizer', '% GEMM']] +
+           [[r['run'], r['way'], r['dtype'], f"{r['tok_s']:,.0f}", f"{r['ratio']:.2f}"] + (
+               [*(f'{ms:.1f}' for ms in r['ms'].values()), f"{100 * r['utilisation']:.0f}"] if r['ms'] else ['-'] * 5) for r in rows],
+           params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=memory: the estimate beside what it takes
@@ -666,15 +686,15 @@ def plan_training(c, groups, flops, estimate):
 # --mode=plot
 
 def plot():
+    paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
+    if not paths:
+        fail(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
     try:
         import matplotlib
     except ImportError:
         fail('mode=plot draws with matplotlib: pip install matplotlib')
     matplotlib.use('Agg')                                           # no screen is needed
     import matplotlib.pyplot as plt
-    paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
-    if not paths:
-        fail(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
     rows, (figure, axes) = [], plt.subplots(figsize=(8, 5))
     for path in paths:
         with open(path, newline='') as f:
@@ -702,6 +722,8 @@ if mode in ('train', 'memory'):
         dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
     compile = compile and (plan or can_compile(device))
     accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')                  # as train.py does
 modes = {'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory, 'plot': plot}
 if mode not in modes:
     fail(f"mode ({mode}) must be {', '.join(modes)}: there is no other")
