@@ -601,14 +601,14 @@ def measure_memory():
         prepare(model, quant_bits, quant_group, tables_bits)
     teachers, k = teachers_of_config(c, 'meta')
     groups = model.params()
-    print(', '.join(f'{group} {n:,}' for group, n in groups.items() if n) + ' parameters' + ''.join(f"; a teacher of {sum(p.numel() for p in t.parameters()):,}" for t in teachers))
+    spoken = 'parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n) + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers)
 
     def estimate(batch, compiled, bf16):
         passes = max(1, accumulation * batch_size // batch)         # the same tokens a step
         return model.training_bytes(batch, bf16, compiled, passes, teachers, k)
 
     if plan:
-        return plan_training(c, groups, flops_of(model, teachers), lambda batch: estimate(batch, compile, dtype != 'float32'))
+        return plan_training(c, groups, spoken, flops_of(model, teachers), lambda batch: estimate(batch, compile, dtype != 'float32'))
     rows = []
     for batch in numbered('batches') or [batch_size]:
         for compiled in (False, True) if compile else (False,):
@@ -617,6 +617,7 @@ def measure_memory():
                 mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, compile=compiled, device=device, dtype=dtype, threads=threads))['peak'] if measured else None
             rows.append({'batch': batch, 'way': 'compiled' if compiled else 'eager'} | parts | {'measured': got, 'ratio': parts['peak'] / got if got else None,
                          'cache': batch * c.block_size * model.kv_bytes_per_token()})
+    print(spoken)
     mib = lambda n: '-' if n is None else f'{n / 2**20:,.1f}'
     report([['batch', 'way', 'MiB:', *PARTS, 'estimate', 'measured', 'ratio', 'cache']] +
            [[str(r['batch']), r['way'], '', *(mib(r[part]) for part in (*PARTS, 'peak', 'measured')), f"{r['ratio']:.3f}" if r['ratio'] else '-', mib(r['cache'])] for r in rows],
@@ -638,7 +639,7 @@ def proposals(target, c):
     return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
 
 
-def plan_training(c, groups, flops, estimate):
+def plan_training(c, groups, spoken, flops, estimate):
     """What the config's training would take on a GPU; or shapes for target_params and what theirs would. estimate(batch) -> bytes by part."""
     if gpu not in GPUS:
         fail(f"gpu ({gpu}) must be one of {', '.join(GPUS)}")
@@ -677,6 +678,7 @@ def plan_training(c, groups, flops, estimate):
         r['fits'] = r['peak'] <= room
     cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
     gb = lambda n: f'{n / 1e9:,.2f}'
+    print(spoken)
     print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
     print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: {cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours" + (f", {cost['dollars']:,.2f} dollars" if price else ''))
     report([['batch', 'fits', 'GB:', *PARTS, 'peak']] + [[str(r['batch']), 'yes' if r['fits'] else 'no', '', *(gb(r[part]) for part in (*PARTS, 'peak'))] for r in rows],
