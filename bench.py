@@ -1,15 +1,23 @@
 """
-Measures, one thing a mode. Here is how fast it decodes, and against what: everything is timed in this process, interleaved; medians.
+Measures and plans, a mode for each: decoding, quality, training speed, memory, and curves of losses.
 
     python bench.py --mode=decode                                        # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=d12                            # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --mode=decode --peers=True --llama2c=FOLDER          # beside transformers and llama2.c, if they are there
     python bench.py --mode=quality --shape=out-quickstart                # loss of each format, and of an int8 cache, on the validation split
+    python bench.py --mode=train config/train_stdlib_bpe.py              # tokens/s of training; --vocab_size=4096 where the data are not prepared
+    python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside the train.py of a copy of nanoGPT
+    python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # the estimate beside the measured peak
+    python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54      # what fits, hours, dollars; needs no data and no GPU
+    python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size, and how much data they need
+    python bench.py --mode=plot --logs='out-a/log.csv,out-b/log.csv' --png=losses.png       # the logs are a knob, as a word that is no config is refused
     python bench.py --mode=ladder config/ladder_quick.py                 # builds models step by step, then measures all of them in one run
     python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # measures them again: what has changed?
 
-You will see a table, then one line of JSON. The first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
+You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each again; medians.
+
+decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
     x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
     first ms    from the prompt to its first token
     GB/s        weights that a pass of trunk and lm_head reads (of wte its row; what drafters read is not counted) times passes/s
@@ -19,52 +27,91 @@ You will see a table, then one line of JSON. The first row is the yardstick: flo
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not, the numbers
 are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
 their ratio is (tests/peers.py).
+
+train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length and fed rows of half to all of
+block_size, so its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the same round. % GEMM: FLOPs that the step
+needs (flops_per_token, a teacher's forward included), over those of the fastest matrix product of the same run in the same dtype. Beside
+nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
+dtype says: give --dtype=float32 for like and like.
+
+memory: the estimate is GPT.training_bytes. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
+(Linux; torch.cuda's own count on a GPU). cache: of as many sequences that decode, float32.
+Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
+import contextlib
+import csv
+import ctypes
+import gc
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
+import random
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data.loader import Loader
-from data.tokenizer import from_meta
+from data.loader import Loader, load_meta, write_dataset
+from data.tokenizer import CharTokenizer, from_meta
+from distill import Distiller, load_teacher
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, load_checkpoint, load_model
-from quantize import PackedInt8Linear, convert, export, for_decoding, load
+from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
+from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
 FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
+# FLOP/s in bfloat16, summed in float32, without sparsity, and bytes: NVIDIA's data sheets (A100, H100 SXM, H200 SXM) and the GA102 and AD102 whitepapers
+GPUS = {'a100-40': (312e12, 40e9), 'a100-80': (312e12, 80e9), 'h100': (989e12, 80e9), 'h200': (989e12, 141e9), 'rtx3090': (71e12, 24e9), 'rtx4090': (165.2e12, 24e9)}
+ASSUMED_UTILISATION, USABLE = 0.4, 0.9                  # of a GPU's FLOP/s, where none was measured; of its memory: CUDA and gaps between tensors take some
+SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6     # of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 shards are 1.1B tokens of 65,536 kinds and 2 GB
 
 # -----------------------------------------------------------------------------
-mode = 'decode'             # decode, quality, ladder
+mode = 'decode'             # decode, quality, train, memory, plot, ladder
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
 formats = 'f32,int8,int8-packed'    # f32, int8, int4; -packed (also bf16-, f16-): as sample.py runs it; -compiled: with its --compile=True, a minute for each; int4-bf16: 4 bits in memory
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
-batches = '1'               # sequences decoded together, like 1,4,16
+batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory the config's batch_size
 draft_n = 4                 # at most so many drafts at a time
 prompt_tokens = 64          # random ids; a trained model writes its own prompts
 new_tokens = 128
-rounds = 5
+rounds = 5                  # of mode=train, too
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
-peers = False               # measure transformers (pip install transformers) and llama2.c, too
+peers = None                # True: measure transformers (pip install transformers) and llama2.c, too; in mode=train the folder of a copy of nanoGPT
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
+# train and memory; what is not here is a knob of train.py's
+vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
+steps = 10                  # training steps a round
+measured = True             # memory: beside the estimate the measured peak of each batch, with and without torch.compile
+# --mode=memory --plan=True: nothing is run
+plan = False
+gpu = 'h100'                # a100-40, a100-80, h100, h200, rtx3090, rtx4090
+price = 0.0                 # dollars a GPU hour
+utilisation = 0.0           # share of the GPU's peak FLOP/s, as measured there (bench.py --mode=train); 0: 0.4 is assumed
+target_params = ''          # like 38M: proposes shapes of about so many parameters
+tokens_per_param = 20.0     # how long they are trained (Chinchilla, arXiv 2203.15556)
+# plot
+logs = 'out*/log.csv'       # files, with * as in a shell, several joined by a comma
+png = 'losses.png'
 # ladder
 rungs = ''                  # a line each, "name | python SCRIPT ... && python SCRIPT ...": what builds it, the last one says which file it is; without a name: preparation
 seeds = '1337'              # a line with {seed} in it is built for each of these
@@ -78,6 +125,10 @@ device = 'cuda' if torch.cuda.is_available() else 'cpu'
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 child = ''                  # private: what a process started by this script measures
 # -----------------------------------------------------------------------------
+TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]       # the block between its first two rules, with its defaults
+TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
+if {'--mode=train', '--mode=memory'} & set(sys.argv):
+    exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
 exec(open('configurator.py').read())
 
 
@@ -85,7 +136,9 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
-check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf))
+check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf), ('rounds steps', int, 1, math.inf))
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
 check_device(device)
 if threads:
     torch.set_num_threads(threads)
@@ -102,6 +155,12 @@ def report(table, **document):
         print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
     document = {'mode': mode, 'machine': machine, **document}
     print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
+
+
+def numbered(knob):
+    if not re.fullmatch(r'([1-9]\d*(,[1-9]\d*)*)?', config[knob]):
+        fail(f'{knob} ({config[knob]}) must be numbers from 1 on, like 1,4,16')
+    return sorted({int(n) for n in config[knob].split(',') if n})
 
 
 def start(*files, **knobs):
@@ -126,11 +185,9 @@ def listed(knob, known):
 
 
 if mode in ('decode', 'quality'):
-    check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
+    check_knobs(config, ('prompt_tokens new_tokens draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
     formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
-    if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', batches):
-        fail(f'batches ({batches}) must be numbers from 1 on, like 1,4,16')
-    batches = sorted({int(b) for b in batches.split(',')})
+    batches = numbered('batches') or [1]
     if shape not in SHAPES and not os.path.isdir(shape):
         fail(f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model")
     if shape in SHAPES and mode == 'quality':
@@ -350,6 +407,325 @@ def measure_decode():
         fail('another text than the plain row: ' + '; '.join(parted))
 
 # -----------------------------------------------------------------------------
+# --mode=train and memory: the training that a config describes, on random tokens
+
+def shape_of_config():
+    """The config's GPTConfig; its vocabulary is vocab_size, or the dataset's, or that of a teacher nanochat:... or random:..."""
+    if init_from != 'scratch' or train_only:
+        fail(f'a whole training from random weights is measured: init_from ({init_from}) and train_only ({train_only}) cannot be; give the shape, --init_from=scratch and --train_only=')
+    meta = os.path.join('data', dataset, 'meta.json')
+    size = vocab_size or (load_meta(os.path.dirname(meta))['vocab_size'] if os.path.exists(meta) else 65536 if teacher.startswith(('nanochat:', 'random:')) else
+                          fail(f'data/{dataset} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'))
+    try:
+        return GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config} | {'vocab_size': size})
+    except AssertionError as e:
+        fail(e)
+
+
+def teachers_of_config(c, device):
+    """-> the teachers' models, with random weights where nanochat's files are not there, and the samples a token if the teacher is a folder of labels."""
+    if not teacher:
+        return [], 0
+    meta = os.path.join(teacher, 'meta.json')
+    if os.path.exists(meta) or teacher.startswith('labels') and not os.path.exists(teacher):
+        return [], json.load(open(meta))['k'] if os.path.exists(meta) else 12        # what distill.py writes
+    models = []
+    for name in teacher.split('+'):
+        absent = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)', name)
+        if absent and not os.path.isdir(name.removeprefix('nanochat:')):
+            name = f'random:{absent[1]}'
+        model = load_teacher(name, device if device != 'meta' or name.startswith('random:') else 'cpu')[0]
+        if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
+            fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of {model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): give --vocab_size= or another teacher')
+        model.config.block_size = c.block_size                      # it attends to no more, which flops_per_token counts
+        models.append(model)
+    return models, 0
+
+
+def write_random(folder, vocab, tokens=2**20):
+    """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
+    ids = np.random.default_rng(seed).integers(vocab, size=tokens)
+    with contextlib.redirect_stdout(None):
+        write_dataset(folder, CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab)), ids, ids[:2 * block_size + 1], 'random')
+
+
+def set_up(c, batch, folder):
+    """-> the model, its module from (x, y, ...) to losses, and step(forward, T, accumulation): a step as train.py takes it, on rows of T tokens -> its seconds by part."""
+    torch.manual_seed(seed)
+    model = GPT(c).to(device)
+    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    if quant_bits:
+        prepare(model, quant_bits, quant_group, tables_bits)
+    teachers, k = teachers_of_config(c, device)
+    loader, number = Loader(folder, 'train', batch, c.block_size, seed, device=device), itertools.count()
+    autocast = torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+
+    def clock():
+        if not device.startswith('cpu'):
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def step(forward, T, accumulation):
+        parts = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
+        for _ in range(accumulation):
+            times = [clock()]
+            x, y = (t[:, :T].contiguous() for t in loader.batch(next(number)))
+            soft = (x[..., None].expand(-1, -1, k).contiguous(), torch.full((*x.shape, k), 1 / k, device=device), torch.zeros(x.shape, device=device)) if k else ()
+            times.append(clock())
+            with autocast:
+                loss = sum(forward(x, y, *soft).values())
+                times.append(clock())
+                loss.backward()
+            times.append(clock())
+            for part, a, b in zip(parts, times, times[1:]):
+                parts[part] += b - a
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        parts['optimizer'] = clock() - times[-1]
+        return parts
+
+    return model.train(), Distiller(model, teachers, divergence, temperature) if teacher else model, step
+
+
+def flops_of(model, teachers):
+    return model.flops_per_token() + sum(t.flops_per_token(training=False) for t in teachers)
+
+# -----------------------------------------------------------------------------
+# --mode=train
+
+@torch.inference_mode()
+def gemm_rate(c):
+    """-> FLOP/s of the fastest of some matrix products in the training's dtype: a large square one, and those of an MLP."""
+    big, best = 2048 if device == 'cpu' else 8192, 0.0
+    for m, k, n in ((big, big, big), (batch_size * c.block_size, c.n_embd, c.n_hidden), (batch_size * c.block_size, c.n_hidden, c.n_embd)):
+        a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
+        for _ in range(3):
+            clock = time.perf_counter()
+            F.linear(a, b)[0, 0].item()                             # .item() waits for a GPU
+            best = max(best, 2 * m * k * n / (time.perf_counter() - clock))
+    return best
+
+
+def nanogpt_rate(folder, c, compiled):
+    """tokens/s of nanoGPT's own train.py on this shape, by the median of the times it prints, the first five left out. It runs in folder, which holds its data."""
+    knobs = dict(dataset='random', out_dir='out', eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout,
+                 block_size=c.block_size, batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=steps + 4, device=device, dtype=dtype, compile=compiled)
+    got = subprocess.run([sys.executable, os.path.abspath(os.path.join(peers, 'train.py')), *(f'--{k}={v}' for k, v in knobs.items())], cwd=folder, capture_output=True, text=True)
+    times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', got.stdout, re.M)[5:]]
+    if got.returncode or not times:
+        fail(f"{peers}/train.py ended with status {got.returncode} after {len(times)} steps: {' '.join((got.stderr or got.stdout).split())[-200:]}")
+    return {'tok_s': accumulation * batch_size * c.block_size / statistics.median(times)}
+
+
+def measure_train():
+    c = shape_of_config()
+    tokens, ways = accumulation * batch_size * c.block_size, {'eager': {}, 'compiled': {}, 'dynamic': {'dynamic': True}} if compile else {'eager': {}}
+    if peers:
+        odd = [k for k, usual in (('n_kv_head', c.n_head), ('head_dim', c.n_embd // c.n_head), ('n_hidden', 4 * c.n_embd), ('multi_token_n', 0), ('draft_n', 0)) if getattr(c, k) != usual]
+        odd += [k for k in ('teacher', 'quant_bits') if config[k]]
+        if odd or c.vocab_size > 65536 or not os.path.isfile(os.path.join(str(peers), 'train.py')):
+            fail(f"peers ({peers}) must be the folder of a copy of github.com/karpathy/nanoGPT, and the shape one that it has{f', without {odd[0]}' if odd else ''}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(f'{folder}/data/random', c.vocab_size)
+        model, trained, step = set_up(c, batch_size, f'{folder}/data/random')
+        forwards = {way: torch.compile(trained, **how) if way != 'eager' else trained for way, how in ways.items()}
+        lengths, runs, gemm = random.Random(seed), {way: [] for way in ways}, 0.0
+        for r in range(rounds + 1):             # round 0 warms up, and compiles
+            for way, forward in forwards.items():
+                sizes = [lengths.randint(c.block_size // 2, c.block_size) if way == 'dynamic' else c.block_size for _ in range(steps)]
+                parts = [step(forward, T, accumulation) for T in sizes]
+                seconds = {part: sum(p[part] for p in parts) for part in parts[0]}
+                runs[way].append({'tok_s': accumulation * batch_size * sum(sizes) / sum(seconds.values()), 'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
+            gemm = max(gemm, gemm_rate(c))
+            print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
+        flops, params = flops_of(model, getattr(trained, 'teachers', ())), model.params()['total']
+        model = trained = step = forward = forwards = None          # the other processes get the memory
+        others = {(who, way): [] for way in ways if way != 'dynamic' for who in ('train.py', 'nanoGPT')} if peers else {}
+        if peers:                               # in its way: a vocabulary in meta.pkl, and a configurator in the folder it runs in
+            with open(f'{folder}/data/random/meta.pkl', 'wb') as f:
+                pickle.dump({'vocab_size': c.vocab_size}, f)
+            shutil.copy(os.path.join(peers, 'configurator.py'), folder)
+        ours = {k: config[k] for k in TRAIN_NAMES} | dict(
+            dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5, eval_interval=0, save_interval=0, sample_interval=0, log_interval=steps + 5, device=device, dtype=dtype)
+        for r in range(rounds if peers else 0):
+            for (who, way), run in others.items():
+                run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT' else start('train.py', **ours | {'compile': way == 'compiled'}))
+            print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
+    rows, eager = [], [r['tok_s'] for r in runs['eager']]
+    empty = dict.fromkeys(['run', 'way', 'dtype', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation']) | {'dtype': dtype}
+    for way, run in runs.items():
+        tok_s = [r['tok_s'] for r in run]
+        rows.append(empty | {'run': 'steps', 'way': way, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:], 'ratio': median(a / b for a, b in zip(tok_s, eager)),
+                             'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']}, 'utilisation': flops * median(tok_s) / gemm})
+    for (who, way), run in others.items():
+        tok_s = [r['tok_s'] for r in run]
+        rows.append(empty | {'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype, 'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
+                             'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
+    report([['run', 'way', 'dtype', 'tok/s', 'ratio', 'ms: data', 'forward', 'backward', 'optimizer', '% GEMM']] +
+           [[r['run'], r['way'], r['dtype'], f"{r['tok_s']:,.0f}", f"{r['ratio']:.2f}"] + (
+               [*(f'{ms:.1f}' for ms in r['ms'].values()), f"{100 * r['utilisation']:.0f}"] if r['ms'] else ['-'] * 5) for r in rows],
+           params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
+
+# -----------------------------------------------------------------------------
+# --mode=memory: the estimate beside what it takes
+
+def peak_of_training(c):
+    """
+    -> bytes that this process grows by at most in three steps of the config. A first pass over the same steps, all of it then forgotten, takes what the
+    libraries and the compiler take for themselves.
+    """
+    cuda = device.startswith('cuda')
+    resident = lambda key: 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(folder, c.vocab_size)
+        for _ in range(2):
+            model = trained = step = forward = None
+            gc.collect()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                ctypes.CDLL(None).malloc_trim(0)                    # what is free goes back to the system
+                with open('/proc/self/clear_refs', 'w') as f:
+                    f.write('5')                                    # and the peak begins here (man 5 proc)
+            before = torch.cuda.memory_allocated() if cuda else resident('VmRSS')
+            model, trained, step = set_up(c, batch_size, folder)
+            forward = torch.compile(trained) if compile else trained
+            for _ in range(3):
+                step(forward, c.block_size, min(accumulation, 2))
+            peak = torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')
+    return peak - before
+
+
+PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'update', 'teacher')
+
+
+def measure_memory():
+    c = shape_of_config()
+    if child:
+        return print(json.dumps({'peak': peak_of_training(c)}))
+    with torch.device('meta'):                                      # shapes without memory
+        model = GPT(c)
+    if quant_bits:
+        prepare(model, quant_bits, quant_group, tables_bits)
+    teachers, k = teachers_of_config(c, 'meta')
+    groups = model.params()
+    spoken = 'parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n) + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers)
+
+    def estimate(batch, compiled, bf16):
+        passes = max(1, accumulation * batch_size // batch)         # the same tokens a step
+        return model.training_bytes(batch, bf16, compiled, passes, teachers, k)
+
+    if plan:
+        return plan_training(c, groups, spoken, flops_of(model, teachers), lambda batch: estimate(batch, compile, dtype != 'float32'))
+    rows = []
+    for batch in numbered('batches') or [batch_size]:
+        for compiled in (False, True) if compile else (False,):
+            parts = estimate(batch, compiled, dtype == 'bfloat16')
+            got = start('bench.py', **{k: config[k] for k in TRAIN_NAMES} | dict(
+                mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, compile=compiled, device=device, dtype=dtype, threads=threads))['peak'] if measured else None
+            rows.append({'batch': batch, 'way': 'compiled' if compiled else 'eager'} | parts | {'measured': got, 'ratio': parts['peak'] / got if got else None,
+                         'cache': batch * c.block_size * model.kv_bytes_per_token()})
+    print(spoken)
+    mib = lambda n: '-' if n is None else f'{n / 2**20:,.1f}'
+    report([['batch', 'way', 'MiB:', *PARTS, 'estimate', 'measured', 'ratio', 'cache']] +
+           [[str(r['batch']), r['way'], '', *(mib(r[part]) for part in (*PARTS, 'peak', 'measured')), f"{r['ratio']:.3f}" if r['ratio'] else '-', mib(r['cache'])] for r in rows],
+           dtype=dtype, params=groups, rows=rows)
+
+# -----------------------------------------------------------------------------
+# --mode=memory --plan=True
+
+def proposals(target, c):
+    """Shapes of about target parameters -> [(GPTConfig, parameters)], the nearest first: for each depth the width of 64 channels a head, 32 to 192 channels a layer."""
+    found = []
+    for depth in range(1, 97):
+        tables = (1 if tie_weights else 2) * c.vocab_size
+        width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)       # 12 * depth * width^2 + tables * width = target
+        if 32 * depth <= width <= 192 * depth:
+            shape = GPTConfig(c.block_size, c.vocab_size, depth, width // 64, n_embd=width, tie_weights=tie_weights)
+            with torch.device('meta'):
+                found.append((shape, GPT(shape)))
+    return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
+
+
+def plan_training(c, groups, spoken, flops, estimate):
+    """What the config's training would take on a GPU; or shapes for target_params and what theirs would. estimate(batch) -> bytes by part."""
+    if gpu not in GPUS:
+        fail(f"gpu ({gpu}) must be one of {', '.join(GPUS)}")
+    peak, memory = GPUS[gpu]
+    share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
+    source = f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, ' + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation=')
+    bill = lambda tokens, flops: {'tokens': tokens, 'flops_per_token': flops, 'tok_s': share * peak / flops, 'hours': tokens * flops / (share * peak) / 3600,
+                                  'dollars': tokens * flops / (share * peak) / 3600 * price if price else None}
+    if target_params:
+        found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
+        if not found:
+            fail(f'target_params ({target_params}) must be a number of parameters, like 38M')
+        rows = []
+        for shape, model in proposals(float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]], c):
+            n = model.params()['total']
+            tokens = round(tokens_per_param * n)
+            shards = math.ceil(tokens / SHARD_TOKENS)
+            rows.append({'n_layer': shape.n_layer, 'n_embd': shape.n_embd, 'n_head': shape.n_head, 'params': n, 'shards': shards, 'download_bytes': shards * SHARD_BYTES,
+                         'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS, 'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))} | bill(tokens, model.flops_per_token()))
+        if not rows:
+            fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: its tables alone take more; give a smaller --vocab_size')
+        print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; {gpu}, {source}')
+        report([['depth', 'width', 'heads', 'parameters', 'tokens', 'steps', 'shards', 'download GB', 'disk GB', 'hours', 'dollars']] +
+               [[str(r['n_layer']), str(r['n_embd']), str(r['n_head']), f"{r['params']:,}", f"{r['tokens']:,}", f"{r['steps']:,}", str(r['shards']), f"{r['download_bytes'] / 1e9:.1f}",
+                 f"{r['disk_bytes'] / 1e9:.1f}", f"{r['hours']:.2f}", f"{r['dollars']:.2f}" if price else '-'] for r in rows], gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
+        return
+    fits = lambda batch: estimate(batch)['peak'] <= room
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    powers = [2**i for i in range(high.bit_length())]               # the last does not fit
+    while high - low > 1:
+        low, high = ((low + high) // 2, high) if fits((low + high) // 2) else (low, (low + high) // 2)
+    rows = [{'batch': batch} | estimate(batch) for batch in sorted({*powers, batch_size} | ({low} if low else set()))]
+    for r in rows:
+        r['fits'] = r['peak'] <= room
+    cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
+    gb = lambda n: f'{n / 1e9:,.2f}'
+    print(spoken)
+    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
+    print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: {cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours" + (f", {cost['dollars']:,.2f} dollars" if price else ''))
+    report([['batch', 'fits', 'GB:', *PARTS, 'peak']] + [[str(r['batch']), 'yes' if r['fits'] else 'no', '', *(gb(r[part]) for part in (*PARTS, 'peak'))] for r in rows],
+           params=groups, gpu=gpu, utilisation=share, assumed=not utilisation, largest_batch=low, **cost, rows=rows)
+
+# -----------------------------------------------------------------------------
+# --mode=plot
+
+def plot():
+    paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
+    if not paths:
+        fail(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
+    try:
+        import matplotlib
+    except ImportError:
+        fail('mode=plot draws with matplotlib: pip install matplotlib')
+    matplotlib.use('Agg')                                           # no screen is needed
+    import matplotlib.pyplot as plt
+    rows, (figure, axes) = [], plt.subplots(figsize=(8, 5))
+    for path in paths:
+        with open(path, newline='') as f:
+            read = list(csv.DictReader(f))
+        if not read or not {'tokens', 'train_loss', 'val_loss'} <= set(read[0]):
+            fail(f'{path} is not a log.csv of train.py: it has no tokens, train_loss and val_loss')
+        xy = {key: [(int(r['tokens']), float(r[key])) for r in read if r[key]] for key in ('train_loss', 'val_loss')}
+        curve, = axes.plot(*zip(*xy['train_loss']), alpha=0.4, linewidth=1)
+        if xy['val_loss']:
+            axes.plot(*zip(*xy['val_loss']), color=curve.get_color(), marker='o', markersize=3, label=os.path.dirname(path) or path)
+        rows.append({'log': path, 'steps': int(read[-1]['step']), 'tokens': int(read[-1]['tokens']), 'train_loss': xy['train_loss'][-1][1], 'best_val_loss': min((y for _, y in xy['val_loss']), default=None)})
+    axes.set(xlabel='tokens', ylabel='nats a token')
+    axes.legend(title='validation; thin: training')
+    atomic_write(png, lambda f: figure.savefig(f, dpi=150, format='png'))
+    report([['log', 'file', '', 'steps', 'training', 'best validation']] + [[r['log'], png, '', f"{r['steps']:,}", f"{r['train_loss']:.4f}", f"{r['best_val_loss']:.4f}" if r['best_val_loss'] else '-'] for r in rows],
+           file=png, rows=rows)
+
+# -----------------------------------------------------------------------------
 # --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
 
 if mode == 'ladder':
@@ -548,7 +924,16 @@ def measure_ladder():
 # -----------------------------------------------------------------------------
 # the mode
 
-modes = {'decode': measure_decode, 'quality': measure_quality, 'ladder': measure_ladder}
+if mode in ('train', 'memory'):
+    check_knobs(config, ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf), ('vocab_size total_batch_size', int, 0, math.inf),
+                ('price tokens_per_param', float, 0, math.inf), ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
+    compile = compile and (plan or can_compile(device))
+    accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')                  # as train.py does
+modes = {'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory, 'plot': plot, 'ladder': measure_ladder}
 if mode not in modes:
     fail(f"mode ({mode}) must be {', '.join(modes)}: there is no other")
 modes[mode]()

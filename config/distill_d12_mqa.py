@@ -3,7 +3,7 @@
 #     python distill.py --fetch=d32 --out_dir=teachers/d32                                  # 7.2 GB, with its tokenizer
 #     pip install pyarrow && python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20
 #     python train.py config/distill_d12_mqa.py
-# The teacher is 86 % of the arithmetic. Labelling once (python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu
+# The teacher is 56 % of the arithmetic (bench.py --mode=memory --plan=True). Labelling once (python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu
 # --out_dir=labels-d32 --block_size=1024: 26 bytes a token) and training on --teacher=labels-d32 makes every further epoch cost a plain one's.
 # The shape without any download but data: --teacher=random:d32. On a laptop: config/distill_stdlib_bpe.py.
 out_dir = 'out-d12-mqa'

@@ -2,7 +2,7 @@
 bench.py on the smallest of runs: the document it ends with, the text it watches over, its peers, and one line for what cannot work.
 Nothing here asks how long anything took.
 
-$ python -m pytest tests/test_bench.py        some fifteen seconds
+$ python -m pytest tests/test_bench.py        half a minute
 """
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ import torch
 from data.loader import Loader
 from data.tokenizer import CharTokenizer
 from engine import Engine
-from model import GPT, GPTConfig, evaluate, load_model, save_checkpoint
-from quantize import convert, export, load
+from model import GPT, GPTConfig, evaluate, load_model, make_optimizers, save_checkpoint
+from quantize import convert, export, load, prepare
 from test_train import make_dataset, refused, run
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
@@ -143,6 +144,119 @@ def test_memory(out_dir):
     assert row['memory_bytes'] % 4096 == 0 and row['memory_ratio'] == pytest.approx(row['memory_bytes'] / (row['file_bytes'] + row['cache_bytes']), rel=1e-5)
 
 
+@pytest.mark.parametrize('bf16', [False, True])
+@pytest.mark.parametrize('shape', [{}, {'n_kv_head': 1, 'tie_weights': True}, {'dropout': 0.1}, {'quant': 8}, {'quant': 8, 'tie_weights': True}])
+def test_training_bytes_are_those_of_the_tensors(shape, bf16):
+    """The estimate's weights, gradients and optimizer are what a step leaves, its activations what autograd keeps, to the byte."""
+    shape = {'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'n_hidden': 96, 'vocab_size': 50, 'block_size': 32, 'quant': 0} | shape
+    quant = shape.pop('quant')
+    model = GPT(GPTConfig(**shape)).train()
+    optimizers = make_optimizers(model)
+    if quant:
+        prepare(model, quant)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept, idx = {}, torch.randint(50, (3, 32))
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return t
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = model.lm_head(model.trunk(idx))
+        model.cross_entropy(model.trunk(idx), idx).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    got = model.training_bytes(3, bf16)
+    assert got['activations'] == sum(storage.nbytes() for storage in kept.values()) and y.shape == (3, 32, 50)
+    assert got['weights'] == sum(t.nbytes for t in (*model.parameters(), *model.buffers())) and got['gradients'] == sum(p.grad.nbytes for p in model.parameters())
+    assert got['optimizer'] == sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values())
+    assert got['peak'] > sum(got[part] for part in ('weights', 'optimizer', 'activations')) and model.training_bytes(6, bf16)['weights'] == got['weights']
+
+
+def test_teachers_and_heads_in_the_estimate():
+    """The heads' activations and the logits that their losses keep, and a teacher's weights."""
+    c = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=200, block_size=32)
+    model, kept, idx = GPT(GPTConfig(**c, multi_token_n=2, draft_n=2)).train(), {}, torch.randint(200, (2, 32))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t, lambda t: t):
+        losses = model(idx, idx)
+    got = model.training_bytes(2, bf16=False)
+    measured = sum(storage.nbytes() for at, storage in kept.items() if at not in own)
+    assert len(losses) == 3 and got['activations'] + 4 * 64 * 200 * (2 + 2 * 2 + 3 * 2) == pytest.approx(measured, rel=0.03)
+    teacher = GPT(GPTConfig(**c))
+    alone, beside, labels = (GPT(GPTConfig(**c)).training_bytes(2, bf16=False, **how) for how in ({}, {'teachers': [teacher]}, {'labels': 12}))
+    assert beside['teacher'] == 4 * teacher.params()['total'] and [r['logits'] - alone['logits'] for r in (beside, labels)] == [4 * 64 * 200 * 4, 4 * 64 * 200 + 64 * (12 * 12 + 4)]
+
+
+TOY = ['--n_layer=1', '--n_head=1', '--n_embd=64', '--block_size=64', '--batch_size=4', '--vocab_size=1000', '--compile=False', '--device=cpu', '--dtype=float32']
+
+
+def test_plan():
+    """Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each of 64 channels."""
+    document, _ = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512', '--gpu=a100-40', '--utilisation=0.5', '--price=2')
+    assert document['params']['total'] == 12 * 64**2 + 2 * 1000 * 64 and document['flops_per_token'] == 3 * (2 * (49152 + 64000) + 4 * 64 * 64) == 728064
+    assert document['tokens'] == 51200 and document['tok_s'] == pytest.approx(156e12 / 728064, rel=1e-6) and document['assumed'] is False
+    assert document['hours'] == pytest.approx(51200 * 728064 / 156e12 / 3600, rel=1e-6) and document['dollars'] == pytest.approx(2 * document['hours'], rel=1e-6)
+    rows = {r['batch']: r for r in document['rows']}
+    largest = document['largest_batch']
+    with torch.device('meta'):
+        model = GPT(GPTConfig(64, 1000, 1, 1, n_embd=64))
+    assert model.training_bytes(largest, bf16=False)['peak'] <= 0.9 * 40e9 < model.training_bytes(largest + 1, bf16=False)['peak']
+    assert [rows[b]['fits'] for b in (4, largest, max(rows))] == [True, True, False] and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
+
+    document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--gpu=h100')       # no data, no teacher's files
+    teacher = 2 * (32 * 12 * 2048**2 + 65536 * 2048) + 4 * 32 * 2048 * 1024
+    student = 3 * (2 * (73138176 + 65536 * 768 * 8 + 1769472 + 4 * 884736) + 4 * 12 * 768 * 1024)
+    assert document['flops_per_token'] == teacher + student and document['rows'][0]['teacher'] == 4 * 1879048192 and document['assumed'] is True and document['dollars'] is None
+
+
+def test_proposed_shapes():
+    document, _ = bench('--mode=memory', '--plan=True', '--target_params=38M', '--vocab_size=24576', '--block_size=1024', '--batch_size=64', '--gpu=rtx4090')
+    rows = {(r['n_layer'], r['n_embd'], r['n_head']): r for r in document['rows']}
+    row = rows[4, 512, 8]                                   # config/train_38m.py
+    assert row['params'] == 37748736 and row['tokens'] == 20 * 37748736 and row['steps'] == 11520 and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8
+    assert all(abs(r['params'] / 38e6 - 1) < 0.2 and r['n_embd'] == 64 * r['n_head'] for r in rows.values())
+
+
+def test_train_mode(tmp_path):
+    """Its rows, and a nanoGPT that only prints: what it is called with must be our shape and our tokens."""
+    (tmp_path / 'configurator.py').write_text('')
+    (tmp_path / 'train.py').write_text('import pickle, sys\nknobs = dict(arg[2:].split("=") for arg in sys.argv[1:])\nopen("configurator.py")\n'
+                                       'assert pickle.load(open("data/random/meta.pkl", "rb")) == {"vocab_size": 300}\n'
+                                       'assert [knobs[k] for k in "n_layer n_embd block_size batch_size gradient_accumulation_steps".split()] == ["1", "64", "64", "2", "3"], knobs\n'
+                                       'for i in range(int(knobs["max_iters"]) + 1):\n    print(f"iter {i}: loss 1.0, time {900 if i < 5 else 500}.00ms, mfu 0%")\n')
+    config = tmp_path / 'toy.py'
+    config.write_text('n_layer, n_head, n_embd, block_size = 1, 1, 64, 64\nbatch_size, total_batch_size, muon_lr = 2, 384, 0.01\n')
+    document, _ = bench('--mode=train', config, '--vocab_size=300', '--compile=False', '--steps=2', '--dtype=float32', f'--peers={tmp_path}')
+    rows = document['rows']
+    assert [(r['run'], r['way']) for r in rows] == [('steps', 'eager'), ('train.py', 'eager'), ('nanoGPT', 'eager')] and document['tokens_per_step'] == 384
+    assert set(rows[0]['ms']) == {'data', 'forward', 'backward', 'optimizer'} and all(ms > 0 for ms in rows[0]['ms'].values()) and rows[0]['ratio'] == 1
+    assert rows[0]['utilisation'] == pytest.approx(document['flops_per_token'] * rows[0]['tok_s'] / document['gemm_tflops'] / 1e12, rel=1e-5)
+    assert rows[2]['tok_s'] == 384 / 0.5 and rows[2]['ratio'] == pytest.approx(rows[1]['tok_s'] / 768, rel=1e-5)
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='Linux alone can set the peak back')
+def test_memory_mode():
+    document, _ = bench('--mode=memory', *TOY, '--teacher=labels-absent', '--batches=2')
+    row, = document['rows']
+    assert row['batch'] == 2 and row['way'] == 'eager' and row['measured'] % 4096 == 0 and row['ratio'] == pytest.approx(row['peak'] / row['measured'], rel=1e-5)
+    assert row['cache'] == 2 * 64 * 2 * 64 * 4 and row['weights'] == 4 * (49152 + 128000) + 8 * 64 * 64
+
+
+def test_plot(tmp_path, monkeypatch):
+    logs = tmp_path / 'log.csv'
+    logs.write_text('step,tokens,seconds,train_loss,val_loss,val_bpb,lr_factor,tok_s\n10,640,1,2.5,,,1,640\n20,1280,2,2.25,2.125,3,1,640\n30,1920,3,2,2.25,3,1,640\n')
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'matplotlib', None)
+        refused(run('bench.py', '--mode=plot', f'--logs={logs}'), 'pip install matplotlib')
+    refused(run('bench.py', '--mode=plot', '--logs=nowhere/*.csv'), r'logs \(nowhere/\*.csv\) match no file')
+    pytest.importorskip('matplotlib')
+    document, _ = bench('--mode=plot', f'--logs={tmp_path}/*.csv', f'--png={tmp_path}/losses.png')
+    assert document['rows'] == [{'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2, 'best_val_loss': 2.125}] and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG'
+
+
 @pytest.mark.parametrize('flags, pattern', [
     ('--mode=decoed', r"mode \(decoed\) must be decode"),
     ('--shape=d13', r"shape \(d13\) must be tiny, d12, or the out_dir of a trained model"),
@@ -158,7 +272,17 @@ def test_memory(out_dir):
     ('--device=nowhere', r'device \(nowhere\) cannot be used here'),
     ('--llama2c=data', 'measured with --peers=True'),
     ('--peers=True --llama2c=data', r'llama2c \(data\) has no run: .*gcc'),
-    ('--bacthes=1', 'unknown key')])
+    ('--bacthes=1', 'unknown key'),
+    ('--mode=train --muon_rl=1', 'unknown key .*muon_lr'),
+    ('--mode=train --dataset=nowhere', 'data/nowhere is not prepared, .*--vocab_size=4096'),
+    ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)'),
+    ('--mode=train --vocab_size=65 --n_embd=30', r'n_embd \(30\) is not a multiple of n_head \(4\)'),
+    ('--mode=train --vocab_size=65 --peers=data', r'peers \(data\) must be the folder of a copy of github.com/karpathy/nanoGPT'),
+    ('--mode=train --vocab_size=65 --teacher=random:d2', r'teacher random:d2 has a vocabulary of 65,536'),
+    ('--mode=memory --plan=True --vocab_size=65 --gpu=h1', r'gpu \(h1\) must be one of a100-40'),
+    ('--mode=memory --plan=True --vocab_size=65 --target_params=many', r'target_params \(many\) must be'),
+    ('--mode=memory --plan=True --vocab_size=65536 --target_params=1K', r'target_params \(1K\) are too few'),
+    ('--mode=memory --vocab_size=65 --batches=two', r'batches \(two\)')])
 def test_bad_knobs(out_dir, flags, pattern):
     got = run('bench.py', *SHORT, *flags.replace('{}', out_dir).split())
     got.err = ''.join(line for line in got.err.splitlines(keepends=True) if 'pip install' not in line)
