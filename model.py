@@ -358,7 +358,7 @@ def free_memory(root='/'):
     """Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one that it is in, allows less."""
     read = lambda *path: open(os.path.join(root, *path)).read()
     left = [1024 * int(read('proc/meminfo').partition('MemAvailable:')[2].split()[0])]
-    for line in read('proc/self/cgroup').split():
+    for line in read('proc/self/cgroup').splitlines():
         _, kinds, path = line.split(':', 2)     # '0::/a/b', or of version 1 '9:memory:/a/b'
         if kinds and 'memory' not in kinds.split(','):
             continue

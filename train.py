@@ -121,10 +121,10 @@ if wandb_log:
 
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 main_process, auto = rank == 0, batch_size == 'auto'
-if fsdp and world_size == 1:
-    raise SystemExit("error: fsdp=True shares a model out among processes and there is only one: start several, torchrun --standalone --nproc_per_node=2 train.py ...")
 if fsdp and auto:
     raise SystemExit("error: batch_size=auto cannot go with fsdp=True: a process that runs out of memory would leave the others waiting for its weights; give a number of rows")
+if fsdp and world_size == 1:
+    raise SystemExit("error: fsdp=True shares a model out among processes and there is only one: start several, torchrun --standalone --nproc_per_node=2 train.py ...")
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if world_size > 1:
@@ -394,11 +394,11 @@ signal.signal(signal.SIGTERM, stop)
 
 columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
 log_path = os.path.join(out_dir, 'log.csv')
-if main_process:
-    rows = list(csv.DictReader(open(log_path))) if resumed and os.path.exists(log_path) else []
-    log = csv.DictWriter(open(log_path, 'w', buffering=1, newline=''), columns)
-    log.writeheader()
-    log.writerows(row for row in rows if int(row['step']) <= start_step)     # the log goes back to where the checkpoint is
+if main_process:                                # the log goes back to where the checkpoint is
+    lines = open(log_path).read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
+    lines = [','.join(columns)] + [line for line in lines if int(line.split(',')[0]) <= start_step]
+    atomic_write(log_path, lambda f: f.write('\n'.join(lines + ['']).encode()))
+    log = csv.DictWriter(open(log_path, 'a', buffering=1, newline=''), columns, lineterminator='\n')
 if wandb_log and main_process:
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 
