@@ -440,8 +440,8 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
             for params in by_shape.values():
                 n = max(1, MUON_STACK // params[0].numel())
-                for params in (params[i:i + n] for i in range(0, len(params), n)):
-                    self.update(group, params)
+                for i in range(0, len(params), n):
+                    self.update(group, params[i:i + n])
 
     def update(self, group, params):
         """One step for matrices of one shape, or its transpose."""
@@ -510,6 +510,9 @@ def shard(model, device_type):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, 'trunk')    # evaluation, decoding and distillation begin there, not with forward
+    with torch.no_grad():                       # makes the room to gather in, which training could not write to if decoding made it in inference mode
+        model.trunk(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device))
+    model.reshard()
     return model
 
 
