@@ -10,6 +10,7 @@ The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm 
 and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. There is one trunk; training, decoding,
 distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a draft head.
 """
+import contextlib
 import math
 import os
 import platform
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
+MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
 LOSS_CHUNK_BYTES = 128 * 2**20      # the losses are computed over chunks of tokens whose fp32 logits take at most this much
 
 
@@ -392,6 +394,69 @@ def check_knobs(config, *ranges, may_be_none=''):
                 raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
 
 
+def out_of_memory(e):
+    """Whether this exception says that memory ran out, of a GPU or of a process on a CPU. Nothing else counts."""
+    words = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory', 'std::bad_alloc')
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(w in str(e) for w in words)
+
+
+def largest_that_fits(fits, most):
+    """The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is between: 2 * log2(most) + 2 calls at most."""
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def free_memory(root='/'):
+    """Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one that it is in, allows less."""
+    read = lambda *path: open(os.path.join(root, *path)).read()
+    left = [1024 * int(read('proc/meminfo').partition('MemAvailable:')[2].split()[0])]
+    for line in read('proc/self/cgroup').splitlines():
+        _, kinds, path = line.split(':', 2)     # '0::/a/b', or of version 1 '9:memory:/a/b'
+        if kinds and 'memory' not in kinds.split(','):
+            continue
+        base, most, now = ('memory', 'limit_in_bytes', 'usage_in_bytes') if kinds else ('', 'max', 'current')
+        parts = [part for part in path.split('/') if part]
+        for n in range(len(parts) + 1):
+            group = os.path.join(root, 'sys/fs/cgroup', base, *parts[:n], 'memory.')
+            if os.path.exists(group + most) and open(group + most).read().strip() != 'max':
+                cached = dict(line.split() for line in open(group + 'stat')).get('inactive_file', 0)    # files in memory, which make way
+                left.append(int(open(group + most).read()) - int(open(group + now).read()) + int(cached))
+    return max(0, min(left))
+
+
+@contextlib.contextmanager
+def memory_limit(device, portion=0.9):
+    """
+    Inside, memory runs out, with an exception, as soon as this process has taken that portion of what is left: under Linux without a limit
+    it would be killed instead. Yields that many bytes. CUDA, or a CPU under Linux, where what is left is divided by the processes here.
+    """
+    if torch.device(device).type == 'cuda':
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + portion * free) / total, device)
+        try:
+            yield int(portion * free)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    else:
+        import resource                         # not on Windows
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+        free = free_memory() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        free = int(portion * (free if soft == resource.RLIM_INFINITY else min(free, soft - taken)))
+        resource.setrlimit(resource.RLIMIT_AS, (taken + free, hard))
+        try:
+            yield free
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def fast_bf16(device):
     """Whether this device multiplies bfloat16 faster than float32."""
     kind = torch.device(device).type
@@ -418,7 +483,8 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024, kellerjordan.github.io/posts/muon), the same
     update as torch.optim.Muon's. Matrices of one shape are stacked and go through together, in bfloat16 where the device multiplies
-    it faster: one batched product instead of a small one per matrix, and most of a small model's step is spent here otherwise.
+    it faster: one batched product instead of a small one per matrix, and most of a small model's step is spent here otherwise. The
+    update needs whole matrices: of a sharded model every process gathers them, a few at a time, does the same work, and keeps its share.
     """
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -431,18 +497,24 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
             for params in by_shape.values():
-                grads = []
-                for p in params:
-                    if 'momentum' not in self.state[p]:
-                        self.state[p]['momentum'] = torch.zeros_like(p)
-                    buf = self.state[p]['momentum']
-                    buf.lerp_(p.grad, 1 - group['momentum'])
-                    g = p.grad.lerp(buf, group['momentum'])                      # Nesterov
-                    grads.append(g.mT if p.size(0) > p.size(1) else g)           # wide, so that X @ X.mT is the small side
-                for p, u in zip(params, orthogonalize(torch.stack(grads))):
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    u = u.mT if p.size(0) > p.size(1) else u
-                    p.add_(u.to(p.dtype), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
+                n = max(1, MUON_STACK // params[0].numel())
+                for i in range(0, len(params), n):
+                    self.update(group, params[i:i + n])
+
+    def update(self, group, params):
+        """One step for matrices of one shape, or its transpose."""
+        grads = []
+        for p in params:
+            if 'momentum' not in self.state[p]:
+                self.state[p]['momentum'] = torch.zeros_like(p)
+            buf = self.state[p]['momentum']
+            buf.lerp_(p.grad, 1 - group['momentum'])
+            g = whole(p.grad.lerp(buf, group['momentum']))               # Nesterov
+            grads.append(g.mT if p.size(0) > p.size(1) else g)           # wide, so that X @ X.mT is the small side
+        for p, u in zip(params, orthogonalize(torch.stack(grads))):
+            p.mul_(1 - group['lr'] * group['weight_decay'])
+            u = u.mT if p.size(0) > p.size(1) else u
+            p.add_(share(u.to(p.dtype), p), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
 
 
 def orthogonalize(g):
@@ -475,6 +547,45 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, betas=
             group['peak_lr'] = group['lr']
     return optimizers
 
+
+def load_optimizer(optimizer, state):
+    """A saved state (of whole tensors) into optimizer, whose parameters may be sharded. Its rates and the like stay its own."""
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    state = {i: {k: share(v, params[i]) for k, v in values.items()} for i, values in state['state'].items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+# -----------------------------------------------------------------------------
+# one model on several devices: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some of the rows
+
+def shard(model, device_type):
+    """
+    Leaves this process its rows of every weight, on its device. A Block gathers the others when it runs and forgets them again; tables and heads, which
+    logits read until a step has ended, stay gathered from trunk to the end of backward (of a teacher, which has no backward: for good).
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(model, 'trunk')    # evaluation, decoding and distillation begin there, not with forward
+    with torch.no_grad():                       # makes the room to gather in, which training could not write to if decoding made it in inference mode
+        model.trunk(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device))
+    model.reshard()
+    return model
+
+
+def whole(x):
+    """A sharded tensor -> all of its rows, in every process (which must all ask); any other as it is."""
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+
+def share(x, like):
+    """What this process holds of the whole tensor x, sharded as like is; x itself if like is not sharded, or of another shape."""
+    if not hasattr(like, 'full_tensor') or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()     # a copy: the split alone would keep all of x in memory
+
 # -----------------------------------------------------------------------------
 # checkpoints: tensors and plain types only, so that loading one can never run code
 
@@ -503,9 +614,26 @@ def atomic_write(path, write):
 
 
 def save_checkpoint(path, model, tokenizer_meta, **extra):
-    """Writes model, shape, tokenizer and whatever else (plain types and tensors) to path."""
-    state = {'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta, 'model': model.state_dict(), **extra}
-    atomic_write(path, lambda f: torch.save(state, f))
+    """
+    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must call it, since what is
+    sharded is put together, and the first writes: the file is the same whatever wrote it.
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def gather(x):                              # on the CPU and one by one: the whole need not fit the device
+        if isinstance(x, (list, tuple)):
+            return [gather(v) for v in x]
+        if isinstance(x, dict):
+            return {k: gather(v) for k, v in x.items()}
+        if not hasattr(x, 'full_tensor'):
+            return x
+        x = whole(x)
+        return x.cpu() if first else None
+    state = gather({'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta, 'model': model.state_dict(), **extra})
+    if model.config.tie_weights:
+        state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']     # gathered twice, written once
+    if first:
+        atomic_write(path, lambda f: torch.save(state, f))
 
 
 def load_tensors(path, device='cpu', mmap=False):

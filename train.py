@@ -4,16 +4,17 @@ Trains a GPT: characters or BPE, in float or with quantisation in the loop; from
     python data/stdlib_char/prepare.py
     python train.py config/quickstart.py                            # a config, then any knob as --key=value
     python train.py config/quickstart.py --init_from=resume         # goes on where it stopped, exactly
-    torchrun --standalone --nproc_per_node=2 train.py config/train_38m.py
+    torchrun --standalone --nproc_per_node=2 train.py config/train_38m.py                   # --fsdp=True for what does not fit one device
 
 Ctrl+C (or SIGTERM) saves and stops. out_dir receives ckpt.pt (the last state, to resume from), best.pt (the weights with the lowest
-validation loss), log.csv. The last line on stdout is one JSON document.
+validation loss), log.csv, and the answers of batch_size='auto' in batch_size.json. The last line on stdout is one JSON document.
 """
 import contextlib
 import csv
 import json
 import math
 import os
+import platform
 import signal
 import time
 
@@ -25,7 +26,8 @@ from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
 from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
-from model import GPT, GPTConfig, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, make_optimizers, save_checkpoint
+from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_optimizers,
+                   memory_limit, out_of_memory, save_checkpoint, shard, share)
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -50,7 +52,7 @@ draft_n = 0                 # unroll of the draft head; 0: none
 draft_weight = 0.1
 draft_hidden_mult = 0.5
 # the batch
-batch_size = 16             # rows per forward, per device
+batch_size = 16             # rows per forward, per device; 'auto': as many as fit, found by trying real steps
 total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
 # the optimizers: Muon for the trunk's matrices, AdamW for the tables
 max_iters = 1000
@@ -60,6 +62,7 @@ weight_decay = 0.0          # Muon's; helps when data repeats
 warmup_iters = 0            # steps of linear warm-up
 decay_frac = 1.0            # the last share of the steps over which the rates fall linearly to zero
 grad_clip = 1.0             # largest gradient norm; 0: no clipping
+ema = 0.0                   # 0.99 to 0.999: a moving average of the weights is what is evaluated, sampled and written to best.pt; 0: the weights themselves
 seed = 1337
 # what it learns from; the text alone unless there is a teacher
 teacher = ''                # the out_dir of a trained model, several joined by +, or a folder of labels (distill.py)
@@ -85,16 +88,17 @@ wandb_project = 'picochat'
 device = 'auto'             # cuda, mps, cpu
 dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster
 compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
+fsdp = False                # the processes of torchrun share out weights, gradients, optimizer states and teachers, instead of each holding all
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 # -----------------------------------------------------------------------------
 # set-up: processes, device, data, model
 
-check_knobs(config,
+check_knobs(config | {'batch_size': 1} if batch_size == 'auto' else config,
             ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
             ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
             ('seed', int, 0, 2**63 - 1),
-            ('dropout decay_frac qat_start alpha own_samples', float, 0, 1), ('temperature', float, 1e-3, math.inf),
+            ('dropout decay_frac qat_start alpha own_samples', float, 0, 1), ('ema', float, 0, 0.999999), ('temperature', float, 1e-3, math.inf),
             ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
 if quant_bits not in (0, 4, 8) or tables_bits not in (4, 8) or quant_group not in (32, 64, 128):
     raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, 4, or 0 for float; tables_bits ({tables_bits}) 8 or 4; quant_group ({quant_group}) 32, 64 or 128")
@@ -116,7 +120,11 @@ if wandb_log:
         raise SystemExit("error: wandb_log=True needs wandb: pip install wandb, or leave it off (log.csv is always written)")
 
 rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-main_process = rank == 0
+main_process, auto = rank == 0, batch_size == 'auto'
+if fsdp and auto:
+    raise SystemExit("error: batch_size=auto cannot go with fsdp=True: a process that runs out of memory would leave the others waiting for its weights; give a number of rows")
+if fsdp and world_size == 1:
+    raise SystemExit("error: fsdp=True shares a model out among processes and there is only one: start several, torchrun --standalone --nproc_per_node=2 train.py ...")
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if world_size > 1:
@@ -130,11 +138,22 @@ if dtype == 'auto':
     dtype = 'bfloat16' if fast_bf16(device) else 'float32'
 if device_type == 'cuda':
     torch.set_float32_matmul_precision('high')
+if auto and device_type != 'cuda' and not (device_type == 'cpu' and platform.system() == 'Linux'):
+    raise SystemExit(f"error: batch_size=auto needs a CUDA GPU, or a CPU under Linux, not {device_type} under {platform.system()}: give a number of rows")
 
 
 def say(*words):
     if main_process:
         print(*words, flush=True)
+
+
+def agree(x):
+    """The least of the numbers that the processes bring."""
+    if world_size == 1:
+        return x
+    x = torch.tensor(x, dtype=torch.float64)
+    dist.all_reduce(x, op=dist.ReduceOp.MIN)
+    return x.item()
 
 
 compile = compile and can_compile(device)
@@ -147,21 +166,20 @@ try:
                            draft_n=draft_n, draft_hidden_mult=draft_hidden_mult)
 except (AssertionError, ValueError) as e:
     raise SystemExit(f'error: {e}')
-tokens_per_forward = batch_size * block_size * world_size
-total_batch_size = total_batch_size or tokens_per_forward
-if total_batch_size % tokens_per_forward:
-    raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of batch_size*block_size*processes ({batch_size}*{block_size}*{world_size}={tokens_per_forward}): try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
-accumulation = total_batch_size // tokens_per_forward
-loader = Loader(data_dir, 'train', batch_size, block_size, seed, rank, world_size, device)
-val_loader = Loader(data_dir, 'val', batch_size, block_size, seed, rank, world_size, device)
+rows = 1 if auto else batch_size
+tokens_per_forward = rows * block_size * world_size
+total_batch_size = total_batch_size or (0 if auto else tokens_per_forward)
+loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device)
+val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
 start_step, best = 0, {'loss': math.inf}
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 resumed = source = None
 if init_from == 'resume':
-    resumed = source = load_checkpoint(ckpt_path, device)
+    resumed = source = load_checkpoint(ckpt_path)       # into the computer's memory: what it becomes may be sharded
     if 'optimizers' not in resumed:
         raise SystemExit(f"error: {ckpt_path} holds weights alone and cannot be resumed: start from it with --init_from={ckpt_path}")
+    total_batch_size = total_batch_size or resumed['total_batch_size']
     if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
     differ = [f'{k} is {resumed["knobs"].get(k)} there and {config[k]} here' for k in vars(gpt_config) if k in config and k != 'dropout' and resumed['knobs'].get(k) != config[k]]
@@ -169,9 +187,11 @@ if init_from == 'resume':
         raise SystemExit(f"error: {ckpt_path} was trained with another shape: {'; '.join(differ)}: resume with the same knobs")
     start_step, best = resumed['step'], resumed['best']
 elif init_from != 'scratch':
-    source = load_checkpoint(init_from, device)
+    source = load_checkpoint(init_from)
 elif os.path.exists(ckpt_path):
     say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it)")
+if total_batch_size % tokens_per_forward:
+    raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of batch_size*block_size*processes ({rows}*{block_size}*{world_size}={tokens_per_forward}): try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
 if source:                                      # its shape, but for what weights do not depend on, and for heads that it has not: they may be added
     if source['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {init_from} was trained with another tokenizer ({source['tokenizer']['kind']}) than data/{dataset} has ({tokenizer.kind}): prepare the data with the same one")
@@ -192,14 +212,13 @@ if train_only:
         raise SystemExit(f"error: train_only={train_only} needs that head: give --{train_only}_n=4")
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(train_only))
-model.to(device)
+model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
-if resumed:
-    for optimizer, state in zip(optimizers, resumed['optimizers']):
-        optimizer.load_state_dict({**state, 'param_groups': optimizer.state_dict()['param_groups']})    # the rates are this run's knobs
+averages = {name: (p, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad} if ema else {}       # of a checkpoint without averages its weights
+for name, average in (resumed or {}).get('ema', {}).items() if ema else ():
+    averages[name][1].copy_(share(average, averages[name][0]))
 n_params = model.params()
 say(f"model: {n_params['total']:,} parameters ({', '.join(f'{k} {v:,}' for k, v in n_params.items() if v and k != 'total')})")
-say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, {torch.get_num_threads()} threads")
 
 trained, labels = model, None
@@ -209,15 +228,107 @@ if teacher and os.path.exists(os.path.join(teacher, 'meta.json')):
         raise SystemExit(f"error: the labels in {teacher} are for forward_kl at temperature {labels.meta['temperature']}, not for {divergence} at {temperature}: write others, or train beside the teacher itself")
     trained = Distiller(model, temperature=temperature)
 elif teacher:
-    trained = Distiller(model, load_teachers(teacher, tokenizer, block_size, device), divergence, temperature)
-forward = torch.compile(trained) if compile else trained
-forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None) if world_size > 1 else forward
+    teachers = load_teachers(teacher, tokenizer, block_size, 'cpu' if fsdp else device)
+    if fsdp:                                    # a GPT-2 is small enough to stay whole
+        teachers = [shard(t, device_type) if isinstance(t, GPT) else t.to(device) for t in teachers]
+    trained = Distiller(model, teachers, divergence, temperature)
+forward = alone = torch.compile(trained) if compile else trained
+if world_size > 1 and not fsdp:
+    forward = DDP(alone, device_ids=[local_rank] if device_type == 'cuda' else None)
 autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 weight = {'ce': 1 - alpha if teacher else 1.0, 'kl': alpha, 'multi_token': multi_token_weight, 'draft': draft_weight}
 if train_only:
     weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}
 flops = model.flops_per_token() + sum(t.flops_per_token(training=False) for t in getattr(trained, 'teachers', ()))      # per token; what labels cost is in their meta.json
 own = None
+
+# -----------------------------------------------------------------------------
+# a step, and how many rows of it fit
+
+def backward(run, step, micro=0, accumulation=1):
+    """Adds the gradients of one micro-batch to what is there; returns its losses, in nats per token. run: the model as it is called."""
+    x, y = loader.batch(step, micro, accumulation)
+    soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
+    if own is not None:
+        n = len(own) // 64
+        rows = own[step % 64 * n:][:n]
+        x[:n], y[:n] = rows[:, :-1], rows[:, 1:]
+    waits = isinstance(run, DDP) and micro < accumulation - 1     # fsdp sums up its shares each time: whole gradients are what does not fit
+    with run.no_sync() if waits else contextlib.nullcontext(), autocast:
+        losses = run(x, y, *soft)
+        sum(weight[k] * v for k, v in losses.items()).div(accumulation).backward()
+    return {k: v.detach() for k, v in losses.items()}
+
+
+def update():
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def fits(rows):
+    """Whether two real steps of this many rows run on every process. DDP is left out: a process that fails must not keep the others waiting."""
+    loader.batch_size = rows
+    accumulation = total_batch_size // (rows * block_size * world_size) if total_batch_size else 1
+    try:
+        for _ in range(2):                      # the first one makes the optimizers' states
+            for micro in range(min(2, accumulation)):
+                backward(alone, 0, micro, accumulation)
+            update()
+        fit = True
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        fit = False
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if compile:
+        torch.compiler.reset()                  # a second shape would be compiled as one of any size
+    return agree(fit) > 0
+
+
+model.train()
+try:
+    os.makedirs(out_dir, exist_ok=True)
+except OSError as e:
+    raise SystemExit(f"error: cannot make the folder out_dir ({out_dir}): {e.strerror}")
+if auto:
+    path, most = os.path.join(out_dir, 'batch_size.json'), max(1, total_batch_size // (block_size * world_size) or loader.n_windows // world_size)
+    sizes = [n for n in range(1, most + 1) if not total_batch_size or most % n == 0]       # divisors, if there is something to divide
+    classes = [(module, module.__class__) for module in model.modules()]
+    if quant_bits:                              # rounding takes memory, too, from whichever step on
+        prepare(model, quant_bits, quant_group, tables_bits)
+    for optimizer in optimizers:                # at rates of zero no step changes a weight
+        for group in optimizer.param_groups:
+            group['lr'] = 0.0
+    with memory_limit(device) as memory:
+        key = json.dumps([torch.cuda.get_device_name(device) if device_type == 'cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads', torch.__version__, world_size, dtype, compile,
+                          vars(gpt_config), total_batch_size, most, teacher, flops, weight, divergence, train_only, quant_bits, quant_group, tables_bits, qat_start, grad_clip > 0, ema > 0])
+        known = json.load(open(path)) if os.path.exists(path) else {}
+        batch_size, was = known.get(key, (0, 0))
+        batch_size = int(agree(batch_size if memory > 0.95 * was else 0))       # found with more memory than there is now, it counts for nothing
+        how = f'as {path} says'
+        if not batch_size:
+            batch_size = ([0] + sizes)[largest_that_fits(lambda n: fits(sizes[n - 1]), len(sizes))]
+            how = f'the most of 1 to {sizes[-1]} that fit {memory / 2**20:,.0f} MiB, nine tenths of what is free'
+            if batch_size and main_process:
+                atomic_write(path, lambda f: f.write(json.dumps(known | {key: (batch_size, memory)}, indent=0).encode()))
+    if not batch_size:
+        raise SystemExit(f"error: batch_size=auto: not even one row of block_size ({block_size}) tokens fits the {memory / 2**20:,.0f} MiB that are left on {device}: use a smaller block_size or model, or several GPUs with fsdp=True")
+    for module, kind in classes:
+        module.__class__ = kind
+    for optimizer in optimizers:
+        optimizer.state.clear()
+    say(f'batch_size: {batch_size} rows, {how}')
+    loader.batch_size = val_loader.batch_size = batch_size
+    total_batch_size = total_batch_size or batch_size * block_size * world_size
+accumulation = total_batch_size // (batch_size * block_size * world_size)
+say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
+if resumed:
+    for optimizer, state in zip(optimizers, resumed['optimizers']):
+        load_optimizer(optimizer, state)        # but the rates are this run's knobs
 if own_samples:                                 # the frozen model writes as many rows as 64 batches have of them; drafts are made after its own words
     n, cut = 64 * round(own_samples * batch_size), max(1, block_size // 16)
     starts = [loader.starts(step)[row] for step in range(64) for row in range(round(own_samples * batch_size))]
@@ -234,9 +345,24 @@ def schedule(step):
 
 
 def save(step):
-    if main_process:
-        save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best, seconds=seconds,
-                        val_loss_before=val_loss_before, dataset=dataset, total_batch_size=total_batch_size, knobs=config)
+    save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step, best=best, seconds=seconds, val_loss_before=val_loss_before,
+                    dataset=dataset, total_batch_size=total_batch_size, knobs=config, ema={name: a for name, (_, a) in averages.items()})
+
+
+@contextlib.contextmanager
+def averaged():
+    """Inside, the weights and their moving averages have changed places."""
+    @torch.no_grad()
+    def swap():
+        for p, a in averages.values():
+            kept = p.clone()
+            p.copy_(a)
+            a.copy_(kept)
+        if fsdp and averages:
+            model.reshard()                     # what is gathered is of before the change
+    swap()
+    yield
+    swap()
 
 
 def measure(step):
@@ -250,10 +376,10 @@ def measure(step):
 def validate(step):
     """The same; the best weights so far go to best.pt."""
     global best
-    result = measure(step)
-    if result['loss'] < best['loss'] or train_only:         # of a frozen trunk the newest head is the best
-        best = {**result, 'step': step}
-        if main_process:
+    with averaged():
+        result = measure(step)
+        if result['loss'] < best['loss'] or train_only:     # of a frozen trunk the newest head is the best
+            best = {**result, 'step': step}
             save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset, knobs=config)
     return result
 
@@ -261,7 +387,8 @@ def validate(step):
 def show_sample(step):
     asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())     # of chats, the first question
     prompt = val_loader.tokens[:asked].tolist()
-    ids = Engine(model).complete([prompt], min(sample_tokens, block_size - asked), temperature=0.8, seed=step)[0]
+    with averaged():
+        ids = Engine(model).complete([prompt], min(sample_tokens, block_size - asked), temperature=0.8, seed=step)[0]
     model.train()
     say(f"----- sample at step {step} -----\n{tokenizer.decode(prompt[1:] + ids)}\n-----")
 
@@ -274,32 +401,19 @@ signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
 
 
-def asked_to_stop():
-    if world_size == 1:
-        return stopping
-    flag = torch.tensor(float(stopping))        # all processes must leave after the same step
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return flag.item() > 0
-
-
 columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
-try:
-    os.makedirs(out_dir, exist_ok=True)
-except OSError as e:
-    raise SystemExit(f"error: cannot make the folder out_dir ({out_dir}): {e.strerror}")
 log_path = os.path.join(out_dir, 'log.csv')
-if main_process:
-    rows = list(csv.DictReader(open(log_path))) if resumed and os.path.exists(log_path) else []
-    log = csv.DictWriter(open(log_path, 'w', buffering=1, newline=''), columns)
-    log.writeheader()
-    log.writerows(row for row in rows if int(row['step']) <= start_step)     # the log goes back to where the checkpoint is
+if main_process:                                # the log goes back to where the checkpoint is
+    lines = open(log_path).read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
+    lines = [','.join(columns)] + [line for line in lines if int(line.split(',')[0]) <= start_step]
+    atomic_write(log_path, lambda f: f.write('\n'.join(lines + ['']).encode()))
+    log = csv.DictWriter(open(log_path, 'a', buffering=1, newline=''), columns, lineterminator='\n')
 if wandb_log and main_process:
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 
 # -----------------------------------------------------------------------------
 # the loop
 
-model.train()
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
 if start_step >= qat_step:
     prepare(model, quant_bits, quant_group, tables_bits)
@@ -317,24 +431,12 @@ while step < max_iters:
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * factor
     for micro in range(accumulation):
-        x, y = loader.batch(step, micro, accumulation)
-        soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
-        if own is not None:
-            n = len(own) // 64
-            rows = own[step % 64 * n:][:n]
-            x[:n], y[:n] = rows[:, :-1], rows[:, 1:]
-        last = micro == accumulation - 1
-        with contextlib.nullcontext() if world_size == 1 or last else forward.no_sync(), autocast:
-            losses = forward(x, y, *soft)
-            sum(weight[k] * v for k, v in losses.items()).div(accumulation).backward()
-        losses_due.append((step, {k: v.detach() for k, v in losses.items()}))
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses_due.append((step, backward(forward, step, micro, accumulation)))
+    update()
     step += 1
-    leaving = step == max_iters or asked_to_stop()
+    for p, a in averages.values():              # the decay begins at 2/11 and grows with the steps, or the first weights would be remembered for too long
+        a.lerp_(p.detach(), 1 - min(ema, (1 + step) / (10 + step)))
+    leaving = step == max_iters or agree(not stopping) == 0         # all processes must leave after the same step
     logs, saves = (bool(every) and step % every == 0 or leaving for every in (log_interval, save_interval))
     evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters     # being asked to stop brings no evaluation forward: SIGTERM is urgent
     if logs or evals or saves:                  # the losses are looked at only now and then, and before anything is kept
@@ -342,9 +444,10 @@ while step < max_iters:
         wrong = [(s, f'the loss became {parts}') for s, parts in read if not all(map(math.isfinite, parts.values()))]
         if (evals or saves) and not all(p.isfinite().all() for p in model.parameters()):      # the last update is in no loss yet
             wrong.append((step - 1, 'weights became infinite or NaN'))
-        if wrong:
+        at = agree(min((s for s, _ in wrong), default=math.inf))            # what one process has seen, all must know
+        if at < math.inf:
             kept = f"{ckpt_path} still holds step {torch.load(ckpt_path, weights_only=True)['step']}" if os.path.exists(ckpt_path) else 'nothing had been saved yet'
-            raise SystemExit(f"error: {wrong[0][1]} at step {wrong[0][0]}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
+            raise SystemExit(f"error: {wrong[0][1] if wrong else 'the loss of another process became infinite or NaN'} at step {at:.0f}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
         means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
         losses_due = []
     if device_type != 'cpu':
@@ -377,7 +480,7 @@ if step >= max_iters and result is None:        # a run resumed at its end has n
     result = validate(step)
 result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size, 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
-                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'params': n_params['total'], 'flops': None if train_only else flops * step * total_batch_size,
+                'tok_s': round(total_batch_size / sorted(step_times)[len(step_times) // 2]) if step_times else 0, 'batch_size': batch_size, 'params': n_params['total'], 'flops': None if train_only else flops * step * total_batch_size,
                 'val_loss': result['loss'], 'val_bpb': result['bpb'], 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step'), 'val_loss_before': val_loss_before}))
 if world_size > 1:
     dist.barrier()                              # a process that exits while gloo still lets go of the last tensors is aborted

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import GPT, GPTConfig, Muon, evaluate, load_checkpoint, load_model, make_optimizers, save_checkpoint
+from model import GPT, GPTConfig, Muon, evaluate, free_memory, largest_that_fits, load_checkpoint, load_model, make_optimizers, out_of_memory, save_checkpoint
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
@@ -157,8 +157,9 @@ def test_every_parameter_in_exactly_one_group():
     assert all(p.requires_grad for p in listed) and len(listed) == 1 + 4 + 2
 
 
-@pytest.mark.parametrize('shape', [(32, 32), (64, 32), (32, 64)])
-def test_muon_equals_torch(shape, monkeypatch):
+@pytest.mark.parametrize('shape, stack', [((32, 32), M.MUON_STACK), ((64, 32), M.MUON_STACK), ((32, 64), 1)])      # 1: one matrix at a time
+def test_muon_equals_torch(shape, stack, monkeypatch):
+    monkeypatch.setattr(M, 'MUON_STACK', stack)
     monkeypatch.setattr(M, 'fast_bf16', lambda device: True)                        # torch's own multiplies in bfloat16, always
     torch.manual_seed(1)
     start = torch.randn(2, *shape)
@@ -172,6 +173,39 @@ def test_muon_equals_torch(shape, monkeypatch):
             o.step()
     for a, b, s in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - s).norm()                               # bfloat16 sums in another order
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+def test_largest_that_fits():
+    for limit in [*range(201), *(2**k + d for k in range(8, 20) for d in (-1, 0, 1))]:
+        for most in (1, 2, 3, 7, 64, 100, 200, 10**6):
+            asked = []
+            assert largest_that_fits(lambda n: asked.append(n) or n <= limit, most) == min(limit, most)
+            assert all(1 <= n <= most for n in asked) and len(asked) == len(set(asked)) <= 2 * math.log2(most) + 2
+
+
+def test_only_out_of_memory_is_out_of_memory():
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert all(map(out_of_memory, (real.value, MemoryError(), torch.OutOfMemoryError('CUDA out of memory'))))
+    assert not any(map(out_of_memory, (RuntimeError('shape mismatch'), RuntimeError('CUDA error: an illegal memory access'), OSError('No space left'), SystemExit('error: memory'))))
+
+
+def test_free_memory_is_the_least_that_anything_allows(tmp_path):
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return free_memory(tmp_path)
+    assert write({'proc/meminfo': 'MemTotal:     9000 kB\nMemAvailable:    8000 kB\n', 'proc/self/cgroup': '0::/a/b\n'}) == 8000 * 1024
+    group = lambda path, most, now, cached: {f'{path}/memory.max': most, f'{path}/memory.current': now, f'{path}/memory.stat': f'anon 7\ninactive_file {cached}\n'}
+    assert write(group('sys/fs/cgroup/a/b', 'max\n', '900\n', 0)) == 8000 * 1024
+    assert write(group('sys/fs/cgroup/a', '5000000\n', '2000000\n', 500_000)) == 3_500_000
+    assert write(group('sys/fs/cgroup/a/b', '1000\n', '4000\n', 0)) == 0
+    old = 'sys/fs/cgroup/memory/c/memory.'                                              # version 1
+    assert write({'proc/self/cgroup': '9:cpu:/a/b\n4:memory:/c\n', f'{old}limit_in_bytes': '3000', f'{old}usage_in_bytes': '1000', f'{old}stat': 'inactive_file 5'}) == 2005
 
 
 # -----------------------------------------------------------------------------
