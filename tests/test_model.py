@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import GPT, GPTConfig, Muon, evaluate, free_memory, largest_that_fits, load_checkpoint, load_model, make_optimizers, out_of_memory, save_checkpoint
+from model import GPT, GPTConfig, Muon, evaluate, free_memory, largest_that_fits, load_checkpoint, load_model, make_optimizers, memory_limit, out_of_memory, save_checkpoint
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
@@ -191,6 +191,16 @@ def test_only_out_of_memory_is_out_of_memory():
         torch.empty(2**60, dtype=torch.uint8)
     assert all(map(out_of_memory, (real.value, MemoryError(), torch.OutOfMemoryError('CUDA out of memory'))))
     assert not any(map(out_of_memory, (RuntimeError('shape mismatch'), RuntimeError('CUDA error: an illegal memory access'), OSError('No space left'), SystemExit('error: memory'))))
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='for Linux')
+def test_memory_limit():
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with memory_limit('cpu', 0.5) as free:
+        torch.empty(free // 2, dtype=torch.uint8)
+        with pytest.raises(RuntimeError) as e:
+            torch.empty(free + 2**24, dtype=torch.uint8)
+    assert out_of_memory(e.value) and resource.getrlimit(resource.RLIMIT_AS) == before and torch.empty(free + 2**24, dtype=torch.uint8).numel() > free > 0
 
 
 def test_free_memory_is_the_least_that_anything_allows(tmp_path):

@@ -126,6 +126,16 @@ def interrupt(monkeypatch):
     return at
 
 
+def poisoned(at):
+    """A GPT.forward whose losses are NaN in call number at."""
+    forward, calls = GPT.forward, []
+
+    def nan_once(self, *batch):
+        calls.append(batch)
+        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch).items()}
+    return nan_once
+
+
 def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
     """A GPT.forward for a machine on which n rows fit."""
     forward = GPT.forward
@@ -137,12 +147,13 @@ def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
     return limited
 
 
-def one_of_two(rank, port, rows, stop_in, args, answers):
+def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
     """A process of two."""
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     import model                                                                       # Muon's bfloat16 would hide mistakes
     model.fast_bf16 = lambda device: False
     GPT.forward = room(rows)
+    GPT.forward = poisoned(nan_at if rank == 1 else None)
     batch = data.loader.Loader.batch
 
     def batch_and_signal(self, step, *rest):
@@ -154,10 +165,10 @@ def one_of_two(rank, port, rows, stop_in, args, answers):
     answers.put((rank, got.status, got.out, got.err))
 
 
-def two(*args, rows=(99, 99), stop_in=None):
+def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
     """
     train.py in two processes on gloo, forked where torch has been imported already; rows fit on each; the second one gets SIGTERM in step
-    stop_in. -> what each of them said.
+    stop_in, and NaN from its forward number nan_at. -> what each of them said.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'distill', 'engine', 'test_train'])
@@ -165,10 +176,10 @@ def two(*args, rows=(99, 99), stop_in=None):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     answers = context.Queue()
-    children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, [*TINY, *map(str, args)], answers), daemon=True) for rank in (0, 1)]
+    children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, nan_at, [*TINY, *map(str, args)], answers), daemon=True) for rank in (0, 1)]
     for child in children:
         child.start()
-    said = sorted(answers.get(timeout=120) for _ in children)                          # processes that disagree wait for each other
+    said = sorted(answers.get(timeout=30) for _ in children)                          # processes that disagree wait for each other
     for child in children:
         child.join()
     return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
@@ -489,14 +500,13 @@ def test_nan_keeps_the_last_good_checkpoint(toy, tmp_path):
 
 
 def test_nan_in_a_batch(toy, tmp_path, monkeypatch):
-    forward, calls = GPT.forward, []
-
-    def poisoned(self, *batch):
-        calls.append(batch)
-        return {k: v * (math.nan if len(calls) == 6 else 1.0) for k, v in forward(self, *batch).items()}
-    monkeypatch.setattr(GPT, 'forward', poisoned)
+    monkeypatch.setattr(GPT, 'forward', poisoned(6))
     refused(run('train.py', *TINY, toy, '--save_interval=2', '--eval_interval=0', '--log_interval=8', f'--out_dir={tmp_path}'), 'loss .*nan.* at step 5; .*ckpt.pt still holds step 4: ')
     assert load_checkpoint(f'{tmp_path}/ckpt.pt')['step'] == 4
+    monkeypatch.undo()
+    a, b = two(toy, '--save_interval=2', '--eval_interval=0', f'--out_dir={tmp_path}/two', nan_at=3)       # only one of them sees it
+    refused(a, 'loss of another process .* at step 2; .*ckpt.pt still holds step 2: ')
+    refused(b, 'loss .*nan.* at step 2; .*ckpt.pt still holds step 2: ')
 
 
 @pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='only root may mount a small disk')
