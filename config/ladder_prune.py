@@ -6,7 +6,7 @@
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
 seeds = '1337,1338,1339'        # of the recovery that is set against a training from scratch
-timed = 'teacher,depth: 3 layers of 6,width: as many parameters,MQA aligned'
+timed = 'teacher,depth: 3 layers of 6,width: as many parameters,MQA aligned,drafting: whole,drafting: halved neurons,drafting: halved neurons +5'
 _shape = {25: '--neuron_prune_ratio=0.5', 50: '--neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334', 65: '--neuron_prune_ratio=0.6 --channel_prune_ratio=0.5'}
 _prune = 'python prune.py --out_dir=out-stdlib-bpe'
 _learn = 'python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --eval_interval=0 --save_interval=0 --muon_lr=0.004 --adam_lr=0.001'
@@ -18,23 +18,29 @@ def _rung(name, command):
     _lines.append(f"{name} | {command}out-prune-{name.replace(' % ', '-').replace(' ', '-').replace(':', '').replace('+', '')}")
 
 
-for _percent in _shape:
+for _percent in (50, 25, 65):
     for _score in ('random', 'l1', 'activation', 'taylor', 'refit'):
         _how = '--importance=taylor' if _score == 'refit' else f'--importance={_score} --refit=False --rotate=False'
         _rung(f'{_percent} % {_score}', f'{_prune} {_shape[_percent]} {_how} --save_dir=')
-_rung('50 % measured', f'{_prune} --keep_params=0.5 --save_dir=')
-for _steps, _share in ((14, 1), (70, 5)):
-    for _score in ('random', 'l1', 'activation', 'taylor', 'refit', 'measured'):
-        _each = ' --seed={seed}' if (_score, _share) == ('refit', 5) else ''
-        _rung(f'50 % {_score} +{_share}', f'{_learn} --init_from=out-prune-50-{_score}/best.pt --max_iters={_steps}{_each} --out_dir=')
-        _lines[-1] += _each and '-{seed}'
-_scratch = 'python train.py config/train_stdlib_bpe.py --n_embd=256 --head_dim=64 --n_hidden=768 --max_iters=350 --eval_interval=0 --save_interval=0'
-_rung('50 % control: from scratch +25', f'{_scratch} --out_dir=')
-_rung('50 % control: labels from scratch +25', f'{_scratch} --teacher=labels-stdlib-bpe --alpha=0.9 --out_dir=')
-for _merge in ('aligned', 'plain', 'first'):
-    _rung(f'MQA {_merge}', f'{_prune} --kv_heads=1 --kv_merge={_merge} --save_dir=')
-    _rung(f'MQA {_merge} +5', f'{_learn} --init_from=out-prune-MQA-{_merge}/best.pt --max_iters=70 --out_dir=')
-for _name, _how in (('depth: 3 layers of 6', '--layers=3'), ('width: as many parameters', '--neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25')):
-    _rung(_name, f'{_prune} {_how} --save_dir=')
-    _rung(f'{_name} +5', f"{_learn} --init_from={_lines[-1].split('--save_dir=')[1]}/best.pt --max_iters=70 --out_dir=")
+        if _percent != 50:
+            continue
+        for _share, _steps in ((5, 70), (1, 14)):
+            _each = ' --seed={seed}' if (_score, _share) == ('refit', 5) else ''
+            _rung(f'50 % {_score} +{_share}', f'{_learn} --init_from=out-prune-50-{_score}/best.pt --max_iters={_steps}{_each} --out_dir=')
+            _lines[-1] += _each and '-{seed}'
+    if _percent == 50:
+        _scratch = 'python train.py config/train_stdlib_bpe.py --n_embd=256 --head_dim=64 --n_hidden=768 --max_iters=350 --eval_interval=0 --save_interval=0'
+        _rung('50 % control: from scratch +25', f'{_scratch} --out_dir=')
+        _rung('50 % control: labels from scratch +25', f'{_scratch} --teacher=labels-stdlib-bpe --alpha=0.9 --out_dir=')
+        for _merge in ('aligned', 'plain', 'first'):
+            _rung(f'MQA {_merge}', f'{_prune} --kv_heads=1 --kv_merge={_merge} --save_dir=')
+            _rung(f'MQA {_merge} +5', f'{_learn} --init_from=out-prune-MQA-{_merge}/best.pt --max_iters=70 --out_dir=')
+        for _name, _how in (('depth: 3 layers of 6', '--layers=3'), ('width: as many parameters', '--neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25'), ('50 % measured', '--keep_params=0.5')):
+            _rung(_name, f'{_prune} {_how} --save_dir=')
+            _rung(f'{_name} +5', f"{_learn} --init_from={_lines[-1].split('--save_dir=')[1]}/best.pt --max_iters=70 --out_dir=")
+# a model that drafts, its neurons halved: the head is cut along; before and after a short training of both
+_draft = 'out-prune-drafting'
+_lines += [f'drafting: whole | python quantize.py --out_dir=out-draft-stdlib-bpe',
+           f'drafting: halved neurons | python prune.py --out_dir=out-draft-stdlib-bpe --neuron_prune_ratio=0.5 --save_dir={_draft} && python quantize.py --out_dir={_draft}',
+           f'drafting: halved neurons +5 | {_learn} --init_from={_draft}/best.pt --max_iters=70 --out_dir={_draft}-5 && python quantize.py --out_dir={_draft}-5']
 rungs = '\n'.join(_lines)
