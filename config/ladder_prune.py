@@ -18,26 +18,38 @@ def _rung(name, command):
     _lines.append(f"{name} | {command}out-prune-{name.replace(' % ', '-').replace(' ', '-').replace(':', '').replace('+', '')}")
 
 
-for _percent in (50, 25, 65):
-    for _score in ('random', 'l1', 'activation', 'taylor', 'refit'):
-        _how = '--importance=taylor' if _score == 'refit' else f'--importance={_score} --refit=False --rotate=False'
-        _rung(f'{_percent} % {_score}', f'{_prune} {_shape[_percent]} {_how} --save_dir=')
-        if _percent != 50:
-            continue
-        for _share, _steps in ((5, 70), (1, 14)):
-            _each = ' --seed={seed}' if (_score, _share) == ('refit', 5) else ''
-            _rung(f'50 % {_score} +{_share}', f'{_learn} --init_from=out-prune-50-{_score}/best.pt --max_iters={_steps}{_each} --out_dir=')
-            _lines[-1] += _each and '-{seed}'
-    if _percent == 50:
-        _scratch = 'python train.py config/train_stdlib_bpe.py --n_embd=256 --head_dim=64 --n_hidden=768 --max_iters=350 --eval_interval=0 --save_interval=0'
-        _rung('50 % control: from scratch +25', f'{_scratch} --out_dir=')
-        _rung('50 % control: labels from scratch +25', f'{_scratch} --teacher=labels-stdlib-bpe --alpha=0.9 --out_dir=')
-        for _merge in ('aligned', 'plain', 'first'):
-            _rung(f'MQA {_merge}', f'{_prune} --kv_heads=1 --kv_merge={_merge} --save_dir=')
-            _rung(f'MQA {_merge} +5', f'{_learn} --init_from=out-prune-MQA-{_merge}/best.pt --max_iters=70 --out_dir=')
-        for _name, _how in (('depth: 3 layers of 6', '--layers=3'), ('width: as many parameters', '--neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25'), ('50 % measured', '--keep_params=0.5')):
-            _rung(_name, f'{_prune} {_how} --save_dir=')
-            _rung(f'{_name} +5', f"{_learn} --init_from={_lines[-1].split('--save_dir=')[1]}/best.pt --max_iters=70 --out_dir=")
+def _cut(percent):
+    for score in ('random', 'l1', 'activation', 'taylor', 'refit'):
+        how = '--importance=taylor' if score == 'refit' else f'--importance={score} --refit=False --rotate=False'
+        _rung(f'{percent} % {score}', f'{_prune} {_shape[percent]} {how} --save_dir=')
+
+
+def _recover(name, steps, share):
+    folder = next(line for line in _lines if line.startswith(f'{name} |')).split('--save_dir=')[1]
+    each = '{seed}' if (name, share) == ('50 % refit', 5) else ''
+    _rung(f'{name} +{share}', f"{_learn} --init_from={folder}/best.pt --max_iters={steps}{each and ' --seed=' + each} --out_dir=")
+    _lines[-1] += each and f'-{each}'
+
+
+_cut(50)
+for _score in ('refit', 'l1', 'taylor'):
+    _recover(f'50 % {_score}', 70, 5)
+for _merge in ('aligned', 'plain', 'first'):
+    _rung(f'MQA {_merge}', f'{_prune} --kv_heads=1 --kv_merge={_merge} --save_dir=')
+_recover('MQA aligned', 70, 5)
+for _name, _how in (('depth: 3 layers of 6', '--layers=3'), ('width: as many parameters', '--neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25')):
+    _rung(_name, f'{_prune} {_how} --save_dir=')
+_cut(25)
+_cut(65)
+_recover('50 % refit', 14, 1)
+_recover('50 % l1', 14, 1)
+for _name in ('depth: 3 layers of 6', 'width: as many parameters', 'MQA first', 'MQA plain', '50 % random', '50 % activation'):
+    _recover(_name, 70, 5)
+_scratch = 'python train.py config/train_stdlib_bpe.py --n_embd=256 --head_dim=64 --n_hidden=768 --max_iters=350 --eval_interval=0 --save_interval=0'
+_rung('50 % control: from scratch +25', f'{_scratch} --out_dir=')
+_rung('50 % control: labels from scratch +25', f'{_scratch} --teacher=labels-stdlib-bpe --alpha=0.9 --out_dir=')
+_rung('50 % measured', f'{_prune} --keep_params=0.5 --save_dir=')
+_recover('50 % measured', 70, 5)
 # a model that drafts, its neurons halved: the head is cut along; before and after a short training of both
 _draft = 'out-prune-drafting'
 _lines += [f'drafting: whole | python quantize.py --out_dir=out-draft-stdlib-bpe',

@@ -19,7 +19,7 @@ student int4 rtn      | python quantize.py --out_dir=out-distill-stdlib-bpe-1337
 student int4 gptq     | python quantize.py --out_dir=out-distill-stdlib-bpe-1337 --bits=4 --method=gptq
 student int4 qat      | python train.py config/distill_stdlib_bpe.py {_again} --quant_bits=4 --teacher=labels-stdlib-bpe --out_dir=out-qat4-stdlib-bpe && python quantize.py --out_dir=out-qat4-stdlib-bpe --bits=4
 teacher int8          | python quantize.py --out_dir=out-stdlib-bpe
-half a teacher        | python prune.py --out_dir=out-stdlib-bpe --keep_params=0.5 --save_dir=out-half-stdlib-bpe
-half, distilled 5 %   | python train.py config/distill_stdlib_bpe.py --init_from=out-half-stdlib-bpe/best.pt --muon_lr=0.004 --adam_lr=0.001 --max_iters=70 --eval_interval=0 --teacher=labels-stdlib-bpe --out_dir=out-half-distilled-stdlib-bpe
-student int8 drafting | python train.py config/draft_stdlib_bpe.py --init_from=out-distill-stdlib-bpe-1337/best.pt --out_dir=out-draft-stdlib-bpe && python quantize.py --out_dir=out-draft-stdlib-bpe
+half a teacher        | python prune.py --out_dir=out-stdlib-bpe --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=taylor --save_dir=out-prune-50-refit
+half, distilled 5 %   | python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --eval_interval=0 --save_interval=0 --muon_lr=0.004 --adam_lr=0.001 --init_from=out-prune-50-refit/best.pt --max_iters=70 --seed=1337 --out_dir=out-prune-50-refit-5-1337
+student int8 drafting | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-distill-stdlib-bpe-1337/best.pt --out_dir=out-draft-stdlib-bpe && python quantize.py --out_dir=out-draft-stdlib-bpe
 '''
