@@ -769,7 +769,7 @@ def build_rung(name, seed, command, folders):
         for folder, below in folders.items():
             found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
             if found and folder != said.get('out_dir') and (found[1] != 'teacher' or below['file'].endswith('labels.bin')):
-                row |= {k: row[k] + below[k] for k in BUILT if k.startswith('train')}
+                row |= {k: row[k] + below[k] for k in (('train_flops',) if found[1] == 'teacher' else ('train_tokens', 'train_seconds', 'train_flops'))}
         row |= {'train_tokens': row['train_tokens'] + (said['tokens'] if 'iters' in said else 0), 'train_seconds': row['train_seconds'] + (said.get('seconds') or 0.0),
                 'train_flops': row['train_flops'] + (said.get('flops') or 0)}
         row['file'] = said.get('file') or (os.path.join(said['out_dir'], 'best.pt') if 'out_dir' in said else row['file'])
@@ -879,7 +879,7 @@ def measure_ladder():
         mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
         if not (row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']) or any(map(mentions, fresh)):
             row = build_rung(name, rung_seed, command, folders())
-            fresh += [os.path.dirname(row['file'])] if row['file'] else []
+            fresh += [] if (row['file'] or '.safetensors').endswith('.safetensors') else [os.path.dirname(row['file'])]       # nothing is made from integers
         rows.append(row)
         if name and 'val_loss' not in row:
             row |= measure_rung(row['file'])

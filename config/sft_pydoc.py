@@ -14,6 +14,6 @@ muon_lr = 0.004             # a fifth of what the model was trained with
 adam_lr = 0.001
 warmup_iters = 10
 
-eval_interval = 100         # and before the first step
+eval_interval = 200         # and before the first step
 save_interval = 100
 sample_interval = 100
