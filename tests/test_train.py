@@ -179,7 +179,7 @@ def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
     children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, nan_at, [*TINY, *map(str, args)], answers), daemon=True) for rank in (0, 1)]
     for child in children:
         child.start()
-    said = sorted(answers.get(timeout=30) for _ in children)                          # processes that disagree wait for each other
+    said = sorted(answers.get(timeout=300) for _ in children)                          # processes that disagree wait for each other
     for child in children:
         child.join()
     return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
@@ -257,7 +257,7 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     args = [toy, '--max_iters=100', '--total_batch_size=128', '--eval_interval=1']
     line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args, f'--out_dir={tmp_path}/rank$RANK'])
     p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
-    timer = threading.Timer(60, p.terminate)                                           # processes that disagree wait for each other
+    timer = threading.Timer(300, p.terminate)                                           # processes that disagree wait for each other
     timer.start()
     out = []
     for text in p.stdout:
@@ -316,7 +316,7 @@ def test_a_process_that_dies_ends_the_job(toy, tmp_path, interrupt):
     args = [toy, '--max_iters=1000', '--total_batch_size=128', '--eval_interval=0']
     line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args, '--fsdp=True', '--save_interval=1', f'--out_dir={tmp_path}/run'])
     p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
-    timer = threading.Timer(60, p.terminate)
+    timer = threading.Timer(300, p.terminate)
     timer.start()
     for text in p.stdout:
         if text.startswith('step 3/'):
