@@ -35,7 +35,8 @@ nanoGPT both train.py run in processes of their own; ratio is ours over theirs, 
 dtype says: give --dtype=float32 for like and like.
 
 memory: the estimate is GPT.training_bytes. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
-(Linux; torch.cuda's own count on a GPU). cache: of as many sequences that decode, float32.
+(Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is freed: left to itself it keeps
+gaps between tensors, which can double a small model's process. cache: of as many sequences that decode, float32.
 Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
 import contextlib
@@ -621,6 +622,7 @@ def measure_memory():
     if plan:
         return plan_training(c, groups, spoken, flops_of(model, teachers), lambda batch: estimate(batch, compile, dtype != 'float32'))
     rows = []
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'                  # glibc would keep what is freed below 32 MB, and gaps between: measured are tensors alone
     for batch in numbered('batches') or [batch_size]:
         for compiled in (False, True) if compile else (False,):
             parts = estimate(batch, compiled, dtype == 'bfloat16')

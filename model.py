@@ -279,6 +279,8 @@ class GPT(nn.Module):
 
         weights, gradients and optimizer are the tensors' own bytes, and activations what an eager forward keeps for backward (tests count both); logits and
         update are the largest temporaries of the losses and of Muon. Not all of them exist at once: the peak is that of four moments, see below.
+        compiled: as counted with inductor of torch 2.13 on a CPU. It casts once and keeps few temporaries, but its backward holds the logits of all chunks
+        at once, some more of them or fewer: there the estimate is rough, and that several heads' losses come one after another is assumed.
         """
         c, n = self.config, self.params()
         N, D, H, V = batch_size * c.block_size, c.n_embd, c.n_hidden, c.vocab_size
@@ -294,7 +296,7 @@ class GPT(nn.Module):
         # activations. What products read is cast (or rounded) for each of them; in plain float32 c_q, c_k and c_v share their input
         cast = bf16 or rounded
         copies = cast * s * (n['trunk'] + n['multi_token'] + n['draft'] + D * V * (1 + rounded * (c.multi_token_n + c.draft_n)))
-        layer = (2 * (4 * D + 4) + (4 if cast else 2) * s * D                       # the residual stream before two norms, and what comes out of them
+        layer = (2 * (4 * D + 4) + (4 if cast and not compiled else 2) * s * D                       # the residual stream before two norms, and what comes out of them
                  + s * (Q + 2 * K) + 4 * (Q + K + c.n_head + c.n_kv_head) + s * (Q + K)     # q, k, v; q and k turned, in float32; normed
                  + s * Q * (1 + rounded) + 4 * c.n_head + 2 * s * H + 2 * bool(c.dropout) * s * D)      # attention's result and log of sums; relu and its square; masks
         rows = min(N, max(1, LOSS_CHUNK_BYTES // (4 * V)))                          # of logits that exist at once, see chunked()
@@ -302,13 +304,16 @@ class GPT(nn.Module):
         embed = 8 + 4 * D + 4
         heads = (c.multi_token_n * (cast * s * D + 2 * s * round(c.multi_token_hidden_mult * D) + 4 * D + 4 + state)
                  + c.draft_n * (embed + 2 * s * D + 2 * s * round(c.draft_hidden_mult * D) + 4 * D + 4 + state))
-        size['activations'] = copies + N * (embed + 4 * bool(c.dropout) * D + c.n_layer * layer + 4 * D + 4 + state + heads)
+        fused = compiled * (4 * D + (bf16 and not rounded) * 4 * (Q + K))           # made again: the first norm's input, and the first layer's turned q and k
+        size['activations'] = copies + N * (embed + 4 * bool(c.dropout) * D + c.n_layer * layer + 4 * D + 4 + state + heads - fused)
 
         # logits, in float32: what stays of each loss unless it is computed again (tanh, log_softmax, ...), and the largest temporaries beside
         kept, more = (4, 4 + 2 * (len(teachers) - 1)) if teachers else (3, 2) if labels else (2, 2)
         if rows == N:
             kept += 2 * c.multi_token_n + 3 * c.draft_n
         size['logits'] = 4 * rows * V * (kept + more) + (rows < N) * (s * V * D + 4 * N * D) + N * bool(labels) * (12 * labels + 4)
+        if compiled:                                                                # the product, and gradients and temporaries in float32
+            size['logits'] = N * V * (s + (10 if teachers else 6 + 3 * (rows < N) if labels else 4 + 3 * (rows < N)) + (rows == N) * s * (c.multi_token_n + c.draft_n))
 
         # Newton-Schulz takes matrices of one shape together: they, a copy, and two products and a half in its own dtype
         stacks = {}
@@ -323,7 +328,7 @@ class GPT(nn.Module):
         before = size['gradients'] if accumulation > 1 else 0                       # those of the micro-batches before
         size['peak'] = size['weights'] + size['optimizer'] + size['teacher'] + max(
             before + size['activations'] + size['logits'],                          # the losses
-            before + size['activations'] + max(block, running, rounding),           # the last block
+            before + size['activations'] + max((not compiled) * block, running, (not compiled) * rounding),     # the last block
             size['gradients'] + copies + 8 * N * D,                                 # the end of backward
             matrices + size['update'])                                              # Muon's update: AdamW's gradients are gone by then
         return size
