@@ -185,15 +185,15 @@ class IntEmbedding(nn.Module):
         return v.float() * self.scale[idx].unsqueeze(-1)
 
 
-@torch.library.custom_op('picochat::packed_int8', mutates_args=())
-def packed_int8(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,) -> (M, N) float32. x travels as x + 128 in uint8."""
-    return torch.ops.onednn.qlinear_pointwise((x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None, 1.0, 0, torch.float32, 'none', [], '')
+if not hasattr(torch.ops.picochat, 'packed_int8'):          # a second registration, where this file is both run and imported, would leave the first one's callers with a dead operator
+    @torch.library.custom_op('picochat::packed_int8', mutates_args=())
+    def packed_int8(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,) -> (M, N) float32. x travels as x + 128 in uint8."""
+        return torch.ops.onednn.qlinear_pointwise((x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None, 1.0, 0, torch.float32, 'none', [], '')
 
-
-@packed_int8.register_fake
-def _(x, packed, scale):
-    return x.new_empty(x.size(0), scale.size(0))
+    @packed_int8.register_fake
+    def _(x, packed, scale):
+        return x.new_empty(x.size(0), scale.size(0))
 
 
 class PackedInt8Linear(nn.Module):
@@ -209,7 +209,7 @@ class PackedInt8Linear(nn.Module):
 
     def forward(self, x):
         xq, xs = round_rows(x.float())
-        return packed_int8(xq.flatten(0, -2), self.packed, self.scale).view(*x.shape[:-1], -1) * xs
+        return torch.ops.picochat.packed_int8(xq.flatten(0, -2), self.packed, self.scale).view(*x.shape[:-1], -1) * xs
 
     @staticmethod
     def pays(linear):
