@@ -1,6 +1,6 @@
 # Ways to learn from a teacher, side by side: the student of distill_stdlib_bpe.py, 400 steps (1.6M tokens) each, the same seed, batches and rates.
 #     python bench.py --mode=ladder config/ladder_distill.py
-# Labels are the teacher's, written once; beside: the teacher runs along, which costs more than the student. 2 CPU cores: 50 minutes without the teacher.
+# Labels are the teacher's, written once; beside: the teacher runs along, which costs more than the student. 2 CPU cores: an hour without the teacher (estimated, not run yet).
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'
 timed = 'none'

@@ -1,4 +1,4 @@
-# Every kind of rung in ten minutes of 2 CPU cores: shapes and trainings so small that the losses mean little, to see the whole before the real thing.
+# Every kind of rung, meant for ten minutes of 2 CPU cores (not timed yet): shapes and trainings so small that the losses mean little, to see the whole before the real thing.
 #     python bench.py --mode=ladder config/ladder_quick.py
 mode = 'ladder'
 ladder = 'out-ladder-quick/ladder.json'

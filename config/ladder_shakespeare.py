@@ -1,6 +1,6 @@
 # The character path: what training through the rounding is worth, at 8 and at 4 bits, beside rounding afterwards; and a draft head.
 #     python data/shakespeare_char/prepare.py && python bench.py --mode=ladder config/ladder_shakespeare.py
-# 2 CPU cores: about 50 minutes, in three trainings of 3,200 steps.
+# 2 CPU cores: about 50 minutes (estimated, not run yet), in three trainings of 3,200 steps.
 mode = 'ladder'
 ladder = 'out-ladder-shakespeare/ladder.json'
 compiled = 'control: float,int8'

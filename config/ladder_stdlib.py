@@ -1,6 +1,6 @@
 # The whole way on the standard library in BPE: a teacher, a student with an eighth of its weights beside its controls, integers, half a teacher, drafts.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
-# 2 CPU cores: about 100 minutes, nearly all of it training; a run that is stopped goes on at the rung it was at. Each line is the command that builds it.
+# 2 CPU cores: some two hours (estimated: it was built in parts), nearly all of it training; a run that is stopped goes on at the rung it was at. Each line is the command that builds it.
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
 seeds = '1337,1338,1339'        # of the student and of the control that differs from it in the labels alone

@@ -2,7 +2,7 @@
 #     python data/pydoc_chat/prepare.py                         # after config/train_stdlib_bpe.py has made out-stdlib-bpe
 #     python train.py config/sft_pydoc.py
 #     python quantize.py --out_dir=out-sft-pydoc && python sample.py --out_dir=out-sft-pydoc --chat=True
-# The shape is the checkpoint's. 2 CPU cores: some 4 minutes; 491,520 tokens are 1.3 passes over the rows.
+# The shape is the checkpoint's. 6 minutes on one thread; 491,520 tokens are 1.3 passes over the rows.
 init_from = 'out-stdlib-bpe/best.pt'
 out_dir = 'out-sft-pydoc'
 dataset = 'pydoc_chat'
