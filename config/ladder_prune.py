@@ -2,7 +2,7 @@
 #     python train.py config/train_stdlib_bpe.py && python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
 #     python bench.py --mode=ladder config/ladder_prune.py
 # plain: what is left keeps its weights. refit: it is fitted by least squares, and channels are cut along principal axes. +1 and +5: after so
-# many per cent of the teacher's training tokens, learnt from its labels at a fifth of its rates. 2 CPU cores: an hour.
+# many per cent of the teacher's training tokens, learnt from its labels at a fifth of its rates. 2 CPU cores: some two hours (estimated; README has what was run).
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
 seeds = '1337,1338,1339'        # of the recovery that is set against a training from scratch
