@@ -77,7 +77,7 @@ SHAPES = {
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
 FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
-# FLOP/s in bfloat16, summed in float32, without sparsity, and bytes: NVIDIA's data sheets (A100, H100 SXM, H200 SXM) and the GA102 and AD102 whitepapers
+# Written from memory of, and not checked against: FLOP/s in bfloat16, summed in float32, without sparsity, and bytes, in NVIDIA's data sheets (A100, H100 SXM, H200 SXM) and the GA102 and AD102 whitepapers
 GPUS = {'a100-40': (312e12, 40e9), 'a100-80': (312e12, 80e9), 'h100': (989e12, 80e9), 'h200': (989e12, 141e9), 'rtx3090': (71e12, 24e9), 'rtx4090': (165.2e12, 24e9)}
 ASSUMED_UTILISATION, USABLE = 0.4, 0.9                  # of a GPU's FLOP/s, where none was measured; of its memory: CUDA and gaps between tensors take some
 SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6     # of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 shards are 1.1B tokens of 65,536 kinds and 2 GB
