@@ -69,7 +69,7 @@ from data.loader import Loader, load_meta, write_dataset
 from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
+from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
@@ -532,7 +532,7 @@ def measure_train():
     with tempfile.TemporaryDirectory() as folder:
         write_random(f'{folder}/data/random', c.vocab_size)
         model, trained, step = set_up(c, batch_size, f'{folder}/data/random')
-        forwards = {way: torch.compile(trained, **how) if way != 'eager' else trained for way, how in ways.items()}
+        forwards = {way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained for way, how in ways.items()}
         lengths, runs, gemm = random.Random(seed), {way: [] for way in ways}, 0.0
         for r in range(rounds + 1):             # round 0 warms up, and compiles
             for way, forward in forwards.items():
@@ -593,7 +593,7 @@ def peak_of_training(c):
                     f.write('5')                                    # and the peak begins here (man 5 proc)
             before = torch.cuda.memory_allocated() if cuda else resident('VmRSS')
             model, trained, step = set_up(c, batch_size, folder)
-            forward = torch.compile(trained) if compile else trained
+            forward = compile_step(trained, batch_size * c.block_size, c.vocab_size) if compile else trained
             for _ in range(3):
                 step(forward, c.block_size, min(accumulation, 2))
             peak = torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')

@@ -89,6 +89,26 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def causal_attention(q, k, v):
+    """
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). PyTorch's kernel, but for compiled rows of bfloat16 on a
+    CPU: there its backward takes two to four times as long as these few products. q and k are normed, so scores lie within sqrt(head_dim)
+    and the softmax needs no maximum.
+    """
+    B, H, T, D = q.shape
+    if not (torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and T <= 512):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < H)
+    q, k, KV, out = q.to(v.dtype), k.to(v.dtype), k.size(1), []
+    for start in range(0, T, 128):              # so many queries see no key after the last of them
+        end = min(start + 128, T)
+        scores = q[:, :, start:end].reshape(B, KV, -1, D) @ k[:, :, :end].mT                             # (B, KV, H / KV * queries, keys)
+        scores = scores.view(B, KV, H // KV, end - start, end).float() * D ** -0.5
+        weights = torch.where(torch.arange(start, end)[:, None] >= torch.arange(end), scores.exp(), 0.0)
+        y = (weights.to(v.dtype).view(B, KV, -1, end) @ v[:, :, :end]).view(B, H, end - start, D)
+        out.append((y / weights.sum(dim=-1).view(B, H, -1, 1)).to(v.dtype))
+    return torch.cat(out, dim=2)
+
+
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
@@ -106,9 +126,7 @@ class Attention(nn.Module):
         qk, v = qkv.view(B, T, n_q + 2 * n_kv, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
         q, k = norm(rotate(qk, cos, sin)).split((n_q, n_kv), dim=2)              # (B, T, heads, head_dim)
         if cache is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # (B, heads, T, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=n_kv < n_q)
-            y = y.transpose(1, 2)                                                # (B, T, n_head, head_dim)
+            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)       # (B, T, n_head, head_dim)
         else:
             y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim)
         return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))
@@ -349,6 +367,15 @@ def chunked(f, vocab_size, *rows):
         return f(*rows)
     return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(r.split(n) for r in rows))])
 
+
+def compile_step(module, tokens, vocab_size, **how):
+    """
+    torch.compile for a module that ends in losses over so many tokens. Where those come in chunks, inductor must not join one chunk's kernels with the
+    next one's (it would: they read the same scalars), or the logits of all chunks exist at once.
+    """
+    apart = tokens > LOSS_CHUNK_BYTES // (4 * vocab_size)
+    return torch.compile(module, options={'cpp.max_horizontal_fusion_size': 1} if apart else None, **how)
+
 # -----------------------------------------------------------------------------
 # evaluation: the one place that measures loss
 
@@ -508,18 +535,18 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, group, params):
         """One step for matrices of one shape, or its transpose."""
-        grads = []
         for p in params:
             if 'momentum' not in self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
-            buf = self.state[p]['momentum']
-            buf.lerp_(p.grad, 1 - group['momentum'])
-            g = whole(p.grad.lerp(buf, group['momentum']))               # Nesterov
-            grads.append(g.mT if p.size(0) > p.size(1) else g)           # wide, so that X @ X.mT is the small side
-        for p, u in zip(params, orthogonalize(torch.stack(grads))):
-            p.mul_(1 - group['lr'] * group['weight_decay'])
-            u = u.mT if p.size(0) > p.size(1) else u
-            p.add_(share(u.to(p.dtype), p), alpha=-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))))
+        grads, buffers, tall = [p.grad for p in params], [self.state[p]['momentum'] for p in params], [p.size(0) > p.size(1) for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
+        grads = torch._foreach_lerp(grads, buffers, group['momentum'])   # Nesterov
+        wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])     # so that X @ X.mT is the small side
+        updates = [share((u.mT if t else u).to(p.dtype), p) for t, u, p in zip(tall, orthogonalize(wide), params)]
+        if group['weight_decay']:
+            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_mul_(updates, [-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))) for p in params])
+        torch._foreach_add_(params, updates)
 
 
 def orthogonalize(g):
@@ -529,7 +556,7 @@ def orthogonalize(g):
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         y = x @ x.mT
-        x = a * x + torch.baddbmm(b * y, y, y, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)     # a x + (b y + c y y) x
     return x
 
 

@@ -26,7 +26,7 @@ from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
 from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
-from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, evaluate, fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_optimizers,
+from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate, fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_optimizers,
                    memory_limit, out_of_memory, save_checkpoint, shard, share)
 from quantize import prepare
 
@@ -232,7 +232,7 @@ elif teacher:
     if fsdp:                                    # a GPT-2 is small enough to stay whole
         teachers = [shard(t, device_type) if isinstance(t, GPT) else t.to(device) for t in teachers]
     trained = Distiller(model, teachers, divergence, temperature)
-forward = alone = torch.compile(trained) if compile else trained
+forward = alone = compile_step(trained, math.inf if auto else rows * block_size, tokenizer.vocab_size) if compile else trained
 if world_size > 1 and not fsdp:
     forward = DDP(alone, device_ids=[local_rank] if device_type == 'cuda' else None)
 autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()

@@ -461,12 +461,12 @@ def test_killed_at_any_moment():
 
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager(toy, tmp_path):
-    """Also across the step where the rounding begins: the compiled code must not go on without it."""
-    args = [toy, '--n_layer=1', '--max_iters=6', '--eval_interval=0', '--muon_lr=0.1', '--quant_bits=8']
-    p = start('train.py', *TINY, *args, '--qat_start=0.5', '--compile=True', f'--out_dir={tmp_path}/compiled')
+    """Also across the step where the rounding begins: the compiled code must not go on without it. (Some steps later, values have come to lie on other sides of a rounding's edge.)"""
+    args = [toy, '--n_layer=1', '--max_iters=4', '--eval_interval=0', '--muon_lr=0.1', '--quant_bits=8']
+    p = start('train.py', *TINY, *args, '--qat_start=0.75', '--compile=True', f'--out_dir={tmp_path}/compiled')
     out, err = p.communicate()
     assert p.returncode == 0 and 'compile=True' in out, err
-    train(tmp_path / 'eager', *args, '--qat_start=0.5')
+    train(tmp_path / 'eager', *args, '--qat_start=0.75')
     train(tmp_path / 'float', *args, '--quant_bits=0')
     compiled, eager, plain = ([float(row['train_loss']) for row in log(tmp_path / name)] for name in ('compiled', 'eager', 'float'))
     difference = lambda a, b: max(abs(x - y) for x, y in zip(a, b, strict=True))
