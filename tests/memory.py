@@ -1,9 +1,9 @@
 """
-Peak memory of a distillation step's losses, chunked and recomputed as distill.py does it, against whole tensors of logits. Linux or macOS.
+Peak memory of a distillation step's losses, chunked and recomputed as distill.py does it (in eager mode, and compiled), against whole tensors of logits. Linux or macOS.
 
     python tests/memory.py                  # 4 x 1,024 tokens, a vocabulary of 65,536: a minute
 
-Both run in processes of their own, forward and backward; what the process took before is subtracted. The last line is JSON.
+Each in a process of its own, forward and backward; what the process took before is subtracted, but the compiler's own memory is not. The last line is JSON.
 """
 import json
 import resource
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from distill import Distiller
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, compile_step
 
 # -----------------------------------------------------------------------------
 batch_size = 4
 block_size = 1024
 vocab_size = 65536
 n_embd = 64                 # small: what is measured are the logits
-how = ''                    # private: chunked or naive, in a process of its own
+how = ''                    # private: naive, chunked or compiled, in a process of its own
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
@@ -39,8 +39,9 @@ if how:
     idx = torch.randint(vocab_size, (batch_size, block_size + 1))
     idx, targets = idx[:, :-1], idx[:, 1:]
     before = peak()
-    if how == 'chunked':
-        losses = Distiller(student, [teacher])(idx, targets)
+    if how != 'naive':
+        step = Distiller(student, [teacher])
+        losses = (compile_step(step, idx.numel(), vocab_size) if how == 'compiled' else step)(idx, targets)
     else:
         logits = student(idx).flatten(0, 1)
         with torch.no_grad():
@@ -50,7 +51,7 @@ if how:
     print(json.dumps({'bytes': peak() - before, **{k: v.item() for k, v in losses.items()}}))
 else:
     flags = [f'--{k}={config[k]}' for k in ('batch_size', 'block_size', 'vocab_size', 'n_embd')]
-    rows = {h: json.loads(subprocess.run([sys.executable, 'tests/memory.py', *flags, f'--how={h}'], capture_output=True, text=True, check=True).stdout) for h in ('naive', 'chunked')}
+    rows = {h: json.loads(subprocess.run([sys.executable, 'tests/memory.py', *flags, f'--how={h}'], capture_output=True, text=True, check=True).stdout) for h in ('naive', 'chunked', 'compiled')}
     for h, row in rows.items():
         print(f"{h}: {row['bytes'] / 2**20:,.0f} MiB, ce {row['ce']:.6f} + kl {row['kl']:.6f}")
-    print(json.dumps(rows | {'ratio': rows['naive']['bytes'] / rows['chunked']['bytes']}))
+    print(json.dumps(rows | {'ratio': {h: rows['naive']['bytes'] / rows[h]['bytes'] for h in ('chunked', 'compiled')}}))
