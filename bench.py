@@ -34,7 +34,7 @@ needs (flops_per_token, a teacher's forward included), over those of the fastest
 nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
 dtype says: give --dtype=float32 for like and like.
 
-memory: the estimate is GPT.training_bytes. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
+memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting which exist at a time. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
 (Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is freed: left to itself it keeps
 gaps between tensors, which can double a small model's process. cache: of as many sequences that decode, float32.
 Both take the knobs of train.py, and its configs: python train.py --help explains them.
@@ -60,16 +60,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data.loader import Loader, load_meta, write_dataset
 from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
 from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
@@ -423,7 +427,7 @@ def shape_of_config():
         fail(e)
 
 
-def teachers_of_config(c, device):
+def teachers_of_config(c):
     """-> the teachers' models, with random weights where nanochat's files are not there, and the samples a token if the teacher is a folder of labels."""
     if not teacher:
         return [], 0
@@ -435,7 +439,7 @@ def teachers_of_config(c, device):
         absent = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)', name)
         if absent and not os.path.isdir(name.removeprefix('nanochat:')):
             name = f'random:{absent[1]}'
-        model = load_teacher(name, device if device != 'meta' or name.startswith('random:') else 'cpu')[0]
+        model = load_teacher(name, device)[0]
         if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
             fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of {model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): give --vocab_size= or another teacher')
         model.config.block_size = c.block_size                      # it attends to no more, which flops_per_token counts
@@ -450,16 +454,21 @@ def write_random(folder, vocab, tokens=2**20):
         write_dataset(folder, CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab)), ids, ids[:2 * block_size + 1], 'random')
 
 
-def set_up(c, batch, folder):
-    """-> the model, its module from (x, y, ...) to losses, and step(forward, T, accumulation): a step as train.py takes it, on rows of T tokens -> its seconds by part."""
+def set_up(c, batch, folder=None):
+    """
+    -> the model, its module from (x, y, ...) to losses, the optimizers, and step(forward, T, accumulation): a step as train.py takes it, on rows of T tokens of
+    folder (without one, of zeros) -> its seconds by part.
+    """
     torch.manual_seed(seed)
-    model = GPT(c).to(device)
+    with torch.device(device):
+        model = GPT(c)
     optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
     if quant_bits:
         prepare(model, quant_bits, quant_group, tables_bits)
-    teachers, k = teachers_of_config(c, device)
-    loader, number = Loader(folder, 'train', batch, c.block_size, seed, device=device), itertools.count()
+    teachers, k = teachers_of_config(c)
+    loader, number = folder and Loader(folder, 'train', batch, c.block_size, seed, device=device), itertools.count()
     autocast = torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+    averages = [p.detach().clone() for p in model.parameters()] if ema else []
 
     def clock():
         if not device.startswith('cpu'):
@@ -470,7 +479,7 @@ def set_up(c, batch, folder):
         parts = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
         for _ in range(accumulation):
             times = [clock()]
-            x, y = (t[:, :T].contiguous() for t in loader.batch(next(number)))
+            x, y = (t[:, :T].contiguous() for t in (loader.batch(next(number)) if folder else torch.zeros(2, batch, T, dtype=torch.long, device=device)))
             soft = (x[..., None].expand(-1, -1, k).contiguous(), torch.full((*x.shape, k), 1 / k, device=device), torch.zeros(x.shape, device=device)) if k else ()
             times.append(clock())
             with autocast:
@@ -485,10 +494,12 @@ def set_up(c, batch, folder):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for p, a in zip(model.parameters(), averages):
+            a.lerp_(p.detach(), 1 - ema)
         parts['optimizer'] = clock() - times[-1]
         return parts
 
-    return model.train(), Distiller(model, teachers, divergence, temperature) if teacher else model, step
+    return model.train(), Distiller(model, teachers, divergence, temperature) if teacher else model, optimizers, step
 
 
 def flops_of(model, teachers):
@@ -531,7 +542,7 @@ def measure_train():
             fail(f"peers ({peers}) must be the folder of a copy of github.com/karpathy/nanoGPT, and the shape one that it has{f', without {odd[0]}' if odd else ''}")
     with tempfile.TemporaryDirectory() as folder:
         write_random(f'{folder}/data/random', c.vocab_size)
-        model, trained, step = set_up(c, batch_size, f'{folder}/data/random')
+        model, trained, _, step = set_up(c, batch_size, f'{folder}/data/random')
         forwards = {way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained for way, how in ways.items()}
         lengths, runs, gemm = random.Random(seed), {way: [] for way in ways}, 0.0
         for r in range(rounds + 1):             # round 0 warms up, and compiles
@@ -592,7 +603,7 @@ def peak_of_training(c):
                 with open('/proc/self/clear_refs', 'w') as f:
                     f.write('5')                                    # and the peak begins here (man 5 proc)
             before = torch.cuda.memory_allocated() if cuda else resident('VmRSS')
-            model, trained, step = set_up(c, batch_size, folder)
+            model, trained, _, step = set_up(c, batch_size, folder)
             forward = compile_step(trained, batch_size * c.block_size, c.vocab_size) if compile else trained
             for _ in range(3):
                 step(forward, c.block_size, min(accumulation, 2))
@@ -600,40 +611,74 @@ def peak_of_training(c):
     return peak - before
 
 
-PARTS = ('weights', 'gradients', 'optimizer', 'activations', 'logits', 'update', 'teacher')
+class Living(TorchDispatchMode):
+    """Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake tensors, which have shapes but no memory, count as those that they stand for."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.known:                    # not a view of one that is known
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def training_bytes(c, batch, fake=True):
+    """
+    What an eager step on batch rows takes, found by taking it: on fake tensors, so that nothing needs to fit anywhere and nothing is multiplied. -> bytes
+    by part, weights, gradients, optimizer, averages, teacher, activations (what a forward keeps for backward), logits (one chunk of them in float32), and at the peak.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Living() as living:
+        model, trained, optimizers, step = set_up(c, batch)
+        kept = []
+
+        def forward(*rows):
+            before, losses = living.now, trained(*rows)
+            kept.append(living.now - before)
+            return losses
+        for _ in range(2):                      # the first one makes the optimizers' states
+            living.peak = 0
+            step(forward, c.block_size, min(2, max(1, accumulation * batch_size // batch)))      # the same tokens a step, whatever the batch
+        count = lambda tensors: sum(t.nbytes for t in tensors)
+        teachers, parameters = getattr(trained, 'teachers', ()), list(model.parameters())
+        return {'weights': count(parameters) + count(model.buffers()), 'gradients': count(parameters), 'optimizer': sum(count(state.values()) for o in optimizers for state in o.state.values()),
+                'averages': count(parameters) * (ema > 0), 'teacher': sum(count(t.parameters()) for t in teachers),
+                'activations': kept[-1], 'logits': 4 * c.vocab_size * min(batch * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)), 'peak': living.peak}
+
+
+PARTS = ('weights', 'gradients', 'optimizer', 'averages', 'teacher', 'activations', 'logits')
 
 
 def measure_memory():
     c = shape_of_config()
     if child:
         return print(json.dumps({'peak': peak_of_training(c)}))
-    with torch.device('meta'):                                      # shapes without memory
-        model = GPT(c)
-    if quant_bits:
-        prepare(model, quant_bits, quant_group, tables_bits)
-    teachers, k = teachers_of_config(c, 'meta')
-    groups = model.params()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, trained, *_ = set_up(c, 1)
+    groups, teachers = model.params(), getattr(trained, 'teachers', ())
     spoken = 'parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n) + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers)
-
-    def estimate(batch, compiled, bf16):
-        passes = max(1, accumulation * batch_size // batch)         # the same tokens a step
-        return model.training_bytes(batch, bf16, compiled, passes, teachers, k)
-
     if plan:
-        return plan_training(c, groups, spoken, flops_of(model, teachers), lambda batch: estimate(batch, compile, dtype != 'float32'))
+        return plan_training(c, groups, spoken, flops_of(model, teachers))
     rows = []
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'                  # glibc would keep what is freed below 32 MB, and gaps between: measured are tensors alone
     for batch in numbered('batches') or [batch_size]:
-        for compiled in (False, True) if compile else (False,):
-            parts = estimate(batch, compiled, dtype == 'bfloat16')
-            got = start('bench.py', **{k: config[k] for k in TRAIN_NAMES} | dict(
-                mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, compile=compiled, device=device, dtype=dtype, threads=threads))['peak'] if measured else None
-            rows.append({'batch': batch, 'way': 'compiled' if compiled else 'eager'} | parts | {'measured': got, 'ratio': parts['peak'] / got if got else None,
-                         'cache': batch * c.block_size * model.kv_bytes_per_token()})
+        parts = training_bytes(c, batch)
+        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, device=device, dtype=dtype, threads=threads)
+        got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak'] for way in (('eager', 'compiled') if compile else ('eager',)) if measured}
+        rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got | {'ratio': parts['peak'] / got['eager'] if got else None, 'cache': batch * c.block_size * model.kv_bytes_per_token()})
     print(spoken)
     mib = lambda n: '-' if n is None else f'{n / 2**20:,.1f}'
-    report([['batch', 'way', 'MiB:', *PARTS, 'estimate', 'measured', 'ratio', 'cache']] +
-           [[str(r['batch']), r['way'], '', *(mib(r[part]) for part in (*PARTS, 'peak', 'measured')), f"{r['ratio']:.3f}" if r['ratio'] else '-', mib(r['cache'])] for r in rows],
+    report([['batch', 'MiB:', '', *PARTS, 'peak', 'measured: eager', 'compiled', 'peak / eager', 'cache']] +
+           [[str(r['batch']), '', '', *(mib(r[part]) for part in (*PARTS, 'peak', 'eager', 'compiled')), f"{r['ratio']:.3f}" if r['ratio'] else '-', mib(r['cache'])] for r in rows],
            dtype=dtype, params=groups, rows=rows)
 
 # -----------------------------------------------------------------------------
@@ -652,8 +697,8 @@ def proposals(target, c):
     return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
 
 
-def plan_training(c, groups, spoken, flops, estimate):
-    """What the config's training would take on a GPU; or shapes for target_params and what theirs would. estimate(batch) -> bytes by part."""
+def plan_training(c, groups, spoken, flops):
+    """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
     if gpu not in GPUS:
         fail(f"gpu ({gpu}) must be one of {', '.join(GPUS)}")
     peak, memory = GPUS[gpu]
@@ -679,20 +724,23 @@ def plan_training(c, groups, spoken, flops, estimate):
                [[str(r['n_layer']), str(r['n_embd']), str(r['n_head']), f"{r['params']:,}", f"{r['tokens']:,}", f"{r['steps']:,}", str(r['shards']), f"{r['download_bytes'] / 1e9:.1f}",
                  f"{r['disk_bytes'] / 1e9:.1f}", f"{r['hours']:.2f}", f"{r['dollars']:.2f}" if price else '-'] for r in rows], gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
         return
-    fits = lambda batch: estimate(batch)['peak'] <= room
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    powers = [2**i for i in range(high.bit_length())]               # the last does not fit
-    while high - low > 1:
-        low, high = ((low + high) // 2, high) if fits((low + high) // 2) else (low, (low + high) // 2)
-    rows = [{'batch': batch} | estimate(batch) for batch in sorted({*powers, batch_size} | ({low} if low else set()))]
-    for r in rows:
-        r['fits'] = r['peak'] <= room
+    rows, batch = [], 1
+    while not rows or rows[-1]['fits']:                             # 1, 2, 4, ... until one does not
+        if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
+            parts = training_bytes(c, batch)
+        else:                                                       # so many chunks of logits would take minutes; by now all grows in proportion, to 1 % (d12 with its teacher, 128 rows)
+            a, b = rows[-2:]
+            parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch']) for part in (*PARTS, 'peak')}
+        rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room})
+        batch *= 2
+    low = 0
+    if len(rows) > 1:                                               # the peak grows with the batch as fast or faster later on: the chord is on the safe side
+        a, b = rows[-2:]
+        low = a['batch'] + int((room - a['peak']) / (b['peak'] - a['peak']) * a['batch'])
     cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
     gb = lambda n: f'{n / 1e9:,.2f}'
     print(spoken)
-    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
+    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
     print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: {cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours" + (f", {cost['dollars']:,.2f} dollars" if price else ''))
     report([['batch', 'fits', 'GB:', *PARTS, 'peak']] + [[str(r['batch']), 'yes' if r['fits'] else 'no', '', *(gb(r[part]) for part in (*PARTS, 'peak'))] for r in rows],
            params=groups, gpu=gpu, utilisation=share, assumed=not utilisation, largest_batch=low, **cost, rows=rows)

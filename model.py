@@ -99,13 +99,13 @@ def causal_attention(q, k, v):
     if not (torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and T <= 512):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < H)
     q, k, KV, out = q.to(v.dtype), k.to(v.dtype), k.size(1), []
-    for start in range(0, T, 128):              # so many queries see no key after the last of them
-        end = min(start + 128, T)
-        scores = q[:, :, start:end].reshape(B, KV, -1, D) @ k[:, :, :end].mT                             # (B, KV, H / KV * queries, keys)
-        scores = scores.view(B, KV, H // KV, end - start, end).float() * D ** -0.5
+    for start, end in ((0, T // 2), (T // 2, T)):       # the first half sees no key of the second one
+        n = end - start
+        scores = q[:, :, start:end].reshape(B, KV, H // KV * n, D) @ k[:, :, :end].mT
+        scores = scores.view(B, KV, H // KV, n, end).float() * D ** -0.5                                  # (B, n_kv_head, heads of each, n, keys)
         weights = torch.where(torch.arange(start, end)[:, None] >= torch.arange(end), scores.exp(), 0.0)
-        y = (weights.to(v.dtype).view(B, KV, -1, end) @ v[:, :, :end]).view(B, H, end - start, D)
-        out.append((y / weights.sum(dim=-1).view(B, H, -1, 1)).to(v.dtype))
+        y = (weights.to(v.dtype).view(B, KV, H // KV * n, end) @ v[:, :, :end]).view(B, H, n, D)
+        out.append((y / weights.sum(dim=-1).view(B, H, n, 1)).to(v.dtype))
     return torch.cat(out, dim=2)
 
 
@@ -287,69 +287,6 @@ class GPT(nn.Module):
         """Bytes that one more token of context takes in the cache."""
         c = self.config
         return 2 * c.n_layer * c.n_kv_head * c.head_dim * bytes_per_value
-
-
-    def training_bytes(self, batch_size, bf16=True, compiled=False, accumulation=1, teachers=(), labels=0):
-        """
-        Bytes of a training step on batch_size rows of block_size tokens, as train.py takes it: {'weights', 'gradients', 'optimizer', 'activations', 'logits',
-        'update', 'teacher', 'peak'}. bf16: under autocast; teachers: models that run beside it; labels: samples a token of soft labels. A model on the
-        meta device will do, so nothing needs to fit anywhere.
-
-        weights, gradients and optimizer are the tensors' own bytes, and activations what an eager forward keeps for backward (tests count both); logits and
-        update are the largest temporaries of the losses and of Muon. Not all of them exist at once: the peak is that of four moments, see below.
-        compiled: as counted with inductor of torch 2.13 on a CPU. It casts once and keeps few temporaries, but its backward holds the logits of all chunks
-        at once, some more of them or fewer: there the estimate is rough, and that several heads' losses come one after another is assumed.
-        """
-        c, n = self.config, self.params()
-        N, D, H, V = batch_size * c.block_size, c.n_embd, c.n_hidden, c.vocab_size
-        Q, K, s = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, 2 if bf16 else 4     # values a token; bytes of one that a product reads
-        rounded = hasattr(self.lm_head, 'bits')                                     # quantize.prepare was here
-        muon, adam = [], []
-        for optimizer in make_optimizers(self):
-            (muon if isinstance(optimizer, Muon) else adam).extend(p for group in optimizer.param_groups for p in group['params'])
-        matrices, tables = (sum(p.nbytes for p in params) for params in (muon, adam))
-        size = {'weights': sum(t.nbytes for t in (*self.parameters(), *self.buffers())), 'gradients': matrices + tables,
-                'optimizer': matrices + 2 * tables + 4 * len(adam)}                 # a momentum; two moments, and a count of steps in each state
-
-        # activations. What products read is cast (or rounded) for each of them; in plain float32 c_q, c_k and c_v share their input
-        cast = bf16 or rounded
-        copies = cast * s * (n['trunk'] + n['multi_token'] + n['draft'] + D * V * (1 + rounded * (c.multi_token_n + c.draft_n)))
-        layer = (2 * (4 * D + 4) + (4 if cast and not compiled else 2) * s * D                       # the residual stream before two norms, and what comes out of them
-                 + s * (Q + 2 * K) + 4 * (Q + K + c.n_head + c.n_kv_head) + s * (Q + K)     # q, k, v; q and k turned, in float32; normed
-                 + s * Q * (1 + rounded) + 4 * c.n_head + 2 * s * H + 2 * bool(c.dropout) * s * D)      # attention's result and log of sums; relu and its square; masks
-        rows = min(N, max(1, LOSS_CHUNK_BYTES // (4 * V)))                          # of logits that exist at once, see chunked()
-        state = s * D if rows == N else 4 * D                                       # what lm_head reads, or what its chunks are computed again from
-        embed = 8 + 4 * D + 4
-        heads = (c.multi_token_n * (cast * s * D + 2 * s * round(c.multi_token_hidden_mult * D) + 4 * D + 4 + state)
-                 + c.draft_n * (embed + 2 * s * D + 2 * s * round(c.draft_hidden_mult * D) + 4 * D + 4 + state))
-        fused = compiled * (4 * D + (bf16 and not rounded) * 4 * (Q + K))           # made again: the first norm's input, and the first layer's turned q and k
-        size['activations'] = copies + N * (embed + 4 * bool(c.dropout) * D + c.n_layer * layer + 4 * D + 4 + state + heads - fused)
-
-        # logits, in float32: what stays of each loss unless it is computed again (tanh, log_softmax, ...), and the largest temporaries beside
-        kept, more = (4, 4 + 2 * (len(teachers) - 1)) if teachers else (3, 2) if labels else (2, 2)
-        if rows == N:
-            kept += 2 * c.multi_token_n + 3 * c.draft_n
-        size['logits'] = 4 * rows * V * (kept + more) + (rows < N) * (s * V * D + 4 * N * D) + N * bool(labels) * (12 * labels + 4)
-        if compiled:                                                                # the product, and gradients and temporaries in float32
-            size['logits'] = N * V * (s + (10 if teachers else 6 + 3 * (rows < N) if labels else 4 + 3 * (rows < N)) + (rows == N) * s * (c.multi_token_n + c.draft_n))
-
-        # Newton-Schulz takes matrices of one shape together: they, a copy, and two products and a half in its own dtype
-        stacks = {}
-        for p in muon:
-            stacks[tuple(sorted(p.shape))] = stacks.get(tuple(sorted(p.shape)), 0) + p.nbytes
-        size['update'] = round(max((b * (2 + (0.5 if bf16 else 1) * (4 + 1.5 * short / long)) for (short, long), b in stacks.items()), default=0))
-        size['teacher'] = sum(p.nbytes for teacher in teachers for p in teacher.parameters())
-
-        block = N * (6 * D + 6 * H if bf16 else 4 * D + 8 * H)                      # the gradients that backward of an MLP holds, less what it lets go
-        running = max((N * (8 * t.config.n_embd + 3 * s * t.config.n_hidden) for t in teachers), default=0)    # a teacher keeps no more than a block
-        rounding = rounded * 16 * N * max(D, H)                                     # four times what it rounds, in float32
-        before = size['gradients'] if accumulation > 1 else 0                       # those of the micro-batches before
-        size['peak'] = size['weights'] + size['optimizer'] + size['teacher'] + max(
-            before + size['activations'] + size['logits'],                          # the losses
-            before + size['activations'] + max((not compiled) * block, running, (not compiled) * rounding),     # the last block
-            size['gradients'] + copies + 8 * N * D,                                 # the end of backward
-            matrices + size['update'])                                              # Muon's update: AdamW's gradients are gone by then
-        return size
 
 
 def shift(x, n, fill=-1):
