@@ -34,9 +34,10 @@ needs (flops_per_token, a teacher's forward included), over those of the fastest
 nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
 dtype says: give --dtype=float32 for like and like.
 
-memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting which exist at a time. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass
-(Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is freed: left to itself it keeps
-gaps between tensors, which can double a small model's process. cache: of as many sequences that decode, float32.
+memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting those that exist at a time.
+Measured is what a fresh process takes beyond what libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), with
+MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is freed: left to itself it keeps gaps between tensors, which can double a small
+model's process. cache: of as many sequences that decode, float32.
 Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
 import contextlib
