@@ -16,6 +16,7 @@ import sys
 import pytest
 import torch
 
+import model as M
 from data.loader import Loader
 from data.tokenizer import CharTokenizer
 from engine import Engine
@@ -173,9 +174,11 @@ def test_living_counts_what_exists(load_bench):
 
 
 @pytest.mark.parametrize('knobs', [['--dtype=bfloat16'], ['--n_kv_head=1', '--n_head=4', '--tie_weights=True', '--ema=0.9'], ['--dropout=0.1', '--dtype=bfloat16', '--quant_bits=8'],
-                                   ['--multi_token_n=2', '--draft_n=2', '--total_batch_size=512'], ['--teacher=labels-absent'], ['--vocab_size=200000']])
-def test_training_bytes_are_those_of_the_tensors(knobs, load_bench):
+                                   ['--multi_token_n=2', '--draft_n=2', '--total_batch_size=512'], ['--teacher=labels-absent'], ['--vocab_size=3000']])
+def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch):
     """Counted on fake tensors it is what counting on true ones gives, and what a step leaves and autograd keeps."""
+    if '--vocab_size=3000' in knobs:
+        monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**20)            # three chunks
     g = load_bench(*TOY, *knobs)
     c = g['shape_of_config']()
     got = g['training_bytes'](c, 4)
@@ -198,7 +201,7 @@ def test_training_bytes_are_those_of_the_tensors(knobs, load_bench):
     assert more['weights'] == got['weights'] and more['peak'] > got['peak'] > got['weights'] + got['optimizer'] + got['averages'] + got['activations']
 
 
-def test_plan():
+def test_plan(monkeypatch):
     """Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each of 64 channels."""
     document, _ = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512', '--gpu=a100-40', '--utilisation=0.5', '--price=2')
     assert document['params']['total'] == 12 * 64**2 + 2 * 1000 * 64 and document['flops_per_token'] == 3 * (2 * (49152 + 64000) + 4 * 64 * 64) == 728064
@@ -209,6 +212,7 @@ def test_plan():
     assert max(rows) // 2 <= largest < max(rows) and [r['fits'] for r in rows.values()] == [True] * (len(rows) - 1) + [False]
     assert [r['peak'] <= 0.9 * 40e9 for r in rows.values()] == [r['fits'] for r in rows.values()] and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
 
+    monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**34)                # one chunk is simulated sooner than many
     document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--teacher=nanochat:nowhere/d8', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')      # no data, no teacher's files
     teacher = 2 * (8 * 12 * 512**2 + 65536 * 512) + 4 * 8 * 512 * 1024
     student = 3 * (2 * (73138176 + 65536 * 768) + 4 * 12 * 768 * 1024)

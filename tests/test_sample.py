@@ -183,6 +183,7 @@ def test_no_drafter_changes_a_chat(chat_dir, temperature):
 
 def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):
     """In the middle of a pass: what was said until then stays, and the conversation goes on from it with the cache it has."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell that runs this in the background has it ignored
     seed = next(seed for seed in range(100) if len(reference(chat_dir, 'int8', ['the cat'], seed=seed)) > 12)
     draw, count = engine.draw, iter(range(1000))
     def draw_and_signal(*args, **how):
@@ -192,6 +193,7 @@ def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):
     monkeypatch.setattr(engine, 'draw', draw_and_signal)
     said, _ = chat(chat_dir, *(lines := ['the cat', 'sat on', 'a']), weights='int8', max_new_tokens=20, seed=seed)
     monkeypatch.undo()
+    signal.signal(signal.SIGINT, before)
     assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: 3}) and len(said.splitlines()) == 3
     assert said.splitlines()[0] != reference(chat_dir, 'int8', lines[:1], seed=seed)[:-1]
 
