@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.loader import Loader, download, read_text
+from data.loader import Loader, download, held_out, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16, load_model, load_tensors, rope_tables, save_checkpoint
 
@@ -57,10 +57,17 @@ def jsd(s, t):
 DIVERGENCES = {'forward_kl': forward_kl, 'reverse_kl': reverse_kl, 'jsd': jsd}
 
 
-def teacher_log_probs(teachers, states, temperature):
-    """Each teacher's states (N, n_embd) -> the mean of their distributions at temperature, as log-probabilities (N, V)."""
+def teacher_log_probs(teachers, states, temperature, asked=None):
+    """
+    Each teacher's states (N, n_embd) -> the mean of their distributions at temperature, as log-probabilities (N, V).
+    asked: (teachers, N) bool, which of them have a say on which token; all, if it is None.
+    """
     logs = [F.log_softmax(teacher.logits(x) / temperature, dim=-1) for teacher, x in zip(teachers, states)]
-    return logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(dim=0) - math.log(len(logs))
+    if len(logs) == 1:
+        return logs[0]
+    if asked is None:
+        return torch.stack(logs).logsumexp(dim=0) - math.log(len(logs))
+    return torch.stack(logs).masked_fill(~asked[..., None], -math.inf).logsumexp(dim=0) - asked.sum(dim=0).log()[:, None]
 
 
 class Distiller(nn.Module):
@@ -119,13 +126,19 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
     """
     Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
     a set of labels. The loader's block_size is the teachers' context; windows overlap by a quarter, which is kept of the earlier one (rows of chats do not
-    overlap). Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
+    overlap). A teacher that was trained with hold_out has a say on the tokens that it has not seen, and on no others.
+    Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
     """
     T, S, n = loader.block_size, loader.row or loader.block_size - loader.block_size // 4, loader.n_tokens
     vocab_size, device = teachers[0].config.vocab_size, loader.device
+    unseen, reach = [held_out(t.hold_out, n, loader.row) if getattr(t, 'hold_out', '') else (0, n) for t in teachers], 0
+    for start, end in sorted(unseen):
+        reach = max(reach, end) if start <= reach else reach
+    if reach < n:
+        raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; add one that was trained with --hold_out= of that part")
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
-                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': 2 * n * sum(t.flops_per_token(training=False) for t in teachers)}
+                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': 2 * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, unseen))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:
@@ -140,11 +153,14 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
         while f.tell() < record.itemsize * n:
             generator = torch.Generator(device).manual_seed(hash((seed, batch)))
             x, _ = loader.rows([batch * step + i * S for i in range(loader.batch_size)])     # (B, T)
-            states = [teacher.trunk(x) for teacher in teachers]
+            y = (f.tell() // record.itemsize + 1 + torch.arange(step + (T - S) * (batch == 0), device=device)).clamp(max=n - 1)     # (N,) the places of what is predicted
+            near = [(t, (start <= y) & (y < end)) for t, (start, end) in zip(teachers, unseen) if start <= y[-1] and y[0] < end]
+            asked = torch.stack([says for _, says in near])
+            states = [teacher.trunk(x) for teacher, _ in near]
             states = [torch.cat((s[0, :T - S], s[:, T - S:].flatten(0, 1))) if batch == 0 else s[:, T - S:].flatten(0, 1) for s in states]      # (N, n_embd)
             out = np.empty(len(states[0]), record)
             for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):           # 128 MiB of logits at a time
-                log_p = teacher_log_probs(teachers, [s[rows] for s in states], temperature)
+                log_p = teacher_log_probs([t for t, _ in near], [s[rows] for s in states], temperature, asked[:, rows])
                 ids, p = choose_labels(log_p, method, k, generator)
                 out['entropy'][rows], out['ids'][rows] = (-(log_p.exp() * log_p).sum(dim=-1)).cpu(), ids.cpu()
                 if p is not None:
@@ -212,6 +228,7 @@ def load_teacher(spec, device='cpu'):
     else:
         model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
         tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
+        model.hold_out = state.get('knobs', {}).get('hold_out', '')
     return model.requires_grad_(False), tokenizer, dataset
 
 

@@ -34,6 +34,7 @@ from quantize import prepare
 # where things are
 out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
+hold_out = ''               # '1/4': the first quarter of the training text is left out, for distill.py to label with this model as a teacher that has not seen it
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
 # the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd
 n_layer = 4
@@ -169,7 +170,7 @@ except (AssertionError, ValueError) as e:
 rows = 1 if auto else batch_size
 tokens_per_forward = rows * block_size * world_size
 total_batch_size = total_batch_size or (0 if auto else tokens_per_forward)
-loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device)
+loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
 start_step, best = 0, {'loss': math.inf}
@@ -182,9 +183,9 @@ if init_from == 'resume':
     total_batch_size = total_batch_size or resumed['total_batch_size']
     if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
         raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
-    differ = [f'{k} is {resumed["knobs"].get(k)} there and {config[k]} here' for k in vars(gpt_config) if k in config and k != 'dropout' and resumed['knobs'].get(k) != config[k]]
+    differ = [f'{k} is {resumed["knobs"].get(k)!r} there and {config[k]!r} here' for k in [*vars(gpt_config), 'hold_out'] if k in config and k != 'dropout' and resumed['knobs'].get(k, config[k]) != config[k]]
     if differ:
-        raise SystemExit(f"error: {ckpt_path} was trained with another shape: {'; '.join(differ)}: resume with the same knobs")
+        raise SystemExit(f"error: {ckpt_path} was trained in another way: {'; '.join(differ)}: resume with the same knobs")
     start_step, best = resumed['step'], resumed['best']
 elif init_from != 'scratch':
     source = load_checkpoint(init_from)
@@ -229,6 +230,8 @@ if teacher and os.path.exists(os.path.join(teacher, 'meta.json')):
     trained = Distiller(model, temperature=temperature)
 elif teacher:
     teachers = load_teachers(teacher, tokenizer, block_size, 'cpu' if fsdp else device)
+    if any(getattr(t, 'hold_out', '') for t in teachers):
+        raise SystemExit(f"error: a teacher in {teacher} was trained with hold_out: write labels (python distill.py --teacher={teacher} --out_dir=FOLDER), which it gives only for what it has not seen")
     if fsdp:                                    # a GPT-2 is small enough to stay whole
         teachers = [shard(t, device_type) if isinstance(t, GPT) else t.to(device) for t in teachers]
     trained = Distiller(model, teachers, divergence, temperature)

@@ -351,6 +351,16 @@ def load_meta(data_dir):
         raise SystemExit(f'error: {path} is damaged, it is not JSON: run python {script} again')
 
 
+def held_out(fold, n_tokens, row=None):
+    """fold '2/4', the second quarter of n_tokens tokens -> where it starts and ends, between rows if there are any. A one-line error for what is no fold."""
+    i, n = map(int, fold.split('/')) if re.fullmatch(r'\d{1,4}/\d{1,4}', fold) else (0, 0)
+    if not 1 <= i <= n > 1:
+        raise SystemExit(f"error: hold_out ({fold}) must be like 1/4, the first of four parts of the training text, or empty")
+    row = row or 1
+    n_rows = n_tokens // row
+    return (i - 1) * n_rows // n * row, i * n_rows // n * row
+
+
 class Loader:
     """
     Batches of one split as a pure function of the step: no state to save, resume is exact.
@@ -360,10 +370,10 @@ class Loader:
     micro-batches, ranks and rows in this order, is window i % n_windows of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
     """
 
-    def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu'):
+    def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu', hold_out=''):
         """
         data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows a micro-batch of this process; block_size: tokens a row;
-        rank of world_size processes; device: where the batches go. A one-line error if the split is missing, damaged, or too short.
+        rank of world_size processes; device: where the batches go; hold_out: a part of the split that is left out, see held_out. A one-line error if the split is missing, damaged, or too short.
         """
         assert 0 <= rank < world_size, f'rank ({rank}) must be in 0..{world_size - 1}, of world_size ({world_size})'
         assert batch_size > 0 and block_size > 0, f'batch_size ({batch_size}) and block_size ({block_size}) must be at least 1'
@@ -377,6 +387,10 @@ class Loader:
         mask_path = os.path.join(data_dir, f'{split}.mask.bin')
         self.mask = self._map(mask_path, np.dtype('uint8')) if f'{split}.mask.bin' in self.meta['sha256'] else None  # (n_tokens,)
         self.row = self.meta.get('row')
+        if hold_out:                            # what is left is copied into memory
+            start, end = held_out(hold_out, self.n_tokens, self.row)
+            cut = lambda t: np.concatenate((t[:start], t[end:]))
+            self.tokens, self.mask, self.n_tokens = cut(self.tokens), self.mask if self.mask is None else cut(self.mask), self.n_tokens - (end - start)
         if self.row and self.row != block_size:
             raise SystemExit(f'error: {data_dir} is packed in rows of {self.row} tokens, and block_size is {block_size}: give --block_size={self.row} in training, '
                              f'or prepare it again with --row={block_size}')

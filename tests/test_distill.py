@@ -155,6 +155,25 @@ def test_labels_of_the_whole_vocabulary_are_the_teacher(toy, tmp_path, row):
     assert len(labels.table) == loader.n_tokens and (labels.table['p'].astype(float).sum(-1) > 0.99).all()
 
 
+def test_teachers_label_only_what_they_have_not_seen(toy, tmp_path):
+    """Two held-out halves: each record is that of the one teacher that left its token out, and of all teachers that left it out where there are more."""
+    loader, (one, two) = toy_teachers(toy)
+    V, n, labels = one.config.vocab_size, loader.n_tokens, {}
+    one.hold_out, two.hold_out = '1/2', '2/2'
+    with pytest.raises(SystemExit, match=f'nobody can label token {n // 2:,} of {n:,}.*hold_out'):
+        write_labels(str(tmp_path / 'x'), [one], loader, {}, 'topk', V)
+    write_labels(str(tmp_path / 'halves'), [two, one], loader, {}, 'topk', V)
+    one.hold_out = two.hold_out = ''
+    for name, teachers in (('one', [one]), ('two', [two]), ('both', [one, two])):
+        write_labels(str(tmp_path / name), teachers, loader, {}, 'topk', V)
+    two.hold_out = '2/2'
+    write_labels(str(tmp_path / 'more'), [one, two], loader, {}, 'topk', V)
+    at = {name: Labels(str(tmp_path / name), loader).table for name in ('halves', 'one', 'two', 'both', 'more')}
+    cut = n // 2 - 1                                                             # record i is of token i + 1
+    assert (at['halves'][:cut] == at['one'][:cut]).all() and (at['halves'][cut:] == at['two'][cut:]).all()
+    assert (at['more'][:cut] == at['one'][:cut]).all() and (at['more'][cut:] == at['both'][cut:]).all() and (at['one'] != at['two']).mean() > 0.99
+
+
 @pytest.mark.parametrize('method', ['sample', 'topk'])
 def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
     loader, teachers = toy_teachers(toy)
@@ -210,6 +229,20 @@ def test_teacher_labels_student(toy, teacher, tmp_path):
     assert labelled['flops'] == control['flops'] and beside['flops'] == control['flops'] + beside['tokens'] * load_teacher(teacher)[0].flops_per_token(training=False)
     refused(run('distill.py', f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}'), 'already holds labels')
     refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}', '--temperature=2'), 'are for forward_kl at temperature 1.0')
+
+
+def test_folds_go_the_whole_way(toy, tmp_path):
+    """Two teachers, each without half of the text, label all of it; they cannot run beside a student, which would show them what they have seen."""
+    folds = [str(tmp_path / f'fold{i}') for i in (1, 2)]
+    for i, folder in enumerate(folds):
+        train(folder, f'--dataset={toy}', f'--hold_out={i + 1}/2', '--max_iters=4', '--eval_interval=4')
+    both = '+'.join(folds)
+    written = script(f'--teacher={both}', f'--out_dir={tmp_path}/labels')
+    assert abs(written['flops'] / (2 * written['tokens'] * load_teacher(folds[0])[0].flops_per_token(training=False)) - 1) < 1e-6       # half of each teacher's work
+    train(tmp_path / 'student', f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--max_iters=4', '--eval_interval=4')
+    refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x'), 'nobody can label token 0')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'), 'was trained with hold_out: write labels')
+    refused(run('train.py', *TINY, f'--dataset={toy}', '--init_from=resume', f'--out_dir={folds[0]}'), "hold_out is '1/2' there and '' here")
 
 
 def test_a_nanochat_folder_goes_the_whole_way(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, load_meta, pack_rows, read_text, split_texts, stdlib_files,
+from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, held_out, load_meta, pack_rows, read_text, split_texts, stdlib_files,
                          stdlib_held_out, write_chats, write_dataset, write_texts)
 from data.tokenizer import BPETokenizer, CharTokenizer, from_meta
 
@@ -94,6 +94,25 @@ def test_evaluation_has_every_target_once(data_dir, world_size, batch_size, bloc
             assert torch.equal(y[y >= 0], x[y >= 0] + 1)
             targets += y[y >= 0].tolist()
     assert sorted(targets) == list(range(1, 203)) and len(n_batches) == 1
+
+
+@pytest.mark.parametrize('row', [None, 16])
+def test_a_part_is_held_out(tmp_path, row):
+    """All parts together are the split, none is ever seen in training, and boundaries fall between rows."""
+    write_dataset(tmp_path, TOKENIZER, np.arange(N), np.arange(203), 'test', extra=row and {'row': row})
+    n, seen = N // (row or 1) * (row or 1), []
+    for i in (1, 2, 3):
+        start, end = held_out(f'{i}/3', N, row)
+        loader = Loader(tmp_path, 'train', 4, 16, hold_out=f'{i}/3')
+        x = torch.cat([loader.batch(step)[0] for step in range(200)])
+        assert loader.n_tokens == N - (end - start) and not ((start <= x) & (x < end)).any()
+        assert row or len(x.unique()) == loader.n_tokens - 1                     # the last is a target only
+        seen += range(start, end)
+        assert row is None or start % row == end % row == 0
+    assert seen == list(range(n))
+    for bad in ('0/3', '4/3', '1/1', 'half', '1/2/3', '-1/3'):
+        with pytest.raises(SystemExit, match=f'hold_out \\({bad}\\) must be like 1/4'):
+            Loader(tmp_path, 'train', 4, 16, hold_out=bad)
 
 
 def test_masked_tokens_are_no_targets(tmp_path):

@@ -160,6 +160,7 @@ def test_every_parameter_in_exactly_one_group():
 @pytest.mark.parametrize('shape, stack', [((32, 32), M.MUON_STACK), ((64, 32), M.MUON_STACK), ((32, 64), 1)])      # 1: one matrix at a time
 def test_muon_equals_torch(shape, stack, monkeypatch):
     monkeypatch.setattr(M, 'MUON_STACK', stack)
+    monkeypatch.setattr(M, 'MUON_STEPS', [(3.4445, -4.7750, 2.0315)] * 5)
     monkeypatch.setattr(M, 'fast_bf16', lambda device: True)                        # torch's own multiplies in bfloat16, always
     torch.manual_seed(1)
     start = torch.randn(2, *shape)
@@ -173,6 +174,20 @@ def test_muon_equals_torch(shape, stack, monkeypatch):
             o.step()
     for a, b, s in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - s).norm()                               # bfloat16 sums in another order
+
+
+def test_muon_makes_singular_values_one(monkeypatch):
+    """From a hundredth of the norm up they end in [0.73, 1.27], as MUON_STEPS says, and singular vectors stay."""
+    monkeypatch.setattr(M, 'fast_bf16', lambda device: False)
+    torch.manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(2, n, 24, dtype=torch.float64))[0] for n in (24, 40))
+    s = torch.logspace(-1.6, 0, 24, dtype=torch.float64)
+    assert 0.01 < s.min() / s.norm() < 0.014
+    x = M.orthogonalize(u * s @ v.mT)
+    ends = u.mT @ x @ v
+    assert (ends - torch.diag_embed(ends.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-9
+    s = ends.diagonal(dim1=-2, dim2=-1)
+    assert 0.729 < s.min() and s.max() < 1.271, (s.min(), s.max())
 
 
 @pytest.mark.parametrize('heads, kv_heads, T', [(4, 4, 1), (4, 4, 128), (6, 2, 200), (5, 1, 300)])
