@@ -213,10 +213,10 @@ def test_plan(monkeypatch):
     assert [r['peak'] <= 0.9 * 40e9 for r in rows.values()] == [r['fits'] for r in rows.values()] and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
 
     monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**34)                # one chunk is simulated sooner than many
-    document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--teacher=nanochat:nowhere/d8', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')      # no data, no teacher's files
-    teacher = 2 * (8 * 12 * 512**2 + 65536 * 512) + 4 * 8 * 512 * 1024
-    student = 3 * (2 * (73138176 + 65536 * 768) + 4 * 12 * 768 * 1024)
-    assert document['flops_per_token'] == teacher + student and document['rows'][0]['teacher'] == 4 * (8 * 12 * 512**2 + 2 * 65536 * 512) and document['assumed'] is True and document['dollars'] is None
+    document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--n_layer=2', '--teacher=nanochat:nowhere/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')      # no data, no teacher's files
+    teacher = 2 * (2 * 12 * 128**2 + 65536 * 128) + 4 * 2 * 128 * 1024
+    student = 3 * (2 * (2 * (10 * 768**2 + 2 * 768 * 128) + 65536 * 768) + 4 * 2 * 768 * 1024)
+    assert document['flops_per_token'] == teacher + student and document['rows'][0]['teacher'] == 4 * (2 * 12 * 128**2 + 2 * 65536 * 128) and document['assumed'] is True and document['dollars'] is None
 
 
 def test_proposed_shapes():
