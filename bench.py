@@ -28,8 +28,8 @@ Every row must give the text of its format's plain row, or part from it at a tie
 are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
 their ratio is (tests/peers.py).
 
-train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length and fed rows of half to all of
-block_size, so its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the same round. % GEMM: FLOPs that the step
+train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length, as a first step on shorter rows
+shows; its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the same round. % GEMM: FLOPs that the step
 needs (flops_per_token, a teacher's forward included), over those of the fastest matrix product of the same run in the same dtype. Beside
 nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
 dtype says: give --dtype=float32 for like and like.
@@ -52,7 +52,6 @@ import math
 import os
 import pickle
 import platform
-import random
 import re
 import shlex
 import shutil
@@ -91,7 +90,7 @@ SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6     # of FineWeb-Edu, see da
 mode = 'decode'             # decode, quality, train, memory, plot, ladder
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8, int4; -packed (also bf16-, f16-): as sample.py runs it; -compiled: with its --compile=True, a minute for each; int4-bf16: 4 bits in memory
+formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-packed, int4-packed: as sample.py runs them; -compiled: with its --compile=True, a minute for each, one sequence; f32-, bf16-, f16-packed and int4-bf16 (4 bits in memory): other layouts
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory the config's batch_size
@@ -142,12 +141,16 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
+if mode in ('train', 'memory') and 'n_layer' not in config:
+    fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
+
 check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf), ('rounds steps', int, 1, math.inf))
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 check_device(device)
 if threads:
     torch.set_num_threads(threads)
+    os.environ['OMP_NUM_THREADS'] = str(threads)                    # for the processes that are started here
 cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
 machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
 machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
@@ -220,7 +223,7 @@ def build(shape, format):
     if weights in ('int8', 'int4') and not hasattr(model, 'rounding'):
         model = convert(model, int(weights[3:]))
     pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16, 'int4-bf16': torch.bfloat16}.get(format.removesuffix('-compiled'))
-    return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled') and can_compile(device))
+    return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled'))
 
 
 def bytes_per_pass(model):
@@ -234,6 +237,7 @@ def bytes_per_pass(model):
 def measure_quality():
     state = load_checkpoint(os.path.join(shape, 'best.pt'))
     tokenizer, rows = from_meta(state['tokenizer']), []
+    same_tokens(os.path.join('data', state['dataset']), tokenizer, shape)
     for f in formats:
         model = build(shape, f).model
         c = model.config
@@ -337,8 +341,12 @@ def measure_decode():
     else:                                       # from the token before any text, or the first of the vocabulary, where a newline mostly is
         first = from_meta(load_model(os.path.join(shape, 'best.pt'))[1]['tokenizer']).bos or 0
         prompts[:] = [[first] + text for text in plain.complete([[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
+    if any(f.endswith('compiled') for f in formats) and not can_compile(device):
+        fail(f'formats ({",".join(formats)}) need a C++ compiler: leave those with -compiled out')
     if llama2c and not peers:
         fail(f'llama2c ({llama2c}) is measured with --peers=True')
+    if peers and c.head_dim != c.n_embd // c.n_head:
+        fail(f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}')
     if peers and device != 'cpu':
         fail(f'peers are measured on --device=cpu, not on {device}')
     others = {'rows': []}
@@ -347,7 +355,7 @@ def measure_decode():
         others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, llama2c=llama2c, seed=seed, threads=torch.get_num_threads())
 
     engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
-    runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches]}
+    runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches if not (f.endswith('compiled') and (b > 1 or d in ('ngram', 'random')))]}     # those rounds are not compiled
     costs, slow, rates = {f: [] for f in engines}, [], []
     caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device) for f in engines if not f.endswith('compiled')}
     for f, cache in caches.items():
@@ -545,13 +553,14 @@ def measure_train():
         write_random(f'{folder}/data/random', c.vocab_size)
         model, trained, _, step = set_up(c, batch_size, f'{folder}/data/random')
         forwards = {way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained for way, how in ways.items()}
-        lengths, runs, gemm = random.Random(seed), {way: [] for way in ways}, 0.0
+        runs, gemm = {way: [] for way in ways}, 0.0
         for r in range(rounds + 1):             # round 0 warms up, and compiles
             for way, forward in forwards.items():
-                sizes = [lengths.randint(c.block_size // 2, c.block_size) if way == 'dynamic' else c.block_size for _ in range(steps)]
-                parts = [step(forward, T, accumulation) for T in sizes]
+                if way == 'dynamic' and not r:
+                    step(forward, c.block_size // 2 + 1, accumulation)
+                parts = [step(forward, c.block_size, accumulation) for _ in range(steps)]
                 seconds = {part: sum(p[part] for p in parts) for part in parts[0]}
-                runs[way].append({'tok_s': accumulation * batch_size * sum(sizes) / sum(seconds.values()), 'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
+                runs[way].append({'tok_s': steps * tokens / sum(seconds.values()), 'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
             gemm = max(gemm, gemm_rate(c))
             print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
         flops, params = flops_of(model, getattr(trained, 'teachers', ())), model.params()['total']
@@ -673,7 +682,7 @@ def measure_memory():
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'                  # glibc would keep what is freed below 32 MB, and gaps between: measured are tensors alone
     for batch in numbered('batches') or [batch_size]:
         parts = training_bytes(c, batch)
-        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, device=device, dtype=dtype, threads=threads)
+        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size, device=device, dtype=dtype, threads=threads)
         got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak'] for way in (('eager', 'compiled') if compile else ('eager',)) if measured}
         rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got | {'ratio': parts['peak'] / got['eager'] if got else None, 'cache': batch * c.block_size * model.kv_bytes_per_token()})
     print(spoken)
@@ -827,10 +836,17 @@ def build_rung(name, seed, command, folders):
     return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
 
 
+def same_tokens(folder, tokenizer, file):
+    if from_meta(load_meta(folder)).meta() != tokenizer.meta():
+        fail(f'{folder} has another tokenizer than {file} was trained with: prepare it as it was')
+
+
 def open_rung(file):
     """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
     model, state = (load_model if file.endswith('.pt') else load)(file, device)
-    return model, from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
+    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
+    same_tokens(data, tokenizer, file)
+    return model, tokenizer, data
 
 
 def measure_rung(file):
@@ -853,7 +869,7 @@ def time_rungs(rows):
         model, _, data = open_rung(row['file'])
         if prompt_tokens + new_tokens > model.config.block_size:
             fail(f"prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit {row['name']}'s context of {model.config.block_size}: lower them")
-        texts, drafter = Loader(data, 'val', 1, prompt_tokens), next((d for d, head in HEADS.items() if hasattr(model, head)), None)
+        texts, drafter = Loader(data, 'val', 1, model.config.block_size), next((d for d, head in HEADS.items() if hasattr(model, head)), None)
         model = for_decoding(model)
         for how in ('', '_compiled') if row['name'] in compiled.split(',') and can_compile(device) else ('',):
             engine = Engine(model, compile=bool(how))
@@ -861,15 +877,17 @@ def time_rungs(rows):
     for r in range(rounds + 1):                 # round 0 warms up, and compiles
         for row, key, engine, texts, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
-            text = engine.complete(texts.rows([1024 * r])[0].tolist(), new_tokens, temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
+            text = engine.complete(texts.rows([1024 * r])[0][:, :prompt_tokens].tolist(), new_tokens, temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
             seen.append((text, engine.stats))
         print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
     torch.set_num_threads(usual)
     for (row, key, *_, drafter, seen), (*_, before) in zip(runs, [runs[0], *runs]):
         row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen)
         if drafter != 'none':                   # the run before it is its plain one
+            if key.endswith('compiled'):        # its drafts have a fixed number, and in float its sums another order
+                continue
             row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
-            row['speculation_exact'] = row.get('speculation_exact', True) and [text for text, _ in seen] == [text for text, _ in before]
+            row['speculation_exact'] = [text for text, _ in seen] == [text for text, _ in before]
     for row in rows if memory and device == 'cpu' and os.path.exists('/proc/self/statm') else ():
         row['memory_bytes'] = start('bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=usual)['memory_bytes']
 
@@ -940,8 +958,9 @@ def measure_ladder():
     shown = [row for row in rows if row['name']]
     if timed != 'none':
         names = [row['name'] for row in shown] if timed == 'all' else timed.split(',')
-        if set(names) - {row['name'] for row in shown}:
-            fail(f"timed ({timed}) names {sorted(set(names) - {row['name'] for row in shown})[0]!r}, which is no rung")
+        for name in names + list(filter(None, compiled.split(','))):
+            if name not in [row['name'] for row in shown]:
+                fail(f'timed ({timed}) or compiled ({compiled}) names {name!r}, which is no rung')
         time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])      # of several seeds the first
     if not check:
         write()
@@ -954,10 +973,10 @@ def measure_ladder():
     for name, same in names.items():
         row, losses = same[0], [r['val_loss'] for r in same]
         p = welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None
-        cell = lambda key, digits, by=1: f'{row[key] / by:,.{digits}f}' if row.get(key) is not None else '-'
+        cell = lambda key, digits, by=1: f'{row[key] / by:,.{digits}f}' if by and row.get(key) is not None else '-'
         table.append([name, cell('params', 0), cell('bytes', 0), f"{first['bytes'] / row['bytes']:.1f}", cell('kv_bytes_per_token', 0), f'{statistics.mean(losses):.4f}',
                       f'{statistics.stdev(losses):.4f}' if len(same) > 1 else '-', f"{statistics.mean(r['val_bpb'] for r in same):.4f}", '-' if p is None else f'{p:.1g}',
-                      cell('tok_s', 0), cell('tok_s', 2, first.get('tok_s') or 1), cell('tok_s_speculative', 0), cell('tok_s_speculative', 2, first.get('tok_s') or 1), cell('tok_s_compiled', 0), cell('tok_s_speculative_compiled', 0),
+                      cell('tok_s', 0), cell('tok_s', 2, first.get('tok_s')), cell('tok_s_speculative', 0), cell('tok_s_speculative', 2, first.get('tok_s')), cell('tok_s_compiled', 0), cell('tok_s_speculative_compiled', 0),
                       cell('tokens_per_verify', 2), cell('memory_bytes', 1, 2**20), cell('train_tokens', 1, 1e6), cell('train_seconds', 0), cell('train_flops', 1, 1e15)])
     keep = [i for i, column in enumerate(zip(*table)) if set(column[1:]) != {'-'}]
     if check:

@@ -138,7 +138,7 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
         raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; add one that was trained with --hold_out= of that part")
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
-                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': 2 * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, unseen))}
+                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': T / S * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, unseen))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:

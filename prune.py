@@ -418,7 +418,7 @@ if __name__ == '__main__':
             print(f"{left} {kind} left: {model.params()['total']:,} parameters, loss on the calibration batches {loss:.4f}", flush=True)
     except ValueError as e:
         raise SystemExit(f'error: {e}')
-    save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name, knobs=state.get('knobs', {}))
+    save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name, knobs=state.get('knobs', {}) | {'quant_bits': 0})      # what is left, refitted, was not trained through the rounding
     model = load_model(path, device)[0]                      # what is measured is the file
     sides = (whole, source, old_dir, old), (model, path, data_dir, tokenizer)
     table, speeds = [], ([], [])

@@ -472,7 +472,8 @@ def load(path, device='cpu'):
 def compare(model, quantised, batches):
     """Over all unmasked positions: {'mean_kl', 'max_kl'} of KL(float || quantised) in nats, 'top1_flips' as a share of positions."""
     kl_sum = kl_max = flips = n = 0
-    for x, y in batches:
+    chunk = max(1, 2**25 // (model.config.block_size * model.config.vocab_size))     # rows whose logits take 128 MiB
+    for x, y in (part for whole in batches for part in zip(*(t.split(chunk) for t in whole))):
         keep = (y >= 0).flatten()
         a = F.log_softmax(model(x).flatten(0, 1)[keep], dim=-1)
         b = F.log_softmax(quantised(x).flatten(0, 1)[keep], dim=-1)
@@ -505,7 +506,9 @@ if __name__ == '__main__':
     check_knobs(config, ('calib_batches', int, 1, math.inf))
     check_device(device)
     model, state = load_model(os.path.join(out_dir, weights), device)
-    trained = {'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8} | state.get('knobs', {})
+    trained = {'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0} | state.get('knobs', {})
+    if trained['qat_start'] and state['step'] <= math.ceil(trained['qat_start'] * trained['max_iters']):        # its rounding had not begun
+        trained['quant_bits'] = 0
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     how = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     as_trained = all(trained[k] == how[k] for k in how if k != 'quant_group' or 4 in (bits, tables_bits))

@@ -187,6 +187,7 @@ if init_from == 'resume':
     if differ:
         raise SystemExit(f"error: {ckpt_path} was trained in another way: {'; '.join(differ)}: resume with the same knobs")
     start_step, best = resumed['step'], resumed['best']
+    config['init_from'] = resumed['knobs']['init_from']     # where its weights are from
 elif init_from != 'scratch':
     source = load_checkpoint(init_from)
 elif os.path.exists(ckpt_path):

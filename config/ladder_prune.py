@@ -1,6 +1,5 @@
 # What pruning costs, and what brings it back: the teacher on the standard library cut by 25, 50 and 65 % of its parameters, by each score, at the same shapes.
-#     python train.py config/train_stdlib_bpe.py && python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
-#     python bench.py --mode=ladder config/ladder_prune.py
+#     python data/stdlib_bpe/prepare.py && python bench.py --mode=ladder config/ladder_prune.py         # after ladder_stdlib.py it takes that one's teacher, labels and student
 # plain: what is left keeps its weights. refit: it is fitted by least squares, and channels are cut along principal axes. +1 and +5: after so
 # many per cent of the teacher's training tokens, learnt from its labels at a fifth of its rates. 2 CPU cores: some two hours (estimated; README has what was run).
 mode = 'ladder'
@@ -10,7 +9,7 @@ timed = 'teacher,depth: 3 layers of 6,width: as many parameters,MQA aligned,draf
 _shape = {25: '--neuron_prune_ratio=0.5', 50: '--neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334', 65: '--neuron_prune_ratio=0.6 --channel_prune_ratio=0.5'}
 _prune = 'python prune.py --out_dir=out-stdlib-bpe'
 _learn = 'python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --eval_interval=0 --save_interval=0 --muon_lr=0.004 --adam_lr=0.001'
-_lines = ['teacher | python train.py config/train_stdlib_bpe.py']
+_lines = ['teacher | python train.py config/train_stdlib_bpe.py', ' | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe']
 
 
 def _rung(name, command):
@@ -52,7 +51,9 @@ _rung('50 % measured', f'{_prune} --keep_params=0.5 --save_dir=')
 _recover('50 % measured', 70, 5)
 # a model that drafts, its neurons halved: the head is cut along; before and after a short training of both
 _draft = 'out-prune-drafting'
-_lines += [f'drafting: whole | python quantize.py --out_dir=out-draft-stdlib-bpe',
+_student = 'out-distill-stdlib-bpe-1337'
+_lines += [f' | python train.py config/distill_stdlib_bpe.py --seed=1337 --out_dir={_student} --teacher=labels-stdlib-bpe',
+           f'drafting: whole | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from={_student}/best.pt --out_dir=out-draft-stdlib-bpe && python quantize.py --out_dir=out-draft-stdlib-bpe',
            f'drafting: halved neurons | python prune.py --out_dir=out-draft-stdlib-bpe --neuron_prune_ratio=0.5 --save_dir={_draft} && python quantize.py --out_dir={_draft}',
            f'drafting: halved neurons +5 | {_learn} --init_from={_draft}/best.pt --max_iters=70 --out_dir={_draft}-5 && python quantize.py --out_dir={_draft}-5']
 rungs = '\n'.join(_lines)

@@ -1,5 +1,5 @@
 """
-Speculation never changes the text: plain decoding against every drafter, temperature and k, over tens of thousands of tokens per format.
+Speculation never changes the text: plain decoding against every drafter at four temperatures, with k from 1 to 8 at random, over tens of thousands of tokens per format.
 
     python tests/exact.py                                     # random weights: MHA and MQA, with draft and multi-token heads
     python tests/exact.py --out_dir=out-qat-shakespeare       # a trained model
@@ -50,7 +50,7 @@ def gap(model, prompt, plain, other, row, temperature, run):
     at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), min(len(plain), len(other)))
     scores = model(torch.tensor([prompt + plain[:at]]))[0, -1]
     if temperature:
-        scores = scores / temperature + Noise(run, scores.numel())([row], [len(prompt) + at], 1)[0, 0]
+        scores = scores + temperature * Noise(run, scores.numel())([row], [len(prompt) + at], 1)[0, 0]
     return (scores[plain[at]] - scores[other[at]]).abs().item()
 
 
@@ -68,8 +68,8 @@ for kind in ('float32', 'int8', 'int4'):
                 how = dict(temperature=temperature, seed=run)
                 plain = engine.complete(prompts, c.block_size - 40, **how)
                 for drafter in drafters:
-                    k = 1 + run % 8
-                    texts = engine.complete(prompts, c.block_size - 40, drafter=drafter, draft_n=k, adapt=run % 2 == 0, **how)
+                    k, adapt = torch.randint(1, 9, (), generator=g).item(), torch.rand((), generator=g).item() < 0.5
+                    texts = engine.complete(prompts, c.block_size - 40, drafter=drafter, draft_n=k, adapt=adapt, **how)
                     done += sum(map(len, texts))
                     for row, (a, b) in enumerate(zip(plain, texts)):
                         if a != b:

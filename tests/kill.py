@@ -45,7 +45,7 @@ def start(args):
 
 
 rng = random.Random(seed)
-mid_save = early = saved = 0
+mid_save, early, saved, half = 0, 0, 0, {}
 with tempfile.TemporaryDirectory() as folder:
     text = 'the cat sat on the mat and went on sitting there\n' * 40
     with contextlib.redirect_stdout(io.StringIO()):
@@ -67,7 +67,8 @@ with tempfile.TemporaryDirectory() as folder:
         was, saved = saved, load_checkpoint(ckpt)['step'] if os.path.exists(ckpt) else 0
         assert saved >= max([was] + [step - 1 for step in steps]), f'trial {trial}: step {max(steps)} had been reported, {ckpt} holds {saved}'     # a step's line comes before its save
         assert not os.path.exists(best) or load_checkpoint(best)['step'] <= saved + 1
-        mid_save += any(name.endswith('.tmp') for name in os.listdir(f'{folder}/out')) if os.path.exists(f'{folder}/out') else 0
+        now = {name: os.path.getmtime(f'{folder}/out/{name}') for name in os.listdir(f'{folder}/out') if name.endswith('.tmp')} if os.path.exists(f'{folder}/out') else {}
+        mid_save, half = mid_save + bool(now.items() - half.items()), now       # what earlier kills left half-written stays until that file is written again
         early += not lines
     with open(f'{folder}/out/log.csv') as f:    # a resumed run takes back the steps that no checkpoint holds
         steps = [int(row['step']) for row in csv.DictReader(f)]

@@ -256,14 +256,14 @@ def test_the_script(tmp_path):
     loader = Loader(data, 'train', 16, SMALL['block_size'])
     tokenizer = from_meta(loader.meta)
     model = randomise(GPT(GPTConfig(**SMALL | {'vocab_size': tokenizer.vocab_size})))
-    for name, knobs in (('float', {}), ('trained', {'quant_bits': 4, 'quant_group': 64})):
-        save_checkpoint(f'{tmp_path}/{name}/best.pt', model, tokenizer.meta(), dataset=data, knobs=knobs)
+    for name, knobs in (('float', {}), ('trained', {'quant_bits': 4, 'quant_group': 64}), ('stopped', {'quant_bits': 4, 'qat_start': 0.5, 'max_iters': 8})):
+        save_checkpoint(f'{tmp_path}/{name}/best.pt', model, tokenizer.meta(), dataset=data, knobs=knobs, step=4)
     convert = lambda *how, **more: Q.convert(copy.deepcopy(model), *how, **more)
     fitted = Q.gptq(model, [loader.batch(step) for step in range(2)], 4)
     for folder, flags, method, expected in (
             ('float', '', 'rtn', convert(8)), ('float', '--bits=4', 'gptq', fitted), ('float', '--bits=4 --method=rtn', 'rtn', convert(4, search=False)),
             ('float', '--bits=4 --method=clip --group=128 --tables_bits=4', 'clip', convert(4, 128, 4)),
-            ('trained', '--bits=4', 'qat', convert(4, 64)), ('trained', '', 'rtn', convert(8, 64))):
+            ('trained', '--bits=4', 'qat', convert(4, 64)), ('trained', '', 'rtn', convert(8, 64)), ('stopped', '--bits=4', 'gptq', fitted)):
         got = run('quantize.py', f'--out_dir={tmp_path}/{folder}', '--device=cpu', '--calib_batches=2', *flags.split())
         assert got.status == 0, got.err
         result = json.loads(got.out.splitlines()[-1])

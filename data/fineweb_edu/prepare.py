@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, '.')  # run from the repo root
 from data.loader import download, write_dataset
-from data.tokenizer import load_nanochat_tokenizer
+from data.tokenizer import fingerprint, load_nanochat_tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/fineweb_edu'
@@ -45,7 +45,7 @@ except (OSError, ValueError) as e:
 
 def tokens_of(shard, most=None):
     """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
-    path = os.path.join(out_dir, f'shard_{shard:05d}.tokens')
+    path = os.path.join(out_dir, f"shard_{shard:05d}.{fingerprint(words)[:8]}{f'.{most}' if most else ''}.tokens")     # of another tokenizer, others
     if os.path.exists(path):
         return path
     name = f'shard_{shard:05d}.parquet'
