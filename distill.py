@@ -182,7 +182,7 @@ class Labels:
     def __init__(self, folder, loader, device='cpu'):
         with open(os.path.join(folder, 'meta.json')) as f:
             self.meta = m = json.load(f)
-        if m['data'] != loader.meta['sha256']['train.bin']:
+        if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:      # fewer, if a part is held out
             raise SystemExit(f"error: the labels in {folder} were written for other tokens than this dataset has: write them again, python distill.py --teacher=... --out_dir={folder}")
         record, path = label_type(m['method'], m['k'], m['vocab_size']), os.path.join(folder, 'labels.bin')
         if os.path.getsize(path) != m['tokens'] * record.itemsize:
@@ -225,6 +225,8 @@ def load_teacher(spec, device='cpu'):
         model, tokenizer = load_gpt2(path, device)
     elif kind == 'random':
         model, tokenizer = random_teacher(path, device), None
+    elif not os.path.exists(spec):
+        raise SystemExit(f"error: no teacher at {spec}: train one (python train.py ...), or write its labels there (python distill.py --teacher=... --out_dir={spec})")
     else:
         model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
         tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
@@ -232,11 +234,12 @@ def load_teacher(spec, device='cpu'):
     return model.requires_grad_(False), tokenizer, dataset
 
 
-def load_teachers(spec, tokenizer, block_size, device='cpu'):
-    """'A+B+...' -> list of teachers that read the tokenizer's ids and at least block_size of them at once. One line says which does not."""
+def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
+    """'A+B+...' -> list of teachers that read the tokenizer's ids and at least block_size of them at once; one that held out a part of dataset has .hold_out. One line says which does not."""
     teachers = []
     for name in spec.split('+'):
-        teacher, theirs, _ = load_teacher(name, device)
+        teacher, theirs, trained_on = load_teacher(name, device)
+        teacher.hold_out = getattr(teacher, 'hold_out', '') if trained_on == dataset else ''      # of another text it has held out nothing
         if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
             raise SystemExit(f"error: the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
         if teacher.config.vocab_size != tokenizer.vocab_size or teacher.config.block_size < block_size:
@@ -482,14 +485,16 @@ if __name__ == '__main__':
     check_device(device)
     began = time.perf_counter()
     if fetch or to_picochat or to_hf:
-        if fetch and not out_dir or not fetch and not teacher:
-            raise SystemExit("error: --fetch= needs --out_dir= (where the files go); --to_picochat= and --to_hf= need --teacher= (what is written there)")
+        if bool(fetch) + bool(to_picochat) + bool(to_hf) > 1 or fetch and not out_dir or not fetch and not teacher:
+            raise SystemExit("error: --fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is written there); one of the three at a time")
         if fetch:
             folder = fetch_nanochat(fetch, out_dir)
         else:
             model, tokenizer, trained_on = load_teacher(teacher)
             if to_picochat and not (isinstance(model, GPT) and tokenizer and (dataset or trained_on)):
                 raise SystemExit(f"error: to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like nanochat:FOLDER, and --dataset= to measure it on, not {teacher} and dataset ({dataset})")
+            if to_hf and not (isinstance(model, GPT) and getattr(tokenizer, 'kind', '') == 'bpe'):
+                raise SystemExit(f"error: to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, not {teacher}")
             folder = to_picochat or export_hf(model, tokenizer, to_hf)
             if to_picochat:
                 save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0, dataset=dataset or trained_on, knobs={})
@@ -502,11 +507,12 @@ if __name__ == '__main__':
         raise SystemExit("error: give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     if os.path.exists(os.path.join(out_dir, 'meta.json')):
         raise SystemExit(f"error: {out_dir} already holds labels: give another --out_dir, or remove it")
-    first, _, trained_on = load_teacher(teacher.split('+')[0], device)
+    first, _, trained_on = load_teacher(teacher.split('+')[0])
     if not (dataset or trained_on):
         raise SystemExit(f"error: {teacher} does not say which dataset to label: give --dataset=")
     loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size, block_size or first.config.block_size, device=device)
-    teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device)
+    first = None                                # its memory, too
+    teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device, dataset or trained_on)
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
     if compile and can_compile(device):

@@ -628,7 +628,7 @@ def load_tensors(path, device='cpu', mmap=False):
 def load_checkpoint(path, device='cpu'):
     """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
     if not os.path.isfile(path):
-        raise SystemExit(f"error: no checkpoint at {path}: train one first (python train.py ...), or name its folder with --out_dir=")
+        raise SystemExit(f"error: no checkpoint at {path}: {f'it is a folder, name the file in it, {path}/best.pt' if os.path.isdir(path) else 'train one first (python train.py ...), or name its folder with --out_dir='}")
     state = load_tensors(path, device)
     if not isinstance(state, dict) or 'picochat' not in state:
         found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__

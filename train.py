@@ -181,8 +181,8 @@ if init_from == 'resume':
     if 'optimizers' not in resumed:
         raise SystemExit(f"error: {ckpt_path} holds weights alone and cannot be resumed: start from it with --init_from={ckpt_path}")
     total_batch_size = total_batch_size or resumed['total_batch_size']
-    if resumed['total_batch_size'] != total_batch_size or resumed['tokenizer'] != tokenizer.meta():
-        raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']} on {resumed['dataset']}: resume with the same data and total_batch_size, or start from it with --init_from={best_path}")
+    if resumed['total_batch_size'] != total_batch_size:
+        raise SystemExit(f"error: {ckpt_path} was trained with total_batch_size={resumed['total_batch_size']}, not {total_batch_size}: resume with the same, or start from it with --init_from={ckpt_path}")
     differ = [f'{k} is {resumed["knobs"].get(k)!r} there and {config[k]!r} here' for k in [*vars(gpt_config), 'hold_out'] if k in config and k != 'dropout' and resumed['knobs'].get(k, config[k]) != config[k]]
     if differ:
         raise SystemExit(f"error: {ckpt_path} was trained in another way: {'; '.join(differ)}: resume with the same knobs")
@@ -191,12 +191,14 @@ if init_from == 'resume':
 elif init_from != 'scratch':
     source = load_checkpoint(init_from)
 elif os.path.exists(ckpt_path):
-    say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it)")
+    say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it), and best.pt at the first evaluation")
 if total_batch_size % tokens_per_forward:
     raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of batch_size*block_size*processes ({rows}*{block_size}*{world_size}={tokens_per_forward}): try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
+if source and hold_out and source.get('knobs', {}).get('hold_out') != hold_out:
+    raise SystemExit(f"error: {init_from} was not trained with hold_out={hold_out}: it has seen that part of the text; start from scratch")
 if source:                                      # its shape, but for what weights do not depend on, and for heads that it has not: they may be added
     if source['tokenizer'] != tokenizer.meta():
-        raise SystemExit(f"error: {init_from} was trained with another tokenizer ({source['tokenizer']['kind']}) than data/{dataset} has ({tokenizer.kind}): prepare the data with the same one")
+        raise SystemExit(f"error: {ckpt_path if resumed else init_from} was trained with another tokenizer, on {source['dataset']}, than {data_dir} has: give that dataset, or prepare this one with the same tokenizer")
     new = {'block_size': block_size, 'dropout': dropout}
     for head in ('multi_token', 'draft'):
         if not source['config'][f'{head}_n']:
@@ -230,8 +232,8 @@ if teacher and os.path.exists(os.path.join(teacher, 'meta.json')):
         raise SystemExit(f"error: the labels in {teacher} are for forward_kl at temperature {labels.meta['temperature']}, not for {divergence} at {temperature}: write others, or train beside the teacher itself")
     trained = Distiller(model, temperature=temperature)
 elif teacher:
-    teachers = load_teachers(teacher, tokenizer, block_size, 'cpu' if fsdp else device)
-    if any(getattr(t, 'hold_out', '') for t in teachers):
+    teachers = load_teachers(teacher, tokenizer, block_size, 'cpu' if fsdp else device, dataset)
+    if any(t.hold_out for t in teachers):
         raise SystemExit(f"error: a teacher in {teacher} was trained with hold_out: write labels (python distill.py --teacher={teacher} --out_dir=FOLDER), which it gives only for what it has not seen")
     if fsdp:                                    # a GPT-2 is small enough to stay whole
         teachers = [shard(t, device_type) if isinstance(t, GPT) else t.to(device) for t in teachers]
@@ -255,7 +257,7 @@ def backward(run, step, micro=0, accumulation=1):
     soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
     if own is not None:
         n = len(own) // 64
-        rows = own[step % 64 * n:][:n]
+        rows = own[(step * accumulation + micro) % 64 * n:][:n]
         x[:n], y[:n] = rows[:, :-1], rows[:, 1:]
     waits = isinstance(run, DDP) and micro < accumulation - 1     # fsdp sums up its shares each time: whole gradients are what does not fit
     with run.no_sync() if waits else contextlib.nullcontext(), autocast:
@@ -333,12 +335,6 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
 if resumed:
     for optimizer, state in zip(optimizers, resumed['optimizers']):
         load_optimizer(optimizer, state)        # but the rates are this run's knobs
-if own_samples:                                 # the frozen model writes as many rows as 64 batches have of them; drafts are made after its own words
-    n, cut = 64 * round(own_samples * batch_size), max(1, block_size // 16)
-    starts = [loader.starts(step)[row] for step in range(64) for row in range(round(own_samples * batch_size))]
-    prompts = loader.rows(starts)[0][:, :cut].tolist()
-    say(f'the model writes {n} rows of its own')
-    own = torch.tensor([p + new for p, new in zip(prompts, Engine(model).complete(prompts, block_size + 1 - cut, seed=seed))], device=device)     # (n, block_size + 1)
 
 # -----------------------------------------------------------------------------
 # what happens now and then
@@ -421,7 +417,14 @@ if wandb_log and main_process:
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
 if start_step >= qat_step:
     prepare(model, quant_bits, quant_group, tables_bits)
-step, seconds, step_times, losses_due, result = start_step, resumed.get('seconds', 0.0) if resumed else 0.0, [], [], None
+if own_samples:                                 # the frozen model, rounded if it will be, writes as many rows as 64 batches have of them; drafts are made after its own words
+    n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
+    starts = [start for step in range(64) for start in loader.starts(step)[:n]]
+    prompts = loader.rows(starts)[0][:, :cut].tolist()
+    say(f'the model writes {64 * n} rows of its own')
+    own = torch.tensor([p + new for p, new in zip(prompts, Engine(model).complete(prompts, block_size + 1 - cut, seed=seed))], device=device)     # (64 n, block_size + 1)
+    model.train()
+step, seconds, step_times, losses_due, result, saved = start_step, resumed.get('seconds', 0.0) if resumed else 0.0, [], [], None, start_step if resumed else None
 began = time.perf_counter()
 val_loss_before = resumed.get('val_loss_before') if resumed else measure(0)['loss'] if source and eval_interval else None     # what fine-tuning starts from
 clock = time.perf_counter()
@@ -450,8 +453,8 @@ while step < max_iters:
             wrong.append((step - 1, 'weights became infinite or NaN'))
         at = agree(min((s for s, _ in wrong), default=math.inf))            # what one process has seen, all must know
         if at < math.inf:
-            kept = f"{ckpt_path} still holds step {torch.load(ckpt_path, weights_only=True)['step']}" if os.path.exists(ckpt_path) else 'nothing had been saved yet'
-            raise SystemExit(f"error: {wrong[0][1] if wrong else 'the loss of another process became infinite or NaN'} at step {at:.0f}; {kept}: resume with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
+            kept = f"{ckpt_path} still holds step {saved}: resume" if saved is not None else 'nothing had been saved yet: start again'
+            raise SystemExit(f"error: {wrong[0][1] if wrong else 'the loss of another process became infinite or NaN'} at step {at:.0f}; {kept} with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
         means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
         losses_due = []
     if device_type != 'cpu':
@@ -473,6 +476,7 @@ while step < max_iters:
             wandb.log(row | ({'val_loss': result['loss'], 'val_bpb': result['bpb']} if evals else {}), step=step)
     if saves:
         save(step)
+        saved = step
     if sample_interval and step % sample_interval == 0:
         show_sample(step)
     if leaving and step < max_iters:

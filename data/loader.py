@@ -341,7 +341,8 @@ def load_meta(data_dir):
     path = os.path.join(data_dir, 'meta.json')
     script = os.path.join(data_dir, 'prepare.py').replace(os.sep, '/')
     if not os.path.exists(script):  # a dataset made from somebody's own text, or a slip of the pen
-        script = f'data/text/prepare.py --input=FILE_OR_FOLDER --name={os.path.basename(os.path.normpath(data_dir))}'
+        name = os.path.basename(os.path.normpath(data_dir))
+        script = f'data/text/prepare.py --input=FILE_OR_FOLDER --name={name}, or for conversations data/chat/prepare.py --input=FILE.jsonl --name={name}'
     if not os.path.exists(path):
         raise SystemExit(f'error: no dataset in {data_dir} ({path} is not there): run python {script}')
     try:

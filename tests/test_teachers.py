@@ -255,7 +255,7 @@ def test_load_teacher(tmp_path, bpe):
         assert teacher.flops_per_token(training=False) > 2 * sum(p.numel() for n, p in teacher.named_parameters() if '.h.' in n)
         assert logits.shape == (1, 10, teacher.config.vocab_size) and logits.dtype == torch.float32 and teacher.config.block_size >= 10
     assert torch.equal(load_teacher(str(tmp_path))[0](torch.arange(10)[None]), ours(torch.arange(10)[None]))
-    refused('no checkpoint at', load_teacher, f'{tmp_path}/nothing')
+    refused('no teacher at', load_teacher, f'{tmp_path}/nothing')
     for spec in ('nothing', 'd2', 'd2/token_bytes.pt', 'best.pt'):
         refused('error', load_teacher, f'gpt2:{tmp_path}/{spec}')
 
