@@ -709,8 +709,7 @@ def proposals(target, c):
 
 def plan_training(c, groups, spoken, flops):
     """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
-    if gpu not in GPUS:
-        fail(f"gpu ({gpu}) must be one of {', '.join(GPUS)}")
+    check_knobs(config, ('gpu', GPUS))
     peak, memory = GPUS[gpu]
     share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
     source = f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, ' + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation=')

@@ -481,7 +481,8 @@ if __name__ == '__main__':
     compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf))
+    check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf),
+                ('method', ('sample', 'topk')), ('dtype', ('auto', 'float32', 'bfloat16')))
     check_device(device)
     began = time.perf_counter()
     if fetch or to_picochat or to_hf:
@@ -501,8 +502,6 @@ if __name__ == '__main__':
         names = sorted(os.path.join(folder, name) for name in os.listdir(folder))
         print(json.dumps({'file': folder, 'bytes': sum(map(os.path.getsize, names)), 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}))
         raise SystemExit
-    if method not in ('sample', 'topk') or dtype not in ('auto', 'float32', 'bfloat16'):
-        raise SystemExit(f"error: method ({method}) must be sample or topk, dtype ({dtype}) auto, float32 or bfloat16")
     if not teacher or not out_dir:
         raise SystemExit("error: give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     if os.path.exists(os.path.join(out_dir, 'meta.json')):

@@ -357,12 +357,15 @@ def check_device(device):
         raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
 
 
-def check_knobs(config, *ranges, may_be_none=''):
-    """The configurator knows a knob's type but not what it counts: ranges are (names, int or float, least, most)."""
-    for names, kind, least, most in ranges:
+def check_knobs(config, *rules, may_be_none=''):
+    """The configurator knows a knob's type but not what it may be: rules are (names, int or float, least, most), or (names, all that it may be)."""
+    for names, kind, *span in rules:
         for name in names.split():
             value = config[name]
-            if not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
+            if not span and value not in kind:
+                raise SystemExit(f"error: {name} ({value}) must be one of {', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
+            least, most = span or (None, None)
+            if span and not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
                 raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
 
 

@@ -374,10 +374,8 @@ if __name__ == '__main__':
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
     check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99), ('keep_params', float, 0.01, 1),
-                ('vocab_keep kv_heads seed', int, 0, math.inf), ('calibration_batches', int, 1, math.inf))
-    for knob, known in (('importance', IMPORTANCE), ('kv_merge', MERGE), ('layer_importance', ('loss', *IMPORTANCE))):
-        if config[knob] not in known:
-            raise SystemExit(f"error: {knob} ({config[knob]}) must be one of {', '.join(known)}")
+                ('vocab_keep kv_heads seed', int, 0, math.inf), ('calibration_batches', int, 1, math.inf),
+                ('importance', IMPORTANCE), ('kv_merge', MERGE), ('layer_importance', ('loss', *IMPORTANCE)))
     if layers is not None and not re.fullmatch(r'\d+(,\d+)*,?', str(layers)):
         raise SystemExit(f"error: layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3")
     source, path = os.path.join(out_dir, weights), os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')

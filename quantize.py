@@ -500,10 +500,7 @@ if __name__ == '__main__':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    for knob, allowed in (('bits', (8, 4)), ('group', (0, 32, 64, 128)), ('tables_bits', (0, 8, 4)), ('method', ('auto', 'rtn', 'clip', 'gptq', 'qat'))):
-        if config[knob] not in allowed:
-            raise SystemExit(f"error: {knob} ({config[knob]}) must be one of {', '.join(map(str, allowed))}")
-    check_knobs(config, ('calib_batches', int, 1, math.inf))
+    check_knobs(config, ('bits', (8, 4)), ('group', (0, 32, 64, 128)), ('tables_bits', (0, 8, 4)), ('method', ('auto', 'rtn', 'clip', 'gptq', 'qat')), ('calib_batches', int, 1, math.inf))
     check_device(device)
     model, state = load_model(os.path.join(out_dir, weights), device)
     trained = {'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0} | state.get('knobs', {})

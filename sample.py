@@ -47,15 +47,11 @@ threads = 0                 # CPU threads; 0: one for a model below 4M parameter
 exec(open('configurator.py').read())
 
 check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf), ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
-            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), may_be_none='top_k top_p min_p')
+            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), ('drafter', DRAFTERS), ('weights', ('auto', 'float', 'int8', 'int4')), may_be_none='top_k top_p min_p')
 check_device(device)
-if drafter not in DRAFTERS:
-    raise SystemExit(f"error: drafter ({drafter}) must be one of {', '.join(DRAFTERS)}")
 if chat and (num_samples > 1 or interactive):
     raise SystemExit(f"error: chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 and interactive ({interactive}) off")
 files = {'float': os.path.join(out_dir, 'best.pt')} | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')}
-if weights not in ('auto', *files):
-    raise SystemExit(f"error: weights ({weights}) must be auto, {', '.join(files)}")
 if weights == 'auto':                           # the newest: integers may be left over from an earlier training
     weights = max((name for name in files if os.path.exists(files[name])), key=lambda name: os.path.getmtime(files[name]), default='float')
 path = files[weights]

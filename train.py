@@ -100,17 +100,13 @@ check_knobs(config | {'batch_size': 1} if batch_size == 'auto' else config,
             ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval sample_interval sample_tokens', int, 0, math.inf),
             ('seed', int, 0, 2**63 - 1),
             ('dropout decay_frac qat_start alpha own_samples', float, 0, 1), ('ema', float, 0, 0.999999), ('temperature', float, 1e-3, math.inf),
-            ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf), may_be_none='n_kv_head head_dim n_hidden')
-if quant_bits not in (0, 4, 8) or tables_bits not in (4, 8) or quant_group not in (32, 64, 128):
-    raise SystemExit(f"error: quant_bits ({quant_bits}) must be 8, 4, or 0 for float; tables_bits ({tables_bits}) 8 or 4; quant_group ({quant_group}) 32, 64 or 128")
-if divergence not in DIVERGENCES:
-    raise SystemExit(f"error: divergence ({divergence}) must be one of {', '.join(DIVERGENCES)}")
-if train_only not in ('', 'draft', 'multi_token') or train_only and teacher:
-    raise SystemExit(f"error: train_only ({train_only}) must be draft or multi_token, without a teacher, or empty")
+            ('muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight draft_hidden_mult', float, 0, math.inf),
+            ('quant_bits', (0, 8, 4)), ('tables_bits', (8, 4)), ('quant_group', (32, 64, 128)), ('divergence', DIVERGENCES), ('train_only', ('', 'draft', 'multi_token')),
+            ('dtype', ('auto', 'float32', 'bfloat16')), may_be_none='n_kv_head head_dim n_hidden')
+if train_only and teacher:
+    raise SystemExit(f"error: train_only ({train_only}) goes without a teacher ({teacher}): a head learns from the frozen model and the text")
 if own_samples and not train_only:
     raise SystemExit(f"error: own_samples ({own_samples}) is for train_only=draft or multi_token: while the trunk learns, what it writes is not what it will write")
-if dtype not in ('auto', 'float32', 'bfloat16'):
-    raise SystemExit(f"error: dtype ({dtype}) must be auto, float32 or bfloat16")
 for name in teacher.split('+'):
     if name.startswith('nanochat:'):            # before anything is said of the data, which are in this teacher's tokens
         find_nanochat(name.partition(':')[2])

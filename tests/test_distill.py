@@ -287,7 +287,7 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
 @pytest.mark.parametrize('flags, pattern', [
     ('', 'give --teacher='),
     ('--teacher={}/nothing --out_dir={}/l', 'no teacher at'),
-    ('--teacher={T} --out_dir={}/l --dataset={D} --method=best', r'method \(best\) must be sample or topk'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --method=best', r'method \(best\) must be one of sample, topk'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --k=0', r'k \(0\)'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --block_size=99', r'a context of 16'),
