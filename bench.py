@@ -157,11 +157,17 @@ machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cud
 machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
 
 
-def report(table, **document):
-    """Lines of text cells -> a table, the first three columns to the left; then everything as one line of JSON, numbers to seven digits."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print('  '.join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+def report(columns, lines, **document):
+    """
+    columns: (heading, key of a line or function of it, format, divisor), of which the last two may be absent -> a table of lines, and everything else as one
+    line of JSON, numbers to seven digits. None is '-'; a column of nothing else is left out; without a format it is text, to the left.
+    """
+    def cell(line, key, form='', by=None):
+        value = key(line) if callable(key) else line.get(key)
+        return '-' if value is None else f'{value / by if by else value:{form}}'
+    table = [(len(how) == 1, [heading, *(cell(line, *how) for line in lines)]) for heading, *how in columns]
+    table = [[c.ljust(max(map(len, cells))) if left else c.rjust(max(map(len, cells))) for c in cells] for left, cells in table if set(cells[1:]) != {'-'}]
+    print('\n'.join('  '.join(line) for line in zip(*table)))
     document = {'mode': mode, 'machine': machine, **document}
     print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
 
@@ -248,8 +254,7 @@ def measure_quality():
             one = make_cache(1)
             rows.append({'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'), 'val_loss': result['loss'], 'val_bpb': result['bpb'],
                          'kv_bytes_per_token': one.nbytes() / one.size})
-    report([['format', 'cache', 'nats', 'bits/byte', 'cache bytes a token']] +
-           [[r['format'], r['cache'], f"{r['val_loss']:.5f}", f"{r['val_bpb']:.5f}", f"{r['kv_bytes_per_token']:,.0f}"] for r in rows], rows=rows)
+    report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'), ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=decode: what is timed
@@ -407,16 +412,13 @@ def measure_decode():
         rows.append(empty | {k: row[k] for k in ('decoder', 'format', 'tok_s_rounds', 'params')} | {
             'tok_s': statistics.median(row['tok_s_rounds']), 'ratio_plain_f32': statistics.median(a / b for a, b in zip(row['tok_s_rounds'], row['ours']))})
 
-    table = [['decoder', 'format', 'drafter', 'batch', 'tok/s', 'x plain', 'x nocache', 'first ms', 'GB/s', '% memory', 'rows 2 4 5 8', 'tok/verify']]
-    for row in rows:
-        def cell(key, digits, factor=1):
-            return '-' if row[key] is None else f'{factor * row[key]:,.{digits}f}'
-        table.append([row['decoder'], row['format'], row['drafter'], str(row['batch']), cell('tok_s', 1), cell('ratio_plain_f32', 2), cell('ratio_recompute', 2), cell('first_token_ms', 1),
-                      cell('gb_s', 2), cell('share_of_bandwidth', 0, 100), ' '.join(f'{x:.2f}' for x in (row['rows_cost'] or {}).values()) or '-', cell('tokens_per_verify', 2)])
     for row in rows:
         if row['memory_ratio']:
             print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, {row['memory_ratio']:.2f} times its file and cache ({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
-    report(table, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
+    report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'), ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
+            ('x nocache', 'ratio_recompute', ',.2f'), ('first ms', 'first_token_ms', ',.1f'), ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
+            ('rows ' + ' '.join(map(str, LENGTHS[1:])), lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())), ('tok/verify', 'tokens_per_verify', '.2f')],
+           rows, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
     if parted:
         fail('another text than the plain row: ' + '; '.join(parted))
 
@@ -586,10 +588,9 @@ def measure_train():
         tok_s = [r['tok_s'] for r in run]
         rows.append(empty | {'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype, 'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
                              'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
-    report([['run', 'way', 'dtype', 'tok/s', 'ratio', 'ms: data', 'forward', 'backward', 'optimizer', '% GEMM']] +
-           [[r['run'], r['way'], r['dtype'], f"{r['tok_s']:,.0f}", f"{r['ratio']:.2f}"] + (
-               [*(f'{ms:.1f}' for ms in r['ms'].values()), f"{100 * r['utilisation']:.0f}"] if r['ms'] else ['-'] * 5) for r in rows],
-           params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
+    report([('run', 'run'), ('way', 'way'), ('dtype', 'dtype'), ('tok/s', 'tok_s', ',.0f'), ('ratio', 'ratio', '.2f'),
+            *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f') for part in ('data', 'forward', 'backward', 'optimizer')), ('% GEMM', 'utilisation', '.0f', 0.01)],
+           rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=memory: the estimate beside what it takes
@@ -685,11 +686,9 @@ def measure_memory():
         knobs = {k: config[k] for k in TRAIN_NAMES} | dict(mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size, device=device, dtype=dtype, threads=threads)
         got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak'] for way in (('eager', 'compiled') if compile else ('eager',)) if measured}
         rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got | {'ratio': parts['peak'] / got['eager'] if got else None, 'cache': batch * c.block_size * model.kv_bytes_per_token()})
-    print(spoken)
-    mib = lambda n: '-' if n is None else f'{n / 2**20:,.1f}'
-    report([['batch', 'MiB:', '', *PARTS, 'peak', 'measured: eager', 'compiled', 'peak / eager', 'cache']] +
-           [[str(r['batch']), '', '', *(mib(r[part]) for part in (*PARTS, 'peak', 'eager', 'compiled')), f"{r['ratio']:.3f}" if r['ratio'] else '-', mib(r['cache'])] for r in rows],
-           dtype=dtype, params=groups, rows=rows)
+    print(f'{spoken}; MiB:')
+    report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in (*PARTS, 'peak')), ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
+            ('peak / eager', 'ratio', '.3f'), ('cache', 'cache', ',.1f', 2**20)], rows, dtype=dtype, params=groups, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=memory --plan=True
@@ -729,9 +728,8 @@ def plan_training(c, groups, spoken, flops):
         if not rows:
             fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: its tables alone take more; give a smaller --vocab_size')
         print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; {gpu}, {source}')
-        report([['depth', 'width', 'heads', 'parameters', 'tokens', 'steps', 'shards', 'download GB', 'disk GB', 'hours', 'dollars']] +
-               [[str(r['n_layer']), str(r['n_embd']), str(r['n_head']), f"{r['params']:,}", f"{r['tokens']:,}", f"{r['steps']:,}", str(r['shards']), f"{r['download_bytes'] / 1e9:.1f}",
-                 f"{r['disk_bytes'] / 1e9:.1f}", f"{r['hours']:.2f}", f"{r['dollars']:.2f}" if price else '-'] for r in rows], gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
+        report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'), ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'), ('shards', 'shards', 'd'),
+                ('download GB', 'download_bytes', '.1f', 1e9), ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')], rows, gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
         return
     rows, batch = [], 1
     while not rows or rows[-1]['fits']:                             # 1, 2, 4, ... until one does not
@@ -747,11 +745,11 @@ def plan_training(c, groups, spoken, flops):
         a, b = rows[-2:]
         low = a['batch'] + int((room - a['peak']) / (b['peak'] - a['peak']) * a['batch'])
     cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
-    gb = lambda n: f'{n / 1e9:,.2f}'
     print(spoken)
     print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
     print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: {cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours" + (f", {cost['dollars']:,.2f} dollars" if price else ''))
-    report([['batch', 'fits', 'GB:', *PARTS, 'peak']] + [[str(r['batch']), 'yes' if r['fits'] else 'no', '', *(gb(r[part]) for part in (*PARTS, 'peak'))] for r in rows],
+    print('GB:')
+    report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'), *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak'))], rows,
            params=groups, gpu=gpu, utilisation=share, assumed=not utilisation, largest_batch=low, **cost, rows=rows)
 
 # -----------------------------------------------------------------------------
@@ -781,8 +779,7 @@ def plot():
     axes.set(xlabel='tokens', ylabel='nats a token')
     axes.legend(title='validation; thin: training')
     atomic_write(png, lambda f: figure.savefig(f, dpi=150, format='png'))
-    report([['log', 'file', '', 'steps', 'training', 'best validation']] + [[r['log'], png, '', f"{r['steps']:,}", f"{r['train_loss']:.4f}", f"{r['best_val_loss']:.4f}" if r['best_val_loss'] else '-'] for r in rows],
-           file=png, rows=rows)
+    report([('log', 'log'), ('steps', 'steps', ',d'), ('training', 'train_loss', '.4f'), ('best validation', 'best_val_loss', '.4f')], rows, file=png, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
@@ -968,16 +965,12 @@ def measure_ladder():
     for row in shown:
         names.setdefault(row['name'], []).append(row)
     control = next((rows for name, rows in names.items() if 'control' in name), None)
-    table = [['rung', 'parameters', 'bytes', 'x less', 'KV B/token', 'nats', '+-', 'bits/byte', 'p', 'tok/s', 'x', 'drafting', 'x', 'compiled', 'drafting', 'tok/verify', 'MiB', 'Mtokens', 'seconds', 'PFLOPs']]
-    for name, same in names.items():
-        row, losses = same[0], [r['val_loss'] for r in same]
-        p = welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None
-        cell = lambda key, digits, by=1: f'{row[key] / by:,.{digits}f}' if by and row.get(key) is not None else '-'
-        table.append([name, cell('params', 0), cell('bytes', 0), f"{first['bytes'] / row['bytes']:.1f}", cell('kv_bytes_per_token', 0), f'{statistics.mean(losses):.4f}',
-                      f'{statistics.stdev(losses):.4f}' if len(same) > 1 else '-', f"{statistics.mean(r['val_bpb'] for r in same):.4f}", '-' if p is None else f'{p:.1g}',
-                      cell('tok_s', 0), cell('tok_s', 2, first.get('tok_s')), cell('tok_s_speculative', 0), cell('tok_s_speculative', 2, first.get('tok_s')), cell('tok_s_compiled', 0), cell('tok_s_speculative_compiled', 0),
-                      cell('tokens_per_verify', 2), cell('memory_bytes', 1, 2**20), cell('train_tokens', 1, 1e6), cell('train_seconds', 0), cell('train_flops', 1, 1e15)])
-    keep = [i for i, column in enumerate(zip(*table)) if set(column[1:]) != {'-'}]
+    lines = []
+    for same in names.values():
+        row, losses, yardstick = same[0], [r['val_loss'] for r in same], first.get('tok_s')
+        lines.append(row | {'smaller': first['bytes'] / row['bytes'], 'val_loss': statistics.mean(losses), 'deviation': statistics.stdev(losses) if len(same) > 1 else None, 'val_bpb': statistics.mean(r['val_bpb'] for r in same),
+                            'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None} |
+                     {f'x_{key}': row[key] / yardstick for key in ('tok_s', 'tok_s_speculative') if yardstick and key in row})
     if check:
         changes = [f"{new['name']}{'' if new['seed'] is None else ' ' + str(new['seed'])}: {key} was {before[key]:.6g} and is {new[key]:.6g}"
                    for before, new in zip((row for row in old if row['name']), shown) for key, noise in (('bytes', 0), ('val_loss', 1e-4), ('tokens_per_verify', 0.1), ('tok_s', 0.3), ('tok_s_speculative', 0.3))
@@ -985,7 +978,11 @@ def measure_ladder():
         print('\n'.join(changes or ['nothing changed beyond noise']))
     else:
         draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
-    report([[line[i] for i in keep] for line in table], rows=[{k: v for k, v in row.items() if k != 'mtime'} for row in shown])
+    report([('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'), ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
+            ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'), ('tok/s', 'tok_s', ',.0f'), ('x', 'x_tok_s', '.2f'), ('drafting', 'tok_s_speculative', ',.0f'), ('x', 'x_tok_s_speculative', '.2f'),
+            ('compiled', 'tok_s_compiled', ',.0f'), ('drafting', 'tok_s_speculative_compiled', ',.0f'), ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
+            ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'), ('PFLOPs', 'train_flops', ',.1f', 1e15)],
+           lines, rows=[{k: v for k, v in row.items() if k != 'mtime'} for row in shown])
     wrong = [row['name'] for row in shown if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
     if wrong:
         fail(f"{', '.join(wrong)}: another text with drafts than without, on integers")
