@@ -15,6 +15,8 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=ladder config/ladder_quick.py                 # builds models step by step, then measures all of them in one run
     python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # measures them again: what has changed?
 
+A ladder builds only what no ladder.json has recorded, and replaces no folder that a ladder has not made.
+
 You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each again; medians.
 
 decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
@@ -53,6 +55,7 @@ import os
 import pickle
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import statistics
@@ -805,6 +808,16 @@ def read_rungs():
 BUILT = ('name', 'seed', 'command', 'file', 'mtime', 'train_tokens', 'train_seconds', 'train_flops')
 
 
+def occupied(command):
+    """The first folder that the command would write models or labels into, and that has some; None if there is none."""
+    for part in command.split('&&'):
+        script, *words = shlex.split(part)[1:]
+        told = {k: v for word in words if word.endswith('.py') for k, v in runpy.run_path(word).items()} | dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
+        folder = told.get('save_dir') or told.get('out_dir', '')
+        if script != 'quantize.py' and any(os.path.exists(os.path.join(folder, name)) for name in ('ckpt.pt', 'best.pt', 'labels.bin')):
+            return folder
+
+
 def build_rung(name, seed, command, folders):
     """
     Runs a rung's commands; what they print goes to a file beside the ladder. folders: {folder: row} of the rungs below. -> its row: the model's file, and
@@ -925,8 +938,8 @@ def measure_ladder():
     def recorded(path):
         with open(path) as f:
             return json.load(f)['rows']
-    def write():
-        atomic_write(ladder, lambda f: f.write(json.dumps({'mode': mode, 'machine': machine, 'rows': rows + list(above.values())}, indent=1).encode()))
+    def write(building=None):
+        atomic_write(ladder, lambda f: f.write(json.dumps({'mode': mode, 'machine': machine, 'building': building, 'rows': rows + list(above.values())}, indent=1).encode()))
 
     if check and not os.path.exists(check):
         fail(f'check ({check}) is not there: build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
@@ -938,11 +951,18 @@ def measure_ladder():
     records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]      # a rung may stand in other ladders, too
     known = {row['command']: row for path in records for row in recorded(path)}
     above = {row['command']: row for row in recorded(ladder)} if ladder in records else {}      # of an earlier run, kept until this one gets there
+    stopped = json.load(open(ladder)).get('building') if ladder in records else None           # what that one was at when it was stopped
     folders = lambda: {os.path.dirname(row['file']): row for row in rows if row['file']}
     for name, rung_seed, command in () if check else read_rungs():
         row = known[command] | {'name': name, 'seed': rung_seed} if command in known else None
         mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
         if not (row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']) or any(map(mentions, fresh)):
+            again = any(map(mentions, fresh))
+            if row and again and row['file'].endswith('labels.bin'):
+                shutil.rmtree(os.path.dirname(row['file']))         # distill.py replaces no labels; these are of a teacher that is no more
+            elif not again and command != stopped and occupied(command):
+                fail(f'rung {name!r} would replace what is in {occupied(command)}, and is not as a ladder made it: move that away, or give the rung another folder')
+            write(command)
             row = build_rung(name, rung_seed, command, folders())
             fresh += [] if (row['file'] or '.safetensors').endswith('.safetensors') else [os.path.dirname(row['file'])]       # nothing is made from integers
         rows.append(row)

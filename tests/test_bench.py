@@ -364,14 +364,19 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     assert got.status == 0 and 'nothing changed' in got.out, got.err
     shutil.copy(f'{at}/wide/best.pt', rows[3]['file'])                           # somebody else trains there
     assert 'narrow: val_loss was' in climb(check).out
-    assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']               # what is not as it was built is built again, and nothing else
+    refused(climb(), "rung 'narrow' would replace what is in .*/n, and is not as a ladder made it")        # nor is that lost
+    shutil.rmtree(f'{at}/n')
+    refused(climb(), "rung 'narrow' would replace what is in .*/m,")
+    assert len(climb.calls()) == 5
+    shutil.rmtree(f'{at}/m')
+    assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']               # what is missing is built, and nothing else
 
 
 def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     climb()
     read = lambda: {(r['name'], r['seed']): r['mtime'] for r in json.load(open(f'{climb.folder}/out/ladder.json'))['rows']}
     before = read()
-    os.utime(f'{climb.folder}/w/best.pt', (0, 0))
+    os.remove(f'{climb.folder}/w/best.pt')
     climb()
     assert climb.calls()[5:] == ['w'] and {key for key, mtime in read().items() if mtime != before[key]} == {('wide', None), ('int4', None)}
 
@@ -380,6 +385,14 @@ def test_ladders_that_cannot_stand(climb):
     record = f'{climb.folder}/out/ladder.json'
     refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'), "rung 'a control'.*nowhere.pt.*a-control-1.log")
     assert [r['name'] for r in json.load(open(record))['rows']] == ['wide']      # what was built stays
+    os.makedirs(f'{climb.folder}/c1', exist_ok=True)
+    shutil.copy(f'{climb.folder}/narrow/best.pt', f'{climb.folder}/c1')          # half a training, stopped
+    assert climb().status == 1 and climb.calls()[-1] == 'w'                      # of another command: it is not known whose it is
+    command = f'python {climb.folder}/make.py {climb.folder}/narrow/best.pt --out_dir={climb.folder}/c1 30'
+    document = json.load(open(record))
+    with open(record, 'w') as f:
+        json.dump(document | {'building': command}, f)
+    assert climb().status == 0 and climb.calls()[1:] == ['c1', 'c2', 'n', 'm']   # the one that it was at is begun again
     refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
     refused(run('bench.py', '--mode=ladder'), 'none are given')
     refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
