@@ -1,24 +1,23 @@
 # What each ingredient of the character model's training gives, one changed at a time, at a third of its length; and 4 bits beside the control that trains on in float.
 #     python data/shakespeare_char/prepare.py && python bench.py --mode=ladder config/ladder_recipe.py
-# 2 CPU cores: 50 minutes (estimated), in eight trainings of 1,000 steps and two of 200.
+# 2 CPU cores: 40 minutes (estimated), in seven trainings of 1,000 steps and two of 200.
 mode = 'ladder'
 ladder = 'out-ladder-recipe/ladder.json'
-seeds = '1337,1338'             # of the control: how far luck alone goes
 timed = 'none'
 _train = 'python train.py config/qat_shakespeare_char.py --max_iters=1000 --eval_interval=0 --save_interval=0 --sample_interval=0'
 _on = f'{_train} --max_iters=200 --init_from=out-recipe-float/best.pt --muon_lr=0.004 --adam_lr=0.001'      # a fifth of the steps and rates
 _round = 'python quantize.py --out_dir'
 rungs = f'''
-control               | {_train} --seed={{seed}} --out_dir=out-recipe-control-{{seed}} && {_round}=out-recipe-control-{{seed}}
+control               | {_train} --out_dir=out-recipe-control && {_round}=out-recipe-control
 float                 | {_train} --quant_bits=0 --out_dir=out-recipe-float
 float -> int8         | {_round}=out-recipe-float
 float -> int4 rtn     | {_round}=out-recipe-float --bits=4 --method=rtn --save_dir=out-recipe-float/rtn
 float -> int4 gptq    | {_round}=out-recipe-float --bits=4 --method=gptq
 float, on in float    | {_on} --quant_bits=0 --out_dir=out-recipe-on-float
 float, on in 4 bits   | {_on} --quant_bits=4 --out_dir=out-recipe-on-int4 && {_round}=out-recipe-on-int4 --bits=4
-int8 in the last fifth | {_train} --qat_start=0.8 --out_dir=out-recipe-late && {_round}=out-recipe-late
-no dropout            | {_train} --dropout=0 --out_dir=out-recipe-nodrop && {_round}=out-recipe-nodrop
-averaged weights      | {_train} --ema=0.998 --out_dir=out-recipe-ema && {_round}=out-recipe-ema
 context 512           | {_train} --block_size=512 --batch_size=8 --out_dir=out-recipe-512 && {_round}=out-recipe-512
 MQA, wider MLP        | {_train} --n_kv_head=1 --n_hidden=528 --out_dir=out-recipe-mqa && {_round}=out-recipe-mqa
+averaged weights      | {_train} --ema=0.998 --out_dir=out-recipe-ema && {_round}=out-recipe-ema
+no dropout            | {_train} --dropout=0 --out_dir=out-recipe-nodrop && {_round}=out-recipe-nodrop
+int8 in the last fifth | {_train} --qat_start=0.8 --out_dir=out-recipe-late && {_round}=out-recipe-late
 '''
