@@ -121,24 +121,68 @@ def choose_labels(log_p, method, k, generator):
     return ids, p / p.sum(dim=-1, keepdim=True)
 
 
-@torch.no_grad()
-def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, say=print):
-    """
-    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
-    a set of labels. The loader's block_size is the teachers' context; windows overlap by a quarter, which is kept of the earlier one (rows of chats do not
-    overlap). A teacher that was trained with hold_out has a say on the tokens that it has not seen, and on no others.
-    Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
-    """
-    T, S, n = loader.block_size, loader.row or loader.block_size - loader.block_size // 4, loader.n_tokens
-    vocab_size, device = teachers[0].config.vocab_size, loader.device
-    unseen, reach = [held_out(t.hold_out, n, loader.row) if getattr(t, 'hold_out', '') else (0, n) for t in teachers], 0
-    for start, end in sorted(unseen):
+def stride(loader):
+    """Tokens from one window of the teachers' to the next: they overlap by a quarter, which is kept of the earlier one (rows of chats do not overlap)."""
+    return loader.row or loader.block_size - loader.block_size // 4
+
+
+def say_on(teachers, loader):
+    """[(start, end)] of the tokens that each teacher has a say on: what it has not seen if it was trained with hold_out, or all. One line if nobody has a say on some."""
+    n, reach = loader.n_tokens, 0
+    spans = [held_out(t.hold_out, n, loader.row) if getattr(t, 'hold_out', '') else (0, n) for t in teachers]
+    for start, end in sorted(spans):
         reach = max(reach, end) if start <= reach else reach
     if reach < n:
         raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; add one that was trained with --hold_out= of that part")
+    return spans
+
+
+@torch.no_grad()
+def teachers_on(batch, teachers, spans, loader):
+    """
+    Batch number so many of windows of the loader's block_size -> the first place it settles, the teachers who have a say there, the states (N, n_embd) of each, and
+    asked (teachers, N), on which of its N places.
+    """
+    T, S, B = loader.block_size, stride(loader), loader.batch_size
+    x, _ = loader.rows([(batch * B + i) * S for i in range(B)])                  # (B, T)
+    first = batch * B * S + (T - S) * (batch > 0)
+    y = (first + 1 + torch.arange(B * S + (T - S) * (batch == 0), device=x.device)).clamp(max=loader.n_tokens - 1)      # (N,) the places of what is predicted
+    near = [(t, (start <= y) & (y < end)) for t, (start, end) in zip(teachers, spans) if start <= y[-1] and y[0] < end]
+    states = [teacher.trunk(x) for teacher, _ in near]
+    states = [torch.cat((s[0, :T - S], s[:, T - S:].flatten(0, 1))) if batch == 0 else s[:, T - S:].flatten(0, 1) for s in states]
+    return first, [t for t, _ in near], states, torch.stack([says for _, says in near])
+
+
+@torch.no_grad()
+def fit_temperature(teachers, loader, batches=16):
+    """
+    -> the temperature of 0.8, 0.85, ..., 2 at which the teachers' distributions give the text the most probability, by so many batches spread over it: teachers that
+    have read their own text often are too sure of what they have not read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
+    """
+    spans, total = say_on(teachers, loader), math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
+    grid, nats = [0.8 + 0.05 * i for i in range(25)], torch.zeros(25, dtype=torch.float64)
+    for batch in range(0, total, max(1, total // batches)):
+        first, near, states, asked = teachers_on(batch, teachers, spans, loader)
+        y = torch.from_numpy(loader.tokens[first + 1:first + 1 + asked.size(1)].astype(np.int64)).to(asked.device)
+        rows = torch.arange(len(y))[::max(1, len(y) * teachers[0].config.vocab_size // 2**25)]      # of a large vocabulary a few tokens
+        for i, t in enumerate(grid):
+            nats[i] -= teacher_log_probs(near, [s[rows] for s in states], t, asked[:, rows]).gather(1, y[rows, None]).sum().cpu()
+    return grid[nats.argmin()]
+
+
+@torch.no_grad()
+def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, calibration=1.0, say=print):
+    """
+    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
+    a set of labels. They are of the teachers' distributions at temperature * calibration, for a student at temperature; what calibration is, fit_temperature says.
+    Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
+    """
+    T, S, n = loader.block_size, stride(loader), loader.n_tokens
+    vocab_size, device = teachers[0].config.vocab_size, loader.device
+    spans = say_on(teachers, loader)
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
-    meta = about | {'method': method, 'k': k, 'temperature': temperature, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
-                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': T / S * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, unseen))}
+    meta = about | {'method': method, 'k': k, 'temperature': temperature, 'calibration': calibration, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
+                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': T / S * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, spans))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:
@@ -147,30 +191,25 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
     done = os.path.getsize(part) // record.itemsize if os.path.exists(part) else 0
     step = loader.batch_size * S                                                 # tokens that a batch of windows settles; the first settles T - S more
     batch = max(0, done - (T - S)) // step
-    first = time.perf_counter()
+    clock = time.perf_counter()
     with open(part, 'ab') as f:
         f.truncate(record.itemsize * (batch * step + (T - S) * (batch > 0)))
         while f.tell() < record.itemsize * n:
             generator = torch.Generator(device).manual_seed(hash((seed, batch)))
-            x, _ = loader.rows([batch * step + i * S for i in range(loader.batch_size)])     # (B, T)
-            y = (f.tell() // record.itemsize + 1 + torch.arange(step + (T - S) * (batch == 0), device=device)).clamp(max=n - 1)     # (N,) the places of what is predicted
-            near = [(t, (start <= y) & (y < end)) for t, (start, end) in zip(teachers, unseen) if start <= y[-1] and y[0] < end]
-            asked = torch.stack([says for _, says in near])
-            states = [teacher.trunk(x) for teacher, _ in near]
-            states = [torch.cat((s[0, :T - S], s[:, T - S:].flatten(0, 1))) if batch == 0 else s[:, T - S:].flatten(0, 1) for s in states]      # (N, n_embd)
-            out = np.empty(len(states[0]), record)
+            first, near, states, asked = teachers_on(batch, teachers, spans, loader)
+            out = np.empty(asked.size(1), record)
             for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):           # 128 MiB of logits at a time
-                log_p = teacher_log_probs([t for t, _ in near], [s[rows] for s in states], temperature, asked[:, rows])
+                log_p = teacher_log_probs(near, [s[rows] for s in states], temperature * calibration, asked[:, rows])
                 ids, p = choose_labels(log_p, method, k, generator)
                 out['entropy'][rows], out['ids'][rows] = (-(log_p.exp() * log_p).sum(dim=-1)).cpu(), ids.cpu()
                 if p is not None:
                     out['p'][rows] = p.cpu()
-            f.write(out[:n - f.tell() // record.itemsize].tobytes())
+            f.write(out[:n - first].tobytes())
             f.flush()
             batch += 1
             if batch % 50 == 0:
                 seen = f.tell() // record.itemsize
-                say(f'{seen:,} of {n:,} tokens, {(seen - done) / (time.perf_counter() - first):,.0f} tokens/s')
+                say(f'{seen:,} of {n:,} tokens, {(seen - done) / (time.perf_counter() - clock):,.0f} tokens/s')
     os.replace(part, os.path.join(folder, 'labels.bin'))
     atomic_write(os.path.join(folder, 'meta.json'), lambda f: f.write(json.dumps(meta).encode()))
     os.remove(begun)
@@ -473,6 +512,7 @@ if __name__ == '__main__':
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
     temperature = 1.0           # of the distributions; the student must be trained at the same
+    calibrate = False           # teachers trained with hold_out are first made as unsure as their errors on the text call for (fit_temperature)
     block_size = 0              # context of the teacher; 0: its own
     batch_size = 16             # windows a pass
     seed = 1337
@@ -512,6 +552,8 @@ if __name__ == '__main__':
     loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size, block_size or first.config.block_size, device=device)
     first = None                                # its memory, too
     teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device, dataset or trained_on)
+    if calibrate and not all(t.hold_out for t in teachers):
+        raise SystemExit(f"error: calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
     if compile and can_compile(device):
@@ -519,7 +561,8 @@ if __name__ == '__main__':
             t.trunk = torch.compile(t.trunk)
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
-        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype}, method, k, temperature, seed)
+        calibration = fit_temperature(teachers, loader) if calibrate else 1.0
+        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype}, method, k, temperature, seed, calibration)
     path = os.path.join(out_dir, 'labels.bin')
     seconds = time.perf_counter() - began
     print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, {loader.n_tokens / seconds:,.0f} tokens/s")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from data.loader import Loader
-from distill import DIVERGENCES, Distiller, Labels, choose_labels, load_teacher, write_labels
+from distill import DIVERGENCES, Distiller, Labels, choose_labels, fit_temperature, load_teacher, write_labels
 from model import GPT, GPTConfig, load_checkpoint, shift
 from test_train import TINY, interrupt, largest_difference, make_dataset, refused, run, toy_text, train  # noqa: F401, a fixture
 
@@ -174,6 +174,23 @@ def test_teachers_label_only_what_they_have_not_seen(toy, tmp_path):
     assert (at['more'][:cut] == at['one'][:cut]).all() and (at['more'][cut:] == at['both'][cut:]).all() and (at['one'] != at['two']).mean() > 0.99
 
 
+def test_calibration_finds_how_sure_a_teacher_may_be(toy, tmp_path):
+    """Teachers that say the text's own frequencies to the power c are right at temperature c; the labels then are those frequencies."""
+    loader, _ = toy_teachers(toy)
+    V = len(loader.meta['chars'])
+    p = torch.bincount(torch.from_numpy(loader.tokens.astype('int64')), minlength=V) / loader.n_tokens
+    teachers = []
+    for c, fold in ((1.4, '1/2'), (1.4, '2/2')):
+        teacher = random_model(vocab_size=V)
+        teacher.logits, teacher.hold_out = lambda x, c=c: c * p.clamp(min=1e-6).log().expand(len(x), V), fold
+        teachers.append(teacher)
+    calibration = fit_temperature(teachers, loader, batches=10**6)
+    assert calibration == pytest.approx(1.4)
+    assert write_labels(str(tmp_path), teachers, loader, {}, 'topk', V, calibration=calibration)['calibration'] == calibration
+    labels = Labels(str(tmp_path), loader).table
+    assert torch.allclose(torch.from_numpy(labels['p'][7].astype('float32')), p[labels['ids'][7].astype('int64')], atol=1e-3)
+
+
 @pytest.mark.parametrize('method', ['sample', 'topk'])
 def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
     loader, teachers = toy_teachers(toy)
@@ -240,6 +257,7 @@ def test_folds_go_the_whole_way(toy, tmp_path):
     written = script(f'--teacher={both}', f'--out_dir={tmp_path}/labels')
     assert abs(written['flops'] / (4 / 3 * written['tokens'] * load_teacher(folds[0])[0].flops_per_token(training=False)) - 1) < 1e-6       # each teacher half, windows overlap by a quarter
     train(tmp_path / 'student', f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--max_iters=4', '--eval_interval=4')
+    assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated', '--calibrate=True')['calibration'] <= 2
     refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x'), 'nobody can label token 0')
     refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'), 'was trained with hold_out: write labels')
     refused(run('train.py', *TINY, f'--dataset={toy}', '--init_from=resume', f'--out_dir={folds[0]}'), "hold_out is '1/2' there and '' here")
@@ -290,6 +308,7 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     ('--teacher={T} --out_dir={}/l --dataset={D} --method=best', r'method \(best\) must be one of sample, topk'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --k=0', r'k \(0\)'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --calibrate=True', 'calibrate=True needs teachers that have not seen the text'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --block_size=99', r'a context of 16'),
     ('--teacher={T} --out_dir={}/l --dataset={}/none', 'prepare.py'),
     ('--teachr=x', 'unknown key')])
