@@ -160,7 +160,7 @@ def fit_temperature(teachers, loader, batches=16):
     have read their own text often are too sure of what they have not read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
     """
     spans, total = say_on(teachers, loader), math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
-    grid, nats = [0.8 + 0.05 * i for i in range(25)], torch.zeros(25, dtype=torch.float64)
+    grid, nats = [round(0.8 + 0.05 * i, 2) for i in range(25)], torch.zeros(25, dtype=torch.float64)
     for batch in range(0, total, max(1, total // batches)):
         first, near, states, asked = teachers_on(batch, teachers, spans, loader)
         y = torch.from_numpy(loader.tokens[first + 1:first + 1 + asked.size(1)].astype(np.int64)).to(asked.device)
