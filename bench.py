@@ -476,7 +476,7 @@ def set_up(c, batch, folder=None):
     torch.manual_seed(seed)
     with torch.device(device):
         model = GPT(c)
-    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay)
+    optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
     if quant_bits:
         prepare(model, quant_bits, quant_group, tables_bits)
     teachers, k = teachers_of_config(c)

@@ -27,9 +27,9 @@ from torch.utils.checkpoint import checkpoint
 
 SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
 MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
-# a, b, c of x -> a x + b x^3 + c x^5, one after another: each the polynomial nearest to 1 on where the one before leaves [0.01, 1], as the Polar
-# Express chooses them (Amsel et al. 2025, arXiv 2505.16932). They end in [0.73, 1.27]; five of Jordan's equal steps in [0.68, 1.13].
-MUON_STEPS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+# Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, one after another. Five equal ones, as Jordan has them, take singular values from 0.01 up to [0.68, 1.13]. Of the three, each is
+# the polynomial nearest to 1 on where the one before leaves [0.01, 1], as the Polar Express chooses them (Amsel et al. 2025, arXiv 2505.16932): they end in [0.73, 1.27].
+MUON_STEPS = {5: ((3.4445, -4.7750, 2.0315),) * 5, 3: ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))}
 LOSS_CHUNK_BYTES = 128 * 2**20      # the losses are computed over chunks of tokens whose fp32 logits take at most this much
 
 
@@ -456,13 +456,13 @@ def can_compile(device):
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update is made orthogonal by MUON_STEPS (Jordan et al. 2024, kellerjordan.github.io/posts/muon): with its own five equal
-    Newton-Schulz steps in their place, the same update as torch.optim.Muon's. Matrices of one shape are stacked and go through together, in bfloat16 where the device multiplies
+    Momentum whose update is made orthogonal by MUON_STEPS[steps] (Jordan et al. 2024, kellerjordan.github.io/posts/muon); with five the same
+    update as torch.optim.Muon's. Matrices of one shape are stacked and go through together, in bfloat16 where the device multiplies
     it faster: one batched product instead of a small one per matrix, and most of a small model's step is spent here otherwise. The
     update needs whole matrices: of a sharded model every process gathers them, a few at a time, does the same work, and keeps its share.
     """
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
 
     @torch.no_grad()
     def step(self):
@@ -485,24 +485,24 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
         grads = torch._foreach_lerp(grads, buffers, group['momentum'])   # Nesterov
         wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])     # so that X @ X.mT is the small side
-        updates = [share((u.mT if t else u).to(p.dtype), p) for t, u, p in zip(tall, orthogonalize(wide), params)]
+        updates = [share((u.mT if t else u).to(p.dtype), p) for t, u, p in zip(tall, orthogonalize(wide, group['steps']), params)]
         if group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_mul_(updates, [-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))) for p in params])
         torch._foreach_add_(params, updates)
 
 
-def orthogonalize(g):
-    """(N, rows, cols), rows <= cols -> the same shape with all singular values near 1, by MUON_STEPS."""
+def orthogonalize(g, steps=5):
+    """(N, rows, cols), rows <= cols -> the same shape with all singular values near 1, by MUON_STEPS[steps]."""
     x = g.bfloat16() if fast_bf16(g.device) else g
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for a, b, c in MUON_STEPS:
+    for a, b, c in MUON_STEPS[steps]:
         y = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)     # a x + (b y + c y y) x
     return x
 
 
-def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, betas=(0.8, 0.95)):
+def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_steps=5, betas=(0.8, 0.95)):
     """
     [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW: an orthogonal update
     means nothing where a row is a token. weight_decay is Muon's.
@@ -515,7 +515,7 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, betas=
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=1e-10, weight_decay=0.0, fused=rest[0].device.type in ('cpu', 'cuda')))
     if matrices:
-        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay))
+        optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['peak_lr'] = group['lr']

@@ -8,6 +8,7 @@ block_size = 64
 batch_size = 12
 max_iters = 2000
 muon_lr = 0.01
+muon_steps = 3
 adam_lr = 0.005
 
 eval_interval = 1000
