@@ -58,7 +58,7 @@ total_batch_size = 0        # tokens per optimizer step over all devices, reache
 # the optimizers: Muon for the trunk's matrices, AdamW for the tables
 max_iters = 1000
 muon_lr = 0.02
-muon_steps = 5              # 3: two fifths less of Muon's work; pays where the matrices are large and the batch small
+muon_steps = 5              # 3: two fifths less of Muon's work; where the batch is small and the epochs few the loss is the same
 adam_lr = 0.003
 weight_decay = 0.0          # Muon's; helps when data repeats
 warmup_iters = 0            # steps of linear warm-up
