@@ -260,6 +260,8 @@ def test_folds_go_the_whole_way(toy, tmp_path):
     assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated', '--calibrate=True')['calibration'] <= 2
     refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x'), 'nobody can label token 0')
     refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'), 'was trained with hold_out: write labels')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--hold_out=1/2', f'--out_dir={tmp_path}/x'), 'were written for other tokens')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--init_from={folds[0]}/best.pt', '--hold_out=2/2', f'--out_dir={tmp_path}/x'), 'it has seen that part')
     refused(run('train.py', *TINY, f'--dataset={toy}', '--init_from=resume', f'--out_dir={folds[0]}'), "hold_out is '1/2' there and '' here")
 
 

@@ -380,7 +380,7 @@ def test_impossible_requests_are_refused_in_one_line():
 def test_the_script(tmp_path):
     write_texts(f'{tmp_path}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
     model = make(vocab_size=290, block_size=32)
-    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(), dataset=f'{tmp_path}/data', knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01})
+    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(), dataset=f'{tmp_path}/data', knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01, 'quant_bits': 8})
     got = run('prune.py', f'--out_dir={tmp_path}/out', '--vocab_keep=280', '--layers=1', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25', '--keep_params=0.3', '--calibration_batches=1')
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
@@ -391,6 +391,7 @@ def test_the_script(tmp_path):
     c = smaller.config
     assert (c.n_layer, c.n_kv_head, c.vocab_size) == (1, 1, 280) and c.n_hidden <= 12 and c.n_embd <= 24 and smaller.params()['total'] == result['params_after']
     quantised = run('quantize.py', f'--out_dir={tmp_path}/out-pruned')
+    assert json.loads(quantised.out.splitlines()[-1])['method'] == 'rtn'         # what was refitted was not trained through the rounding
     assert quantised.status == 0 and abs(json.loads(quantised.out.splitlines()[-1])['val_loss_float'] - result['val_loss_after']) < 1e-5
     trained = run('train.py', f'--init_from={tmp_path}/out-pruned/best.pt', f'--dataset={tmp_path}/data_v280', f'--out_dir={tmp_path}/again', '--block_size=32', '--batch_size=4', '--max_iters=2',
                   '--compile=False', '--sample_interval=0', '--muon_lr=0', '--adam_lr=0')
