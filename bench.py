@@ -1,45 +1,51 @@
 """
-Measures and plans, a mode for each: decoding, quality, training speed, memory, and curves of losses.
+Measures and plans, a mode for each: decoding, quality, training speed, memory, curves of losses, ladders of models.
 
-    python bench.py --mode=decode                                        # the quick start's shape, random weights: seconds
-    python bench.py --mode=decode --shape=d12                            # 12 layers, 768, MQA, vocabulary 65,536: minutes
+    python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
+    python bench.py --mode=decode --shape=d12                    # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
-    python bench.py --mode=decode --peers=True --llama2c=FOLDER          # beside transformers and llama2.c, if they are there
-    python bench.py --mode=quality --shape=out-quickstart                # loss of each format, and of an int8 cache, on the validation split
-    python bench.py --mode=train config/train_stdlib_bpe.py              # tokens/s of training; --vocab_size=4096 where the data are not prepared
-    python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside the train.py of a copy of nanoGPT
-    python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # the estimate beside the measured peak
-    python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54      # what fits, hours, dollars; needs no data and no GPU
-    python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size, and how much data they need
-    python bench.py --mode=plot --logs='out-a/log.csv,out-b/log.csv' --png=losses.png       # the logs are a knob, as a word that is no config is refused
-    python bench.py --mode=ladder config/ladder_quick.py                 # builds models step by step, then measures all of them in one run
-    python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # measures them again: what has changed?
+    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers and llama2.c, if they are there
+    python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
+    python bench.py --mode=train config/train_stdlib_bpe.py      # training: tokens/s, and milliseconds by part
+    python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside a copy of nanoGPT
+    python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
+    python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54  # hours, dollars
+    python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size
+    python bench.py --mode=plot --logs='out-a/log.csv,out-b/log.csv' --png=losses.png       # curves of losses
+    python bench.py --mode=ladder config/ladder_quick.py         # builds models, then measures all of them in one run
+    python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # what has changed?
 
+Where the data are not prepared, train and memory need --vocab_size=.
 A ladder builds only what no ladder.json has recorded, and replaces no folder that a ladder has not made.
 
-You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each again; medians.
+You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each
+again; medians.
 
 decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
     x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
     first ms    from the prompt to its first token
-    GB/s        weights that a pass of trunk and lm_head reads (of wte its row; what drafters read is not counted) times passes/s
-    % memory    that, of the rate at which these threads read 512 MiB; a small model's weights come from a cache, so it may exceed 100
+    GB/s        weights that a pass of trunk and lm_head reads (of wte its row; what drafters read is not counted)
+                times passes/s
+    % memory    that, of the rate at which these threads read 512 MiB; a small model's weights come from a cache,
+                so it may exceed 100
     rows        a cached pass over 2, 4, 5, 8 tokens of a sequence, over a pass over 1: what it costs to check drafts
     tok/verify  tokens that a pass settled, per sequence
-Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not, the numbers
-are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh one of ours, to which
-their ratio is (tests/peers.py).
+Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not,
+the numbers are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh
+one of ours, to which their ratio is (tests/peers.py).
 
-train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length, as a first step on shorter rows
-shows; its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the same round. % GEMM: FLOPs that the step
-needs (flops_per_token, a teacher's forward included), over those of the fastest matrix product of the same run in the same dtype. Beside
-nanoGPT both train.py run in processes of their own; ratio is ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever
-dtype says: give --dtype=float32 for like and like.
+train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length, as a first
+step on shorter rows shows; its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the
+same round. % GEMM: FLOPs that the step needs (flops_per_token, a teacher's forward included), over those of the fastest
+matrix product of the same run in the same dtype. Beside nanoGPT both train.py run in processes of their own; ratio is
+ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever dtype says: give --dtype=float32 for like
+and like.
 
-memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting those that exist at a time.
-Measured is what a fresh process takes beyond what libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), with
-MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is freed: left to itself it keeps gaps between tensors, which can double a small
-model's process. cache: of as many sequences that decode, float32.
+memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting
+those that exist at a time. Measured is what a fresh process takes beyond what libraries and compiler took in a first
+pass (Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is
+freed: left to itself it keeps gaps between tensors, which can double a small model's process. cache: of as many
+sequences that decode, float32.
 Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
 import contextlib
@@ -75,25 +81,34 @@ from torch.utils._pytree import tree_leaves
 from data.loader import Loader, load_meta, write_dataset
 from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
-from engine import DRAFTERS, HEADS, Engine, KVCache, Noise
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers
+from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Noise
+from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, atomic_write, can_compile, check_device, check_knobs, compile_step,
+                   evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers)
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed', 'int8', 'int8-packed', 'int8-compiled', 'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
+# int8-packed and int4-packed are what sample.py runs; -compiled is with its --compile=True: one sequence, a minute of
+# compiling for each. f32-, bf16- and f16-packed and int4-bf16 (4 bits in memory) are other layouts
+FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed',
+           'int8', 'int8-packed', 'int8-compiled',
+           'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
-# Written from memory of, and not checked against: FLOP/s in bfloat16, summed in float32, without sparsity, and bytes, in NVIDIA's data sheets (A100, H100 SXM, H200 SXM) and the GA102 and AD102 whitepapers
-GPUS = {'a100-40': (312e12, 40e9), 'a100-80': (312e12, 80e9), 'h100': (989e12, 80e9), 'h200': (989e12, 141e9), 'rtx3090': (71e12, 24e9), 'rtx4090': (165.2e12, 24e9)}
-ASSUMED_UTILISATION, USABLE = 0.4, 0.9                  # of a GPU's FLOP/s, where none was measured; of its memory: CUDA and gaps between tensors take some
-SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6     # of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 shards are 1.1B tokens of 65,536 kinds and 2 GB
+# (FLOP/s in bfloat16, summed in float32, without sparsity; bytes of memory). Recalled, not checked against the sources:
+# NVIDIA's data sheets (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
+GPUS = {'a100-40': (312e12, 40e9), 'a100-80': (312e12, 80e9), 'h100': (989e12, 80e9), 'h200': (989e12, 141e9),
+        'rtx3090': (71e12, 24e9), 'rtx4090': (165.2e12, 24e9)}
+# shares of a GPU: of its FLOP/s, where none was measured; of its memory, as CUDA and gaps between tensors take some
+ASSUMED_UTILISATION, USABLE = 0.4, 0.9
+# a shard of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 of them are 1.1B tokens of 65,536 kinds and 2 GB
+SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
 
 # -----------------------------------------------------------------------------
 mode = 'decode'             # decode, quality, train, memory, plot, ladder
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-packed, int4-packed: as sample.py runs them; -compiled: with its --compile=True, a minute for each, one sequence; f32-, bf16-, f16-packed and int4-bf16 (4 bits in memory): other layouts
+formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; -compiled: its --compile=True, a minute each; see FORMATS
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory the config's batch_size
@@ -121,7 +136,7 @@ tokens_per_param = 20.0     # how long they are trained (Chinchilla, arXiv 2203.
 logs = 'out*/log.csv'       # files, with * as in a shell, several joined by a comma
 png = 'losses.png'
 # ladder
-rungs = ''                  # a line each, "name | python SCRIPT ... && python SCRIPT ...": what builds it, the last one says which file it is; without a name: preparation
+rungs = ''                  # a line each, "name | python SCRIPT ... && ...": what builds it, the last says which file it is; no name: preparation
 seeds = '1337'              # a line with {seed} in it is built for each of these
 ladder = 'out-ladder/ladder.json'   # the record, to go on from; the picture and what the scripts print lie beside it
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
@@ -129,11 +144,12 @@ compiled = ''               # those of them that are timed in compiled rounds, t
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
+device = 'auto'             # cuda, cpu
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 child = ''                  # private: what a process started by this script measures
 # -----------------------------------------------------------------------------
-TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]       # the block between its first two rules, with its defaults
+# the knobs of train.py: the block between its first two rules, with its defaults
+TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]
 TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
 if {'--mode=train', '--mode=memory'} & set(sys.argv):
     exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
@@ -147,29 +163,34 @@ def fail(message):
 if mode in ('train', 'memory') and 'n_layer' not in config:
     fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
 
-check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf), ('rounds steps', int, 1, math.inf))
+check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('rounds steps', int, 1, math.inf))
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 check_device(device)
+if device.startswith('cuda:'):
+    torch.cuda.set_device(device)               # what is counted and waited for below is the current device's
 if threads:
     torch.set_num_threads(threads)
     os.environ['OMP_NUM_THREADS'] = str(threads)                    # for the processes that are started here
 cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
 machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.processor() or platform.machine()])[0]}
-machine |= {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
+if device.startswith('cuda'):
+    machine['gpu'] = torch.cuda.get_device_name(device)
 machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
 
 
 def report(columns, lines, **document):
     """
-    columns: (heading, key of a line or function of it, format, divisor), of which the last two may be absent -> a table of lines, and everything else as one
-    line of JSON, numbers to seven digits. None is '-'; a column of nothing else is left out; without a format it is text, to the left.
+    columns: (heading, key of a line or function of it, format, divisor), of which the last two may be absent -> a table
+    of lines, and everything else as one line of JSON, numbers to seven digits. None is '-'; a column of nothing else is
+    left out; without a format it is text, to the left.
     """
     def cell(line, key, form='', by=None):
         value = key(line) if callable(key) else line.get(key)
         return '-' if value is None else f'{value / by if by else value:{form}}'
     table = [(len(how) == 1, [heading, *(cell(line, *how) for line in lines)]) for heading, *how in columns]
-    table = [[c.ljust(max(map(len, cells))) if left else c.rjust(max(map(len, cells))) for c in cells] for left, cells in table if set(cells[1:]) != {'-'}]
+    table = [[c.ljust(max(map(len, cells))) if left else c.rjust(max(map(len, cells))) for c in cells]
+             for left, cells in table if set(cells[1:]) != {'-'}]
     print('\n'.join('  '.join(line) for line in zip(*table)))
     document = {'mode': mode, 'machine': machine, **document}
     print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
@@ -182,10 +203,15 @@ def numbered(knob):
 
 
 def start(*files, **knobs):
-    """Runs a script and its flags (the knobs, by name) in a process of its own -> the JSON document that its output ends with; if it fails, its last line is ours."""
-    got = subprocess.run([sys.executable, *files, *(f'--{k}={v}' for k, v in knobs.items())], capture_output=True, text=True)
+    """
+    Runs a script and its flags (the knobs, by name) in a process of its own -> the JSON document that its output ends
+    with; if it fails, its last line is ours.
+    """
+    got = subprocess.run([sys.executable, *files, *(f'--{k}={v}' for k, v in knobs.items())],
+                         capture_output=True, text=True)
     if got.returncode:
-        fail(f"{files[0]}: {(got.stderr.strip() or f'status {got.returncode}').splitlines()[-1].removeprefix('error: ')}")
+        fail(f'{files[0]}: '
+             f"{(got.stderr.strip() or f'status {got.returncode}').splitlines()[-1].removeprefix('error: ')}")
     print(got.stderr, end='', file=sys.stderr)
     return json.loads(got.stdout.splitlines()[-1])
 
@@ -199,23 +225,35 @@ def median(values):
 def listed(knob, known):
     items = list(dict.fromkeys(config[knob].replace(' ', '').split(',')))
     wrong = [item for item in items if item not in known]
-    return fail(f"{knob} ({config[knob]}) must be of {', '.join(known)}; {wrong[0]!r} is not") if wrong else items
+    if wrong:
+        fail(f"{knob} ({config[knob]}) must be of {', '.join(known)}; {wrong[0]!r} is not")
+    return items
 
 
 if mode in ('decode', 'quality'):
-    check_knobs(config, ('prompt_tokens new_tokens draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
+    check_knobs(config, ('prompt_tokens new_tokens', int, 1, math.inf), ('draft_n', int, 1, FEW - 1),
+                ('temperature', float, 0, math.inf), may_be_none='temperature')
     formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
     batches = numbered('batches') or [1]
     if shape not in SHAPES and not os.path.isdir(shape):
         fail(f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model")
     if shape in SHAPES and mode == 'quality':
         fail(f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir')
+    if any(f.endswith('compiled') for f in formats) and not can_compile(device):
+        fail(f'formats ({",".join(formats)}) need a C++ compiler: leave those with -compiled out')
+    if llama2c and not peers:
+        fail(f'llama2c ({llama2c}) is measured with --peers=True')
+    if peers and device != 'cpu':
+        fail(f'peers are measured on --device=cpu, not on {device}')
     if temperature is None:
         temperature = 0.0 if shape in SHAPES else 0.8
 
 
 def build(shape, format):
-    """-> an Engine. Random weights are the same in every format, with the heads that the drafters need; a trained model has its own."""
+    """
+    -> an Engine. Random weights are the same in every format, with the heads that the drafters need; a trained model
+    has its own.
+    """
     weights, _, how = format.partition('-')
     if shape in SHAPES:
         noise = torch.Generator().manual_seed(seed)
@@ -231,33 +269,53 @@ def build(shape, format):
             model = load_model(best, device)[0]
     if weights in ('int8', 'int4') and not hasattr(model, 'rounding'):
         model = convert(model, int(weights[3:]))
-    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16, 'int4-bf16': torch.bfloat16}.get(format.removesuffix('-compiled'))
+    pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16,
+            'int4-bf16': torch.bfloat16}.get(format.removesuffix('-compiled'))
     return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled'))
 
 
+def same_tokens(folder, tokenizer, file):
+    if from_meta(load_meta(folder)).meta() != tokenizer.meta():
+        fail(f'{folder} has another tokenizer than {file} was trained with: prepare it as it was')
+
+
+def open_model(file):
+    """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
+    model, state = (load_model if file.endswith('.pt') else load)(file, device)
+    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
+    same_tokens(data, tokenizer, file)
+    return model, tokenizer, data
+
+
 def bytes_per_pass(model):
-    """Bytes of weights that one pass of trunk and lm_head over one token reads: all their tensors, packed ones too, and a row of wte."""
+    """
+    Bytes of weights that one pass of trunk and lm_head over one token reads: all their tensors, packed ones too, and a
+    row of wte.
+    """
     def nbytes(*parts):
-        tensors = [t for part in parts for m in part.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()) if isinstance(t, torch.Tensor)]
+        tensors = [t for part in parts for m in part.modules()
+                   for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())
+                   if isinstance(t, torch.Tensor)]
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
 def measure_quality():
-    state = load_checkpoint(os.path.join(shape, 'best.pt'))
-    tokenizer, rows = from_meta(state['tokenizer']), []
-    same_tokens(os.path.join('data', state['dataset']), tokenizer, shape)
+    _, tokenizer, data = open_model(os.path.join(shape, 'best.pt'))
+    rows = []
     for f in formats:
         model = build(shape, f).model
         c = model.config
-        loader = Loader(os.path.join('data', state['dataset']), 'val', 16, c.block_size, device=device)
+        loader = Loader(data, 'val', 16, c.block_size, device=device)
         for dtype in (torch.float32, torch.int8):
             make_cache = lambda batch: KVCache(c, batch, dtype=dtype, device=device)
             result = evaluate(model, loader.eval_batches(), tokenizer.token_bytes, make_cache)
             one = make_cache(1)
-            rows.append({'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'), 'val_loss': result['loss'], 'val_bpb': result['bpb'],
+            rows.append({'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
+                         'val_loss': result['loss'], 'val_bpb': result['bpb'],
                          'kv_bytes_per_token': one.nbytes() / one.size})
-    report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'), ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows, rows=rows)
+    report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
+            ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=decode: what is timed
@@ -266,8 +324,11 @@ prompts, texts, parted = [], {}, []             # of each sequence; of each form
 
 
 def decode(engine, drafter='none', batch=1):
-    """-> texts of the first batch prompts, and the engine's stats with its tokens/s and passes/s once the prompt is read."""
-    text = engine.complete(prompts[:batch], new_tokens, temperature=temperature, seed=seed, drafter=drafter, draft_n=draft_n)
+    """
+    -> texts of the first batch prompts, and the engine's stats with its tokens/s and passes/s once the prompt is read.
+    """
+    text = engine.complete(prompts[:batch], new_tokens, temperature=temperature, seed=seed,
+                           drafter=drafter, draft_n=draft_n)
     s = engine.stats
     seconds = s['seconds'] - s['prefill_seconds']
     return text, s | {'tok_s': s['tokens'] / seconds, 'passes_s': s['passes'] / seconds}
@@ -276,12 +337,13 @@ def decode(engine, drafter='none', batch=1):
 @torch.inference_mode()
 def pass_seconds(engine, cache):
     """-> {n: seconds} of a cached pass, up to the most probable tokens, over n tokens of one sequence."""
-    start, ids, times = cache.lengths, torch.tensor([prompts[0][:1] * max(LENGTHS)], device=device), {n: [] for n in LENGTHS}
+    before, times = cache.lengths, {n: [] for n in LENGTHS}
+    ids = torch.tensor([prompts[0][:1] * max(LENGTHS)], device=device)
     for n in LENGTHS * 5:
         clock = time.perf_counter()
         engine.model.logits(engine.model.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()
         times[n].append(time.perf_counter() - clock)
-        cache.rewind(start)
+        cache.rewind(before)
     return {n: statistics.median(t) for n, t in times.items()}
 
 
@@ -297,7 +359,10 @@ def without_cache(engine, text):
 
 
 def bandwidth(big):
-    """-> bytes/s at which these threads read memory: the faster of a sum and a matrix-vector product, as neither is everywhere."""
+    """
+    -> bytes/s at which these threads read memory: the faster of a sum and a matrix-vector product, as neither is
+    everywhere.
+    """
     times, m = [], big.view(-1, 8192)
     for read in (big.sum, lambda: m @ m[0]):
         clock = time.perf_counter()
@@ -308,7 +373,10 @@ def bandwidth(big):
 
 @torch.inference_mode()
 def difference(engine, row, expected, got):
-    """What is wrong with a row's text, or None if it is the expected one, or parts from it where two tokens' scores are within 1e-4."""
+    """
+    What is wrong with a row's text, or None if it is the expected one, or parts from it where two tokens' scores are
+    within 1e-4.
+    """
     if got == expected:
         return None
     n = next(i for i in range(new_tokens) if got[i] != expected[i])
@@ -316,15 +384,20 @@ def difference(engine, row, expected, got):
     if temperature:
         score = score + temperature * Noise(seed, score.numel(), device)([row], [prompt_tokens + n], 1)[0, 0]
     gap = abs(score[expected[n]] - score[got[n]]).item()
-    return f'sequence {row}: token {n} is {got[n]}, not {expected[n]}, and their scores differ by {gap:.2g}' if gap > 1e-4 else None
+    return (f'sequence {row}: token {n} is {got[n]}, not {expected[n]}, and their scores differ by {gap:.2g}'
+            if gap > 1e-4 else None)
 
 
 def memory_taken(path):
-    """-> {'memory_bytes': how much this process grows by loading the file at path and decoding with it, 'file_bytes', 'cache_bytes'}."""
+    """
+    -> {'memory_bytes': how much this process grows by loading the file at path and decoding with it, 'file_bytes',
+    'cache_bytes'}.
+    """
     def resident():
         with open('/proc/self/statm') as f:
             return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    small = for_decoding(convert(GPT(GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
+    small = for_decoding(convert(GPT(GPTConfig(
+        block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
     Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
     before = resident()
     engine = Engine(for_decoding((load_model if path.endswith('.pt') else load)(path)[0]))
@@ -340,35 +413,44 @@ def measure_decode():
     plain = build(shape, 'f32')
     c, params = plain.config, plain.model.params()['total']
     if prompt_tokens + new_tokens > c.block_size:
-        fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: lower them')
+        fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: '
+             'lower them')
     for drafter in drafters:
         if drafter in HEADS and not hasattr(plain.model, HEADS[drafter]):
-            fail(f'drafter ({drafter}) needs a model with a {HEADS[drafter]} head, which {shape} has not: train one with --{HEADS[drafter]}_n=4, or draft with ngram')
+            fail(f'drafter ({drafter}) needs a model with a {HEADS[drafter]} head, which {shape} has not: '
+                 f'train one with --{HEADS[drafter]}_n=4, or draft with ngram')
     if shape in SHAPES:
-        prompts[:] = torch.randint(c.vocab_size, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-    else:                                       # from the token before any text, or the first of the vocabulary, where a newline mostly is
-        first = from_meta(load_model(os.path.join(shape, 'best.pt'))[1]['tokenizer']).bos or 0
-        prompts[:] = [[first] + text for text in plain.complete([[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
-    if any(f.endswith('compiled') for f in formats) and not can_compile(device):
-        fail(f'formats ({",".join(formats)}) need a C++ compiler: leave those with -compiled out')
-    if llama2c and not peers:
-        fail(f'llama2c ({llama2c}) is measured with --peers=True')
+        prompts[:] = torch.randint(c.vocab_size, (max(batches), prompt_tokens),
+                                   generator=torch.Generator().manual_seed(seed)).tolist()
+    else:
+        # prompts start from the token that stands before any text, or the vocabulary's first, which is mostly a newline
+        first = from_meta(load_checkpoint(os.path.join(shape, 'best.pt'))['tokenizer']).bos or 0
+        prompts[:] = [[first] + text for text in plain.complete(
+            [[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
     if peers and c.head_dim != c.n_embd // c.n_head:
         fail(f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}')
-    if peers and device != 'cpu':
-        fail(f'peers are measured on --device=cpu, not on {device}')
     others = {'rows': []}
     if peers:                                   # first, as they may refuse
-        their_shape = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size', 'tie_weights')}
-        others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, llama2c=llama2c, seed=seed, threads=torch.get_num_threads())
+        their_shape = {k: getattr(c, k) for k in (
+            'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size', 'tie_weights')}
+        others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                       rounds=rounds, llama2c=llama2c, seed=seed, threads=torch.get_num_threads())
 
     engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
-    runs = {key: [] for key in [('f32', 'none', 1)] + [(f, d, b) for f in formats for d in drafters for b in batches if not (f.endswith('compiled') and (b > 1 or d in ('ngram', 'random')))]}     # those rounds are not compiled
+    # an engine that compiles does not do so for several sequences, nor for these two drafters: no rows for those
+    runs = {key: [] for key in [('f32', 'none', 1)] + [
+        (f, d, b) for f in formats for d in drafters for b in batches
+        if not (f.endswith('compiled') and (b > 1 or d in ('ngram', 'random')))]}
+    for f in formats:
+        if not any(f == key[0] for key in runs):
+            fail(f'format {f} decodes one sequence at a time: add 1 to batches ({config["batches"]})')
     costs, slow, rates = {f: [] for f in engines}, [], []
-    caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device) for f in engines if not f.endswith('compiled')}
+    caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device)
+              for f in engines if not f.endswith('compiled')}
     for f, cache in caches.items():
         engines[f].prefill(cache, [prompts[0][:c.block_size - max(LENGTHS)]])
-    big = torch.ones(2**27, device=device)      # 512 MiB, written: pages never touched are all one page of zeros, read from the cache
+    # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
+    big = torch.ones(2**27, device=device)
     for r in range(rounds + 1):                 # round 0 warms up
         for (f, drafter, batch), run in runs.items():
             text, stats = decode(engines[f], drafter, batch)
@@ -383,9 +465,11 @@ def measure_decode():
         rates.append(bandwidth(big))
         print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
 
-    empty = dict.fromkeys(['decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s',
-                           'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
-                           'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty = dict.fromkeys([
+        'decoder', 'shape', 'format', 'drafter', 'batch',
+        'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s', 'share_of_bandwidth',
+        'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
+        'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
     empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
     for (f, drafter, batch), run in runs.items():
@@ -393,34 +477,49 @@ def measure_decode():
         gb_s = size * median(s['passes_s'] for s in run) / 1e9
         accepted = [sum(n) for n in zip(*(s['accepted'] for s in run[1:]))]
         rows.append(empty | {
-            'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
-            'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)), 'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
-            'first_token_ms': 1000 * median(s['first_seconds'] for s in run), 'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
+            'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
+            'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
+            'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)),
+            'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
+            'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
+            'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
             'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if costs[f] else None,
-            'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted), 'accepted': None if drafter == 'none' else accepted,
+            'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted),
+            'accepted': None if drafter == 'none' else accepted,
             'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
     if slow:
-        rows.append(empty | {'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:], 'ratio_recompute': 1.0,
-                             'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
+        rows.append(empty | {
+            'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:],
+            'ratio_recompute': 1.0, 'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
     plain = engines = caches = cache = big = None   # the other processes get the memory
     if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
         with tempfile.TemporaryDirectory() as folder:
             export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
             rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | start(
-                'bench.py', child=f'{folder}/int8.safetensors', prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads()))
+                'bench.py', child=f'{folder}/int8.safetensors', prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads()))
     if others['rows']:
         ours = [rate for row in others['rows'] for rate in row['ours']]
-        rows.append(empty | {'decoder': 'picochat alone', 'format': 'f32', 'tok_s': statistics.median(ours), 'tok_s_rounds': ours, 'ratio_plain_f32': 1.0, 'params': others['params']})
+        rows.append(empty | {
+            'decoder': 'picochat alone', 'format': 'f32', 'tok_s': statistics.median(ours), 'tok_s_rounds': ours,
+            'ratio_plain_f32': 1.0, 'params': others['params']})
     for row in others['rows']:
         rows.append(empty | {k: row[k] for k in ('decoder', 'format', 'tok_s_rounds', 'params')} | {
-            'tok_s': statistics.median(row['tok_s_rounds']), 'ratio_plain_f32': statistics.median(a / b for a, b in zip(row['tok_s_rounds'], row['ours']))})
+            'tok_s': statistics.median(row['tok_s_rounds']),
+            'ratio_plain_f32': statistics.median(a / b for a, b in zip(row['tok_s_rounds'], row['ours']))})
 
     for row in rows:
         if row['memory_ratio']:
-            print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, {row['memory_ratio']:.2f} times its file and cache ({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
-    report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'), ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
-            ('x nocache', 'ratio_recompute', ',.2f'), ('first ms', 'first_token_ms', ',.1f'), ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
-            ('rows ' + ' '.join(map(str, LENGTHS[1:])), lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())), ('tok/verify', 'tokens_per_verify', '.2f')],
+            print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, "
+                  f"{row['memory_ratio']:.2f} times its file and cache "
+                  f"({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
+    report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'),
+            ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
+            ('x nocache', 'ratio_recompute', ',.2f'), ('first ms', 'first_token_ms', ',.1f'),
+            ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
+            ('rows ' + ' '.join(map(str, LENGTHS[1:])),
+             lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())),
+            ('tok/verify', 'tokens_per_verify', '.2f')],
            rows, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
     if parted:
         fail('another text than the plain row: ' + '; '.join(parted))
@@ -429,12 +528,20 @@ def measure_decode():
 # --mode=train and memory: the training that a config describes, on random tokens
 
 def shape_of_config():
-    """The config's GPTConfig; its vocabulary is vocab_size, or the dataset's, or that of a teacher nanochat:... or random:..."""
+    """
+    The config's GPTConfig; its vocabulary is vocab_size, or the dataset's, or that of a teacher nanochat:... or
+    random:...
+    """
     if init_from != 'scratch' or train_only:
-        fail(f'a whole training from random weights is measured: init_from ({init_from}) and train_only ({train_only}) cannot be; give the shape, --init_from=scratch and --train_only=')
-    meta = os.path.join('data', dataset, 'meta.json')
-    size = vocab_size or (load_meta(os.path.dirname(meta))['vocab_size'] if os.path.exists(meta) else 65536 if teacher.startswith(('nanochat:', 'random:')) else
-                          fail(f'data/{dataset} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'))
+        fail(f'a whole training from random weights is measured: init_from ({init_from}) and train_only ({train_only}) '
+             'cannot be; give the shape, --init_from=scratch and --train_only=')
+    folder, size = os.path.join('data', dataset), vocab_size
+    if not size and os.path.exists(os.path.join(folder, 'meta.json')):
+        size = load_meta(folder)['vocab_size']
+    elif not size and teacher.startswith(('nanochat:', 'random:')):
+        size = 65536
+    elif not size:
+        fail(f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096')
     try:
         return GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config} | {'vocab_size': size})
     except AssertionError as e:
@@ -442,7 +549,10 @@ def shape_of_config():
 
 
 def teachers_of_config(c):
-    """-> the teachers' models, with random weights where nanochat's files are not there, and the samples a token if the teacher is a folder of labels."""
+    """
+    -> the teachers' models, with random weights where nanochat's files are not there, and the samples a token if the
+    teacher is a folder of labels.
+    """
     if not teacher:
         return [], 0
     meta = os.path.join(teacher, 'meta.json')
@@ -455,8 +565,10 @@ def teachers_of_config(c):
             name = f'random:{absent[1]}'
         model = load_teacher(name, device)[0]
         if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
-            fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of {model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): give --vocab_size= or another teacher')
-        model.config.block_size = c.block_size                      # it attends to no more, which flops_per_token counts
+            fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of '
+                 f'{model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): '
+                 'give --vocab_size= or another teacher')
+        model.config.block_size = c.block_size      # it attends to no more, which flops_per_token counts
         models.append(model)
     return models, 0
 
@@ -465,13 +577,14 @@ def write_random(folder, vocab, tokens=2**20):
     """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
     ids = np.random.default_rng(seed).integers(vocab, size=tokens)
     with contextlib.redirect_stdout(None):
-        write_dataset(folder, CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab)), ids, ids[:2 * block_size + 1], 'random')
+        write_dataset(folder, CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab)),
+                      ids, ids[:2 * block_size + 1], 'random')
 
 
 def set_up(c, batch, folder=None):
     """
-    -> the model, its module from (x, y, ...) to losses, the optimizers, and step(forward, T, accumulation): a step as train.py takes it, on rows of T tokens of
-    folder (without one, of zeros) -> its seconds by part.
+    -> the model, its module from (x, y, ...) to losses, the optimizers, and step(forward, T, accumulation): a step as
+    train.py takes it, on rows of T tokens of folder (without one, of zeros) -> its seconds by part.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -481,7 +594,8 @@ def set_up(c, batch, folder=None):
         prepare(model, quant_bits, quant_group, tables_bits)
     teachers, k = teachers_of_config(c)
     loader, number = folder and Loader(folder, 'train', batch, c.block_size, seed, device=device), itertools.count()
-    autocast = torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+    autocast = (torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if dtype == 'bfloat16'
+                else contextlib.nullcontext())
     averages = [p.detach().clone() for p in model.parameters()] if ema else []
 
     def clock():
@@ -493,8 +607,10 @@ def set_up(c, batch, folder=None):
         parts = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
         for _ in range(accumulation):
             times = [clock()]
-            x, y = (t[:, :T].contiguous() for t in (loader.batch(next(number)) if folder else torch.zeros(2, batch, T, dtype=torch.long, device=device)))
-            soft = (x[..., None].expand(-1, -1, k).contiguous(), torch.full((*x.shape, k), 1 / k, device=device), torch.zeros(x.shape, device=device)) if k else ()
+            x, y = (t[:, :T].contiguous() for t in (
+                loader.batch(next(number)) if folder else torch.zeros(2, batch, T, dtype=torch.long, device=device)))
+            soft = (x[..., None].expand(-1, -1, k).contiguous(), torch.full((*x.shape, k), 1 / k, device=device),
+                    torch.zeros(x.shape, device=device)) if k else ()
             times.append(clock())
             with autocast:
                 loss = sum(forward(x, y, *soft).values())
@@ -524,9 +640,13 @@ def flops_of(model, teachers):
 
 @torch.inference_mode()
 def gemm_rate(c):
-    """-> FLOP/s of the fastest of some matrix products in the training's dtype: a large square one, and those of an MLP."""
+    """
+    -> FLOP/s of the fastest of some matrix products in the training's dtype: a large square one, and those of an MLP.
+    """
     big, best = 2048 if device == 'cpu' else 8192, 0.0
-    for m, k, n in ((big, big, big), (batch_size * c.block_size, c.n_embd, c.n_hidden), (batch_size * c.block_size, c.n_hidden, c.n_embd)):
+    for m, k, n in ((big, big, big),
+                    (batch_size * c.block_size, c.n_embd, c.n_hidden),
+                    (batch_size * c.block_size, c.n_hidden, c.n_embd)):
         a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
         for _ in range(3):
             clock = time.perf_counter()
@@ -536,28 +656,42 @@ def gemm_rate(c):
 
 
 def nanogpt_rate(folder, c, compiled):
-    """tokens/s of nanoGPT's own train.py on this shape, by the median of the times it prints, the first five left out. It runs in folder, which holds its data."""
-    knobs = dict(dataset='random', out_dir='out', eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout,
-                 block_size=c.block_size, batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=steps + 4, device=device, dtype=dtype, compile=compiled)
-    got = subprocess.run([sys.executable, os.path.abspath(os.path.join(peers, 'train.py')), *(f'--{k}={v}' for k, v in knobs.items())], cwd=folder, capture_output=True, text=True)
+    """
+    tokens/s of nanoGPT's own train.py on this shape, by the median of the times it prints, the first five left out. It
+    runs in folder, which holds its data.
+    """
+    knobs = dict(dataset='random', out_dir='out',
+                 eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False,
+                 n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout, block_size=c.block_size,
+                 batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=steps + 4,
+                 device=device, dtype=dtype, compile=compiled)
+    got = subprocess.run([sys.executable, os.path.abspath(os.path.join(peers, 'train.py')),
+                          *(f'--{k}={v}' for k, v in knobs.items())], cwd=folder, capture_output=True, text=True)
     times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', got.stdout, re.M)[5:]]
     if got.returncode or not times:
-        fail(f"{peers}/train.py ended with status {got.returncode} after {len(times)} steps: {' '.join((got.stderr or got.stdout).split())[-200:]}")
+        fail(f"{peers}/train.py ended with status {got.returncode} after {len(times)} steps: "
+             f"{' '.join((got.stderr or got.stdout).split())[-200:]}")
     return {'tok_s': accumulation * batch_size * c.block_size / statistics.median(times)}
 
 
 def measure_train():
     c = shape_of_config()
-    tokens, ways = accumulation * batch_size * c.block_size, {'eager': {}, 'compiled': {}, 'dynamic': {'dynamic': True}} if compile else {'eager': {}}
+    tokens = accumulation * batch_size * c.block_size
+    ways = {'eager': {}} | ({'compiled': {}, 'dynamic': {'dynamic': True}} if compile else {})
     if peers:
-        odd = [k for k, usual in (('n_kv_head', c.n_head), ('head_dim', c.n_embd // c.n_head), ('n_hidden', 4 * c.n_embd), ('multi_token_n', 0), ('draft_n', 0)) if getattr(c, k) != usual]
+        odd = [k for k, usual in (('n_kv_head', c.n_head), ('head_dim', c.n_embd // c.n_head),
+                                  ('n_hidden', 4 * c.n_embd), ('multi_token_n', 0), ('draft_n', 0))
+               if getattr(c, k) != usual]
         odd += [k for k in ('teacher', 'quant_bits') if config[k]]
         if odd or c.vocab_size > 65536 or not os.path.isfile(os.path.join(str(peers), 'train.py')):
-            fail(f"peers ({peers}) must be the folder of a copy of github.com/karpathy/nanoGPT, and the shape one that it has{f', without {odd[0]}' if odd else ''}")
+            fail(f"peers ({peers}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
+                 f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
     with tempfile.TemporaryDirectory() as folder:
         write_random(f'{folder}/data/random', c.vocab_size)
-        model, trained, _, step = set_up(c, batch_size, f'{folder}/data/random')
-        forwards = {way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained for way, how in ways.items()}
+        model, trained, optimizers, step = set_up(c, batch_size, f'{folder}/data/random')
+        forwards = {
+            way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained
+            for way, how in ways.items()}
         runs, gemm = {way: [] for way in ways}, 0.0
         for r in range(rounds + 1):             # round 0 warms up, and compiles
             for way, forward in forwards.items():
@@ -565,34 +699,51 @@ def measure_train():
                     step(forward, c.block_size // 2 + 1, accumulation)
                 parts = [step(forward, c.block_size, accumulation) for _ in range(steps)]
                 seconds = {part: sum(p[part] for p in parts) for part in parts[0]}
-                runs[way].append({'tok_s': steps * tokens / sum(seconds.values()), 'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
+                runs[way].append({'tok_s': steps * tokens / sum(seconds.values()),
+                                  'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
             gemm = max(gemm, gemm_rate(c))
             print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
         flops, params = flops_of(model, getattr(trained, 'teachers', ())), model.params()['total']
-        model = trained = step = forward = forwards = None          # the other processes get the memory
-        others = {(who, way): [] for way in ways if way != 'dynamic' for who in ('train.py', 'nanoGPT')} if peers else {}
-        if peers:                               # in its way: a vocabulary in meta.pkl, and a configurator in the folder it runs in
+        model = trained = optimizers = step = forward = forwards = None     # the other processes get the memory
+        gc.collect()
+        if device.startswith('cuda'):
+            torch.cuda.empty_cache()
+        others = {(who, way): []
+                  for way in ways if way != 'dynamic'
+                  for who in ('train.py', 'nanoGPT')} if peers else {}
+        # nanoGPT looks for the vocabulary's size in meta.pkl, and for configurator.py in the folder that it runs in
+        if peers:
             with open(f'{folder}/data/random/meta.pkl', 'wb') as f:
                 pickle.dump({'vocab_size': c.vocab_size}, f)
             shutil.copy(os.path.join(peers, 'configurator.py'), folder)
         ours = {k: config[k] for k in TRAIN_NAMES} | dict(
-            dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5, eval_interval=0, save_interval=0, sample_interval=0, log_interval=steps + 5, device=device, dtype=dtype)
+            dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5,
+            eval_interval=0, save_interval=0, sample_interval=0, log_interval=steps + 5, device=device, dtype=dtype)
         for r in range(rounds if peers else 0):
             for (who, way), run in others.items():
-                run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT' else start('train.py', **ours | {'compile': way == 'compiled'}))
+                run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT'
+                           else start('train.py', **ours | {'compile': way == 'compiled'}))
             print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
     rows, eager = [], [r['tok_s'] for r in runs['eager']]
-    empty = dict.fromkeys(['run', 'way', 'dtype', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation']) | {'dtype': dtype}
+    empty = dict.fromkeys(
+        ['run', 'way', 'dtype', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation']) | {'dtype': dtype}
     for way, run in runs.items():
         tok_s = [r['tok_s'] for r in run]
-        rows.append(empty | {'run': 'steps', 'way': way, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:], 'ratio': median(a / b for a, b in zip(tok_s, eager)),
-                             'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']}, 'utilisation': flops * median(tok_s) / gemm})
+        rows.append(empty | {
+            'run': 'steps', 'way': way, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
+            'ratio': median(a / b for a, b in zip(tok_s, eager)),
+            'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']},
+            'utilisation': flops * median(tok_s) / gemm})
     for (who, way), run in others.items():
         tok_s = [r['tok_s'] for r in run]
-        rows.append(empty | {'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype, 'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
-                             'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
+        rows.append(empty | {
+            'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype,
+            'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
+            'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
     report([('run', 'run'), ('way', 'way'), ('dtype', 'dtype'), ('tok/s', 'tok_s', ',.0f'), ('ratio', 'ratio', '.2f'),
-            *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f') for part in ('data', 'forward', 'backward', 'optimizer')), ('% GEMM', 'utilisation', '.0f', 0.01)],
+            *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f')
+              for part in ('data', 'forward', 'backward', 'optimizer')),
+            ('% GEMM', 'utilisation', '.0f', 0.01)],
            rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
 
 # -----------------------------------------------------------------------------
@@ -600,8 +751,8 @@ def measure_train():
 
 def peak_of_training(c):
     """
-    -> bytes that this process grows by at most in three steps of the config. A first pass over the same steps, all of it then forgotten, takes what the
-    libraries and the compiler take for themselves.
+    -> bytes that this process grows by at most in three steps of the config. A first pass over the same steps, all of
+    it then forgotten, takes what the libraries and the compiler take for themselves.
     """
     cuda = device.startswith('cuda')
     resident = lambda key: 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
@@ -615,7 +766,7 @@ def peak_of_training(c):
             else:
                 ctypes.CDLL(None).malloc_trim(0)                    # what is free goes back to the system
                 with open('/proc/self/clear_refs', 'w') as f:
-                    f.write('5')                                    # and the peak begins here (man 5 proc)
+                    f.write('5')                                    # from here on the peak is counted anew (man 5 proc)
             before = torch.cuda.memory_allocated() if cuda else resident('VmRSS')
             model, trained, _, step = set_up(c, batch_size, folder)
             forward = compile_step(trained, batch_size * c.block_size, c.vocab_size) if compile else trained
@@ -626,7 +777,10 @@ def peak_of_training(c):
 
 
 class Living(TorchDispatchMode):
-    """Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake tensors, which have shapes but no memory, count as those that they stand for."""
+    """
+    Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake tensors, which have shapes
+    but no memory, count as those that they stand for.
+    """
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
@@ -648,8 +802,9 @@ class Living(TorchDispatchMode):
 
 def training_bytes(c, batch, fake=True):
     """
-    What an eager step on batch rows takes, found by taking it: on fake tensors, so that nothing needs to fit anywhere and nothing is multiplied. -> bytes
-    by part, weights, gradients, optimizer, averages, teacher, activations (what a forward keeps for backward), logits (one chunk of them in float32), and at the peak.
+    What an eager step on batch rows takes, found by taking it: on fake tensors, so that nothing needs to fit anywhere
+    and nothing is multiplied. -> bytes by part, weights, gradients, optimizer, averages, teacher, activations (what a
+    forward keeps for backward), logits (one chunk of them in float32), and at the peak.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Living() as living:
         model, trained, optimizers, step = set_up(c, batch)
@@ -661,12 +816,16 @@ def training_bytes(c, batch, fake=True):
             return losses
         for _ in range(2):                      # the first one makes the optimizers' states
             living.peak = 0
-            step(forward, c.block_size, min(2, max(1, accumulation * batch_size // batch)))      # the same tokens a step, whatever the batch
+            # A step has the same tokens, whatever the batch. Two passes are enough: further ones take no more memory.
+            step(forward, c.block_size, min(2, max(1, accumulation * batch_size // batch)))
         count = lambda tensors: sum(t.nbytes for t in tensors)
         teachers, parameters = getattr(trained, 'teachers', ()), list(model.parameters())
-        return {'weights': count(parameters) + count(model.buffers()), 'gradients': count(parameters), 'optimizer': sum(count(state.values()) for o in optimizers for state in o.state.values()),
+        return {'weights': count(parameters) + count(model.buffers()), 'gradients': count(parameters),
+                'optimizer': sum(count(state.values()) for o in optimizers for state in o.state.values()),
                 'averages': count(parameters) * (ema > 0), 'teacher': sum(count(t.parameters()) for t in teachers),
-                'activations': kept[-1], 'logits': 4 * c.vocab_size * min(batch * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)), 'peak': living.peak}
+                'activations': kept[-1],
+                'logits': 4 * c.vocab_size * min(batch * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
+                'peak': living.peak}
 
 
 PARTS = ('weights', 'gradients', 'optimizer', 'averages', 'teacher', 'activations', 'logits')
@@ -679,29 +838,44 @@ def measure_memory():
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, trained, *_ = set_up(c, 1)
     groups, teachers = model.params(), getattr(trained, 'teachers', ())
-    spoken = 'parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n) + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers)
+    spoken = ('parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n)
+              + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers))
     if plan:
         return plan_training(c, groups, spoken, flops_of(model, teachers))
     rows = []
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'                  # glibc would keep what is freed below 32 MB, and gaps between: measured are tensors alone
+    # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
+    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
     for batch in numbered('batches') or [batch_size]:
         parts = training_bytes(c, batch)
-        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch, total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size, device=device, dtype=dtype, threads=threads)
-        got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak'] for way in (('eager', 'compiled') if compile else ('eager',)) if measured}
-        rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got | {'ratio': parts['peak'] / got['eager'] if got else None, 'cache': batch * c.block_size * model.kv_bytes_per_token()})
+        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(
+            mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch,
+            total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size,
+            device=device, dtype=dtype, threads=threads)
+        got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak']
+               for way in (('eager', 'compiled') if compile else ('eager',))
+               if measured}
+        rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got
+                    | {'ratio': parts['peak'] / got['eager'] if got else None,
+                       'cache': batch * c.block_size * model.kv_bytes_per_token()})
     print(f'{spoken}; MiB:')
-    report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in (*PARTS, 'peak')), ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
-            ('peak / eager', 'ratio', '.3f'), ('cache', 'cache', ',.1f', 2**20)], rows, dtype=dtype, params=groups, rows=rows)
+    report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in (*PARTS, 'peak')),
+            ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
+            ('peak / eager', 'ratio', '.3f'), ('cache', 'cache', ',.1f', 2**20)],
+           rows, dtype=dtype, params=groups, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=memory --plan=True
 
 def proposals(target, c):
-    """Shapes of about target parameters -> [(GPTConfig, parameters)], the nearest first: for each depth the width of 64 channels a head, 32 to 192 channels a layer."""
+    """
+    Shapes of about target parameters -> [(GPTConfig, parameters)], the nearest first: for each depth the width of 64
+    channels a head, 32 to 192 channels a layer.
+    """
     found = []
     for depth in range(1, 97):
         tables = (1 if tie_weights else 2) * c.vocab_size
-        width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)       # 12 * depth * width^2 + tables * width = target
+        # 12 * depth * width^2 + tables * width = target, solved for the width, which is rounded to whole heads
+        width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
         if 32 * depth <= width <= 192 * depth:
             shape = GPTConfig(c.block_size, c.vocab_size, depth, width // 64, n_embd=width, tie_weights=tie_weights)
             with torch.device('meta'):
@@ -714,9 +888,14 @@ def plan_training(c, groups, spoken, flops):
     check_knobs(config, ('gpu', GPUS))
     peak, memory = GPUS[gpu]
     share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
-    source = f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, ' + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation=')
-    bill = lambda tokens, flops: {'tokens': tokens, 'flops_per_token': flops, 'tok_s': share * peak / flops, 'hours': tokens * flops / (share * peak) / 3600,
-                                  'dollars': tokens * flops / (share * peak) / 3600 * price if price else None}
+    source = (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, '
+              + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='))
+
+    def bill(tokens, flops):
+        hours = tokens * flops / (share * peak) / 3600
+        return {'tokens': tokens, 'flops_per_token': flops, 'tok_s': share * peak / flops,
+                'hours': hours, 'dollars': hours * price if price else None}
+
     if target_params:
         found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
         if not found:
@@ -726,34 +905,54 @@ def plan_training(c, groups, spoken, flops):
             n = model.params()['total']
             tokens = round(tokens_per_param * n)
             shards = math.ceil(tokens / SHARD_TOKENS)
-            rows.append({'n_layer': shape.n_layer, 'n_embd': shape.n_embd, 'n_head': shape.n_head, 'params': n, 'shards': shards, 'download_bytes': shards * SHARD_BYTES,
-                         'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS, 'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))} | bill(tokens, model.flops_per_token()))
+            rows.append({
+                'n_layer': shape.n_layer, 'n_embd': shape.n_embd, 'n_head': shape.n_head, 'params': n,
+                'shards': shards, 'download_bytes': shards * SHARD_BYTES,
+                'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
+                'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))}
+                | bill(tokens, model.flops_per_token()))
         if not rows:
-            fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: its tables alone take more; give a smaller --vocab_size')
-        print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; {gpu}, {source}')
-        report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'), ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'), ('shards', 'shards', 'd'),
-                ('download GB', 'download_bytes', '.1f', 1e9), ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')], rows, gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
+            fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: '
+                 'its tables alone take more; give a smaller --vocab_size')
+        print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
+              f'{gpu}, {source}')
+        report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
+                ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
+                ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
+                ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
+               rows, gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
         return
     rows, batch = [], 1
-    while not rows or rows[-1]['fits']:                             # 1, 2, 4, ... until one does not
+    while not rows or rows[-1]['fits']:                             # 1, 2, 4, ... until one does not fit
         if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
             parts = training_bytes(c, batch)
-        else:                                                       # so many chunks of logits would take minutes; by now all grows in proportion, to 1 % (d12 with its teacher, 128 rows)
+        else:
+            # So many chunks of logits would take minutes. By now everything grows in proportion to the batch, to within
+            # 1 % (d12 with its teacher, 128 rows).
             a, b = rows[-2:]
-            parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch']) for part in (*PARTS, 'peak')}
+            parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch'])
+                     for part in (*PARTS, 'peak')}
         rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room})
         batch *= 2
     low = 0
-    if len(rows) > 1:                                               # the peak grows with the batch as fast or faster later on: the chord is on the safe side
+    # The peak grows by as much or more for each further row: a straight line between the last two batches errs on the
+    # safe side.
+    if len(rows) > 1:
         a, b = rows[-2:]
         low = a['batch'] + int((room - a['peak']) / (b['peak'] - a['peak']) * a['batch'])
     cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
     print(spoken)
-    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion" if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
-    print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: {cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours" + (f", {cost['dollars']:,.2f} dollars" if price else ''))
+    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
+          f"the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion"
+          if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
+    print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: "
+          f"{cost['tok_s']:,.0f} tokens/s, {cost['hours']:,.2f} GPU hours"
+          + (f", {cost['dollars']:,.2f} dollars" if price else ''))
     print('GB:')
-    report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'), *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak'))], rows,
-           params=groups, gpu=gpu, utilisation=share, assumed=not utilisation, largest_batch=low, **cost, rows=rows)
+    report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'),
+            *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak'))],
+           rows, params=groups, gpu=gpu, utilisation=share, assumed=not utilisation,
+           largest_batch=low, **cost, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=plot
@@ -777,32 +976,43 @@ def plot():
         xy = {key: [(int(r['tokens']), float(r[key])) for r in read if r[key]] for key in ('train_loss', 'val_loss')}
         curve, = axes.plot(*zip(*xy['train_loss']), alpha=0.4, linewidth=1)
         if xy['val_loss']:
-            axes.plot(*zip(*xy['val_loss']), color=curve.get_color(), marker='o', markersize=3, label=os.path.dirname(path) or path)
-        rows.append({'log': path, 'steps': int(read[-1]['step']), 'tokens': int(read[-1]['tokens']), 'train_loss': xy['train_loss'][-1][1], 'best_val_loss': min((y for _, y in xy['val_loss']), default=None)})
+            axes.plot(*zip(*xy['val_loss']), color=curve.get_color(), marker='o', markersize=3,
+                      label=os.path.dirname(path) or path)
+        rows.append({'log': path, 'steps': int(read[-1]['step']), 'tokens': int(read[-1]['tokens']),
+                     'train_loss': xy['train_loss'][-1][1],
+                     'best_val_loss': min((y for _, y in xy['val_loss']), default=None)})
     axes.set(xlabel='tokens', ylabel='nats a token')
     axes.legend(title='validation; thin: training')
     atomic_write(png, lambda f: figure.savefig(f, dpi=150, format='png'))
-    report([('log', 'log'), ('steps', 'steps', ',d'), ('training', 'train_loss', '.4f'), ('best validation', 'best_val_loss', '.4f')], rows, file=png, rows=rows)
+    report([('log', 'log'), ('steps', 'steps', ',d'), ('training', 'train_loss', '.4f'),
+            ('best validation', 'best_val_loss', '.4f')], rows, file=png, rows=rows)
 
 # -----------------------------------------------------------------------------
 # --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
 
 if mode == 'ladder':
-    check_knobs(config, ('prompt_tokens new_tokens rounds draft_n', int, 1, math.inf), ('temperature', float, 0, math.inf), may_be_none='temperature')
+    check_knobs(config, ('prompt_tokens new_tokens rounds', int, 1, math.inf), ('draft_n', int, 1, FEW - 1),
+                ('temperature', float, 0, math.inf), may_be_none='temperature')
     temperature = 0.8 if temperature is None else temperature
     if not re.fullmatch(r'\d+(,\d+)*', seeds):
         fail(f'seeds ({seeds}) must be numbers, like 1337,1338,1339')
 
 
 def read_rungs():
-    """The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds; a line without a name is preparation."""
+    """
+    The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds; a line without a
+    name is preparation.
+    """
     out = []
     for line in filter(None, (line.strip() for line in rungs.splitlines())):
         name, bar, command = (part.strip() for part in line.partition('|'))
         if not bar or any(part.split()[:1] != ['python'] for part in command.split('&&')):
             fail(f'rungs: a line is "name | python SCRIPT ... && python SCRIPT ...", and {line!r} is not')
-        out += [(name, int(s), command.replace('{seed}', s)) for s in seeds.split(',')] if '{seed}' in command else [(name, None, command)]
-    return out or fail('rungs: none are given: python bench.py --mode=ladder config/ladder_quick.py')
+        out += ([(name, int(s), command.replace('{seed}', s)) for s in seeds.split(',')] if '{seed}' in command
+                else [(name, None, command)])
+    if not any(name for name, *_ in out):
+        fail('rungs: none are given: python bench.py --mode=ladder config/ladder_quick.py')
+    return out
 
 
 BUILT = ('name', 'seed', 'command', 'file', 'mtime', 'train_tokens', 'train_seconds', 'train_flops')
@@ -812,103 +1022,118 @@ def occupied(command):
     """The first folder that the command would write models or labels into, and that has some; None if there is none."""
     for part in command.split('&&'):
         script, *words = shlex.split(part)[1:]
-        told = {k: v for word in words if word.endswith('.py') for k, v in runpy.run_path(word).items()} | dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
-        folder = told.get('save_dir') or told.get('out_dir', '')
-        if script != 'quantize.py' and any(os.path.exists(os.path.join(folder, name)) for name in ('ckpt.pt', 'best.pt', 'labels.bin')):
+        told = ({k: v for word in words if word.endswith('.py') for k, v in runpy.run_path(word).items()}
+                | dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word))
+        folder = told.get('save_dir') or told.get('out_dir') or ('out' if script == 'train.py' else '')
+        if script == 'prune.py' and not told.get('save_dir'):
+            folder = told.get('out_dir', 'out-quickstart').rstrip('/') + '-pruned'
+        if script != 'quantize.py' and any(os.path.exists(os.path.join(folder, name))
+                                           for name in ('ckpt.pt', 'best.pt', 'labels.bin')):
             return folder
 
 
 def build_rung(name, seed, command, folders):
     """
-    Runs a rung's commands; what they print goes to a file beside the ladder. folders: {folder: row} of the rungs below. -> its row: the model's file, and
-    what it cost in tokens that it read, seconds and FLOPs, with what the rung cost that it starts from, and in FLOPs its labels.
+    Runs a rung's commands; what they print goes to a file beside the ladder. folders: {folder: row} of the rungs below.
+    -> its row: the model's file, and what it cost in tokens that it read, seconds and FLOPs, with what the rung cost
+    that it starts from, and in FLOPs its labels.
     """
-    log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', f"{name or 'prepare'} {seed or ''}".strip()) + '.log')
+    log = os.path.join(os.path.dirname(ladder),
+                       re.sub(r'\W+', '-', f"{name or 'prepare'} {seed or ''}".strip()) + '.log')
     os.makedirs(os.path.dirname(log) or '.', exist_ok=True)
     row = dict.fromkeys(BUILT, 0) | {'name': name, 'seed': seed, 'command': command, 'file': None}
     for part in command.split('&&'):
-        print(f"[{name or 'prepare'}{'' if seed is None else f', seed {seed}'}] {part.strip()} > {log}", file=sys.stderr, flush=True)
+        print(f"[{name or 'prepare'}{'' if seed is None else f', seed {seed}'}] {part.strip()} > {log}",
+              file=sys.stderr, flush=True)
         with open(log, 'w') as out:
-            got = subprocess.run([sys.executable, *shlex.split(part)[1:]], stdout=out, stderr=subprocess.PIPE, text=True)
+            got = subprocess.run([sys.executable, *shlex.split(part)[1:]],
+                                 stdout=out, stderr=subprocess.PIPE, text=True)
         if got.returncode:
-            fail(f"rung {name!r}: {part.strip()!r} ended with status {got.returncode}: {(got.stderr.strip() or 'no word').splitlines()[-1]}; what it printed is in {log}")
+            fail(f"rung {name!r}: {part.strip()!r} ended with status {got.returncode}: "
+                 f"{(got.stderr.strip() or 'no word').splitlines()[-1]}; what it printed is in {log}")
         with open(log) as out:
             last = (out.read().splitlines() or [''])[-1]
         said = json.loads(last) if last.startswith('{') else {}     # a prepare.py ends without a document
         for folder, below in folders.items():
             found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
-            if found and folder != said.get('out_dir') and (found[1] != 'teacher' or below['file'].endswith('labels.bin')):
-                row |= {k: row[k] + below[k] for k in (('train_flops',) if found[1] == 'teacher' else ('train_tokens', 'train_seconds', 'train_flops'))}
-        row |= {'train_tokens': row['train_tokens'] + (said['tokens'] if 'iters' in said else 0), 'train_seconds': row['train_seconds'] + (said.get('seconds') or 0.0),
+            if (found and folder != said.get('out_dir')
+                    and (found[1] != 'teacher' or below['file'].endswith('labels.bin'))):
+                row |= {k: row[k] + below[k]
+                        for k in (('train_flops',) if found[1] == 'teacher'
+                                  else ('train_tokens', 'train_seconds', 'train_flops'))}
+        row |= {'train_tokens': row['train_tokens'] + (said['tokens'] if 'iters' in said else 0),
+                'train_seconds': row['train_seconds'] + (said.get('seconds') or 0.0),
                 'train_flops': row['train_flops'] + (said.get('flops') or 0)}
-        row['file'] = said.get('file') or (os.path.join(said['out_dir'], 'best.pt') if 'out_dir' in said else row['file'])
+        row['file'] = said.get('file') or (
+            os.path.join(said['out_dir'], 'best.pt') if 'out_dir' in said else row['file'])
     return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
-
-
-def same_tokens(folder, tokenizer, file):
-    if from_meta(load_meta(folder)).meta() != tokenizer.meta():
-        fail(f'{folder} has another tokenizer than {file} was trained with: prepare it as it was')
-
-
-def open_rung(file):
-    """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
-    model, state = (load_model if file.endswith('.pt') else load)(file, device)
-    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
-    same_tokens(data, tokenizer, file)
-    return model, tokenizer, data
 
 
 def measure_rung(file):
     """-> a rung's parameters, bytes, and loss on the whole validation split, on its integers if it has them."""
-    model, tokenizer, data = open_rung(file)
+    model, tokenizer, data = open_model(file)
     with torch.device('meta'):
         params = GPT(model.config).params()
-    result = evaluate(model, Loader(data, 'val', 16, model.config.block_size, device=device).eval_batches(), tokenizer.token_bytes)
-    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'kv_bytes_per_token': model.kv_bytes_per_token(),
-            'val_loss': result['loss'], 'val_bpb': result['bpb']}
+    result = evaluate(model, Loader(data, 'val', 16, model.config.block_size, device=device).eval_batches(),
+                      tokenizer.token_bytes)
+    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file),
+            'kv_bytes_per_token': model.kv_bytes_per_token(), 'val_loss': result['loss'], 'val_bpb': result['bpb']}
 
 
 def time_rungs(rows):
     """
-    Adds tokens/s to the rows, plain and speculative, eager and maybe compiled, as sample.py runs them, interleaved, in every round on another text of the
-    validation split; and whether the texts are the same with and without drafts.
+    Adds tokens/s to the rows, plain and speculative, eager and maybe compiled, as sample.py runs them, interleaved, in
+    every round on another text of the validation split; and whether the texts are the same with and without drafts.
     """
     runs, usual = [], torch.get_num_threads()
     for row in rows:
-        model, _, data = open_rung(row['file'])
+        model, _, data = open_model(row['file'])
         if prompt_tokens + new_tokens > model.config.block_size:
-            fail(f"prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit {row['name']}'s context of {model.config.block_size}: lower them")
-        texts, drafter = Loader(data, 'val', 1, model.config.block_size), next((d for d, head in HEADS.items() if hasattr(model, head)), None)
+            fail(f"prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit {row['name']}'s context "
+                 f"of {model.config.block_size}: lower them")
+        texts = Loader(data, 'val', 1, model.config.block_size)
+        drafter = next((d for d, head in HEADS.items() if hasattr(model, head)), None)
         model = for_decoding(model)
         for how in ('', '_compiled') if row['name'] in compiled.split(',') and can_compile(device) else ('',):
             engine = Engine(model, compile=bool(how))
-            runs += [(row, f'tok_s{kind}{how}', engine, texts, d, []) for kind, d in (('', 'none'), ('_speculative', drafter)) if d]
+            runs += [(row, f'tok_s{kind}{how}', engine, texts, d, [])
+                     for kind, d in (('', 'none'), ('_speculative', drafter))
+                     if d]
     for r in range(rounds + 1):                 # round 0 warms up, and compiles
         for row, key, engine, texts, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
-            text = engine.complete(texts.rows([1024 * r])[0][:, :prompt_tokens].tolist(), new_tokens, temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
+            text = engine.complete(texts.rows([1024 * r])[0][:, :prompt_tokens].tolist(), new_tokens,
+                                   temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
             seen.append((text, engine.stats))
         print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
     torch.set_num_threads(usual)
     for (row, key, *_, drafter, seen), (*_, before) in zip(runs, [runs[0], *runs]):
         row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen)
         if drafter != 'none':                   # the run before it is its plain one
-            if key.endswith('compiled'):        # its drafts have a fixed number, and in float its sums another order
+            # When compiled, the number of drafts is fixed, and in float the sums have another order: texts may differ.
+            if key.endswith('compiled'):
                 continue
             row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
             row['speculation_exact'] = [text for text, _ in seen] == [text for text, _ in before]
-    for row in rows if memory and device == 'cpu' and os.path.exists('/proc/self/statm') else ():
-        row['memory_bytes'] = start('bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens, temperature=temperature, seed=seed, device=device, threads=usual)['memory_bytes']
+    if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
+        for row in rows:
+            row['memory_bytes'] = start(
+                'bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                temperature=temperature, seed=seed, device=device, threads=usual)['memory_bytes']
 
 
 def welch(a, b):
-    """Two lists of losses -> the p of Welch's two-sided t-test that their means are equal, None if one has a single value. The integral of Student's density, by angles."""
+    """
+    Two lists of losses -> the p of Welch's two-sided t-test that their means are equal, None if one has a single value.
+    The integral of Student's density, by angles.
+    """
     if min(len(a), len(b)) < 2:
         return None
     va, vb = (statistics.variance(x) / len(x) for x in (a, b))
     if not va + vb:
         return float(statistics.mean(a) == statistics.mean(b))
-    t, df = (statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb), (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
+    t = (statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
     area = lambda end: end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
     return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
 
@@ -924,9 +1149,9 @@ def draw_ladder(names, path):
     for axis, key, label in zip(axes, ('bytes', 'tok_s'), ('bytes of the file', 'tokens/s, one sequence, plain')):
         for name, rows in names.items():
             points = [(row[key], row['val_bpb']) for row in rows if row.get(key)]
-            axis.scatter(*zip(*points), marker='x' if 'control' in name else 'o') if points else None
-            for point in points[:1]:
-                axis.annotate(name, point, xytext=(4, 4), textcoords='offset points', fontsize=8)
+            if points:
+                axis.scatter(*zip(*points), marker='x' if 'control' in name else 'o')
+                axis.annotate(name, points[0], xytext=(4, 4), textcoords='offset points', fontsize=8)
         axis.set(xscale='log', xlabel=label)
     axes[0].set_ylabel('bits per byte, validation')
     figure.tight_layout()
@@ -937,34 +1162,44 @@ def draw_ladder(names, path):
 def measure_ladder():
     def recorded(path):
         with open(path) as f:
-            return json.load(f)['rows']
+            return json.load(f)
+
     def write(building=None):
-        atomic_write(ladder, lambda f: f.write(json.dumps({'mode': mode, 'machine': machine, 'building': building, 'rows': rows + list(above.values())}, indent=1).encode()))
+        document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows + list(above.values())}
+        atomic_write(ladder, lambda f: f.write(json.dumps(document, indent=1).encode()))
 
     if check and not os.path.exists(check):
-        fail(f'check ({check}) is not there: build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
-    old, rows, fresh = recorded(check) if check else [], [], []     # fresh: folders that this run has written
+        fail(f'check ({check}) is not there: '
+             'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
+    old, rows = recorded(check)['rows'] if check else [], []
     for row in old:
         if row['name'] and not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
         rows.append({k: row[k] for k in BUILT} | (measure_rung(row['file']) if row['name'] else {}))
-    records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]      # a rung may stand in other ladders, too
-    known = {row['command']: row for path in records for row in recorded(path)}
-    above = {row['command']: row for row in recorded(ladder)} if ladder in records else {}      # of an earlier run, kept until this one gets there
-    stopped = json.load(open(ladder)).get('building') if ladder in records else None           # what that one was at when it was stopped
-    folders = lambda: {os.path.dirname(row['file']): row for row in rows if row['file']}
+    # a rung may stand in the record of another ladder, too
+    records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]
+    known = {row['command']: row for path in records for row in recorded(path)['rows']}
+    last = recorded(ladder) if ladder in records else {'rows': []}
+    above = {row['command']: row for row in last['rows']}       # each is kept until this run gets to it
+    # of several files in a folder the first: its rung made the folder
+    folders = lambda: {os.path.dirname(row['file']): row for row in reversed(rows) if row['file']}
     for name, rung_seed, command in () if check else read_rungs():
         row = known[command] | {'name': name, 'seed': rung_seed} if command in known else None
         mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
-        if not (row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']) or any(map(mentions, fresh)):
-            again = any(map(mentions, fresh))
-            if row and again and row['file'].endswith('labels.bin'):
-                shutil.rmtree(os.path.dirname(row['file']))         # distill.py replaces no labels; these are of a teacher that is no more
-            elif not again and command != stopped and occupied(command):
-                fail(f'rung {name!r} would replace what is in {occupied(command)}, and is not as a ladder made it: move that away, or give the rung another folder')
+        intact = row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
+        # stale: what it is made from has been made again since
+        stale = intact and any(mentions(folder) and below['mtime'] > row['mtime']
+                               for folder, below in folders().items())
+        if not intact and command != last.get('building') and occupied(command):
+            fail(f'rung {name!r} would replace what is in {occupied(command)}, and is not as a ladder made it: '
+                 'move that away, or give the rung another folder')
+        if not intact or stale:
+            if stale and row['file'].endswith('labels.bin'):
+                shutil.rmtree(os.path.dirname(row['file']))     # distill.py replaces no labels
             write(command)
             row = build_rung(name, rung_seed, command, folders())
-            fresh += [] if (row['file'] or '.safetensors').endswith('.safetensors') else [os.path.dirname(row['file'])]       # nothing is made from integers
+        if name and not row['file']:
+            fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
         rows.append(row)
         if name and 'val_loss' not in row:
             row |= measure_rung(row['file'])
@@ -972,12 +1207,16 @@ def measure_ladder():
         write()
     above.clear()
     shown = [row for row in rows if row['name']]
+    for row in shown:                           # timings of an earlier run do not compare with these
+        for key in [k for k in row if k.startswith('tok') or k in ('speculation_exact', 'memory_bytes')]:
+            del row[key]
     if timed != 'none':
         names = [row['name'] for row in shown] if timed == 'all' else timed.split(',')
         for name in names + list(filter(None, compiled.split(','))):
             if name not in [row['name'] for row in shown]:
                 fail(f'timed ({timed}) or compiled ({compiled}) names {name!r}, which is no rung')
-        time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])      # of several seeds the first
+        # of a rung with several seeds the first one is timed
+        time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])
     if not check:
         write()
 
@@ -988,22 +1227,36 @@ def measure_ladder():
     lines = []
     for same in names.values():
         row, losses, yardstick = same[0], [r['val_loss'] for r in same], first.get('tok_s')
-        lines.append(row | {'smaller': first['bytes'] / row['bytes'], 'val_loss': statistics.mean(losses), 'deviation': statistics.stdev(losses) if len(same) > 1 else None, 'val_bpb': statistics.mean(r['val_bpb'] for r in same),
-                            'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None} |
-                     {f'x_{key}': row[key] / yardstick for key in ('tok_s', 'tok_s_speculative') if yardstick and key in row})
+        lines.append(row | {
+            'smaller': first['bytes'] / row['bytes'],
+            'val_loss': statistics.mean(losses), 'deviation': statistics.stdev(losses) if len(same) > 1 else None,
+            'val_bpb': statistics.mean(r['val_bpb'] for r in same),
+            'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None}
+            | {f'x_{key}': row[key] / yardstick
+               for key in ('tok_s', 'tok_s_speculative')
+               if yardstick and key in row})
     if check:
-        changes = [f"{new['name']}{'' if new['seed'] is None else ' ' + str(new['seed'])}: {key} was {before[key]:.6g} and is {new[key]:.6g}"
-                   for before, new in zip((row for row in old if row['name']), shown) for key, noise in (('bytes', 0), ('val_loss', 1e-4), ('tokens_per_verify', 0.1), ('tok_s', 0.3), ('tok_s_speculative', 0.3))
+        changes = [f"{new['name']}{'' if new['seed'] is None else ' ' + str(new['seed'])}: "
+                   f"{key} was {before[key]:.6g} and is {new[key]:.6g}"
+                   for before, new in zip((row for row in old if row['name']), shown)
+                   for key, noise in (('bytes', 0), ('val_loss', 1e-4), ('tokens_per_verify', 0.1),
+                                      ('tok_s', 0.3), ('tok_s_speculative', 0.3))
                    if before.get(key) and new.get(key) and abs(new[key] / before[key] - 1) > noise]
         print('\n'.join(changes or ['nothing changed beyond noise']))
     else:
         draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
-    report([('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'), ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
-            ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'), ('tok/s', 'tok_s', ',.0f'), ('x', 'x_tok_s', '.2f'), ('drafting', 'tok_s_speculative', ',.0f'), ('x', 'x_tok_s_speculative', '.2f'),
-            ('compiled', 'tok_s_compiled', ',.0f'), ('drafting', 'tok_s_speculative_compiled', ',.0f'), ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
-            ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'), ('PFLOPs', 'train_flops', ',.1f', 1e15)],
+    report([('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'),
+            ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
+            ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'),
+            ('tok/s', 'tok_s', ',.0f'), ('x', 'x_tok_s', '.2f'),
+            ('drafting', 'tok_s_speculative', ',.0f'), ('x', 'x_tok_s_speculative', '.2f'),
+            ('compiled', 'tok_s_compiled', ',.0f'), ('drafting', 'tok_s_speculative_compiled', ',.0f'),
+            ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
+            ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'),
+            ('PFLOPs', 'train_flops', ',.1f', 1e15)],
            lines, rows=[{k: v for k, v in row.items() if k != 'mtime'} for row in shown])
-    wrong = [row['name'] for row in shown if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
+    wrong = [row['name'] for row in shown
+             if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
     if wrong:
         fail(f"{', '.join(wrong)}: another text with drafts than without, on integers")
 
@@ -1011,15 +1264,18 @@ def measure_ladder():
 # the mode
 
 if mode in ('train', 'memory'):
-    check_knobs(config, ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf), ('vocab_size total_batch_size', int, 0, math.inf),
-                ('price tokens_per_param', float, 0, math.inf), ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
+    check_knobs(config,
+                ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
+                ('vocab_size total_batch_size', int, 0, math.inf), ('price tokens_per_param', float, 0, math.inf),
+                ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
     if dtype == 'auto':
         dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
     compile = compile and (plan or can_compile(device))
     accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
     if device.startswith('cuda'):
         torch.set_float32_matmul_precision('high')                  # as train.py does
-modes = {'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory, 'plot': plot, 'ladder': measure_ladder}
+modes = {'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory,
+         'plot': plot, 'ladder': measure_ladder}
 if mode not in modes:
     fail(f"mode ({mode}) must be {', '.join(modes)}: there is no other")
 modes[mode]()

@@ -1,22 +1,30 @@
 """
 Distillation: a student that learns from a teacher's distributions beside the text.
 
-    python train.py config/distill_stdlib_bpe.py --teacher=out-stdlib-bpe       # the teacher runs beside the student
-    python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe      # or only once: 12 sampled soft labels a token, on disk
-    python train.py config/distill_stdlib_bpe.py                                # ... and any number of students learn from them
+    python train.py config/distill_stdlib_bpe.py --teacher=out-stdlib-bpe
+        # the teacher runs beside the student
+    python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
+        # or only once: 12 sampled soft labels a token, on disk
+    python train.py config/distill_stdlib_bpe.py
+        # ... and any number of students learn from them
 
-    python distill.py --fetch=d32 --out_dir=teachers/d32                # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
-    python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --to_picochat=out-d32    # as best.pt, for every other script
-    python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe    # for transformers' NanoChatForCausalLM
+    python distill.py --fetch=d32 --out_dir=teachers/d32
+        # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
+    python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --to_picochat=out-d32
+        # as best.pt, for every other script
+    python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe
+        # for transformers' NanoChatForCausalLM
 
     from distill import Distiller
-    losses = Distiller(student, [teacher])(idx, targets)                # {'ce': ..., 'kl': ..., ...}, each in nats per unmasked token
+    losses = Distiller(student, [teacher])(idx, targets)  # {'ce': ..., 'kl': ..., ...}, each in nats per unmasked token
 
-A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt or Hugging Face's
-folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose probabilities are averaged. Losses are means over
-unmasked tokens: they do not change when the batch or its rows become twice as long, so alpha means the same everywhere.
-Labels are written for every token of the training split, with at least a quarter of the context to its left (but for the first ones). Sampled ones are unbiased: the
-expected gradient is that of the whole distribution (arXiv 2503.16870). Those of --method=topk are not, unless k is the vocabulary.
+A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt
+or Hugging Face's folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose
+probabilities are averaged. Losses are means over unmasked tokens: they do not change when the batch or its rows become
+twice as long, so alpha means the same everywhere.
+Labels are written for every token of the training split, with at least a quarter of the context to its left (but for
+the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
+Those of --method=topk are not, unless k is the vocabulary.
 """
 import contextlib
 import json
@@ -33,7 +41,8 @@ import torch.nn.functional as F
 
 from data.loader import Loader, download, held_out, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
-from model import GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16, load_model, load_tensors, rope_tables, save_checkpoint
+from model import (GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16,
+                   load_model, load_tensors, rope_tables, save_checkpoint)
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -67,25 +76,28 @@ def teacher_log_probs(teachers, states, temperature, asked=None):
         return logs[0]
     if asked is None:
         return torch.stack(logs).logsumexp(dim=0) - math.log(len(logs))
-    return torch.stack(logs).masked_fill(~asked[..., None], -math.inf).logsumexp(dim=0) - asked.sum(dim=0).log()[:, None]
+    return (torch.stack(logs).masked_fill(~asked[..., None], -math.inf).logsumexp(dim=0)
+            - asked.sum(dim=0).log()[:, None])
 
 
 class Distiller(nn.Module):
     """
-    forward(idx, targets) -> the student's losses and 'kl', its distance from the teachers, in nats per unmasked token and times temperature^2,
-    which keeps gradients of the same size at any temperature (arXiv 1503.02531). With labels (of Labels.batch) no teacher is run.
-    Logits of student and teachers exist for one chunk of tokens at a time. Only the student's parameters are parameters of this module.
+    forward(idx, targets) -> the student's losses and 'kl', its distance from the teachers, in nats per unmasked token
+    and times temperature^2, which keeps gradients of the same size at any temperature (arXiv 1503.02531). With labels
+    (of Labels.batch) no teacher is run. Logits of student and teachers exist for one chunk of tokens at a time. Only
+    the student's parameters are parameters of this module.
     """
     def __init__(self, student, teachers=(), divergence='forward_kl', temperature=1.0):
         super().__init__()
         self.student, self.divergence, self.temperature = student, DIVERGENCES[divergence], temperature
-        self.teachers = list(teachers)                                           # in a list nn.Module does not look for parameters
+        self.teachers = list(teachers)          # a plain list: nn.Module does not look for parameters in it
 
     def forward(self, idx, targets, *labels):
         T = self.temperature
         x = self.student.trunk(idx)
         with torch.no_grad():
-            soft = labels or [teacher.trunk(idx) for teacher in self.teachers]   # (B, T, k) ids, weights, and (B, T) entropy; or (B, T, n_embd) each
+            # with labels: (B, T, k) ids, (B, T, k) weights and (B, T) entropy; without: (B, T, n_embd) of each teacher
+            soft = labels or [teacher.trunk(idx) for teacher in self.teachers]
 
         def nats(x, targets, *soft):
             logits = self.student.logits(x)
@@ -98,9 +110,10 @@ class Distiller(nn.Module):
                 with torch.no_grad():
                     t = teacher_log_probs(self.teachers, soft, T)
                 kl = self.divergence(s, t)
-            return torch.stack((ce, T * T * kl * (targets >= 0)), dim=-1)        # (N, 2)
+            return torch.stack((ce, T * T * kl * (targets >= 0)), dim=-1)  # (N, 2)
 
-        both = chunked(nats, self.student.config.vocab_size, x.flatten(0, 1), targets.flatten(), *(part.flatten(0, 1) for part in soft))
+        both = chunked(nats, self.student.config.vocab_size, x.flatten(0, 1), targets.flatten(),
+                       *(part.flatten(0, 1) for part in soft))
         ce, kl = both.sum(dim=0) / (targets >= 0).sum().clamp(min=1)
         return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets)
 
@@ -108,13 +121,20 @@ class Distiller(nn.Module):
 # soft labels on disk
 
 def label_type(method, k, vocab_size):
-    """The record of one token: the teachers' entropy in nats, k ids, and for topk their probabilities; samples weigh 1/k each."""
-    return np.dtype([('entropy', '<f2'), ('ids', '<u2' if vocab_size <= 2**16 else '<u4', (k,))] + [('p', '<f2', (k,))] * (method == 'topk'))
+    """
+    The record of one token: the teachers' entropy in nats, k ids, and for topk their probabilities;
+    samples weigh 1/k each.
+    """
+    return np.dtype([('entropy', '<f2'), ('ids', '<u2' if vocab_size <= 2**16 else '<u4', (k,))]
+                    + [('p', '<f2', (k,))] * (method == 'topk'))
 
 
 @torch.no_grad()
 def choose_labels(log_p, method, k, generator):
-    """log_p (N, V) -> ids (N, k): k draws, or the k most probable; and for topk their probabilities (N, k), made to sum to 1."""
+    """
+    log_p (N, V) -> ids (N, k): k draws, or the k most probable;
+    and for topk their probabilities (N, k), made to sum to 1.
+    """
     if method == 'sample':
         return torch.multinomial(log_p.exp(), k, replacement=True, generator=generator), None
     p, ids = log_p.exp().topk(k, dim=-1)
@@ -122,83 +142,102 @@ def choose_labels(log_p, method, k, generator):
 
 
 def stride(loader):
-    """Tokens from one window of the teachers' to the next: they overlap by a quarter, which is kept of the earlier one (rows of chats do not overlap)."""
+    """
+    Tokens from one window of the teachers' to the next: they overlap by a quarter, which is kept of the earlier one
+    (rows of chats do not overlap).
+    """
     return loader.row or loader.block_size - loader.block_size // 4
 
 
 def say_on(teachers, loader):
-    """[(start, end)] of the tokens that each teacher has a say on: what it has not seen if it was trained with hold_out, or all. One line if nobody has a say on some."""
+    """
+    [(start, end)] of the tokens that each teacher has a say on: what it has not seen if it was trained with hold_out,
+    or all. One line if nobody has a say on some.
+    """
     n, reach = loader.n_tokens, 0
     spans = [held_out(t.hold_out, n, loader.row) if getattr(t, 'hold_out', '') else (0, n) for t in teachers]
     for start, end in sorted(spans):
         reach = max(reach, end) if start <= reach else reach
     if reach < n:
-        raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; add one that was trained with --hold_out= of that part")
+        raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; "
+                         "add one that was trained with --hold_out= of that part")
     return spans
 
 
 @torch.no_grad()
 def teachers_on(batch, teachers, spans, loader):
     """
-    Batch number so many of windows of the loader's block_size -> the first place it settles, the teachers who have a say there, the states (N, n_embd) of each, and
-    asked (teachers, N), on which of its N places.
+    Batch number so many of windows of the loader's block_size -> the first place it settles, the teachers who have a
+    say there, the states (N, n_embd) of each, and asked (teachers, N), on which of its N places.
     """
     T, S, B = loader.block_size, stride(loader), loader.batch_size
     x, _ = loader.rows([(batch * B + i) * S for i in range(B)])                  # (B, T)
     first = batch * B * S + (T - S) * (batch > 0)
-    y = (first + 1 + torch.arange(B * S + (T - S) * (batch == 0), device=x.device)).clamp(max=loader.n_tokens - 1)      # (N,) the places of what is predicted
+    # y (N,): the places of the tokens that are predicted
+    y = (first + 1 + torch.arange(B * S + (T - S) * (batch == 0), device=x.device)).clamp(max=loader.n_tokens - 1)
     near = [(t, (start <= y) & (y < end)) for t, (start, end) in zip(teachers, spans) if start <= y[-1] and y[0] < end]
     states = [teacher.trunk(x) for teacher, _ in near]
-    states = [torch.cat((s[0, :T - S], s[:, T - S:].flatten(0, 1))) if batch == 0 else s[:, T - S:].flatten(0, 1) for s in states]
-    return first, [t for t, _ in near], states, torch.stack([says for _, says in near])
+    settled = [s[:, T - S:].flatten(0, 1) for s in states]                       # (N, n_embd) each
+    if batch == 0:                              # nothing comes before the first window: it settles its start, too
+        settled = [torch.cat((s[0, :T - S], rest)) for s, rest in zip(states, settled)]
+    return first, [t for t, _ in near], settled, torch.stack([says for _, says in near])
 
 
 @torch.no_grad()
 def fit_temperature(teachers, loader, batches=16):
     """
-    -> the temperature of 0.8, 0.85, ..., 2 at which the teachers' distributions give the text the most probability, by so many batches spread over it: teachers that
-    have read their own text often are too sure of what they have not read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
+    -> the temperature of 0.8, 0.85, ..., 2 at which the teachers' distributions give the text the most probability, by
+    so many batches spread over it: teachers that have read their own text often are too sure of what they have not
+    read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
     """
     spans, total = say_on(teachers, loader), math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
     grid, nats = [round(0.8 + 0.05 * i, 2) for i in range(25)], torch.zeros(25, dtype=torch.float64)
-    for batch in range(0, total, max(1, total // batches)):
+    for batch in range(0, total, math.ceil(total / batches)):
         first, near, states, asked = teachers_on(batch, teachers, spans, loader)
         y = torch.from_numpy(loader.tokens[first + 1:first + 1 + asked.size(1)].astype(np.int64)).to(asked.device)
-        rows = torch.arange(len(y))[::max(1, len(y) * teachers[0].config.vocab_size // 2**25)]      # of a large vocabulary a few tokens
+        # with a large vocabulary only some of the tokens, evenly spaced
+        rows = torch.arange(len(y))[::max(1, len(y) * teachers[0].config.vocab_size // 2**25)]
         for i, t in enumerate(grid):
-            nats[i] -= teacher_log_probs(near, [s[rows] for s in states], t, asked[:, rows]).gather(1, y[rows, None]).sum().cpu()
+            nats[i] -= (teacher_log_probs(near, [s[rows] for s in states], t, asked[:, rows])
+                        .gather(1, y[rows, None]).sum().cpu())
     return grid[nats.argmin()]
 
 
 @torch.no_grad()
-def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, calibration=1.0, say=print):
+def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337,
+                 calibration=1.0, say=print):
     """
-    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it a folder is not
-    a set of labels. They are of the teachers' distributions at temperature * calibration, for a student at temperature; what calibration is, fit_temperature says.
-    Goes on with a labels.bin.part that it finds, and ends with the same bytes. Returns meta.
+    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it
+    a folder is not a set of labels. They are of the teachers' distributions at temperature * calibration, for a student
+    at temperature; what calibration is, fit_temperature says. Goes on with a labels.bin.part that it finds, and ends
+    with the same bytes. Returns meta.
     """
     T, S, n = loader.block_size, stride(loader), loader.n_tokens
     vocab_size, device = teachers[0].config.vocab_size, loader.device
     spans = say_on(teachers, loader)
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
-    meta = about | {'method': method, 'k': k, 'temperature': temperature, 'calibration': calibration, 'seed': seed, 'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
-                    'tokens': n, 'data': loader.meta['sha256']['train.bin'], 'flops': T / S * sum((end - start) * t.flops_per_token(training=False) for t, (start, end) in zip(teachers, spans))}
+    meta = about | {'method': method, 'k': k, 'temperature': temperature, 'calibration': calibration, 'seed': seed,
+                    'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
+                    'tokens': n, 'data': loader.meta['sha256']['train.bin'],
+                    'flops': T / S * sum((end - start) * t.flops_per_token(training=False)
+                                         for t, (start, end) in zip(teachers, spans))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:
-        raise SystemExit(f"error: {folder} holds half-written labels of another kind ({begun} says which): remove the folder, or give another --out_dir")
+        raise SystemExit(f"error: {folder} holds half-written labels of another kind ({begun} says which): "
+                         "remove the folder, or give another --out_dir")
     atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
     done = os.path.getsize(part) // record.itemsize if os.path.exists(part) else 0
-    step = loader.batch_size * S                                                 # tokens that a batch of windows settles; the first settles T - S more
+    step = loader.batch_size * S                # tokens that a batch of windows settles; the first settles T - S more
     batch = max(0, done - (T - S)) // step
     clock = time.perf_counter()
     with open(part, 'ab') as f:
-        f.truncate(record.itemsize * (batch * step + (T - S) * (batch > 0)))
+        f.seek(f.truncate(record.itemsize * (batch * step + (T - S) * (batch > 0))))
         while f.tell() < record.itemsize * n:
             generator = torch.Generator(device).manual_seed(hash((seed, batch)))
             first, near, states, asked = teachers_on(batch, teachers, spans, loader)
             out = np.empty(asked.size(1), record)
-            for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):           # 128 MiB of logits at a time
+            for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):  # 128 MiB of logits at a time
                 log_p = teacher_log_probs(near, [s[rows] for s in states], temperature * calibration, asked[:, rows])
                 ids, p = choose_labels(log_p, method, k, generator)
                 out['entropy'][rows], out['ids'][rows] = (-(log_p.exp() * log_p).sum(dim=-1)).cpu(), ids.cpu()
@@ -217,44 +256,62 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
 
 
 class Labels:
-    """A folder that write_labels wrote, for the data that it was written for. batch(starts, block_size) -> what Distiller takes."""
+    """
+    A folder that write_labels wrote, for the data that it was written for.
+    batch(starts, block_size) -> what Distiller takes.
+    """
     def __init__(self, folder, loader, device='cpu'):
         with open(os.path.join(folder, 'meta.json')) as f:
             self.meta = m = json.load(f)
-        if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:      # fewer, if a part is held out
-            raise SystemExit(f"error: the labels in {folder} were written for other tokens than this dataset has: write them again, python distill.py --teacher=... --out_dir={folder}")
+        # the loader has fewer tokens than the labels if it holds out a part
+        if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:
+            raise SystemExit(f"error: the labels in {folder} were written for other tokens than this dataset has: "
+                             f"write them again, python distill.py --teacher=... --out_dir={folder}")
         record, path = label_type(m['method'], m['k'], m['vocab_size']), os.path.join(folder, 'labels.bin')
         if os.path.getsize(path) != m['tokens'] * record.itemsize:
-            raise SystemExit(f"error: {path} has {os.path.getsize(path):,} bytes, expected {m['tokens'] * record.itemsize:,}: write the labels again")
-        self.table, self.device = np.memmap(path, record, 'r'), device           # (n_tokens,)
+            raise SystemExit(f"error: {path} has {os.path.getsize(path):,} bytes, "
+                             f"expected {m['tokens'] * record.itemsize:,}: write the labels again")
+        self.table, self.device = np.memmap(path, record, 'r'), device  # (n_tokens,)
 
     def batch(self, starts, block_size):
-        """starts: B places in the split -> ids (B, T, k) int64, weights (B, T, k) and entropy (B, T) float32, for the tokens after those places."""
+        """
+        starts: B places in the split -> ids (B, T, k) int64, weights (B, T, k) and entropy (B, T) float32,
+        for the tokens after those places.
+        """
         rows = self.table[np.minimum(np.array(starts)[:, None] + np.arange(block_size), len(self.table) - 1)]
         ids = torch.from_numpy(rows['ids'].astype(np.int64))
-        weight = torch.from_numpy(rows['p'].astype(np.float32)) if 'p' in rows.dtype.names else torch.full(ids.shape, 1 / ids.size(-1))
+        weight = (torch.from_numpy(rows['p'].astype(np.float32)) if 'p' in rows.dtype.names
+                  else torch.full(ids.shape, 1 / ids.size(-1)))
         return tuple(t.to(self.device) for t in (ids, weight, torch.from_numpy(rows['entropy'].astype(np.float32))))
 
 # -----------------------------------------------------------------------------
-# teachers: whoever made them, they offer config.block_size, config.vocab_size, trunk(idx) -> states and logits(states) -> float32
+# teachers: whoever made them, they offer config.block_size, config.vocab_size,
+# trunk(idx) -> states and logits(states) -> float32
 
-# d32 is a finished chat model (650 steps of chat fine-tuning after its pretraining), d34 a base model; bytes: float32, and the embedding in bfloat16
-NANOCHAT = {'d32': dict(repo='karpathy/nanochat-d32', step=650, params=1_879_048_192, bytes=4 * 1_879_048_192 - 2 * 65536 * 2048),
-            'd34': dict(repo='karpathy/nanochat-d34', step=169150, params=2_217_082_880, bytes=4 * 2_217_082_880 - 2 * 65536 * 2176)}
+# d32 is a finished chat model (650 steps of chat fine-tuning after its pretraining), d34 is a base model.
+# bytes: the size of the weights' file, in which all is float32 but the embedding, which is bfloat16.
+NANOCHAT = {'d32': dict(repo='karpathy/nanochat-d32', step=650, params=1_879_048_192,
+                        bytes=4 * 1_879_048_192 - 2 * 65536 * 2048),
+            'd34': dict(repo='karpathy/nanochat-d34', step=169150, params=2_217_082_880,
+                        bytes=4 * 2_217_082_880 - 2 * 65536 * 2176)}
 
 # what only later nanochats have, newest first, and how wide it is where that tells two apart
-LATER = (('smear_gate', None, 'of era E4 (from 2026-03-14): the embedding is smeared from the token before, a state from half-way is subtracted, q and k are scaled by 1.2'),
-         ('ve_gate', 12, 'of era E3 (from 2026-03-09): the rotary base is 100,000, q and k are scaled by 1.15, value embeddings are gated by 3 * sigmoid'),
+LATER = (('smear_gate', None, 'of era E4 (from 2026-03-14): the embedding is smeared from the token before, '
+                              'a state from half-way is subtracted, q and k are scaled by 1.2'),
+         ('ve_gate', 12, 'of era E3 (from 2026-03-09): the rotary base is 100,000, q and k are scaled by 1.15, '
+                         'value embeddings are gated by 3 * sigmoid'),
          ('bigram_embed', None, 'of a few days in January 2026 (between E1 and E3): pairs of tokens are embedded, too'),
          ('value_embeds', None, 'of era E2 (from 2026-01-18): gated value embeddings are added to v'),
-         ('resid_lambdas', None, 'of era E1 (from 2026-01-11): residual stream and embedding are mixed before each block, some layers see half the context'),
+         ('resid_lambdas', None, 'of era E1 (from 2026-01-11): residual stream and embedding are mixed before '
+                                 'each block, some layers see half the context'),
          ('attn.c_attn', None, 'not nanochat but of the GPT-2 family: name it as gpt2:PATH'))
 
 
 def load_teacher(spec, device='cpu'):
     """
-    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) -> the model, in eval mode and without
-    gradients, its tokenizer or None, and the dataset it was trained on or None. SystemExit, in one line, for what is missing, damaged, hostile or of another kind.
+    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) -> the
+    model, in eval mode and without gradients, its tokenizer or None, and the dataset it was trained on or None.
+    SystemExit, in one line, for what is missing, damaged, hostile or of another kind.
     """
     kind, _, path = spec.partition(':')
     dataset = None
@@ -265,7 +322,8 @@ def load_teacher(spec, device='cpu'):
     elif kind == 'random':
         model, tokenizer = random_teacher(path, device), None
     elif not os.path.exists(spec):
-        raise SystemExit(f"error: no teacher at {spec}: train one (python train.py ...), or write its labels there (python distill.py --teacher=... --out_dir={spec})")
+        raise SystemExit(f"error: no teacher at {spec}: train one (python train.py ...), "
+                         f"or write its labels there (python distill.py --teacher=... --out_dir={spec})")
     else:
         model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
         tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
@@ -274,32 +332,47 @@ def load_teacher(spec, device='cpu'):
 
 
 def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
-    """'A+B+...' -> list of teachers that read the tokenizer's ids and at least block_size of them at once; one that held out a part of dataset has .hold_out. One line says which does not."""
+    """
+    'A+B+...' -> list of teachers that read the tokenizer's ids and at least block_size of them at once; one that held
+    out a part of dataset has .hold_out. One line says which does not.
+    """
     teachers = []
     for name in spec.split('+'):
         teacher, theirs, trained_on = load_teacher(name, device)
-        teacher.hold_out = getattr(teacher, 'hold_out', '') if trained_on == dataset else ''      # of another text it has held out nothing
+        # of another text than dataset it has held out nothing
+        teacher.hold_out = getattr(teacher, 'hold_out', '') if trained_on == dataset else ''
         if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
-            raise SystemExit(f"error: the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
+            raise SystemExit(f"error: the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) "
+                             f"than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
         if teacher.config.vocab_size != tokenizer.vocab_size or teacher.config.block_size < block_size:
-            raise SystemExit(f"error: the teacher {name} has a vocabulary of {teacher.config.vocab_size:,} and a context of {teacher.config.block_size}, which must be {tokenizer.vocab_size:,} and at least block_size ({block_size})")
+            raise SystemExit(f"error: the teacher {name} has a vocabulary of {teacher.config.vocab_size:,} "
+                             f"and a context of {teacher.config.block_size}, which must be "
+                             f"{tokenizer.vocab_size:,} and at least block_size ({block_size})")
         teachers.append(teacher)
     return teachers
 
 
 def random_teacher(name, device='cpu'):
-    """'d20', 'd32', 'd34', ... -> a GPT of that nanochat's shape with random weights: to measure speed and memory without the files."""
+    """
+    'd20', 'd32', 'd34', ... -> a GPT of that nanochat's shape with random weights:
+    to measure speed and memory without the files.
+    """
     depth = int(name[1:]) if re.fullmatch(r'd[1-9]\d{0,2}', name) else 1
     if depth % 2:
-        raise SystemExit(f"error: teacher random:{name} must be random:d and an even number of layers, each 64 channels of the width, in heads of 128: try random:d32")
+        raise SystemExit(f"error: teacher random:{name} must be random:d and an even number of layers, "
+                         "each 64 channels of the width, in heads of 128: try random:d32")
     with torch.device(device):
         model = GPT(GPTConfig(block_size=2048, vocab_size=65536, n_layer=depth, n_head=depth // 2, n_embd=64 * depth))
-        nn.init.normal_(model.lm_head.weight, std=model.config.n_embd ** -0.5)  # it starts at zero, and would predict every token alike
+        # lm_head starts at zero, and would predict every token alike
+        nn.init.normal_(model.lm_head.weight, std=model.config.n_embd ** -0.5)
     return model.eval()
 
 
 def fetch_nanochat(name, folder, host='https://huggingface.co'):
-    """Downloads the four files of NANOCHAT[name] into folder, going on from what is there; returns folder. SystemExit says what went wrong."""
+    """
+    Downloads the four files of NANOCHAT[name] into folder, going on from what is there; returns folder.
+    SystemExit says what went wrong.
+    """
     if name not in NANOCHAT:
         raise SystemExit(f"error: fetch ({name}) must be one of {', '.join(NANOCHAT)}")
     repo, step, size = (NANOCHAT[name][k] for k in ('repo', 'step', 'bytes'))
@@ -319,20 +392,27 @@ def fill(kind, config, state, path, device):
         model = kind(config)
     own = model.state_dict()
     wrong = [f'{k} is missing' for k in own if k not in state] + [f'{k} is unknown' for k in state if k not in own]
-    wrong += [f'{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}' for k in own if k in state and state[k].shape != own[k].shape]
+    wrong += [f'{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}'
+              for k in own if k in state and state[k].shape != own[k].shape]
     if wrong:
-        raise SystemExit(f"error: {path} does not have the tensors of its own settings: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}: use another copy")
+        raise SystemExit(f"error: {path} does not have the tensors of its own settings: "
+                         f"{', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}: use another copy")
     model.load_state_dict({k: v.to(device, torch.float32).contiguous() for k, v in state.items()}, assign=True)
     return model.eval()
 
 
 def find_nanochat(path, step=None):
-    """A folder -> the step of its checkpoint (the last one, or this one) and the path of it. SystemExit, in one line, says where to get one."""
+    """
+    A folder -> the step of its checkpoint (the last one, or this one) and the path of it.
+    SystemExit, in one line, says where to get one.
+    """
     files = os.listdir(path) if os.path.isdir(path) else []
     steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
     if not steps:
-        raise SystemExit(f"error: no nanochat checkpoint (model_XXXXXX.pt) in {path!r}: fetch one with python distill.py --fetch=d32 --out_dir=teachers/d32 ({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), "
-                         f"try its shape with --teacher=random:d32, or run config/distill_stdlib_bpe.py, which a laptop can")
+        raise SystemExit(f"error: no nanochat checkpoint (model_XXXXXX.pt) in {path!r}: fetch one with "
+                         "python distill.py --fetch=d32 --out_dir=teachers/d32 "
+                         f"({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), try its shape with --teacher=random:d32, "
+                         "or run config/distill_stdlib_bpe.py, which a laptop can")
     step = max(steps) if step is None else step
     if step not in steps:
         raise SystemExit(f"error: {path} has no step {step}: take one of {', '.join(map(str, steps))}")
@@ -341,29 +421,38 @@ def find_nanochat(path, step=None):
 
 def load_nanochat(path, device='cpu', step=None):
     """
-    A nanochat folder of the d20-d34 era (E0, 2025-10-13 to 2026-01-11) -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
-    The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt lie there, too,
-    or in ../../tokenizer, as nanochat leaves them. SystemExit, in one line, for anything else; no pickle runs anything.
+    A nanochat folder of the d20-d34 era (E0, 2025-10-13 to 2026-01-11) -> GPT with nanochat's own logits, float32, on
+    device, and its tokenizer. The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json;
+    tokenizer.pkl and token_bytes.pt lie there, too, or in ../../tokenizer, as nanochat leaves them. SystemExit, in one
+    line, for anything else; no pickle runs anything.
     """
     step, file = find_nanochat(path, step)
     home = path if os.path.exists(os.path.join(path, 'tokenizer.pkl')) else os.path.join(path, '..', '..', 'tokenizer')
     meta, token_bytes = os.path.join(path, f'meta_{step:06d}.json'), os.path.join(home, 'token_bytes.pt')
     try:
-        state = {k.replace('_orig_mod.', ''): v for k, v in load_tensors(file, mmap=True).items()}         # torch.compile puts _orig_mod. in front
+        # torch.compile puts _orig_mod. in front
+        state = {k.replace('_orig_mod.', ''): v for k, v in load_tensors(file, mmap=True).items()}
         for key, width, what in LATER:
             if any(key in k and width in (None, v.size(-1)) for k, v in state.items()):
-                raise SystemExit(f"error: {file} is {what}; only nanochats until 2026-01-11 (era E0: d20, d32, d34) load here")
+                raise SystemExit(f"error: {file} is {what}; "
+                                 "only nanochats until 2026-01-11 (era E0: d20, d32, d34) load here")
         c = json.loads(read_text(meta))['model_config']
-        config = GPTConfig(c['sequence_len'], c['vocab_size'], c['n_layer'], c['n_head'], c['n_kv_head'], c['n_embd'], rope_bf16=True)
+        config = GPTConfig(c['sequence_len'], c['vocab_size'], c['n_layer'], c['n_head'], c['n_kv_head'], c['n_embd'],
+                           rope_bf16=True)
         tokenizer = load_nanochat_tokenizer(home)
         sizes = load_tensors(token_bytes).tolist() if os.path.exists(token_bytes) else tokenizer.token_bytes
     except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as e:
-        raise SystemExit(f"error: {file}, {meta} and {home} are not a whole nanochat checkpoint ({one_line(e)}): use another copy")
+        raise SystemExit(f"error: {file}, {meta} and {home} are not a whole nanochat checkpoint ({one_line(e)}): "
+                         "use another copy")
     # nanochat used to measure a token as text, in which half a character is U+FFFD, 3 bytes; later as bytes
     as_text = [len(tokenizer.decode([i]).encode()) if n else 0 for i, n in enumerate(tokenizer.token_bytes)]
-    if not len(sizes) == tokenizer.vocab_size == config.vocab_size or any(n not in either for n, *either in zip(sizes, as_text, tokenizer.token_bytes)):
-        raise SystemExit(f"error: the tokenizer in {home} ({tokenizer.vocab_size} tokens), its token_bytes.pt ({len(sizes)}) and {file} ({config.vocab_size}) do not belong together: use those of one training")
-    for key in ('transformer.wte.weight', 'lm_head.weight'):                    # rows padded to a multiple of 64, whose logits nanochat cuts off
+    if (not len(sizes) == tokenizer.vocab_size == config.vocab_size
+            or any(n not in either for n, *either in zip(sizes, as_text, tokenizer.token_bytes))):
+        raise SystemExit(f"error: the tokenizer in {home} ({tokenizer.vocab_size} tokens), "
+                         f"its token_bytes.pt ({len(sizes)}) and {file} ({config.vocab_size}) do not belong together: "
+                         "use those of one training")
+    # nanochat pads these rows to a multiple of 64, and cuts the logits of the padding off
+    for key in ('transformer.wte.weight', 'lm_head.weight'):
         if key in state and len(state[key]) == -(-config.vocab_size // 64) * 64:
             state[key] = state[key][:config.vocab_size]
     model = fill(GPT, config, state, file, device)
@@ -374,17 +463,23 @@ def load_nanochat(path, device='cpu', step=None):
 # GPT-2 and nanoGPT
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) as a teacher: LayerNorm, learned positions, GELU, names as everywhere. config: see load_gpt2."""
+    """
+    GPT-2 (Radford et al. 2019) as a teacher: LayerNorm, learned positions, GELU, names as everywhere.
+    config: see load_gpt2.
+    """
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         linear = lambda n_in, n_out: nn.Linear(n_in, n_out, bias=c.bias)
         layer_norm = lambda: nn.LayerNorm(c.n_embd, eps=c.eps, bias=c.bias)
         block = lambda: nn.ModuleDict(dict(
-            ln_1=layer_norm(), attn=nn.ModuleDict(dict(c_attn=linear(c.n_embd, 3 * c.n_embd), c_proj=linear(c.n_embd, c.n_embd))),
-            ln_2=layer_norm(), mlp=nn.ModuleDict(dict(c_fc=linear(c.n_embd, c.n_hidden), c_proj=linear(c.n_hidden, c.n_embd)))))
+            ln_1=layer_norm(),
+            attn=nn.ModuleDict(dict(c_attn=linear(c.n_embd, 3 * c.n_embd), c_proj=linear(c.n_embd, c.n_embd))),
+            ln_2=layer_norm(),
+            mlp=nn.ModuleDict(dict(c_fc=linear(c.n_embd, c.n_hidden), c_proj=linear(c.n_hidden, c.n_embd)))))
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd), h=nn.ModuleList(block() for _ in range(c.n_layer)), ln_f=layer_norm()))
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList(block() for _ in range(c.n_layer)), ln_f=layer_norm()))
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
 
     def trunk(self, idx):
@@ -394,8 +489,9 @@ class GPT2(nn.Module):
         x = t.wte(idx) + t.wpe.weight[:T]
         for block in t.h:
             qkv = block.attn.c_attn(block.ln_1(x)).view(-1, T, 3, c.n_head, c.n_embd // c.n_head)
-            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)    # of (B, n_head, T, head_dim) each
-            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))                            # (B, T, n_embd)
+            # q, k and v are (B, n_head, T, head_dim) each
+            y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, n_embd)
             x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate=c.gelu))
         return t.ln_f(x)
 
@@ -410,40 +506,53 @@ class GPT2(nn.Module):
         return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_embd * c.block_size)
 
 
-GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}       # Hugging Face's names -> PyTorch's
-PLAIN = {'model_type': ['gpt2'], 'activation_function': GELU, 'scale_attn_weights': [True], 'scale_attn_by_inverse_layer_idx': [False]}     # what GPT2 can do
+# what GPT2 can do; GELU: Hugging Face's names -> PyTorch's
+GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+PLAIN = {'model_type': ['gpt2'], 'activation_function': GELU, 'scale_attn_weights': [True],
+         'scale_attn_by_inverse_layer_idx': [False]}
 
 
 def load_gpt2(path, device='cpu'):
     """
-    nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or pytorch_model.bin) -> GPT2, float32, in
-    eval mode on device, and the tokenizer that lies beside it (load_gpt2_tokenizer), or None. nanoGPT's GELU is the exact one; until
-    May 2023 it was the tanh, and a checkpoint does not say when it was made. SystemExit, in one line, for anything else.
+    nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or
+    pytorch_model.bin) -> GPT2, float32, in eval mode on device, and the tokenizer that lies beside it
+    (load_gpt2_tokenizer), or None. nanoGPT's GELU is the exact one; until May 2023 it was the tanh, and a checkpoint
+    does not say when it was made. SystemExit, in one line, for anything else.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     hf = folder == path and os.path.exists(os.path.join(path, 'config.json'))
-    name = next((n for n in ('model.safetensors', 'pytorch_model.bin') if os.path.exists(os.path.join(path, n))), 'model.safetensors') if hf else 'ckpt.pt'
+    names = ('model.safetensors', 'pytorch_model.bin') if hf else ('ckpt.pt',)
+    name = next((n for n in names if os.path.exists(os.path.join(path, n))), names[0])
     file = os.path.join(path, name) if folder == path else path
     try:
         if hf:
             c = json.loads(read_text(os.path.join(path, 'config.json')))
-            state = import_safetensors().load_file(file) if name.endswith('safetensors') else load_tensors(file, mmap=True)
-            state = {f"{'' if k.startswith(('transformer.', 'lm_head.')) else 'transformer.'}{k}": v for k, v in state.items()}
-            state = {k: v.t() if re.search(r'\.(c_attn|c_proj|c_fc)\.weight$', k) else v for k, v in state.items()}            # (in, out) there
+            state = (import_safetensors().load_file(file) if name.endswith('safetensors')
+                     else load_tensors(file, mmap=True))
+            state = {f"{'' if k.startswith(('transformer.', 'lm_head.')) else 'transformer.'}{k}": v
+                     for k, v in state.items()}
+            # these weights are stored as (in, out)
+            state = {k: v.t() if re.search(r'\.(c_attn|c_proj|c_fc)\.weight$', k) else v for k, v in state.items()}
             odd = [f'{k}={c[k]}' for k in PLAIN if k in c and c[k] not in PLAIN[k]]
         else:
             saved = dict(load_tensors(file, mmap=True))
             c, state = saved['model_args'], {k.replace('_orig_mod.', ''): v for k, v in saved['model'].items()}
-            odd = [f'{k}={c[k]}' for k in c if k not in 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()]    # of a fork with other blocks
-        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}                        # old ones hold their causal masks
+            # any other setting is of a fork, with other blocks
+            odd = [f'{k}={c[k]}' for k in c
+                   if k not in 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()]
+        # old checkpoints hold their causal masks
+        state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         tied = 'lm_head.weight' not in state or torch.equal(state['lm_head.weight'], state['transformer.wte.weight'])
         state['lm_head.weight'] = state.get('lm_head.weight', state['transformer.wte.weight'])
-        config = SimpleNamespace(block_size=c['n_positions' if hf else 'block_size'], vocab_size=c['vocab_size'], n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'],
-                                 n_hidden=c.get('n_inner') or 4 * c['n_embd'], bias='transformer.ln_f.bias' in state, eps=c.get('layer_norm_epsilon', 1e-5),
+        config = SimpleNamespace(block_size=c['n_positions' if hf else 'block_size'], vocab_size=c['vocab_size'],
+                                 n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'],
+                                 n_hidden=c.get('n_inner') or 4 * c['n_embd'],
+                                 bias='transformer.ln_f.bias' in state, eps=c.get('layer_norm_epsilon', 1e-5),
                                  gelu=GELU.get(c.get('activation_function', 'gelu_new')) if hf else 'none')
         tokenizer = load_gpt2_tokenizer(folder)
     except Exception as e:                      # the safetensors package has an exception of its own for damaged files
-        raise SystemExit(f"error: {file} and what lies beside it are not a whole checkpoint of GPT-2 or nanoGPT ({one_line(e)}): use another copy")
+        raise SystemExit(f"error: {file} and what lies beside it are not a whole checkpoint of GPT-2 or nanoGPT "
+                         f"({one_line(e)}): use another copy")
     if odd:
         raise SystemExit(f"error: {file} is not a plain GPT-2 ({', '.join(odd)}): it would need another forward")
     model = fill(GPT2, config, state, file, device)
@@ -455,8 +564,9 @@ def load_gpt2(path, device='cpu'):
 # -----------------------------------------------------------------------------
 # the other way: Hugging Face's NanoChat, which turns q and k by minus theta, too
 
-HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.', 'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj',
-            'attn.c_v': 'self_attn.v_proj', 'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.',
+            'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj', 'attn.c_v': 'self_attn.v_proj',
+            'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
 
 
 def import_safetensors():
@@ -469,11 +579,14 @@ def import_safetensors():
 
 def export_hf(model, tokenizer, folder):
     """
-    Writes a float GPT and its BPE into folder, for transformers' NanoChatForCausalLM and AutoTokenizer: the same logits, the same ids. Multi-token and
-    draft heads have no place there and are left out. There, special tokens are read out of text, unless split_special_tokens=True.
+    Writes a float GPT and its BPE into folder, for transformers' NanoChatForCausalLM and AutoTokenizer: the same
+    logits, the same ids. Multi-token and draft heads have no place there and are left out. There, special tokens are
+    read out of text, unless split_special_tokens=True.
     """
     c = model.config
-    assert tokenizer.kind == 'bpe' and tokenizer.vocab_size == c.vocab_size, f"expected the model's own BPE of {c.vocab_size} tokens, not a {tokenizer.kind} tokenizer of {tokenizer.vocab_size}"
+    assert tokenizer.kind == 'bpe' and tokenizer.vocab_size == c.vocab_size, (
+        f"expected the model's own BPE of {c.vocab_size} tokens, "
+        f"not a {tokenizer.kind} tokenizer of {tokenizer.vocab_size}")
     tensors, left_out = {}, []
     for name, t in model.state_dict().items():
         assert t.is_floating_point(), f"{name} is {t.dtype}: export the float model, before it is quantised"
@@ -484,16 +597,23 @@ def export_hf(model, tokenizer, folder):
                 name = name.replace(ours, theirs)
             tensors[name] = t.detach().cpu().float().contiguous()
     if left_out:
-        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: Hugging Face's NanoChat has none")
+        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: "
+              "Hugging Face's NanoChat has none")
     ends = [tokenizer.special(name) for name in ('<|assistant_end|>', '<|bos|>') if name in tokenizer.special_tokens]
-    config = {'architectures': ['NanoChatForCausalLM'], 'model_type': 'nanochat', 'vocab_size': c.vocab_size, 'hidden_size': c.n_embd, 'intermediate_size': c.n_hidden, 'num_hidden_layers': c.n_layer,
-              'num_attention_heads': c.n_head, 'num_key_value_heads': c.n_kv_head, 'head_dim': c.head_dim, 'max_position_embeddings': c.block_size, 'hidden_act': 'relu2',
-              'rms_norm_eps': torch.finfo(torch.float32).eps, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base}, 'final_logit_softcapping': SOFTCAP,
-              'tie_word_embeddings': c.tie_weights, 'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size, 'clean_up_tokenization_spaces': False} | ({'bos_token': '<|bos|>'} if tokenizer.bos is not None else {})
+    config = {'architectures': ['NanoChatForCausalLM'], 'model_type': 'nanochat',
+              'vocab_size': c.vocab_size, 'hidden_size': c.n_embd, 'intermediate_size': c.n_hidden,
+              'num_hidden_layers': c.n_layer, 'num_attention_heads': c.n_head, 'num_key_value_heads': c.n_kv_head,
+              'head_dim': c.head_dim, 'max_position_embeddings': c.block_size, 'hidden_act': 'relu2',
+              'rms_norm_eps': torch.finfo(torch.float32).eps,
+              'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
+              'final_logit_softcapping': SOFTCAP, 'tie_word_embeddings': c.tie_weights,
+              'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
+                'clean_up_tokenization_spaces': False} | ({'bos_token': '<|bos|>'} if tokenizer.bos is not None else {})
     texts = {'tokenizer.json': hf_tokenizer(tokenizer), 'tokenizer_config.json': settings, 'config.json': config}
     data = import_safetensors().save(tensors, metadata={'format': 'pt'})
-    for name, content in {'model.safetensors': data, **{name: json.dumps(text).encode() for name, text in texts.items()}}.items():
+    files = {'model.safetensors': data} | {name: json.dumps(text).encode() for name, text in texts.items()}
+    for name, content in files.items():
         atomic_write(os.path.join(folder, name), lambda f: f.write(content))
     return folder
 
@@ -521,39 +641,49 @@ if __name__ == '__main__':
     compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf),
+    check_knobs(config, ('k batch_size', int, 1, math.inf), ('block_size', int, 0, math.inf),
+                ('seed', int, 0, 2**63 - 1), ('temperature', float, 1e-3, math.inf),
                 ('method', ('sample', 'topk')), ('dtype', ('auto', 'float32', 'bfloat16')))
     check_device(device)
     began = time.perf_counter()
     if fetch or to_picochat or to_hf:
         if bool(fetch) + bool(to_picochat) + bool(to_hf) > 1 or fetch and not out_dir or not fetch and not teacher:
-            raise SystemExit("error: --fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is written there); one of the three at a time")
+            raise SystemExit("error: --fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need "
+                             "--teacher= (what is written there); one of the three at a time")
         if fetch:
             folder = fetch_nanochat(fetch, out_dir)
         else:
             model, tokenizer, trained_on = load_teacher(teacher)
             if to_picochat and not (isinstance(model, GPT) and tokenizer and (dataset or trained_on)):
-                raise SystemExit(f"error: to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like nanochat:FOLDER, and --dataset= to measure it on, not {teacher} and dataset ({dataset})")
+                raise SystemExit(f"error: to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a "
+                                 "tokenizer, like nanochat:FOLDER, and --dataset= to measure it on, "
+                                 f"not {teacher} and dataset ({dataset})")
             if to_hf and not (isinstance(model, GPT) and getattr(tokenizer, 'kind', '') == 'bpe'):
-                raise SystemExit(f"error: to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, not {teacher}")
+                raise SystemExit(f"error: to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, "
+                                 f"not {teacher}")
             folder = to_picochat or export_hf(model, tokenizer, to_hf)
             if to_picochat:
-                save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0, dataset=dataset or trained_on, knobs={})
-        names = sorted(os.path.join(folder, name) for name in os.listdir(folder))
-        print(json.dumps({'file': folder, 'bytes': sum(map(os.path.getsize, names)), 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}))
+                save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0,
+                                dataset=dataset or trained_on, knobs={})
+        size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
+        print(json.dumps({'file': folder, 'bytes': size, 'tokens': 0,
+                          'seconds': round(time.perf_counter() - began, 2)}))
         raise SystemExit
     if not teacher or not out_dir:
-        raise SystemExit("error: give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
+        raise SystemExit("error: give --teacher= (the out_dir of a trained model) "
+                         "and --out_dir= (a folder for its labels)")
     if os.path.exists(os.path.join(out_dir, 'meta.json')):
         raise SystemExit(f"error: {out_dir} already holds labels: give another --out_dir, or remove it")
     first, _, trained_on = load_teacher(teacher.split('+')[0])
     if not (dataset or trained_on):
         raise SystemExit(f"error: {teacher} does not say which dataset to label: give --dataset=")
-    loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size, block_size or first.config.block_size, device=device)
-    first = None                                # its memory, too
+    loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size,
+                    block_size or first.config.block_size, device=device)
+    first = None                                # frees its memory
     teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device, dataset or trained_on)
     if calibrate and not all(t.hold_out for t in teachers):
-        raise SystemExit(f"error: calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
+        raise SystemExit("error: calibrate=True needs teachers that have not seen the text, "
+                         f"trained with --hold_out=, all of {teacher}")
     if k > teachers[0].config.vocab_size and method == 'topk':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
     if compile and can_compile(device):
@@ -562,8 +692,11 @@ if __name__ == '__main__':
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
         calibration = fit_temperature(teachers, loader) if calibrate else 1.0
-        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype}, method, k, temperature, seed, calibration)
+        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype},
+                            method, k, temperature, seed, calibration)
     path = os.path.join(out_dir, 'labels.bin')
     seconds = time.perf_counter() - began
-    print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, {loader.n_tokens / seconds:,.0f} tokens/s")
-    print(json.dumps({'file': path, 'bytes': os.path.getsize(path), 'tokens': loader.n_tokens, 'seconds': round(seconds, 2), **meta}))
+    print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, "
+          f"{loader.n_tokens / seconds:,.0f} tokens/s")
+    print(json.dumps({'file': path, 'bytes': os.path.getsize(path), 'tokens': loader.n_tokens,
+                      'seconds': round(seconds, 2), **meta}))

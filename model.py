@@ -6,9 +6,10 @@ The GPT: configuration, trunk, heads, losses, optimizers, accounting and checkpo
     logits = model(idx)                 # idx (B, T) int64 -> (B, T, vocab_size) float32
     losses = model(idx, targets)        # {'ce': nats per token, ...}
 
-The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm without weights, rotary positions and then a norm of q
-and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. There is one trunk; training, decoding,
-distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a draft head.
+The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm without weights, rotary positions and
+then a norm of q and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. There is one trunk;
+training, decoding, distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for,
+multi-token heads and a draft head.
 """
 import contextlib
 import math
@@ -27,10 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
 MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
-# Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, one after another. Five equal ones, as Jordan has them, take singular values from 0.01 up to [0.68, 1.13]. Of the three, each is
-# the polynomial nearest to 1 on where the one before leaves [0.01, 1], as the Polar Express chooses them (Amsel et al. 2025, arXiv 2505.16932): they end in [0.73, 1.27].
-MUON_STEPS = {5: ((3.4445, -4.7750, 2.0315),) * 5, 3: ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))}
-LOSS_CHUNK_BYTES = 128 * 2**20      # the losses are computed over chunks of tokens whose fp32 logits take at most this much
+# Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, applied one after another. Five equal ones, as Jordan has them,
+# bring singular values of [0.01, 1] into [0.68, 1.13]. The three are chosen as the Polar Express does (Amsel et al.
+# 2025, arXiv 2505.16932): each is the polynomial nearest to 1 on the range into which those before it bring [0.01, 1].
+# They end in [0.73, 1.27].
+MUON_STEPS = {
+    5: ((3.4445, -4.7750, 2.0315),) * 5,
+    3: ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))}
+LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
 
 
 @dataclass
@@ -56,10 +61,12 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.use_mqa:
-            assert self.n_kv_head in (None, 1), f"use_mqa=True means n_kv_head=1, but n_kv_head={self.n_kv_head}: give one of them"
+            assert self.n_kv_head in (None, 1), \
+                f"use_mqa=True means n_kv_head=1, but n_kv_head={self.n_kv_head}: give one of them"
             self.n_kv_head = 1
         if self.head_dim is None:
-            assert self.n_embd % self.n_head == 0, f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): change one or set head_dim"
+            assert self.n_embd % self.n_head == 0, \
+                f"n_embd ({self.n_embd}) is not a multiple of n_head ({self.n_head}): change one or set head_dim"
             self.head_dim = self.n_embd // self.n_head
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
@@ -67,8 +74,12 @@ class GPTConfig:
             self.n_hidden = 4 * self.n_embd
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'n_hidden'):
             assert getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1"
-        assert self.n_head % self.n_kv_head == 0, f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): each key/value head serves equally many query heads"
-        assert max(self.multi_token_n, self.draft_n) < self.block_size, f"multi_token_n ({self.multi_token_n}) and draft_n ({self.draft_n}) look further than block_size ({self.block_size}): lower them"
+        assert self.n_head % self.n_kv_head == 0, (
+            f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head}): "
+            "each key/value head serves equally many query heads")
+        assert max(self.multi_token_n, self.draft_n) < self.block_size, (
+            f"multi_token_n ({self.multi_token_n}) and draft_n ({self.draft_n}) look further than "
+            f"block_size ({self.block_size}): lower them")
         assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
 
 # -----------------------------------------------------------------------------
@@ -80,7 +91,9 @@ def norm(x):
 
 
 def rope_tables(config):
-    """(cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) float32 (RoFormer, arXiv 2104.09864)."""
+    """
+    (cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) float32 (RoFormer, arXiv 2104.09864).
+    """
     freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), freq)
     cos, sin = (t.bfloat16().float() if config.rope_bf16 else t for t in (angle.cos(), angle.sin()))
@@ -88,15 +101,17 @@ def rope_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (i, i + head_dim/2) of x (..., heads, head_dim) by minus the position's angle, as nanochat does."""
+    """
+    Turns the pairs (i, i + head_dim/2) of x (..., heads, head_dim) by minus the position's angle, as nanochat does.
+    """
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def causal_attention(q, k, v):
     """
-    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). PyTorch's kernel, but for compiled rows of bfloat16 on a
-    CPU: there its backward takes two to four times as long as these few products. q and k are normed, so scores lie within sqrt(head_dim)
-    and the softmax needs no maximum.
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). PyTorch's kernel, but
+    for compiled rows of bfloat16 on a CPU: there its backward takes two to four times as long as these few products.
+    q and k are normed, so scores lie within sqrt(head_dim) and the softmax needs no maximum.
     """
     B, H, T, D = q.shape
     if not (torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and T <= 512):
@@ -105,7 +120,7 @@ def causal_attention(q, k, v):
     for start, end in ((0, T // 2), (T // 2, T)):       # the first half sees no key of the second one
         n = end - start
         scores = q[:, :, start:end].reshape(B, KV, H // KV * n, D) @ k[:, :, :end].mT
-        scores = scores.view(B, KV, H // KV, n, end).float() * D ** -0.5                                  # (B, n_kv_head, heads of each, n, keys)
+        scores = scores.view(B, KV, H // KV, n, end).float() * D ** -0.5    # (B, n_kv_head, heads of each, n, keys)
         weights = torch.where(torch.arange(start, end)[:, None] >= torch.arange(end), scores.exp(), 0.0)
         y = (weights.to(v.dtype).view(B, KV, H // KV * n, end) @ v[:, :, :end]).view(B, H, n, D)
         out.append((y / weights.sum(dim=-1).view(B, H, n, 1)).to(v.dtype))
@@ -120,7 +135,9 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        self.c_qkv = None       # a decoder may put the three that read x into one product (quantize.for_decoding); training keeps them apart for Muon
+        # a decoder may put the three that read x into one product (quantize.for_decoding); training keeps them apart
+        # for Muon
+        self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
@@ -129,9 +146,9 @@ class Attention(nn.Module):
         qk, v = qkv.view(B, T, n_q + 2 * n_kv, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
         q, k = norm(rotate(qk, cos, sin)).split((n_q, n_kv), dim=2)              # (B, T, heads, head_dim)
         if cache is None:
-            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)       # (B, T, n_head, head_dim)
+            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         else:
-            y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim)
+            y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
         return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -167,10 +184,12 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        if c.multi_token_n:      # one residual MLP per distance; they share lm_head: another vocabulary table each would outweigh the trunk
+        # one residual MLP per distance; they share lm_head: another vocabulary table each would outweigh the trunk
+        if c.multi_token_n:
             hidden = round(c.multi_token_hidden_mult * c.n_embd)
             self.multi_token = nn.ModuleList(MLP(c.n_embd, hidden, c.n_embd) for _ in range(c.multi_token_n))
-        if c.draft_n:            # one cell, applied again for each further token; it reads the state and the token just drafted
+        # one cell, applied again for each further token; it reads the state and the token just drafted
+        if c.draft_n:
             self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
             self.draft_lm_head = None   # a decoder may let drafts be chosen among lm_head's first rows alone
         cos, sin = rope_tables(c)
@@ -180,12 +199,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Branch outputs and lm_head start at zero: the first loss is exactly ln(vocab_size) and every block starts as the identity."""
+        """
+        Branch outputs and lm_head start at zero: the first loss is exactly ln(vocab_size) and every block starts as the
+        identity.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
                 zero = name.endswith('c_proj') or (name == 'lm_head' and not self.config.tie_weights)
-                nn.init.normal_(module.weight, std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+                nn.init.normal_(module.weight,
+                                std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5 if self.config.tie_weights else 1.0)
 
     def embed(self, idx):
@@ -194,14 +217,16 @@ class GPT(nn.Module):
 
     def trunk(self, idx, cache=None):
         """
-        idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at position 0;
-        with one (engine.KVCache) they continue each row at its own length, and their keys and values are kept.
+        idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at
+        position 0; with one (engine.KVCache) they continue each row at its own length, and their keys and values are
+        kept.
         """
         if cache is None:
-            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens do not fit block_size ({self.config.block_size}): shorten the input"
-            cos, sin = self.cos[:idx.size(1), None], self.sin[:idx.size(1), None]       # (T, 1, head_dim)
+            assert idx.size(1) <= self.config.block_size, \
+                f"{idx.size(1)} tokens do not fit block_size ({self.config.block_size}): shorten the input"
+            cos, sin = self.cos[:idx.size(1), None], self.sin[:idx.size(1), None]    # (T, 1, head_dim)
         else:
-            position = cache.advance(idx.size(1))                                        # a slice of T when all rows agree, else (B, T)
+            position = cache.advance(idx.size(1))                # a slice of T when all rows agree, else (B, T)
             cos, sin = self.cos[position].unsqueeze(-2), self.sin[position].unsqueeze(-2)
         x = F.dropout(self.embed(idx), self.config.dropout, self.training)
         for block in self.transformer.h:
@@ -212,7 +237,10 @@ class GPT(nn.Module):
     # the heads
 
     def logits(self, x, head=None):
-        """States (..., n_embd) -> logits (..., vocab_size), float32 at least; with head instead of lm_head, as many as it has rows."""
+        """
+        States (..., n_embd) -> logits (..., vocab_size), float32 at least; with head instead of lm_head, as many as it
+        has rows.
+        """
         y = (head or self.lm_head)(x)
         return SOFTCAP * torch.tanh(y.to(torch.promote_types(y.dtype, torch.float32)) / SOFTCAP)
 
@@ -222,45 +250,62 @@ class GPT(nn.Module):
 
     def draft_state(self, x, idx):
         """
-        One step of the draft cell: state x (B, T, n_embd) and the token that follows it, idx (B, T) -> the next state (B, T, n_embd).
-        From the trunk's state at t and token t+1 comes the state that predicts t+2; applied again, t+3, and so on.
+        One step of the draft cell: state x (B, T, n_embd) and the token that follows it, idx (B, T) -> the next state
+        (B, T, n_embd). From the trunk's state at t and token t+1 comes the state that predicts t+2; applied again, t+3,
+        and so on.
         """
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)))
 
     def forward(self, idx, targets=None, return_multi_token=False):
         """
         model(idx)                    -> logits (B, T, vocab_size) float32
-        model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist
+        model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
+                                         the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
         targets (B, T) int64 are idx shifted by one; -1 masks a position.
         """
         x = self.trunk(idx)
         if return_multi_token:
-            heads = {f'head_{i + 2}': self.logits(self.multi_token_state(x, i)) for i in range(self.config.multi_token_n)}
+            heads = {f'head_{i + 2}': self.logits(self.multi_token_state(x, i))
+                     for i in range(self.config.multi_token_n)}
             return self.cross_entropy(x, targets), self.logits(x), heads
         if targets is None:
             return self.logits(x)
         return {'ce': self.cross_entropy(x, targets)} | self.head_losses(x, targets)
 
     def head_losses(self, x, targets):
-        """The trunk's states x (B, T, n_embd) and targets (B, T) -> {'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist."""
+        """
+        The trunk's states x (B, T, n_embd) and targets (B, T) -> {'multi_token': ..., 'draft': ...}, nats per unmasked
+        target, for the heads that exist.
+        """
         losses, c = {}, self.config
-        if c.multi_token_n:                 # head i at t is asked for the target of t+1+i: the target that stands 1+i further on
-            losses['multi_token'] = sum(self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i)) for i in range(c.multi_token_n)) / c.multi_token_n
-        if c.draft_n:                       # unrolled as it is used, fed the text's tokens; a draft counts when it is the model's own draw, so
-            losses['draft'], state = 0.0, x     # the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of the model
+        # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
+        if c.multi_token_n:
+            losses['multi_token'] = sum(
+                self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i))
+                for i in range(c.multi_token_n)) / c.multi_token_n
+        # unrolled as it is used, fed the text's tokens. A draft counts when it is the model's own draw, so the model's
+        # own distribution is what the cell must meet: KL(model || cell), which asks nothing of the model
+        if c.draft_n:
+            losses['draft'], state = 0.0, x
+
             def nats(state, own):
                 with torch.no_grad():
                     own = F.log_softmax(self.logits(own), dim=-1)
                 return (own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
             for i in range(c.draft_n):
-                state, keep = self.draft_state(state, shift(targets, i).clamp(min=0)), (shift(targets, 1 + i) >= 0).flatten()
-                loss = chunked(nats, c.vocab_size, state.flatten(0, 1), shift(x.detach(), 1 + i, 0.0).flatten(0, 1)) * keep
+                state = self.draft_state(state, shift(targets, i).clamp(min=0))
+                own = shift(x.detach(), 1 + i, 0.0)
+                keep = (shift(targets, 1 + i) >= 0).flatten()
+                loss = chunked(nats, c.vocab_size, state.flatten(0, 1), own.flatten(0, 1)) * keep
                 losses['draft'] = losses['draft'] + loss.sum() / keep.sum().clamp(min=1) / c.draft_n
         return losses
 
     def cross_entropy(self, x, targets, reduction='mean'):
-        """States (B, T, n_embd), targets (B, T) with -1 masked -> nats: the mean over unmasked targets, or (B * T,) for reduction='none'."""
+        """
+        States (B, T, n_embd), targets (B, T) with -1 masked -> nats: the mean over unmasked targets, or (B * T,) for
+        reduction='none'.
+        """
         def nats(x, targets):
             return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction='none')
         loss = chunked(nats, self.config.vocab_size, x.flatten(0, 1), targets.flatten())
@@ -273,17 +318,21 @@ class GPT(nn.Module):
         """Parameters by group; a tied lm_head counts once, as embedding."""
         group = {'embedding': 0, 'trunk': 0, 'head': 0, 'multi_token': 0, 'draft': 0}
         for name, p in self.named_parameters():
-            key = ('embedding' if 'wte' in name else 'head' if name.startswith('lm_head') else
-                   'multi_token' if name.startswith('multi_token') else 'draft' if name.startswith('draft') else 'trunk')
+            key = ('embedding' if 'wte' in name else
+                   'head' if name.startswith('lm_head') else
+                   'multi_token' if name.startswith('multi_token') else
+                   'draft' if name.startswith('draft') else 'trunk')
             group[key] += p.numel()
-        group['total'] = sum(p.numel() for p in self.parameters())
-        assert group['total'] == sum(n for key, n in group.items() if key != 'total'), group
-        return group
+        return group | {'total': sum(group.values())}
 
     def flops_per_token(self, training=True):
-        """FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward costs twice forward (PaLM, arXiv 2204.02311, appendix B)."""
+        """
+        FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
+        costs twice forward (PaLM, arXiv 2204.02311, appendix B).
+        """
         c, n = self.config, self.params()
-        weights = n['trunk'] + c.vocab_size * c.n_embd * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * max(1, c.draft_n)
+        weights = (n['trunk'] + c.vocab_size * c.n_embd * (1 + c.multi_token_n + c.draft_n)
+                   + n['multi_token'] + n['draft'] * c.draft_n)
         return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size)
 
     def kv_bytes_per_token(self, bytes_per_value=4):
@@ -293,14 +342,16 @@ class GPT(nn.Module):
 
 
 def shift(x, n, fill=-1):
-    """x (B, T) or (B, T, C) moved n places to the left along T; what comes in at the end is fill, which masks a target."""
+    """
+    x (B, T) or (B, T, C) moved n places to the left along T; what comes in at the end is fill, which masks a target.
+    """
     return F.pad(x[:, n:], (0, n) if x.ndim == 2 else (0, 0, 0, n), value=fill)
 
 
 def chunked(f, vocab_size, *rows):
     """
-    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES, and computed again
-    in backward instead of kept: memory no longer grows with N * vocab_size.
+    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES,
+    and computed again in backward instead of kept: memory no longer grows with N * vocab_size.
     """
     n = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
     if rows[0].size(0) <= n:
@@ -310,8 +361,9 @@ def chunked(f, vocab_size, *rows):
 
 def compile_step(module, tokens, vocab_size, **how):
     """
-    torch.compile for a module that ends in losses over so many tokens. Where those come in chunks, inductor must not join one chunk's kernels with the
-    next one's (it would: they read the same scalars), or the logits of all chunks exist at once.
+    torch.compile for a module that ends in losses over so many tokens. Where those come in chunks, inductor must not
+    join one chunk's kernels with the next one's (it would: they read the same scalars), or the logits of all chunks
+    exist at once.
     """
     apart = tokens > LOSS_CHUNK_BYTES // (4 * vocab_size)
     return torch.compile(module, options={'cpp.max_horizontal_fusion_size': 1} if apart else None, **how)
@@ -322,14 +374,16 @@ def compile_step(module, tokens, vocab_size, **how):
 @torch.no_grad()
 def evaluate(model, batches, token_bytes=None, make_cache=None):
     """
-    The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
-    token_bytes: the bytes of each id; ids of 0 bytes (specials) count towards neither side of bpb (nanochat's definition).
+    The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has
+    it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
+    token_bytes: the bytes of each id; ids of 0 bytes (specials) count towards neither side of bpb (nanochat's
+    definition).
     """
     was_training = model.training
     model.eval()
     device = model.cos.device
     size = None if token_bytes is None else torch.tensor(token_bytes, device=device)
-    total = torch.zeros(4, dtype=torch.float64)                                  # nats, tokens, nats of tokens with bytes, bytes
+    total = torch.zeros(4, dtype=torch.float64)         # nats, tokens, nats of tokens with bytes, bytes
     for x, y in batches:
         x, y = x.to(device), y.to(device).flatten()
         nats = model.cross_entropy(model.trunk(x, make_cache and make_cache(len(x))), y.view_as(x), reduction='none')
@@ -358,25 +412,38 @@ def check_device(device):
 
 
 def check_knobs(config, *rules, may_be_none=''):
-    """The configurator knows a knob's type but not what it may be: rules are (names, int or float, least, most), or (names, all that it may be)."""
+    """
+    The configurator knows a knob's type but not what it may be: rules are (names, int or float, least, most), or
+    (names, all that it may be).
+    """
     for names, kind, *span in rules:
         for name in names.split():
             value = config[name]
-            if not span and value not in kind:
-                raise SystemExit(f"error: {name} ({value}) must be one of {', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
-            least, most = span or (None, None)
-            if span and not (value is None and name in may_be_none.split()) and not (type(value) in (int, kind) and least <= value <= most):
-                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+            if not span:
+                if value not in kind:
+                    raise SystemExit(f"error: {name} ({value}) must be one of "
+                                     f"{', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
+                continue
+            least, most = span
+            if value is None and name in may_be_none.split():
+                continue
+            if not (type(value) in (int, kind) and least <= value <= most):
+                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} "
+                                 f"of at least {least}{'' if most == math.inf else f' and at most {most}'}")
 
 
 def out_of_memory(e):
     """Whether this exception says that memory ran out, of a GPU or of a process on a CPU. Nothing else counts."""
     words = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory', 'std::bad_alloc')
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(w in str(e) for w in words)
+    return (isinstance(e, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(e, RuntimeError) and any(w in str(e) for w in words))
 
 
 def largest_that_fits(fits, most):
-    """The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is between: 2 * log2(most) + 2 calls at most."""
+    """
+    The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is
+    between: 2 * log2(most) + 2 calls at most.
+    """
     good, bad = 0, 1
     while bad <= most and fits(bad):
         good, bad = bad, 2 * bad
@@ -388,7 +455,10 @@ def largest_that_fits(fits, most):
 
 
 def free_memory(root='/'):
-    """Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one that it is in, allows less."""
+    """
+    Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one
+    that it is in, allows less.
+    """
     read = lambda *path: open(os.path.join(root, *path)).read()
     left = [1024 * int(read('proc/meminfo').partition('MemAvailable:')[2].split()[0])]
     for line in read('proc/self/cgroup').splitlines():
@@ -400,7 +470,8 @@ def free_memory(root='/'):
         for n in range(len(parts) + 1):
             group = os.path.join(root, 'sys/fs/cgroup', base, *parts[:n], 'memory.')
             if os.path.exists(group + most) and open(group + most).read().strip() != 'max':
-                cached = dict(line.split() for line in open(group + 'stat')).get('inactive_file', 0)    # files in memory, which make way
+                # inactive_file: files held in memory, which make way
+                cached = dict(line.split() for line in open(group + 'stat')).get('inactive_file', 0)
                 left.append(int(open(group + most).read()) - int(open(group + now).read()) + int(cached))
     return max(0, min(left))
 
@@ -408,13 +479,15 @@ def free_memory(root='/'):
 @contextlib.contextmanager
 def memory_limit(device, portion=0.9):
     """
-    Inside, memory runs out, with an exception, as soon as this process has taken that portion of what is left: under Linux without a limit
-    it would be killed instead. Yields that many bytes. CUDA, or a CPU under Linux, where what is left is divided by the processes here.
+    Inside, memory runs out, with an exception, as soon as this process has taken that portion of what is left: under
+    Linux without a limit it would be killed instead. Yields that many bytes. CUDA, or a CPU under Linux, where what is
+    left is divided by the processes here.
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + portion * free) / total, device)
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved(device) + portion * free) / total, device)
         try:
             yield int(portion * free)
         finally:
@@ -435,15 +508,20 @@ def memory_limit(device, portion=0.9):
 def fast_bf16(device):
     """Whether this device multiplies bfloat16 faster than float32."""
     kind = torch.device(device).type
-    return torch.cuda.is_bf16_supported(including_emulation=False) if kind == 'cuda' else kind == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+    return (torch.cuda.is_bf16_supported(including_emulation=False) if kind == 'cuda'
+            else kind == 'cpu' and torch.cpu._is_avx512_bf16_supported())
 
 
 def can_compile(device):
-    """Whether torch.compile can work here; says in a line why not. On a CPU it needs the C++ compiler that it looks for, and Python.h."""
+    """
+    Whether torch.compile can work here; says in a line why not. On a CPU it needs the C++ compiler that it looks for,
+    and Python.h.
+    """
     kind, why = torch.device(device).type, None
     if kind == 'mps' or platform.system() == 'Windows':
         why = 'not supported here'
-    elif kind == 'cpu' and not shutil.which(os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')):
+    elif kind == 'cpu' and not shutil.which(
+            os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')):
         why = 'no C++ compiler was found (apt-get install g++ python3-dev)'
     elif kind == 'cpu' and not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
         why = 'no Python.h was found (apt-get install g++ python3-dev)'
@@ -456,10 +534,11 @@ def can_compile(device):
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update is made orthogonal by MUON_STEPS[steps] (Jordan et al. 2024, kellerjordan.github.io/posts/muon); with five the same
-    update as torch.optim.Muon's. Matrices of one shape are stacked and go through together, in bfloat16 where the device multiplies
-    it faster: one batched product instead of a small one per matrix, and most of a small model's step is spent here otherwise. The
-    update needs whole matrices: of a sharded model every process gathers them, a few at a time, does the same work, and keeps its share.
+    Momentum whose update is made orthogonal by MUON_STEPS[steps] (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon); with five the same update as torch.optim.Muon's. Matrices of one shape are
+    stacked and go through together, in bfloat16 where the device multiplies it faster: one batched product instead of a
+    small one per matrix, and most of a small model's step is spent here otherwise. The update needs whole matrices: of
+    a sharded model every process gathers them, a few at a time, does the same work, and keeps its share.
     """
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
@@ -481,11 +560,15 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if 'momentum' not in self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
-        grads, buffers, tall = [p.grad for p in params], [self.state[p]['momentum'] for p in params], [p.size(0) > p.size(1) for p in params]
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]['momentum'] for p in params]
+        tall = [p.size(0) > p.size(1) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
         grads = torch._foreach_lerp(grads, buffers, group['momentum'])   # Nesterov
-        wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])     # so that X @ X.mT is the small side
-        updates = [share((u.mT if t else u).to(p.dtype), p) for t, u, p in zip(tall, orthogonalize(wide, group['steps']), params)]
+        # all made wide, so that X @ X.mT is the small side
+        wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])
+        updates = [share((u.mT if t else u).to(p.dtype), p)
+                   for t, u, p in zip(tall, orthogonalize(wide, group['steps']), params)]
         if group['weight_decay']:
             torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
         torch._foreach_mul_(updates, [-group['lr'] * math.sqrt(max(1, p.size(0) / p.size(1))) for p in params])
@@ -504,16 +587,16 @@ def orthogonalize(g, steps=5):
 
 def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_steps=5, betas=(0.8, 0.95)):
     """
-    [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW: an orthogonal update
-    means nothing where a row is a token. weight_decay is Muon's.
+    [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW:
+    an orthogonal update means nothing where a row is a token. weight_decay is Muon's.
     """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in params.items() if p.ndim == 2 and 'wte' not in name and 'lm_head' not in name]
-    rest = [p for p in params.values() if not any(p is m for m in matrices)]
-    assert len(matrices) + len(rest) == len(params)
-    optimizers = []
+    matrices, rest, optimizers = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (rest if p.ndim != 2 or 'wte' in name or 'lm_head' in name else matrices).append(p)
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=1e-10, weight_decay=0.0, fused=rest[0].device.type in ('cpu', 'cuda')))
+        optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=1e-10, weight_decay=0.0,
+                                            fused=rest[0].device.type in ('cpu', 'cuda')))
     if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps))
     for optimizer in optimizers:
@@ -523,26 +606,32 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_s
 
 
 def load_optimizer(optimizer, state):
-    """A saved state (of whole tensors) into optimizer, whose parameters may be sharded. Its rates and the like stay its own."""
+    """
+    A saved state (of whole tensors) into optimizer, whose parameters may be sharded. Its rates and the like stay its
+    own.
+    """
     params = [p for group in optimizer.param_groups for p in group['params']]
     state = {i: {k: share(v, params[i]) for k, v in values.items()} for i, values in state['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
 # -----------------------------------------------------------------------------
-# one model on several devices: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some of the rows
+# one model on several devices: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
+# of the rows
 
 def shard(model, device_type):
     """
-    Leaves this process its rows of every weight, on its device. A Block gathers the others when it runs and forgets them again; tables and heads, which
-    logits read until a step has ended, stay gathered from trunk to the end of backward (of a teacher, which has no backward: for good).
+    Leaves this process its rows of every weight, on its device. A Block gathers the others when it runs and forgets
+    them again; tables and heads, which logits read until a step has ended, stay gathered from trunk to the end of
+    backward (of a teacher, which has no backward: for good).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, 'trunk')    # evaluation, decoding and distillation begin there, not with forward
-    with torch.no_grad():                       # makes the room to gather in, which training could not write to if decoding made it in inference mode
+    register_fsdp_forward_method(model, 'trunk')  # evaluation, decoding and distillation begin there, not with forward
+    # this pass makes the room to gather in; had decoding made it, in inference mode, training could not write to it
+    with torch.no_grad():
         model.trunk(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device))
     model.reshard()
     return model
@@ -554,19 +643,23 @@ def whole(x):
 
 
 def share(x, like):
-    """What this process holds of the whole tensor x, sharded as like is; x itself if like is not sharded, or of another shape."""
+    """
+    What this process holds of the whole tensor x, sharded as like is; x itself if like is not sharded, or of another
+    shape.
+    """
     if not hasattr(like, 'full_tensor') or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()     # a copy: the split alone would keep all of x in memory
+    # a copy: the split alone would keep all of x in memory
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 # -----------------------------------------------------------------------------
 # checkpoints: tensors and plain types only, so that loading one can never run code
 
 def atomic_write(path, write):
     """
-    write(file) into a temporary file beside path, fsync, rename: a crash at any moment leaves the old file or the new one, never half
-    of one. A full disk ends in one line, with the old file untouched.
+    write(file) into a temporary file beside path, fsync, rename: a crash at any moment leaves the old file or the new
+    one, never half of one. A full disk ends in one line, with the old file untouched.
     """
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     tmp = f'{path}.tmp'
@@ -580,7 +673,8 @@ def atomic_write(path, write):
         if os.path.exists(tmp):
             os.remove(tmp)
         kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
-        raise SystemExit(f"error: could not save {path}: {str(e).splitlines()[0]}; {kept}: free some disk space and resume")
+        raise SystemExit(f"error: could not save {path}: {str(e).splitlines()[0]}; {kept}: "
+                         "free some disk space and resume")
     if os.name == 'posix':                      # the rename itself must reach the disk too
         folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
         os.fsync(folder)
@@ -589,8 +683,8 @@ def atomic_write(path, write):
 
 def save_checkpoint(path, model, tokenizer_meta, **extra):
     """
-    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must call it, since what is
-    sharded is put together, and the first writes: the file is the same whatever wrote it.
+    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must
+    call it, since what is sharded is put together, and the first writes: the file is the same whatever wrote it.
     """
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
@@ -603,7 +697,8 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
             return x
         x = whole(x)
         return x.cpu() if first else None
-    state = gather({'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta, 'model': model.state_dict(), **extra})
+    state = gather({'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta,
+                    'model': model.state_dict(), **extra})
     if model.config.tie_weights:
         state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']     # gathered twice, written once
     if first:
@@ -612,17 +707,19 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
 
 def load_tensors(path, device='cpu', mmap=False):
     """
-    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until they are used. One line
-    refuses a file that is damaged, or holds more than that.
+    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until
+    they are used. One line refuses a file that is damaged, or holds more than that.
     """
     if not zipfile.is_zipfile(path):
-        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole checkpoint: it is truncated or of another kind; use another copy")
+        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole checkpoint: "
+                         "it is truncated or of another kind; use another copy")
     try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
         state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as e:                      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
-        raise SystemExit(f"error: {path} was refused ({type(e).__name__}): a checkpoint holds tensors and plain types only; use another copy")
+    except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
+        raise SystemExit(f"error: {path} was refused ({type(e).__name__}): "
+                         "a checkpoint holds tensors and plain types only; use another copy")
     if damaged:
         raise SystemExit(f"error: {path} is damaged at {damaged}: use another copy")
     return state
@@ -630,21 +727,26 @@ def load_tensors(path, device='cpu', mmap=False):
 
 def load_checkpoint(path, device='cpu'):
     """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
+    if os.path.isdir(path):
+        raise SystemExit(f"error: no checkpoint at {path}: it is a folder, name the file in it, {path}/best.pt")
     if not os.path.isfile(path):
-        raise SystemExit(f"error: no checkpoint at {path}: {f'it is a folder, name the file in it, {path}/best.pt' if os.path.isdir(path) else 'train one first (python train.py ...), or name its folder with --out_dir='}")
+        raise SystemExit(f"error: no checkpoint at {path}: train one first (python train.py ...), "
+                         "or name its folder with --out_dir=")
     state = load_tensors(path, device)
     if not isinstance(state, dict) or 'picochat' not in state:
         found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
-        raise SystemExit(f"error: {path} is not a picochat checkpoint: expected the keys picochat, config, tokenizer and model, found {found}")
+        raise SystemExit(f"error: {path} is not a picochat checkpoint: "
+                         f"expected the keys picochat, config, tokenizer and model, found {found}")
+    unknown = set(state['config']) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise SystemExit(f"error: {path} was written by another version: its shape has {sorted(unknown)}, "
+                         "which this model does not know: use the version that wrote it")
     return state
 
 
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint dict."""
     state = load_checkpoint(path, device)
-    unknown = set(state['config']) - set(GPTConfig.__dataclass_fields__)
-    if unknown:
-        raise SystemExit(f"error: {path} was written by another version: its shape has {sorted(unknown)}, which this model does not know: use the version that wrote it")
     model = GPT(GPTConfig(**state['config']))
     model.load_state_dict(state['model'])
     return model.to(device).eval(), state

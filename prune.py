@@ -1,19 +1,21 @@
 """
-A smaller shape from a trained model: attention heads, key/value heads, neurons, channels, layers and tokens go; what stays keeps its weights.
+A smaller shape from a trained model: attention heads, key/value heads, neurons, channels, layers and tokens go; what
+stays keeps its weights.
 
-    python prune.py --out_dir=out-quickstart --neuron_prune_ratio=0.5              # -> out-quickstart-pruned/best.pt
-    python prune.py --out_dir=out-quickstart --keep_params=0.5                     # splits the cut by what each kind costs
-    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --muon_lr=0.004 --adam_lr=0.002    # recovers
+    python prune.py --out_dir=out-quickstart --neuron_prune_ratio=0.5       # -> out-quickstart-pruned/best.pt
+    python prune.py --out_dir=out-quickstart --keep_params=0.5              # splits the cut by what each kind costs
+    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --muon_lr=0.004 --adam_lr=0.002
+                                                                            # recovers
 
-You will see the loss, the size and the speed before and after, then one line of JSON. The functions turn indices into a new state dict
-and GPTConfig, and change nothing in place:
+You will see the loss, the size and the speed before and after, then one line of JSON. The functions turn indices into
+a new state dict and GPTConfig, and change nothing in place:
 
-    state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])       # of each layer, which to keep
+    state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
     model = build(state, config)
 
-Two things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole gave (refit), and
-the residual stream is turned onto its principal axes before channels go (rotate): a norm without weights does not notice a rotation, so
-that changes nothing by itself (SliceGPT, arXiv 2401.15024).
+Two things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole
+gave (refit), and the residual stream is turned onto its principal axes before channels go (rotate): a norm without
+weights does not notice a rotation, so that changes nothing by itself (SliceGPT, arXiv 2401.15024).
 """
 import json
 import math
@@ -27,7 +29,8 @@ import torch
 from model import GPT, check_device, check_knobs, evaluate, load_model, save_checkpoint
 
 IMPORTANCE = ('taylor', 'activation', 'l1', 'random')
-KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}      # what shrink cuts -> how the shape calls its number
+# what shrink cuts -> how the shape calls its number
+KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
 
 
 def build(state, config):
@@ -41,25 +44,30 @@ def build(state, config):
 
 def columns(w, keep, moment=None):
     """
-    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x, the columns are also fitted by least squares
-    to give on x[keep] what w gave on x, as far as what is kept can tell what is cut.
+    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x, the columns are also
+    fitted by least squares to give on x[keep] what w gave on x, as far as what is kept can tell what is cut.
     """
     if moment is None or len(keep) == w.size(1):
         return w[:, keep]
     m, keep = moment.cpu().double(), torch.as_tensor(keep)
     inner = m[keep][:, keep]
-    inner = inner + 1e-4 * inner.diagonal().mean().clamp(min=1e-30) * torch.eye(len(keep))      # inputs that never fire must not blow up
+    # inputs that never fire must not blow up
+    inner = inner + 1e-4 * inner.diagonal().mean().clamp(min=1e-30) * torch.eye(len(keep))
     return torch.linalg.solve(inner, m[keep] @ w.cpu().double().T).T.to(w)
 
 
 def same_length(what, lists, n):
     """Every layer must keep equally many: one number stands for all of them in the shape."""
     if len(lists) != n or len(set(map(len, lists))) != 1 or not len(lists[0]):
-        raise ValueError(f"{what} to keep, {[len(keep) for keep in lists]} a layer: give as many, and at least one, for each of the {n} layers")
+        raise ValueError(f"{what} to keep, {[len(keep) for keep in lists]} a layer: "
+                         f"give as many, and at least one, for each of the {n} layers")
 
 
 def keep_neurons(state, config, neurons, moments=None):
-    """neurons: for each layer the hidden units of its MLP to keep, equally many. With moments (measure) c_proj is fitted anew."""
+    """
+    neurons: for each layer the hidden units of its MLP to keep, equally many. With moments (measure) c_proj is fitted
+    anew.
+    """
     same_length('neurons', neurons, config.n_layer)
     state = dict(state)
     for i, keep in enumerate(neurons):
@@ -71,13 +79,16 @@ def keep_neurons(state, config, neurons, moments=None):
 
 def keep_heads(state, config, heads, moments=None):
     """
-    heads: for each layer a list of groups, each a list of query heads of one key/value head; all groups are equally long. A key/value head
-    stays if a group of it does: in MHA it goes with its only query head, in MQA it always stays. With moments c_proj is fitted anew.
+    heads: for each layer a list of groups, each a list of query heads of one key/value head; all groups are equally
+    long. A key/value head stays if a group of it does: in MHA it goes with its only query head, in MQA it always stays.
+    With moments c_proj is fitted anew.
     """
     same_length('groups of heads', heads, config.n_layer)
     g, D = config.n_head // config.n_kv_head, config.head_dim
-    if len({len(group) for groups in heads for group in groups}) != 1 or any(len({q // g for q in group}) != 1 for groups in heads for group in groups):
-        raise ValueError(f"heads to keep, {heads}: every group must be as long as the others, and its heads of one key/value head ({g} query heads each)")
+    if (len({len(group) for groups in heads for group in groups}) != 1
+            or any(len({q // g for q in group}) != 1 for groups in heads for group in groups)):
+        raise ValueError(f"heads to keep, {heads}: every group must be as long as the others, "
+                         f"and its heads of one key/value head ({g} query heads each)")
     state = dict(state)
     rows = lambda heads: [h * D + d for h in heads for d in range(D)]
     for i, groups in enumerate(heads):
@@ -89,8 +100,11 @@ def keep_heads(state, config, heads, moments=None):
 
 
 def procrustes(x):
-    """x (groups, members, ..., d, E), real or complex -> the unitary u (groups, members, ..., d, d) that turn a group's members onto their mean."""
-    mean = x[:, :1]                                                                         # towards the first, then towards the mean, which moves along
+    """
+    x (groups, members, ..., d, E), real or complex -> the unitary u (groups, members, ..., d, d) that turn a group's
+    members onto their mean.
+    """
+    mean = x[:, :1]                     # towards the first, then towards the mean, which moves along
     for _ in range(20):
         left, _, right = torch.linalg.svd(mean @ x.mH)
         u = left @ right
@@ -103,34 +117,42 @@ MERGE = ('aligned', 'plain', 'first')
 
 def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
     """
-    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other (arXiv 2412.20677): values by
-    any orthogonal map, undone in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these
-    commute with RoPE (and all orthogonal maps do with the norm after it), so the turn alone changes nothing: heads that are turned
-    copies of one another merge without loss. moments: heads are compared by what they give on data instead of by their weights.
-    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a group serve all of it.
+    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other
+    (arXiv 2412.20677): values by any orthogonal map, undone in c_proj; keys by a rotation inside each of RoPE's planes,
+    done to their queries too. Only these commute with RoPE (and all orthogonal maps do with the norm after it), so the
+    turn alone changes nothing: heads that are turned copies of one another merge without loss.
+    moments: heads are compared by what they give on data instead of by their weights.
+    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a
+    group serve all of it.
     """
     n, D, E = config.n_kv_head, config.head_dim, config.n_embd
     if n_kv_head < 1 or n % n_kv_head:
-        raise ValueError(f"kv_heads ({n_kv_head}) must divide the {n} key/value heads that there are: try {[k for k in range(1, n + 1) if n % k == 0]}")
+        raise ValueError(f"kv_heads ({n_kv_head}) must divide the {n} key/value heads that there are: "
+                         f"try {[k for k in range(1, n + 1) if n % k == 0]}")
     if n_kv_head == n:
         return state, config
-    state, shape, g = dict(state), (n_kv_head, n // n_kv_head), config.n_head // n          # shape: merged heads, and how many go into each
-    plane = lambda x: torch.complex(*x.unflatten(-2, (2, D // 2)).unbind(-3)).unsqueeze(-2)  # (..., D, E) -> (..., D/2, 1, E): d and d + D/2 are a plane
-    real = lambda z: torch.cat((z.real, z.imag), dim=-3).squeeze(-2)                        # and back
+    # shape: merged heads, and how many go into each
+    state, shape, g = dict(state), (n_kv_head, n // n_kv_head), config.n_head // n
+    # (..., D, E) -> (..., D/2, 1, E) complex, since d and d + D/2 are a plane; and back
+    plane = lambda x: torch.complex(*x.unflatten(-2, (2, D // 2)).unbind(-3)).unsqueeze(-2)
+    real = lambda z: torch.cat((z.real, z.imag), dim=-3).squeeze(-2)
     for i in range(config.n_layer):
         a = f'transformer.h.{i}.attn'
         q, k, v, proj = (state[f'{a}.{name}.weight'].cpu().double() for name in ('c_q', 'c_k', 'c_v', 'c_proj'))
         q, k, v, proj = q.view(*shape, g, D, E), k.view(*shape, D, E), v.view(*shape, D, E), proj.view(E, *shape, g, D)
         if how == 'aligned':
-            values, vectors = torch.linalg.eigh(moments[f'{a}.c_q'].to(q)) if moments else (torch.ones(E).to(q), torch.eye(E).to(q))
-            root = vectors * values.clamp(min=0).sqrt()                                     # root root^T: the second moment of what the heads read
-            # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each takes its group's
+            values, vectors = (torch.linalg.eigh(moments[f'{a}.c_q'].to(q)) if moments
+                               else (torch.ones(E).to(q), torch.eye(E).to(q)))
+            root = vectors * values.clamp(min=0).sqrt()     # root root^T: the second moment of what the heads read
+            # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each
+            # takes its group's
             size = lambda x: (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
             k_scale, v_scale = (size(x).mean(dim=1, keepdim=True) / size(x) for x in (k, v))
             k, v, proj = k * k_scale, v * v_scale, proj / v_scale
-            turn, u = procrustes(plane(k @ root)), procrustes(v @ root)                     # (n_kv_head, merged, D/2, 1, 1) complex: angles; (n_kv_head, merged, D, D)
+            # turn (n_kv_head, merged, D/2, 1, 1) complex: angles; u (n_kv_head, merged, D, D)
+            turn, u = procrustes(plane(k @ root)), procrustes(v @ root)
             q, k, v, proj = real(turn.unsqueeze(2) @ plane(q)), real(turn @ plane(k)), u @ v, proj @ u.mT
-        k, v = (x[:, 0] if how == 'first' else x.mean(dim=1) for x in (k, v))                # (n_kv_head, D, E)
+        k, v = (x[:, 0] if how == 'first' else x.mean(dim=1) for x in (k, v))       # (n_kv_head, D, E)
         for name, w in (('c_q', q), ('c_k', k), ('c_v', v), ('c_proj', proj)):
             state[f'{a}.{name}.weight'] = w.reshape(E, -1).float() if name == 'c_proj' else w.reshape(-1, E).float()
     return state, replace(config, n_kv_head=n_kv_head)
@@ -138,10 +160,12 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
 
 def over_channels(state, config, read, write):
     """
-    A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in place of every w (K, n_embd) that
-    reads it or is read into it. site names what w reads, as moments do; 'transformer.wte' is the table itself.
+    A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in
+    place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do;
+    'transformer.wte' is the table itself.
     """
-    block = 'transformer.h.0.attn.c_q'              # reads embeddings and nothing else, as the second half of the draft cell's c_fc does
+    # reads embeddings and nothing else, as the second half of the draft cell's c_fc does
+    block = 'transformer.h.0.attn.c_q'
     out = {}
     for name, w in state.items():
         site = name.removesuffix('.weight')
@@ -151,20 +175,25 @@ def over_channels(state, config, read, write):
             state_half, token_half = w.split(config.n_embd, dim=1)
             out[name] = torch.cat((read('lm_head', state_half), read(block, token_half)), dim=1)
         else:
-            out[name] = read('lm_head' if site.startswith('multi_token') else site[:-3] + 'c_q' if site.endswith(('c_k', 'c_v')) else site, w)
+            out[name] = read('lm_head' if site.startswith('multi_token') else
+                             site[:-3] + 'c_q' if site.endswith(('c_k', 'c_v')) else site, w)
     return out
 
 
 def rotate_channels(state, config, q):
-    """The same network with its residual stream turned by q (n_embd, n_embd), orthogonal: channel j becomes the direction q[:, j]."""
+    """
+    The same network with its residual stream turned by q (n_embd, n_embd), orthogonal: channel j becomes the direction
+    q[:, j].
+    """
     return over_channels(state, config, lambda site, w: w @ q, lambda site, w: q.T @ w), config
 
 
 def keep_channels(state, config, channels, moments=None, refit=True):
     """
-    channels: the coordinates of the residual stream to keep, for everything that reads or writes it. RMSNorm then divides by the rms of what is
-    left: with moments, its measured ratio to the whole's is folded into the matrices that read the normed stream, and they are fitted anew
-    if refit. The embedding enters the stream through a norm: its ratio goes into all that is added to it, as only proportions count.
+    channels: the coordinates of the residual stream to keep, for everything that reads or writes it. RMSNorm then
+    divides by the rms of what is left: with moments, its measured ratio to the whole's is folded into the matrices that
+    read the normed stream, and they are fitted anew if refit. The embedding enters the stream through a norm: its ratio
+    goes into all that is added to it, as only proportions count.
     """
     if not len(channels):
         raise ValueError("channels to keep, []: give at least one")
@@ -180,10 +209,13 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         return columns(w, keep, moments[site] if moments and refit else None) * ratio(site)
 
     first, last = ratio('transformer.h.0.attn.c_q'), ratio('lm_head')
-    out = over_channels(state, config, read, lambda site, w: w[keep] / (first if site.startswith('transformer') else last))
-    if config.tie_weights:                          # the table is normed where it is read as embedding: there the head's factor does no harm
+    out = over_channels(state, config, read,
+                        lambda site, w: w[keep] / (first if site.startswith('transformer') else last))
+    # the table is normed where it is read as embedding: there the head's factor does no harm
+    if config.tie_weights:
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * last
-    hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep) for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
+    hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
+              for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
     return out, replace(config, n_embd=len(keep), **hidden)
 
 
@@ -194,7 +226,8 @@ def keep_layers(state, config, layers):
     at = 'transformer.h.'
     out = {name: w for name, w in state.items() if not name.startswith(at)}
     for new, old in enumerate(layers):
-        out |= {f'{at}{new}.' + name.removeprefix(f'{at}{old}.'): w for name, w in state.items() if name.startswith(f'{at}{old}.')}
+        out |= {f'{at}{new}.' + name.removeprefix(f'{at}{old}.'): w
+                for name, w in state.items() if name.startswith(f'{at}{old}.')}
     return out, replace(config, n_layer=len(layers))
 
 
@@ -208,11 +241,13 @@ def keep_vocab(state, config, ids):
 
 def measure(model, batches, importance='taylor', seed=0):
     """
-    -> scores {'neurons': (n_layer, n_hidden), 'heads': (n_layer, n_head), 'channels': (n_embd,), 'layers': (n_layer,)}, and moments {site: (K, K)}, the mean
-    of x x^T over the calibration tokens, x being what the trunk's matrices and lm_head read.
+    -> scores {'neurons': (n_layer, n_hidden), 'heads': (n_layer, n_head), 'channels': (n_embd,), 'layers': (n_layer,)},
+    and moments {site: (K, K)}, the mean of x x^T over the calibration tokens, x being what the trunk's matrices and
+    lm_head read.
 
-    A part's score is the sum over all weights that go with it: of |w| ('l1'), of |w| times the rms of the input it meets ('activation', as Wanda, arXiv
-    2306.11695; the trunk's and lm_head's), of |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the control).
+    A part's score is the sum over all weights that go with it: of |w| ('l1'), of |w| times the rms of the input it
+    meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of |w * its gradient| over batches
+    ('taylor', arXiv 1906.10771), or of noise ('random', the control).
     """
     state, config = model.state_dict(keep_vars=True), model.config
     sums, seen, table = {}, 0, {name: torch.zeros_like(w) for name, w in state.items()}
@@ -221,7 +256,8 @@ def measure(model, batches, importance='taylor', seed=0):
         x = x.detach().flatten(0, -2).float()
         sums[site] = sums.get(site, 0) + x.T @ x
 
-    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0])) for name, module in model.named_modules()
+    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+             for name, module in model.named_modules()
              if name.startswith('transformer.h.') and name.endswith(('c_q', 'c_fc', 'c_proj'))]
     for x, y in batches:
         with torch.set_grad_enabled(importance == 'taylor'):
@@ -248,19 +284,27 @@ def measure(model, batches, importance='taylor', seed=0):
         table = over_channels(state, config, weigh, weigh)
     scores = {'neurons': [], 'heads': [], 'layers': []}
     for i in range(config.n_layer):
-        q, k, v, attn, fc, mlp = (table[f'transformer.h.{i}.{name}.weight'] for name in ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'))
+        q, k, v, attn, fc, mlp = (
+            table[f'transformer.h.{i}.{name}.weight']
+            for name in ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'))
         g = config.n_head // config.n_kv_head
-        shared = (k + v).view(config.n_kv_head, -1).sum(dim=1).repeat_interleave(g) / g     # a key/value head counts for those it serves
+        # a key/value head counts for those it serves
+        shared = (k + v).view(config.n_kv_head, -1).sum(dim=1).repeat_interleave(g) / g
         scores['heads'].append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)
         scores['neurons'].append((fc + mlp.T).sum(dim=1))
         scores['layers'].append(sum(w.sum() for w in (q, k, v, attn, fc, mlp)))
     channels = []
-    over_channels(table, config, lambda site, w: channels.append(w.sum(dim=0)) or w, lambda site, w: channels.append(w.sum(dim=1)) or w)
+    over_channels(table, config,
+                  lambda site, w: channels.append(w.sum(dim=0)) or w,
+                  lambda site, w: channels.append(w.sum(dim=1)) or w)
     return {kind: torch.stack(s) for kind, s in scores.items()} | {'channels': sum(channels)}, moments
 
 
 def leave_one_out(model, batches):
-    """The loss without each layer in turn, (n_layer,) nats: the importance of layers that costs a pass for each and needs no theory."""
+    """
+    The loss without each layer in turn, (n_layer,) nats: the importance of layers that costs a pass for each and needs
+    no theory.
+    """
     blocks, losses = model.transformer.h, []
     for skipped in blocks:
         model.transformer.h = torch.nn.ModuleList(block for block in blocks if block is not skipped)
@@ -270,7 +314,10 @@ def leave_one_out(model, batches):
 
 
 def pick_heads(scores, config, keep):
-    """scores (n_layer, n_head), keep query heads -> keep_heads' argument: groups stay equal, so it keeps keep heads, or as few less as that takes."""
+    """
+    scores (n_layer, n_head), keep query heads -> keep_heads' argument: groups stay equal, so it keeps keep heads, or as
+    few less as that takes.
+    """
     kv = min(config.n_kv_head, keep)                # as long as every key/value head can keep a query head, it stays
     g = keep // kv
     out = []
@@ -282,7 +329,10 @@ def pick_heads(scores, config, keep):
 
 
 def to_principal_axes(model, moments):
-    """The same model with its residual stream turned so that the channels that its matrices read are uncorrelated, on average over sites."""
+    """
+    The same model with its residual stream turned so that the channels that its matrices read are uncorrelated, on
+    average over sites.
+    """
     sites = [m for site, m in moments.items() if not site.endswith('c_proj')]
     q = torch.linalg.eigh(sum(sites).cpu().double())[1].to(sites[0])
     return build(*rotate_channels(model.state_dict(), model.config, q))
@@ -290,8 +340,9 @@ def to_principal_axes(model, moments):
 
 def shrink(model, kind, keep, batches, importance='taylor', refit=True, rotate=True, seed=0, measured=None):
     """
-    The model with only the keep most important of its layers, neurons, heads or channels (of heads maybe fewer: pick_heads). batches: a list
-    of (x, y) to measure on. importance as in measure, or for layers 'loss' (leave_one_out). measured: what measure gave, if known.
+    The model with only the keep most important of its layers, neurons, heads or channels (of heads maybe fewer:
+    pick_heads). batches: a list of (x, y) to measure on. importance as in measure, or for layers 'loss'
+    (leave_one_out). measured: what measure gave, if known.
     """
     have = getattr(model.config, KINDS[kind])
     if not 1 <= keep <= have:
@@ -316,29 +367,33 @@ def shrink(model, kind, keep, batches, importance='taylor', refit=True, rotate=T
     return build(*keep_channels(state, config, top(scores['channels']), moments, refit))
 
 
-def cut_to(model, target, batches, **how):
+def cut_to(model, target, batches, importance='taylor', seed=0, **how):
     """
-    Cuts until at most target parameters are left. Again and again an eighth of the neurons, an eighth of the channels, a head of each group or
-    a layer goes: whichever costs the least loss on batches for a parameter that is still in the way. how: shrink's arguments. Yields
-    (kind, how many of it are left, the loss now, the model) after each cut; nothing if the model is small enough.
+    Cuts until at most target parameters are left. Again and again an eighth of the neurons, an eighth of the channels,
+    a head of each group or a layer goes: whichever costs the least loss on batches for a parameter that is still in the
+    way. how: shrink's further arguments. Yields (kind, how many of it are left, the loss now, the model) after each
+    cut; nothing if the model is small enough.
     """
     loss = evaluate(model, batches)['loss']
     while (n := model.params()['total']) > target:
-        measured, options = measure(model, batches, how['importance'], how['seed']), []
+        measured, options = measure(model, batches, importance, seed), []
         for kind, field in KINDS.items():
             have, kv = getattr(model.config, field), model.config.n_kv_head
             step = {'layers': 1, 'heads': kv if have > kv else 1}.get(kind, max(1, have // 8))
             if have == step:
                 continue
-            ours = how | {'importance': 'loss'} if kind == 'layers' else how | {'measured': measured}
+            ours = how | {'seed': seed} | ({'importance': 'loss'} if kind == 'layers' else
+                                           {'importance': importance, 'measured': measured})
             smaller = shrink(model, kind, have - step, batches, **ours)
-            if kind in ('neurons', 'channels') and smaller.params()['total'] < target:      # both are linear in the parameters: no more than is needed
+            # the parameters are linear in both of these: cut no more than is needed
+            if kind in ('neurons', 'channels') and smaller.params()['total'] < target:
                 needed = math.ceil(step * (n - target) / (n - smaller.params()['total']))
                 smaller = shrink(model, kind, have - needed, batches, **ours)
             after = evaluate(smaller, batches)['loss']
             options.append(((after - loss) / min(n - smaller.params()['total'], n - target), kind, after, smaller))
         if not options:
-            raise ValueError(f"keep_params: the smallest shape with this vocabulary has {n:,} parameters, more than the {int(target):,} to keep: keep more, or cut the vocabulary too")
+            raise ValueError(f"keep_params: the smallest shape with this vocabulary has {n:,} parameters, more than "
+                             f"the {int(target):,} to keep: keep more, or cut the vocabulary too")
         _, kind, loss, model = min(options, key=lambda option: option[0])
         yield kind, getattr(model.config, KINDS[kind]), loss, model
 
@@ -364,7 +419,7 @@ if __name__ == '__main__':
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'taylor'           # taylor, activation, l1, random
-    kv_merge = 'aligned'            # how kv_heads merges: aligned, or for comparison plain (averaged as they are), first (one head of each group serves all)
+    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (averaged as they are) or first (a group's first head serves it)
     layer_importance = 'loss'       # as above, or loss: leave each layer out in turn
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
@@ -373,68 +428,93 @@ if __name__ == '__main__':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99), ('keep_params', float, 0.01, 1),
-                ('vocab_keep kv_heads seed', int, 0, math.inf), ('calibration_batches', int, 1, math.inf),
-                ('importance', IMPORTANCE), ('kv_merge', MERGE), ('layer_importance', ('loss', *IMPORTANCE)))
+    check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99),
+                ('keep_params', float, 0.01, 1), ('vocab_keep kv_heads seed', int, 0, math.inf),
+                ('calibration_batches', int, 1, math.inf), ('importance', IMPORTANCE), ('kv_merge', MERGE),
+                ('layer_importance', ('loss', *IMPORTANCE)))
     if layers is not None and not re.fullmatch(r'\d+(,\d+)*,?', str(layers)):
         raise SystemExit(f"error: layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3")
     source, path = os.path.join(out_dir, weights), os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
     if os.path.realpath(source) == os.path.realpath(path):
-        raise SystemExit(f"error: save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
+        raise SystemExit(f"error: save_dir ({save_dir}) would replace {source}, which is pruned here: "
+                         "give another folder")
     check_device(device)
     model, state = load_model(source, device)
     data_name = dataset or state['dataset']
     data_dir = os.path.join('data', data_name)
     tokenizer = from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
-        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: give the dataset it was trained on (--dataset={state['dataset']})")
+        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: "
+                         f"give the dataset it was trained on (--dataset={state['dataset']})")
 
     whole, old, old_dir = model, tokenizer, data_dir
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
     try:
         if vocab_keep:
             if load_meta(data_dir)['kind'] == 'chat':
-                raise ValueError(f"vocab_keep ({vocab_keep}): {data_dir} is a chat dataset, whose masks belong to its tokens: cut the vocabulary before chat fine-tuning")
+                raise ValueError(f"vocab_keep ({vocab_keep}): {data_dir} is a chat dataset, whose masks belong to its "
+                                 "tokens: cut the vocabulary before chat fine-tuning")
             train, val = (Loader(data_dir, split, 1, 1) for split in ('train', 'val'))
-            ids, tokenizer = cut_tokenizer(tokenizer, np.bincount(train.tokens, minlength=tokenizer.vocab_size), vocab_keep)
+            ids, tokenizer = cut_tokenizer(
+                tokenizer, np.bincount(train.tokens, minlength=tokenizer.vocab_size), vocab_keep)
             data_name, data_dir = (f'{name}_v{vocab_keep}' for name in (data_name, data_dir))
-            write_dataset(data_dir, tokenizer, *(recode(split.tokens, old, tokenizer) for split in (train, val)), source=train.meta['source'])
+            write_dataset(data_dir, tokenizer, *(recode(split.tokens, old, tokenizer) for split in (train, val)),
+                          source=train.meta['source'])
             model = build(*keep_vocab(model.state_dict(), model.config, ids))
-            print(f"in {old_dir} it was {train.n_tokens:,} and {val.n_tokens:,} tokens" + ('; characters that have no token any more are left out' if old.kind == 'char' else ''))
+            print(f"in {old_dir} it was {train.n_tokens:,} and {val.n_tokens:,} tokens"
+                  + ('; characters that have no token any more are left out' if old.kind == 'char' else ''))
         loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device)
         batches = [loader.batch(step) for step in range(calibration_batches)]
         if ',' in str(layers):
-            model = build(*keep_layers(model.state_dict(), model.config, [int(i) for i in layers.strip(',').split(',')]))
+            model = build(*keep_layers(model.state_dict(), model.config,
+                                       [int(i) for i in layers.strip(',').split(',')]))
         elif layers is not None:
             model = shrink(model, 'layers', int(layers), batches, layer_importance, seed=seed)
-        for kind, ratio in (('neurons', neuron_prune_ratio), ('heads', head_prune_ratio), ('channels', channel_prune_ratio)):
+        for kind, ratio in (('neurons', neuron_prune_ratio), ('heads', head_prune_ratio),
+                            ('channels', channel_prune_ratio)):
             have = getattr(model.config, KINDS[kind])
             model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
             if kind == 'heads' and kv_heads:
-                model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, measure(model, batches, 'l1')[1], kv_merge))
+                model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads,
+                                              measure(model, batches, 'l1')[1], kv_merge))
         for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
-            print(f"{left} {kind} left: {model.params()['total']:,} parameters, loss on the calibration batches {loss:.4f}", flush=True)
+            print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
+                  f"loss on the calibration batches {loss:.4f}", flush=True)
     except ValueError as e:
         raise SystemExit(f'error: {e}')
-    save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name, knobs=state.get('knobs', {}) | {'quant_bits': 0})      # what is left, refitted, was not trained through the rounding
-    model = load_model(path, device)[0]                      # what is measured is the file
+    # quant_bits 0: what is left, refitted, was not trained through the rounding
+    save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name,
+                    knobs=state.get('knobs', {}) | {'quant_bits': 0})
+    model = load_model(path, device)[0]     # what is measured is the file
     sides = (whole, source, old_dir, old), (model, path, data_dir, tokenizer)
     table, speeds = [], ([], [])
-    for turn in range(3):                                    # interleaved; the fastest of each counts, since neighbours can only slow it down
+    for turn in range(3):                   # interleaved; the fastest of each counts: neighbours can only slow it down
         for (side, *_), seen in zip(sides, speeds):
             engine, n = Engine(side), min(100, side.config.block_size - 1)
             engine.complete([[0]], n, temperature=0.8, seed=seed)
             seen.append(n / engine.stats['seconds'])
     for (side, file, folder, tokens), seen in zip(sides, speeds):
-        result = evaluate(side, Loader(folder, 'val', 16, side.config.block_size, device=device).eval_batches(), tokens.token_bytes)     # the whole split
-        table.append({'val_loss': result['loss'], 'bpb': result['bpb'], 'params': side.params()['total'], 'bytes': os.path.getsize(file),
+        # over the whole split
+        result = evaluate(side, Loader(folder, 'val', 16, side.config.block_size, device=device).eval_batches(),
+                          tokens.token_bytes)
+        table.append({'val_loss': result['loss'], 'bpb': result['bpb'],
+                      'params': side.params()['total'], 'bytes': os.path.getsize(file),
                       'kv_bytes_per_token': side.kv_bytes_per_token(), 'tok_s': max(seen)})
-    shapes = [', '.join(f'{name} {getattr(m.config, name)}' for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')) for m in (whole, model)]
+    shapes = [', '.join(f'{name} {getattr(m.config, name)}'
+                        for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size'))
+              for m in (whole, model)]
     print(f"before: {shapes[0]}\nafter:  {shapes[1]}\n{'':36}{'before':>14}{'after':>14}")
-    for key, label in (('val_loss', 'loss, nats a token'), ('bpb', 'bits per byte'), ('params', 'parameters'), ('bytes', 'bytes of file'), ('kv_bytes_per_token', 'bytes of cache a token (float32)'), ('tok_s', 'tokens/s, one sequence')):
-        print(f'{label:36}' + ''.join(f'{c[key]:14,.4f}' if key in ('val_loss', 'bpb') else f'{c[key]:14,.0f}' for c in table))
+    for key, label, digits in (('val_loss', 'loss, nats a token', 4), ('bpb', 'bits per byte', 4),
+                               ('params', 'parameters', 0), ('bytes', 'bytes of file', 0),
+                               ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
+                               ('tok_s', 'tokens/s, one sequence', 0)):
+        print(f'{label:36}' + ''.join(f'{side[key]:14,.{digits}f}' for side in table))
     knobs = state.get('knobs', {})
-    share = 5 if knobs.get('init_from') == 'scratch' else 1         # what is already a recovery from pruning had low rates
+    share = 5 if knobs.get('init_from') == 'scratch' else 1     # what is already a recovery from pruning had low rates
     rates = ''.join(f' --{rate}={knobs[rate] / share:g}' for rate in ('muon_lr', 'adam_lr') if rate in knobs)
-    print(f"go on with about a fifth of the learning rates of a training from scratch: python train.py --init_from={path} --dataset={data_name}{rates}")
-    print(json.dumps({'file': path, **{f'{key}_{when}': side[key] for key in table[0] for when, side in zip(('before', 'after'), table)}, 'bytes': table[1]['bytes'], 'shape': asdict(model.config)}))
+    print("go on with about a fifth of the learning rates of a training from scratch: "
+          f"python train.py --init_from={path} --dataset={data_name}{rates}")
+    print(json.dumps({'file': path,
+                      **{f'{key}_{when}': side[key]
+                         for key in table[0] for when, side in zip(('before', 'after'), table)},
+                      'bytes': table[1]['bytes'], 'shape': asdict(model.config)}))

@@ -1,8 +1,8 @@
 """
 Weights as integers: one rounding rule, used by training (fake-quant), by the file and by the modules that run.
 
-    python quantize.py --out_dir=out-quickstart                 # best.pt -> int8.safetensors, loss before and after
-    python quantize.py --out_dir=out-quickstart --bits=4        # -> int4.safetensors: the tables at 8 bits, the rest at 4
+    python quantize.py --out_dir=out-quickstart             # best.pt -> int8.safetensors, loss before and after
+    python quantize.py --out_dir=out-quickstart --bits=4    # -> int4.safetensors: the tables at 8 bits, the rest at 4
 
     from quantize import prepare, convert, gptq, export, load
     prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
@@ -10,12 +10,14 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
     model = gptq(model, batches)    # the same for a model that was trained in float, with its errors fed back
     export(path, model, tokenizer_meta);  model, state = load(path)
 
-Weights are integers v from -127 to 127 times one scale per output row (embedding: per token). With 8 bits v is any of them. With 4, every
-group of 32 (64, 128) columns has a step from 1 to 18, and v is -7, ..., 7 times the step: the file and the modules hold two weights in a
-byte and a byte per step, and what is multiplied is the same kind of integers (a scale in two levels: VS-Quant, arXiv 2102.04503).
-Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any order: the result
-for one token cannot depend on its neighbours.
-The file is in safetensors layout (8 bytes of length, a JSON header, the tensors), with shape, rounding and tokenizer in its metadata.
+Weights are integers v from -127 to 127 times one scale per output row (embedding: per token). With 8 bits v is any of
+them. With 4, every group of 32 (64, 128) columns has a step from 1 to 18, and v is -7, ..., 7 times the step: the file
+and the modules hold two weights in a byte and a byte per step, and what is multiplied is the same kind of integers (a
+scale in two levels: VS-Quant, arXiv 2102.04503).
+Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any
+order: the result for one token cannot depend on its neighbours.
+The file is in safetensors layout (8 bytes of length, a JSON header, the tensors), with shape, rounding and tokenizer
+in its metadata.
 """
 import copy
 import hashlib
@@ -38,11 +40,12 @@ TABLES = ('transformer.wte', 'lm_head')
 
 def round_weight(w, bits=8, group=GROUP, search=True):
     """
-    w (rows, cols) float -> v (rows, cols) int8, scale (rows,) float32, step (rows, groups) int8, None with 8 bits; groups = ceil(cols / group).
-    w is about v * scale. Rounds to nearest, ties to even; a row of zeros has scale 1. The largest weight of a row lies at the edge of
-    its integers; search=False (4 bits) puts that of a group at the edge of the group's as well, instead of choosing its step.
+    w (rows, cols) float -> v (rows, cols) int8, scale (rows,) float32, step (rows, groups) int8, None with 8 bits;
+    groups = ceil(cols / group). w is about v * scale. Rounds to nearest, ties to even; a row of zeros has scale 1.
+    The largest weight of a row lies at the edge of its integers; search=False (4 bits) puts that of a group at the
+    edge of the group's as well, instead of choosing its step.
     """
-    top = {8: 127, 4: 7 * 18}[bits]                                             # 18 is the most that 7 can be multiplied by in an int8
+    top = {8: 127, 4: 7 * 18}[bits]                          # 18 is the most that 7 can be multiplied by in an int8
     rows, cols = w.shape
     w = w.float()
     peak = w.abs().amax(dim=1, keepdim=True)
@@ -63,8 +66,8 @@ def round_to(x, step):
 
 def choose_step(x, search=True):
     """
-    x (..., group) in units of its row's scale -> step (..., 1): of the four largest steps that make sense the one with the least squared error.
-    Smaller ones clip the largest weights so that the others are met more closely.
+    x (..., group) in units of its row's scale -> step (..., 1): of the four largest steps that make sense the one with
+    the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
     """
     least = x.abs().amax(dim=-1, keepdim=True) / 7                               # below this something is clipped
     if not search:
@@ -79,8 +82,8 @@ def choose_step(x, search=True):
 
 def pack(v, step, group):
     """
-    v (rows, cols), multiples of step (rows, groups) -> (rows, ceil(cols / 2)) uint8: the left half of the columns in the low 4 bits, the right
-    half in the high ones; 8 stands for zero.
+    v (rows, cols), multiples of step (rows, groups) -> (rows, ceil(cols / 2)) uint8: the left half of the columns in
+    the low 4 bits, the right half in the high ones; 8 stands for zero.
     """
     cols = v.size(1)
     q = (v // step.repeat_interleave(group, dim=1)[:, :cols] + 8).to(torch.uint8)
@@ -95,7 +98,10 @@ def unpack(packed, step, group, cols):
 
 
 def round_rows(x):
-    """Activations x (..., K) -> xq (..., K), integers in [-127, 127] kept as float, and xs (..., 1): x is about xq * xs."""
+    """
+    Activations x (..., K) -> xq (..., K), integers in [-127, 127] kept as float, and xs (..., 1):
+    x is about xq * xs.
+    """
     peak = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
     return (x * (127 / peak)).round_(), peak / 127
 
@@ -104,7 +110,8 @@ def fake_weight(w, bits=8, group=GROUP):
     """w as it will be after export, with the gradient of w itself (straight-through)."""
     with torch.no_grad():
         v, scale, _ = round_weight(w, bits, group)
-    return v * scale[:, None] + (w - w.detach())            # the value is not w + (rounded - w), which may be off in its last bit
+    # what is added is zero; the value of w + (rounded - w) might be off in its last bit
+    return v * scale[:, None] + (w - w.detach())
 
 # -----------------------------------------------------------------------------
 # training through the rounding
@@ -121,7 +128,10 @@ class FakeEmbedding(nn.Embedding):
 
 
 def prepare(model, bits=8, group=GROUP, tables_bits=8):
-    """Makes every Linear and Embedding of model round as it will after export. In place; weights and their names stay."""
+    """
+    Makes every Linear and Embedding of model round as it will after export.
+    In place; weights and their names stay.
+    """
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, nn.Embedding):       # only the forward differs, so only the class changes
             module.__class__ = FakeLinear if type(module) is nn.Linear else FakeEmbedding
@@ -132,7 +142,10 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8):
 # running on the integers
 
 def int_matmul(xq, w):
-    """xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N), int32 or float32."""
+    """
+    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N),
+    int32 or float32.
+    """
     if xq.device.type == 'cpu':
         return torch._int_mm(xq.to(torch.int8), w.t())      # int32: what it is multiplied with makes it float
     if xq.device.type == 'cuda' and w.size(0) % 8 == 0 and w.size(1) % 8 == 0:
@@ -142,13 +155,19 @@ def int_matmul(xq, w):
 
 
 def float_matmul(xq, w):
-    """int_matmul where the device has no integer kernel: a float32 holds every integer up to 2^24, so sums over at most 1,040 products are exact."""
+    """
+    int_matmul where the device has no integer kernel: a float32 holds every integer up to 2^24,
+    so sums over at most 1,040 products are exact.
+    """
     parts = zip(xq.float().split(1040, dim=1), w.split(1040, dim=1))
     return sum((a @ b.float().t()).to(torch.int32) for a, b in parts).float()
 
 
 def hold(module, v, scale, step, group):
-    """Gives module its buffers: weight (rows, cols) int8 or, with steps, (rows, ceil(cols / 2)) uint8; scale (rows,) float32; step (rows, groups) int8 or None."""
+    """
+    Gives module its buffers: weight (rows, cols) int8 or, with steps, (rows, ceil(cols / 2)) uint8;
+    scale (rows,) float32; step (rows, groups) int8 or None.
+    """
     module.cols, module.group = v.size(1), group
     module.register_buffer('weight', v if step is None else pack(v, step, group))
     module.register_buffer('scale', scale)
@@ -157,8 +176,9 @@ def hold(module, v, scale, step, group):
 
 class IntLinear(nn.Module):
     """
-    x (..., K) -> (..., N) float32, from v (N, K), scale and step as round_weight gives them. PyTorch has no exact product of
-    4-bit integers on CPUs or GPUs: a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. for_decoding has faster ways.
+    x (..., K) -> (..., N) float32, from v (N, K), scale and step as round_weight gives them. PyTorch has no exact
+    product of 4-bit integers on CPUs or GPUs: a call at 4 bits unpacks the matrix to int8, which takes ten times as
+    long as the product. for_decoding has faster ways.
     """
     def __init__(self, v, scale, step=None, group=None):
         super().__init__()
@@ -185,11 +205,18 @@ class IntEmbedding(nn.Module):
         return v.float() * self.scale[idx].unsqueeze(-1)
 
 
-if not hasattr(torch.ops.picochat, 'packed_int8'):          # a second registration, where this file is both run and imported, would leave the first one's callers with a dead operator
+# Where this file is both run and imported, it must not register the operator a second time: those who have the first
+# one would be left with a dead operator.
+if not hasattr(torch.ops.picochat, 'packed_int8'):
     @torch.library.custom_op('picochat::packed_int8', mutates_args=())
     def packed_int8(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,) -> (M, N) float32. x travels as x + 128 in uint8."""
-        return torch.ops.onednn.qlinear_pointwise((x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None, 1.0, 0, torch.float32, 'none', [], '')
+        """
+        Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,)
+        -> (M, N) float32. x travels as x + 128 in uint8.
+        """
+        return torch.ops.onednn.qlinear_pointwise(
+            (x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None,
+            1.0, 0, torch.float32, 'none', [], '')
 
     @packed_int8.register_fake
     def _(x, packed, scale):
@@ -198,8 +225,9 @@ if not hasattr(torch.ops.picochat, 'packed_int8'):          # a second registrat
 
 class PackedInt8Linear(nn.Module):
     """
-    An 8-bit IntLinear in oneDNN's own layout, for matrices with so many rows (vocabularies) that a pass over several tokens must not read them
-    slowly: five tokens cost little more than one there, and twice as much in _int_mm. The results are the same bits.
+    An 8-bit IntLinear in oneDNN's own layout, for matrices with so many rows (vocabularies) that a pass over several
+    tokens must not read them slowly: five tokens cost little more than one there, and twice as much in _int_mm. The
+    results are the same bits.
     """
     ROWS = 8192             # from here on it pays; in smaller ones the call itself costs more than it saves
 
@@ -213,8 +241,12 @@ class PackedInt8Linear(nn.Module):
 
     @staticmethod
     def pays(linear):
-        """Whether linear should be packed: it is tall, it is on a CPU whose oneDNN has the kernel, and the kernel does not saturate there (without VNNI it may)."""
-        if linear.weight.device.type != 'cpu' or linear.weight.size(0) < PackedInt8Linear.ROWS or not torch.backends.mkldnn.is_available():
+        """
+        Whether linear should be packed: it is tall, it is on a CPU whose oneDNN has the kernel,
+        and the kernel does not saturate there (without VNNI it may).
+        """
+        if (linear.weight.device.type != 'cpu' or linear.weight.size(0) < PackedInt8Linear.ROWS
+                or not torch.backends.mkldnn.is_available()):
             return False
         edge = torch.full((2, linear.weight.size(1)), 127.0)
         few = IntLinear(edge.repeat(8, 1).to(torch.int8), torch.ones(16))
@@ -223,9 +255,10 @@ class PackedInt8Linear(nn.Module):
 
 class PackedInt4Linear(nn.Module):
     """
-    A 4-bit IntLinear in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile of them in registers, and adds up
-    in float32. It is given integers, activations and steps, which bfloat16 holds exactly, as float32 does their sums: rows stay independent. But what
-    it returns is rounded to bfloat16, off by up to 1/512: this is not quite the network that the rule defines, and so never the default.
+    A 4-bit IntLinear in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile of
+    them in registers, and adds up in float32. It is given integers, activations and steps, which bfloat16 holds
+    exactly, as float32 does their sums: rows stay independent. But what it returns is rounded to bfloat16, off by up
+    to 1/512: this is not quite the network that the rule defines, and so never the default.
     """
     def __init__(self, linear):
         super().__init__()
@@ -237,25 +270,28 @@ class PackedInt4Linear(nn.Module):
 
     def forward(self, x):
         xq, xs = round_rows(x.float())
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(xq.flatten(0, -2).bfloat16(), self.packed, self.group, self.steps)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            xq.flatten(0, -2).bfloat16(), self.packed, self.group, self.steps)
         return y.float().view(*x.shape[:-1], -1) * self.scale * xs
 
     @staticmethod
     def fits(linear):
         """Whether the kernel takes this shape and its sums cannot leave the integers that float32 holds."""
-        largest = 127 * linear.integers().int().abs().sum(dim=1).max()
-        return linear.weight.device.type == 'cpu' and len(linear.scale) % 16 == 0 and linear.cols % linear.group == 0 and largest < 2**24
+        if linear.weight.device.type != 'cpu' or len(linear.scale) % 16 or linear.cols % linear.group:
+            return False
+        return 127 * linear.integers().int().abs().sum(dim=1).max() < 2**24
 
 
 def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
     """
-    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else has bits. A tied lm_head
-    keeps sharing the embedding's integers. search: see round_weight.
+    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
+    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
-            model.set_submodule(name, kind(*round_weight(module.weight.detach(), tables_bits if name in TABLES else bits, group, search), group))
+            rounded = round_weight(module.weight.detach(), tables_bits if name in TABLES else bits, group, search)
+            model.set_submodule(name, kind(*rounded, group))
     if model.config.tie_weights:
         for buffer in ('weight', 'scale', 'step'):
             setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))
@@ -265,8 +301,9 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
 
 class PackedLinear(nn.Module):
     """
-    A float Linear for a CPU, dtype float32, bfloat16 or float16: the first two in oneDNN's own layout, which is read faster when several tokens pass
-    at once; float16 as it is, for which F.linear has a kernel that is fast for one token, and slow for several.
+    A float Linear for a CPU, dtype float32, bfloat16 or float16: the first two in oneDNN's own layout, which is read
+    faster when several tokens pass at once; float16 as it is, for which F.linear has a kernel that is fast for one
+    token, and slow for several.
     """
     def __init__(self, weight, dtype):
         super().__init__()
@@ -275,24 +312,27 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         x = x.to(self.dtype)
-        y = F.linear(x, self.packed) if self.dtype == torch.float16 else torch.ops.mkldnn._linear_pointwise(x, self.packed, None, 'none', [], '')
+        y = (F.linear(x, self.packed) if self.dtype == torch.float16
+             else torch.ops.mkldnn._linear_pointwise(x, self.packed, None, 'none', [], ''))
         return y.float()
 
 
 def for_decoding(model, pack=None, draft_vocab=0):
     """
-    Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same input, c_q, c_k and c_v,
-    become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for: a byte a weight in memory, the same bits in every
-    result. An int8 vocabulary is packed. pack packs the other matrices for a CPU, whose results then differ a little. Of a float model:
-    torch.bfloat16 pays where the CPU has arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16
-    leaves half a byte a weight in memory, see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only (a BPE
-    learns the most frequent first), and reads only their rows of a large vocabulary; 0: all.
+    Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
+    input, c_q, c_k and c_v, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
+    a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed. pack packs the other
+    matrices for a CPU, whose results then differ a little. Of a float model: torch.bfloat16 pays where the CPU has
+    arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
+    byte a weight in memory, see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only
+    (a BPE learns the most frequent first), and reads only their rows of a large vocabulary; 0: all.
     """
-    # python bench.py --shape=d12 --new_tokens=48 --formats=..., 2 cores; A: EPYC with bf16 arithmetic, B: Xeon without; both AVX-512 with VNNI
-    #                            f32   f32-packed   bf16-packed   f16-packed   int8   int8-packed   int4-bf16   int8-compiled
-    #   A: tokens/s             21.2         38.2          67.6         72.5   84.2          97.2        99.1           161.6
-    #      5 tokens to 1        1.71         1.42          1.18         3.53   1.68          1.54        1.55
-    #   B: tokens/s             47.6         40.7          54.5                89.0          94.9                       163.4
+    # python bench.py --shape=d12 --new_tokens=48 --formats=..., on 2 cores; both CPUs have AVX-512 with VNNI
+    # A: an EPYC with bf16 arithmetic, B: a Xeon without
+    #                      f32   f32-packed   bf16-packed   f16-packed   int8   int8-packed   int4-bf16   int8-compiled
+    #   A: tokens/s       21.2         38.2          67.6         72.5   84.2          97.2        99.1           161.6
+    #      5 tokens to 1  1.71         1.42          1.18         3.53   1.68          1.54        1.55
+    #   B: tokens/s       47.6         40.7          54.5                89.0          94.9                       163.4
     if draft_vocab and hasattr(model, 'draft'):
         head, n = model.lm_head, draft_vocab
         if isinstance(head, IntLinear):
@@ -312,12 +352,14 @@ def for_decoding(model, pack=None, draft_vocab=0):
             a.c_qkv.weight = nn.Parameter(weight, requires_grad=False)
         a.c_q = a.c_k = a.c_v = None
     for name, module in list(model.named_modules()):
-        if isinstance(module, IntLinear) and module.step is not None and pack == torch.bfloat16 and PackedInt4Linear.fits(module):
+        if (isinstance(module, IntLinear) and module.step is not None
+                and pack == torch.bfloat16 and PackedInt4Linear.fits(module)):
             model.set_submodule(name, PackedInt4Linear(module))
         elif isinstance(module, IntLinear):
             module = IntLinear(module.integers(), module.scale)
             model.set_submodule(name, PackedInt8Linear(module) if PackedInt8Linear.pays(module) else module)
-        elif isinstance(module, nn.Linear) and pack and model.cos.device.type == 'cpu' and torch.backends.mkldnn.is_available():
+        elif (isinstance(module, nn.Linear) and pack
+                and model.cos.device.type == 'cpu' and torch.backends.mkldnn.is_available()):
             model.set_submodule(name, PackedLinear(module.weight, pack))
     return model
 
@@ -326,14 +368,17 @@ def for_decoding(model, pack=None, draft_vocab=0):
 
 def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     """
-    round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian (cols, cols) is the sum of x x^T
-    (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the columns still to come make up for the error
-    as well as they can. A group's step is chosen when its turn comes, from its columns as they are by then.
+    round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
+    (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
+    columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
+    from its columns as they are by then.
     """
     _, scale, step = round_weight(w, bits, group)
     x, v, hessian = (w / scale[:, None]).double(), torch.empty_like(w, dtype=torch.int8), hessian.double()
-    hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(w.size(1), device=w.device)     # or inputs that are always zero would stop the Cholesky
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)     # row j: how later columns answer an error in column j
+    # without the damping, inputs that are always zero would stop the Cholesky decomposition
+    hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(w.size(1), device=w.device)
+    # row j of U: how later columns answer an error in column j
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     for start in range(0, w.size(1), group):
         block, upper = x[:, start:start + group], U[start:start + group, start:start + group]
         errors = torch.zeros_like(block)
@@ -346,15 +391,17 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
             v[:, start + j:start + j + 1] = rounded
             errors[:, j:j + 1] = (column - rounded) / upper[j, j]
             block[:, j + 1:] -= errors[:, j:j + 1] * upper[j, j + 1:]
-        x[:, start + group:] -= errors @ U[start:start + group, start + group:]  # the columns of later groups, in one product
+        # the columns of later groups, in one product
+        x[:, start + group:] -= errors @ U[start:start + group, start + group:]
     return v, scale, step
 
 
 @torch.no_grad()
 def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
     """
-    A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of (x, y). Layer by layer: the
-    inputs come from the layers that are rounded already, and are rounded as they will be. Tables are rounded as by convert.
+    A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
+    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
+    Tables are rounded as by convert.
     """
     fitted = convert(copy.deepcopy(model), bits, group, tables_bits)
 
@@ -370,7 +417,8 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
         run()
         for name, hook in zip(names, hooks):
             hook.remove()
-            fitted.set_submodule(name, IntLinear(*gptq_weight(model.get_submodule(name).weight, sums[name], bits, group), group))
+            fitted.set_submodule(name, IntLinear(
+                *gptq_weight(model.get_submodule(name).weight, sums[name], bits, group), group))
 
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
     for i, block in enumerate(fitted.transformer.h):
@@ -378,7 +426,8 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
         for names in (('attn.c_q', 'attn.c_k', 'attn.c_v'), ('attn.c_proj',), ('mlp.c_fc',), ('mlp.c_proj',)):
             fit([f'transformer.h.{i}.{name}' for name in names], run)
         states = run()
-    heads = [name.removesuffix('.c_fc') for name, _ in fitted.named_modules() if name.endswith('.c_fc') and 'transformer' not in name]
+    heads = [name.removesuffix('.c_fc') for name, _ in fitted.named_modules()
+             if name.endswith('.c_fc') and 'transformer' not in name]
     for part in ('c_fc', 'c_proj') if heads else ():
         fit([f'{head}.{part}' for head in heads], lambda: [fitted(x, y) for x, y in batches])
     return fitted
@@ -398,10 +447,14 @@ def int_share(model):
 
 
 def bytes_by_group(model):
-    """{'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps}; the file has a header besides."""
+    """
+    {'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps};
+    the file has a header besides.
+    """
     group = {}
     for name, t in file_state(model).items():
-        key = 'scales' if name.endswith(('scale', 'step')) else 'embedding' if 'wte' in name else 'head' if 'lm_head' in name else 'trunk' if '.h.' in name else name.split('.')[0]
+        key = ('scales' if name.endswith(('scale', 'step')) else 'embedding' if 'wte' in name
+               else 'head' if 'lm_head' in name else 'trunk' if '.h.' in name else name.split('.')[0])
         group[key] = group.get(key, 0) + t.nbytes
     return group
 
@@ -414,13 +467,16 @@ def file_state(model):
 def export(path, model, tokenizer_meta, dataset=None):
     """Writes a converted model with shape, tokenizer and the name of its dataset to path; returns the file's bytes."""
     tensors = {k: v.cpu().contiguous() for k, v in file_state(model).items()}
-    tensors = dict(sorted(tensors.items(), key=lambda kv: -kv[1].element_size()))    # 4-byte tensors first keeps all of them aligned
+    # 4-byte tensors first keeps all of them aligned
+    tensors = dict(sorted(tensors.items(), key=lambda kv: -kv[1].element_size()))
     data = b''.join(t.numpy().tobytes() for t in tensors.values())
     header, end = {}, 0
     for name, t in tensors.items():
         start, end = end, end + t.nbytes
         header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
-    header['__metadata__'] = {'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding), 'tokenizer': json.dumps(tokenizer_meta), 'dataset': json.dumps(dataset)}
+    header['__metadata__'] = {
+        'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding),
+        'tokenizer': json.dumps(tokenizer_meta), 'dataset': json.dumps(dataset)}
     header['__metadata__']['sha256'] = checksum(header, data)
     head = json.dumps(header, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)
@@ -434,9 +490,13 @@ def checksum(header, data):
 
 
 def load(path, device='cpu'):
-    """path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}. One line names what is wrong with a damaged or foreign file."""
+    """
+    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}.
+    One line names what is wrong with a damaged or foreign file.
+    """
     if not os.path.isfile(path):
-        raise SystemExit(f"error: no quantised model at {path}: make one with python quantize.py --out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")
+        raise SystemExit(f"error: no quantised model at {path}: make one with python quantize.py "
+                         f"--out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         head = f.read(size) if size < 2**30 else b''
@@ -446,10 +506,13 @@ def load(path, device='cpu'):
         meta = header['__metadata__']
         assert meta['format'] == FORMAT
     except (ValueError, TypeError, KeyError, AssertionError):
-        raise SystemExit(f"error: {path} is not a whole picochat file of integers: expected a safetensors header of format {FORMAT}, found {head[:20]!r}: use another copy, or run quantize.py again")
+        raise SystemExit(f"error: {path} is not a whole picochat file of integers: "
+                         f"expected a safetensors header of format {FORMAT}, found {head[:20]!r}: "
+                         "use another copy, or run quantize.py again")
     written = meta.pop('sha256', None)
     if checksum(header, data) != written:
-        raise SystemExit(f"error: {path} is damaged: its {len(data)} bytes of weights and its header do not have the checksum written there: use another copy, or run quantize.py again")
+        raise SystemExit(f"error: {path} is damaged: its {len(data)} bytes of weights and its header "
+                         "do not have the checksum written there: use another copy, or run quantize.py again")
     del header['__metadata__']
     kinds = {name: dtype for dtype, name in DTYPES.items()}
     state = {}
@@ -463,14 +526,18 @@ def load(path, device='cpu'):
         state |= {name.replace('transformer.wte', 'lm_head'): t for name, t in state.items() if 'wte' in name}
     model.load_state_dict(state, assign=True)
     model.cos, model.sin = (t.to(device) for t in rope_tables(config))
-    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer']), 'dataset': json.loads(meta.get('dataset', 'null'))}
+    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer']),
+                          'dataset': json.loads(meta.get('dataset', 'null'))}
 
 # -----------------------------------------------------------------------------
 # the script
 
 @torch.no_grad()
 def compare(model, quantised, batches):
-    """Over all unmasked positions: {'mean_kl', 'max_kl'} of KL(float || quantised) in nats, 'top1_flips' as a share of positions."""
+    """
+    Over all unmasked positions: {'mean_kl', 'max_kl'} of KL(float || quantised) in nats,
+    'top1_flips' as a share of positions.
+    """
     kl_sum = kl_max = flips = n = 0
     chunk = max(1, 2**25 // (model.config.block_size * model.config.vocab_size))     # rows whose logits take 128 MiB
     for x, y in (part for whole in batches for part in zip(*(t.split(chunk) for t in whole))):
@@ -491,8 +558,9 @@ if __name__ == '__main__':
     weights = 'best.pt'             # the float checkpoint in out_dir
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
-    method = 'auto'                 # rtn: to nearest; clip: with the search for steps; gptq: fitted to calibration data; qat: as the weights were trained
-                                    # auto: qat if they were trained with quant_bits=bits; else rtn at 8 bits, where nothing is left to gain, and gptq at 4
+    method = 'auto'                 # rtn: to nearest; clip: with steps searched; gptq: fitted to calibration data; qat: as the weights were trained
+                                    # auto: qat if they were trained with quant_bits=bits; else gptq at 4 bits,
+                                    # and rtn at 8, where nothing is left to gain
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
     calib_batches = 16              # gptq: so many times 16 rows of the training split
@@ -500,11 +568,14 @@ if __name__ == '__main__':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('bits', (8, 4)), ('group', (0, 32, 64, 128)), ('tables_bits', (0, 8, 4)), ('method', ('auto', 'rtn', 'clip', 'gptq', 'qat')), ('calib_batches', int, 1, math.inf))
+    check_knobs(config, ('bits', (8, 4)), ('group', (0, 32, 64, 128)), ('tables_bits', (0, 8, 4)),
+                ('method', ('auto', 'rtn', 'clip', 'gptq', 'qat')), ('calib_batches', int, 1, math.inf))
     check_device(device)
     model, state = load_model(os.path.join(out_dir, weights), device)
-    trained = {'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0} | state.get('knobs', {})
-    if trained['qat_start'] and state['step'] <= math.ceil(trained['qat_start'] * trained['max_iters']):        # its rounding had not begun
+    trained = ({'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0}
+               | state.get('knobs', {}))
+    # saved before its rounding had begun
+    if trained['qat_start'] and state['step'] <= math.ceil(trained['qat_start'] * trained['max_iters']):
         trained['quant_bits'] = 0
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     how = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
@@ -512,12 +583,15 @@ if __name__ == '__main__':
     if method == 'auto':
         method = 'qat' if as_trained else {8: 'rtn', 4: 'gptq'}[bits]
     if method == 'qat' and not as_trained:
-        raise SystemExit(f"error: method (qat) needs weights trained with {how}, and {out_dir}'s were with { {k: trained[k] for k in how} }: train again, or use another method")
+        raise SystemExit(f"error: method (qat) needs weights trained with {how}, "
+                         f"and {out_dir}'s were with { {k: trained[k] for k in how} }: "
+                         "train again, or use another method")
     data_dir = os.path.join('data', dataset or state['dataset'])
     loader = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
     tokenizer = from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
-        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: give the dataset it was trained on (--dataset={state['dataset']})")
+        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: "
+                         f"give the dataset it was trained on (--dataset={state['dataset']})")
     if method == 'gptq':
         calibration = Loader(data_dir, 'train', 16, model.config.block_size, device=device)
         quantised = gptq(model, [calibration.batch(step) for step in range(calib_batches)], bits, group, tables_bits)
@@ -529,11 +603,16 @@ if __name__ == '__main__':
     before = evaluate(model, loader.eval_batches(), tokenizer.token_bytes)
     after = evaluate(quantised, loader.eval_batches(), tokenizer.token_bytes)
     n, parts = model.params()['total'], bytes_by_group(quantised)
-    result = {'file': path, 'bytes': size, 'bits': bits, 'method': method, 'group': group if 4 in (bits, tables_bits) else None, 'tables_bits': tables_bits,
+    result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
+              'group': group if 4 in (bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised), 'bytes_by_group': parts,
-              'val_loss_float': before['loss'], 'val_loss_quant': after['loss'], 'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
+              'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
+              'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
               **compare(model, quantised, loader.eval_batches())}
-    print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {n:,} weights in float32; {100 * result['int_share']:.1f} % of its numbers are integers")
+    print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {n:,} weights in float32; "
+          f"{100 * result['int_share']:.1f} % of its numbers are integers")
     print(f"bytes: {', '.join(f'{k} {v:,}' for k, v in (parts | {'header': size - sum(parts.values())}).items())}")
-    print(f"loss on the whole validation split: float {before['loss']:.4f} nats ({before['bpb']:.4f} bits per byte), int{bits} by {method} {after['loss']:.4f} ({after['bpb']:.4f})")
+    print("loss on the whole validation split: "
+          f"float {before['loss']:.4f} nats ({before['bpb']:.4f} bits per byte), "
+          f"int{bits} by {method} {after['loss']:.4f} ({after['bpb']:.4f})")
     print(json.dumps(result))

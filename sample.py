@@ -42,33 +42,41 @@ interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
 show_stats = False
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
-threads = 0                 # CPU threads; 0: one for a model below 4M parameters, which two would only make wait for each other, else PyTorch's choice
+threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf), ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
-            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1), ('drafter', DRAFTERS), ('weights', ('auto', 'float', 'int8', 'int4')), may_be_none='top_k top_p min_p')
+check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf),
+            ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
+            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1),
+            ('drafter', DRAFTERS), ('weights', ('auto', 'float', 'int8', 'int4')), may_be_none='top_k top_p min_p')
 check_device(device)
 if chat and (num_samples > 1 or interactive):
-    raise SystemExit(f"error: chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 and interactive ({interactive}) off")
-files = {'float': os.path.join(out_dir, 'best.pt')} | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')}
+    raise SystemExit(f"error: chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 "
+                     f"and interactive ({interactive}) off")
+files = ({'float': os.path.join(out_dir, 'best.pt')}
+         | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')})
 if weights == 'auto':                           # the newest: integers may be left over from an earlier training
-    weights = max((name for name in files if os.path.exists(files[name])), key=lambda name: os.path.getmtime(files[name]), default='float')
+    weights = max((name for name in files if os.path.exists(files[name])),
+                  key=lambda name: os.path.getmtime(files[name]), default='float')
 path = files[weights]
 model, state = (load_model if weights == 'float' else load)(path, device)
 tokenizer = from_meta(state['tokenizer'])
 if chat and '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
-    raise SystemExit(f"error: chat=True needs a model with special tokens like <|assistant_end|>, and {path} has none: train on BPE, then config/sft_pydoc.py")
+    raise SystemExit("error: chat=True needs a model with special tokens like <|assistant_end|>, "
+                     f"and {path} has none: train on BPE, then config/sft_pydoc.py")
 needs = HEADS.get(drafter)
 if needs and not hasattr(model, needs):
-    raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: train one with --{needs}_n=4, or draft with ngram")
+    raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: "
+                     f"train one with --{needs}_n=4, or draft with ngram")
 with torch.device('meta'):
     n_params = GPT(model.config).params()['total']
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)
 share = 0.0 if weights == 'float' else int_share(model)
 engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device))
-how = dict(drafter=drafter, draft_n=draft_n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
+how = dict(drafter=drafter, draft_n=draft_n,
+           temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
 
 def encode(text):
@@ -82,14 +90,16 @@ def encode(text):
     if not ids:
         raise SystemExit("error: the prompt is empty: give --start= at least one character")
     if len(ids) > room or (not slide and len(ids) + max_new_tokens > room + 1):
-        raise SystemExit(f"error: the prompt's {len(ids)} tokens + max_new_tokens ({max_new_tokens}) do not fit the context of {room}: shorten one of them, or give --slide=True")
+        raise SystemExit(f"error: the prompt's {len(ids)} tokens + max_new_tokens ({max_new_tokens}) "
+                         f"do not fit the context of {room}: shorten one of them, or give --slide=True")
     return ids
 
 
-def complete(ids):
+def complete(prompt, ids):
     """Streams one sample; several are decoded together and printed one after the other."""
     if num_samples == 1:
-        for piece in engine.stream(tokenizer, ids, max_new_tokens, stop_strings=[stop] if stop else [], seed=seed, **how):
+        for piece in engine.stream(tokenizer, ids, max_new_tokens, stop_strings=[stop] if stop else [],
+                                   seed=seed, **how):
             print(piece, end='', flush=True)
         print()
     else:
@@ -110,11 +120,13 @@ def answer(talk, question):
         return
     print(flush=True)
     if talk.dropped:
-        print(f'note: the context of {model.config.block_size} tokens is full; the oldest {talk.dropped} of the exchanges are forgotten', file=sys.stderr)
+        print(f'note: the context of {model.config.block_size} tokens is full; '
+              f'the oldest {talk.dropped} of the exchanges are forgotten', file=sys.stderr)
 
 
 if chat:
-    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
+    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; '
+          'Ctrl+C stops an answer.', file=sys.stderr)
     talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
     try:
         while True:
@@ -136,7 +148,8 @@ if chat:
     except KeyboardInterrupt:
         print(file=sys.stderr)
 elif interactive:
-    print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.', file=sys.stderr)
+    print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.',
+          file=sys.stderr)
     grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
     try:
         while True:
@@ -155,7 +168,7 @@ elif interactive:
                 continue
             if num_samples == 1:
                 print(f'{grey}{prompt}{plain}', end='')
-            complete(ids)
+            complete(prompt, ids)
             seed += 1
     except KeyboardInterrupt:
         print()
@@ -164,15 +177,17 @@ else:
     ids = encode(prompt)
     if num_samples == 1:
         print(prompt, end='')
-    complete(ids)
+    complete(prompt, ids)
 
 if show_stats:
     s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'accepted': []} | engine.stats
-    n = model.config
     kv = model.kv_bytes_per_token()
-    numbers = {'tokens': s['tokens'], 'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1), 'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
+    numbers = {'tokens': s['tokens'],
+               'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
+               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1),
+               'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
                'weights': weights, 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
                'int_share': share, 'kv_bytes_per_token': kv, 'device': device}
-    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; {numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
+    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
+          f"{numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
     print(json.dumps(numbers), file=sys.stderr)

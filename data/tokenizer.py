@@ -1,22 +1,22 @@
 """
-Text <-> token ids: one token a character, or byte-pair encoding (BPE). A library; data/<name>/prepare.py, engine.py and sample.py use it.
-From the repo root:
+Text <-> token ids: one token a character, or byte-pair encoding (BPE). A library; data/<name>/prepare.py, engine.py and
+sample.py use it. From the repo root:
 
 >>> from data.tokenizer import CharTokenizer, train_bpe, from_meta, fingerprint
->>> tok = CharTokenizer('hello world')           # the vocabulary: the sorted unique characters of this text
+>>> tok = CharTokenizer('hello world')  # the vocabulary: the sorted unique characters of this text
 >>> tok.encode('hello'), tok.decode([3, 2, 4, 4, 5])
 ([3, 2, 4, 4, 5], 'hello')
->>> tok = train_bpe(['low lower lowest, slow slower slowest'], vocab_size=256 + 4 + 9)      # bytes + merges + special tokens
+>>> tok = train_bpe(['low lower lowest, slow slower slowest'], vocab_size=256 + 4 + 9) # bytes + merges + special tokens
 >>> [tok.decode([i]) for i in tok.encode('slow lows')]
 ['s', 'low', ' ', 'low', 's']
 >>> ids, mask = tok.render_chat([{'role': 'user', 'content': 'low?'}, {'role': 'assistant', 'content': 'lower'}])
->>> tok.decode(i for i, m in zip(ids, mask) if m)                                           # what a chat model learns to say
+>>> tok.decode(i for i, m in zip(ids, mask) if m)  # what a chat model learns to say
 'lower<|assistant_end|>'
->>> fingerprint(from_meta(tok.meta())) == fingerprint(tok)                                  # meta() is what meta.json and checkpoints keep
+>>> fingerprint(from_meta(tok.meta())) == fingerprint(tok)  # meta() is what meta.json and checkpoints keep
 True
 
-A BPE of 4,096 on Python's standard library (12 MB of text) trains in 4 s on one core of a 2-core virtual machine. Nothing here touches
-the network: tiktoken does the encoding, with our own table of tokens.
+A BPE of 4,096 on Python's standard library (12 MB of text) trains in 4 s on one core of a 2-core virtual machine.
+Nothing here touches the network: tiktoken does the encoding, with our own table of tokens.
 """
 
 import hashlib
@@ -31,12 +31,14 @@ import numpy as np
 import regex  # comes with tiktoken, and has its \p{L}
 import tiktoken
 
-# How text is cut before any merging: no token crosses a cut. GPT-4's pattern, but numbers go in groups of at most two digits, so that a
-# small vocabulary is not spent on three-digit numbers. To the letter what nanochat trains with: its teachers must see the same cuts.
+# How text is cut before any merging: no token crosses a cut. It is GPT-4's pattern, but numbers go in groups of at most
+# two digits, so that a small vocabulary is not spent on three-digit numbers. To the letter it is what nanochat trains
+# with: its teachers must see the same cuts.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
-# In nanochat's order: the last ids of the vocabulary. The python and output ones are for tool calls; no data set here has them yet.
+# In nanochat's order: the last ids of the vocabulary. The python and output ones are for tool calls; no dataset here
+# has them yet.
 SPECIAL_TOKENS = ('<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>', '<|assistant_end|>',
                   '<|python_start|>', '<|python_end|>', '<|output_start|>', '<|output_end|>')
 
@@ -48,8 +50,10 @@ class CharTokenizer:
     """
     One token per character (Unicode code point); ids are ranks in code-point order.
 
-    chars: str, any text; its sorted unique characters become the vocabulary. ValueError if it is empty or has half a surrogate pair.
-    Attributes: vocab_size int; bos None (there are no special tokens); chars str; token_bytes list of int, UTF-8 bytes of each id.
+    chars: str, any text; its sorted unique characters become the vocabulary.
+    ValueError if it is empty or has half a surrogate pair.
+    Attributes: vocab_size int; bos None (there are no special tokens); chars str;
+    token_bytes list of int, UTF-8 bytes of each id.
     """
     kind = 'char'
     bos = None
@@ -94,20 +98,24 @@ class BPETokenizer:
     Byte-level BPE: every string has an encoding, since each single byte is a token. tiktoken does the work.
 
     ranks: dict of bytes -> id, ids 0..n-1. A lower id merges earlier.
-    pattern: str, the regular expression that cuts text into pieces before merging (tiktoken's dialect, Rust's fancy-regex).
+    pattern: str, the regular expression that cuts text into pieces before merging
+        (tiktoken's dialect, Rust's fancy-regex).
     special_tokens: names; they get the ids n, n+1, ... in this order.
     ValueError: ids with holes, a byte without a token, a special token twice, a pattern that does not parse.
-    Attributes: vocab_size int, special tokens included; bos int, the id of <|bos|>, or None; pattern str; special_tokens list of str;
+    Attributes: vocab_size int, special tokens included; bos int, the id of <|bos|>, or None; pattern str;
+    special_tokens list of str;
     token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
     """
     kind = 'bpe'
 
     def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
         if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError(f'{len(ranks)} BPE tokens must have the ids 0..{len(ranks) - 1}, each once: a token is missing or repeated')
+            raise ValueError(f'{len(ranks)} BPE tokens must have the ids 0..{len(ranks) - 1}, each once: '
+                             'a token is missing or repeated')
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
-            raise ValueError(f'{len(missing)} single bytes have no BPE token (the first is {missing[0]}): not every text could be encoded')
+            raise ValueError(f'{len(missing)} single bytes have no BPE token (the first is {missing[0]}): '
+                             'not every text could be encoded')
         self.pattern = pattern
         self.special_tokens = list(special_tokens)
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(self.special_tokens)}
@@ -118,53 +126,69 @@ class BPETokenizer:
         self._bytes = self._merged + [name.encode('utf-8') for name in self.special_tokens]
         self.vocab_size = len(self._bytes)
         self.token_bytes = [len(token) for token in self._merged] + [0] * len(self.special_tokens)
-        self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=ranks, special_tokens=self._special_ids)
+        self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=ranks,
+                                           special_tokens=self._special_ids)
 
     def encode(self, text):
         """
-        str -> list of int. Special tokens are never read out of text: '<|bos|>' typed by a user is seven ordinary characters. Half a
-        surrogate pair becomes U+FFFD (tiktoken's choice). ValueError for half a million white-space characters in a row.
+        str -> list of int. Special tokens are never read out of text: '<|bos|>' typed by a user is seven ordinary
+        characters. Half a surrogate pair becomes U+FFFD (tiktoken's choice).
+        ValueError for half a million white-space characters in a row.
         """
         if len(text) >= 1_000_000:
-            # tiktoken backtracks over runs of white space and dies of a million (a Rust panic, not an exception); other runs are fine
-            run = regex.search(r'(?<!\s)\s{500000}', text)  # the lookbehind tries each run once, not at each of its characters
+            # tiktoken backtracks over runs of white space, and dies of a million (a Rust panic, not an exception).
+            # Other runs are fine. The lookbehind below tries each run once, not at each of its characters.
+            run = regex.search(r'(?<!\s)\s{500000}', text)
             if run:
-                raise ValueError(f'500,000 white-space characters in a row, from character {run.start()} on: tiktoken cannot split that; '
-                                 f'shorten it')
+                raise ValueError(f'500,000 white-space characters in a row, from character {run.start()} on: '
+                                 'tiktoken cannot split that; shorten it')
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts):
         """list of str -> list of lists of int, each as encode's, on several threads."""
-        return self._encoding.encode_ordinary_batch(texts) if max(map(len, texts), default=0) < 1_000_000 else [self.encode(text) for text in texts]
+        if max(map(len, texts), default=0) >= 1_000_000:  # encode looks for what tiktoken dies of
+            return [self.encode(text) for text in texts]
+        return self._encoding.encode_ordinary_batch(texts)
 
     def special(self, name):
         """'<|bos|>' -> its id. ValueError if this tokenizer has no such token."""
         if name not in self._special_ids:
-            raise ValueError(f'no special token {name!r}, only {self.special_tokens}: chat needs a tokenizer trained with SPECIAL_TOKENS')
+            raise ValueError(f'no special token {name!r}, only {self.special_tokens}: '
+                             'chat needs a tokenizer trained with SPECIAL_TOKENS')
         return self._special_ids[name]
 
     def decode(self, ids):
-        """iterable of int -> str; bytes that are not UTF-8 become U+FFFD, special tokens their names. ValueError for an unknown id."""
+        """
+        iterable of int -> str; bytes that are not UTF-8 become U+FFFD, special tokens their names.
+        ValueError for an unknown id.
+        """
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def decode_bytes(self, ids):
-        """iterable of int -> bytes. A character may be cut in two at either end. ValueError for an id outside the vocabulary."""
+        """
+        iterable of int -> bytes. A character may be cut in two at either end.
+        ValueError for an id outside the vocabulary.
+        """
         return b''.join([self._bytes[i] for i in _checked(ids, self.vocab_size)])
 
     def meta(self):
-        """dict of plain types for JSON; from_meta undoes it. Tokens are in id order, each byte as the Latin-1 character of its value."""
+        """
+        dict of plain types for JSON; from_meta undoes it.
+        Tokens are in id order, each byte as the Latin-1 character of its value.
+        """
         return {'kind': 'bpe', 'ranks': [token.decode('latin-1') for token in self._merged],
                 'pattern': self.pattern, 'special_tokens': self.special_tokens[:]}
 
     def render_chat(self, conversation, max_tokens=None):
         """
-        A conversation as nanochat writes it: bos, then user_start text user_end assistant_start text assistant_end for each exchange.
+        A conversation as nanochat writes it:
+        bos, then user_start text user_end assistant_start text assistant_end for each exchange.
 
-        conversation: list of {'role', 'content'}, or {'messages': that list}. Roles are user, assistant, user, ...; a system message may
-            come first and is put in front of the first user's text, with a blank line between.
+        conversation: list of {'role', 'content'}, or {'messages': that list}. Roles are user, assistant, user, ...;
+            a system message may come first and is put in front of the first user's text, with a blank line between.
         max_tokens: cut to so many tokens, or None.
-        Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and its assistant_end, which it must
-            learn to say, but not its assistant_start, which the engine says for it.
+        Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and its
+            assistant_end, which it must learn to say, but not its assistant_start, which the engine says for it.
         ValueError names the message that is wrong.
         """
         ids, mask = [self.special('<|bos|>')], [0]
@@ -179,7 +203,10 @@ class BPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_prompt(self, conversation):
-        """A conversation that ends with the user -> its ids and assistant_start: the model goes on from there. ValueError as above."""
+        """
+        A conversation that ends with the user -> its ids and assistant_start: the model goes on from there.
+        ValueError as above.
+        """
         if _turns(conversation)[-1][0] != 'user':
             raise ValueError('the last message of a prompt must be the user\'s: the assistant is about to answer it')
         return self.render_chat(conversation)[0] + [self.special('<|assistant_start|>')]
@@ -189,17 +216,23 @@ def _checked(ids, vocab_size):
     ids = list(ids)
     bad = [int(i) for i in ids if not 0 <= i < vocab_size]
     if bad:
-        raise ValueError(f'token id {bad[0]} is outside this vocabulary (0..{vocab_size - 1}): is this the tokenizer of that model?')
+        raise ValueError(f'token id {bad[0]} is outside this vocabulary (0..{vocab_size - 1}): '
+                         'is this the tokenizer of that model?')
     return ids
 
 
 def _turns(conversation):
-    """A conversation -> list of (role, text), user and assistant in turn, the system message merged; or a ValueError."""
+    """
+    A conversation -> list of (role, text), user and assistant in turn, the system message merged;
+    or a ValueError.
+    """
     messages = conversation.get('messages') if isinstance(conversation, dict) else conversation
     if not isinstance(messages, (list, tuple)):
-        raise ValueError(f'a conversation is a list of {{role, content}} or an object with messages, not {type(messages).__name__}')
+        raise ValueError('a conversation is a list of {role, content} or an object with messages, '
+                         f'not {type(messages).__name__}')
     for i, message in enumerate(messages):
-        if not (isinstance(message, dict) and isinstance(message.get('role'), str) and isinstance(message.get('content'), str)):
+        if not (isinstance(message, dict) and isinstance(message.get('role'), str)
+                and isinstance(message.get('content'), str)):
             raise ValueError(f'message {i} must be {{"role": text, "content": text}}, not {message!r:.80}')
     turns = [(message['role'], message['content']) for message in messages]
     has_system = bool(turns) and turns[0][0] == 'system'
@@ -221,13 +254,16 @@ def _turns(conversation):
 
 def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
     """
-    Learns merges by the usual greedy rule (Sennrich et al. 2016, on bytes): cut the texts into pieces, then again and again make a token
-    of the adjacent pair of tokens that is most frequent. Of equally frequent pairs, the one with the smallest ids wins, left id first: the
-    result depends on nothing but the text (not even on its order), and is the one of rustbpe, which trained nanochat's tokenizers.
+    Learns merges by the usual greedy rule (Sennrich et al. 2016, on bytes): cut the texts into pieces, then again and
+    again make a token of the adjacent pair of tokens that is most frequent. Of equally frequent pairs, the one with the
+    smallest ids wins, left id first: the result depends on nothing but the text (not even on its order), and is the one
+    of rustbpe, which trained nanochat's tokenizers.
 
-    texts: iterable of str (documents; no piece spans two). Each is cut in one go, so a corpus beyond memory should come in parts.
+    texts: iterable of str (documents; no piece spans two). Each is cut in one go,
+        so a corpus beyond memory should come in parts.
     vocab_size: int, tokens in all: 256 bytes, the merges, and the special tokens last. At most 1,114,112 (see below).
-    Returns a BPETokenizer. ValueError if vocab_size is too small for the bytes, or if the text has fewer merges than asked.
+    Returns a BPETokenizer.
+    ValueError if vocab_size is too small for the bytes, or if the text has fewer merges than asked.
     """
     if isinstance(texts, str):
         raise ValueError('texts is one string and must be several: give [text]')
@@ -240,8 +276,9 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
     for text in texts:
         pieces.update(match.group() for match in split.finditer(text))
 
-    # A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, merging it is str.replace (leftmost first, no
-    # overlaps, in C), and pairs compare as their ids do. In 'aaa' the pair 'aa' counts twice, as in every BPE trainer.
+    # A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, merging it is str.replace
+    # (leftmost first, no overlaps, in C), and pairs compare as their ids do. In 'aaa' the pair 'aa' counts twice, as in
+    # every BPE trainer.
     words = [piece.encode('utf-8').decode('latin-1') for piece in pieces]
     counts = list(pieces.values())
     pair_count = Counter()
@@ -251,8 +288,9 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
             pair_count[pair] += counts[i]
             where[pair].add(i)
 
-    # The heap holds each pair once, with a count that may be out of date, but only too high: a merge adds to pairs with the new token
-    # alone, and those are pushed when it is done. So a top entry whose count is still true is the most frequent pair.
+    # The heap holds each pair once, with a count that may be out of date, but only too high: a merge adds only to pairs
+    # that have the new token, and those are pushed when it is done. So a top entry whose count is still true is the
+    # most frequent pair.
     heap = [(-count, pair) for pair, count in pair_count.items()]
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
@@ -262,8 +300,8 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
             if pair_count[pair]:
                 heapq.heappush(heap, (-pair_count[pair], pair))
         if not heap:
-            raise ValueError(f'vocab_size ({vocab_size}) is out of reach: this text has only {len(tokens) - 256} merges; '
-                             f'give more text, or at most vocab_size={len(tokens) + len(special_tokens)}')
+            raise ValueError(f'vocab_size ({vocab_size}) is out of reach: this text has only {len(tokens) - 256} '
+                             f'merges; give more text, or at most vocab_size={len(tokens) + len(special_tokens)}')
         _, pair = heapq.heappop(heap)
         new = chr(len(tokens))
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
@@ -290,51 +328,70 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
 
 def from_meta(meta):
     """
-    What .meta() returned -> the tokenizer. Also takes a whole meta.json: other keys are ignored, and kind 'chat' (a chat data set) has a
-    BPE inside. ValueError for another kind, a missing key, or a vocabulary that contradicts itself.
+    What .meta() returned -> the tokenizer. Also takes a whole meta.json: other keys are ignored,
+    and kind 'chat' (a chat data set) has a BPE inside.
+    ValueError for another kind, a missing key, or a vocabulary that contradicts itself.
     """
-    needs = {'char': ('chars',), 'bpe': ('ranks', 'pattern', 'special_tokens'), 'chat': ('ranks', 'pattern', 'special_tokens')}
+    bpe = ('ranks', 'pattern', 'special_tokens')
+    needs = {'char': ('chars',), 'bpe': bpe, 'chat': bpe}
     kind = meta.get('kind')
     if kind not in needs:
-        raise ValueError(f'unknown tokenizer kind {kind!r}: expected one of {", ".join(needs)}; run the data set\'s prepare.py again')
+        raise ValueError(f'unknown tokenizer kind {kind!r}: expected one of {", ".join(needs)}; '
+                         'run the data set\'s prepare.py again')
     missing = [key for key in needs[kind] if key not in meta]
     if missing:
-        raise ValueError(f'a tokenizer of kind {kind!r} needs {", ".join(missing)}: run the data set\'s prepare.py again')
+        raise ValueError(f'a tokenizer of kind {kind!r} needs {", ".join(missing)}: '
+                         'run the data set\'s prepare.py again')
     if kind == 'char':
         tokenizer = CharTokenizer(meta['chars'])
-        if tokenizer.chars != meta['chars']:  # ids are positions: sorting them now would renumber what a model has learnt
-            raise ValueError('the characters of a vocabulary must be sorted and unique: run the data set\'s prepare.py again')
+        # ids are positions: sorting the characters now would renumber what a model has learnt
+        if tokenizer.chars != meta['chars']:
+            raise ValueError('the characters of a vocabulary must be sorted and unique: '
+                             'run the data set\'s prepare.py again')
         return tokenizer
-    return BPETokenizer({token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}, meta['pattern'], meta['special_tokens'])
+    return BPETokenizer({token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}, meta['pattern'],
+                        meta['special_tokens'])
 
 
 def fingerprint(tokenizer):
-    """sha256 (64 hex digits) of the tokenizer's meta as canonical JSON: equal when two tokenizers have the same ids for the same tokens."""
-    return hashlib.sha256(json.dumps(tokenizer.meta(), sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
+    """
+    sha256 (64 hex digits) of the tokenizer's meta as canonical JSON:
+    equal when two tokenizers have the same ids for the same tokens.
+    """
+    return hashlib.sha256(
+        json.dumps(tokenizer.meta(), sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
 
 
 class _PickledEncoding:
-    """Stands in for tiktoken.Encoding while a pickle is read: keeps the state as data, so that not even tiktoken runs on it."""
+    """
+    Stands in for tiktoken.Encoding while a pickle is read:
+    keeps the state as data, so that not even tiktoken runs on it.
+    """
 
     def __setstate__(self, state):
         self.state = state
 
 
 class _EncodingUnpickler(pickle.Unpickler):
-    """Every name in a pickle, and so everything that it could call, passes through find_class: this one knows a single name."""
+    """
+    Every name in a pickle, and so everything that it could call, passes through find_class:
+    this one knows a single name.
+    """
 
     def find_class(self, module, name):
         if (module, name) != ('tiktoken.core', 'Encoding'):
-            raise ValueError(f'it asks for {module!r}.{name!r}, and only tiktoken.core.Encoding is allowed; nothing in it was run')
+            raise ValueError(f'it asks for {module!r}.{name!r}, and only tiktoken.core.Encoding is allowed; '
+                             'nothing in it was run')
         return _PickledEncoding
 
 
 def load_nanochat_tokenizer(path):
     """
-    nanochat's tokenizer.pkl (a pickled tiktoken.Encoding), or the folder that holds it -> BPETokenizer with the same ids.
+    nanochat's tokenizer.pkl (a pickled tiktoken.Encoding), or the folder that holds it
+    -> BPETokenizer with the same ids.
 
-    A pickle is a program. This one is read by an unpickler that can build one inert object and call nothing, so a hostile or damaged file
-    is a ValueError that names it, and does nothing. FileNotFoundError if it is not there.
+    A pickle is a program. This one is read by an unpickler that can build one inert object and call nothing, so a
+    hostile or damaged file is a ValueError that names it, and does nothing. FileNotFoundError if it is not there.
     """
     if os.path.isdir(path):
         path = os.path.join(path, 'tokenizer.pkl')
@@ -364,20 +421,30 @@ def _read(path):
 
 
 def byte_characters():
-    """{byte: character}: GPT-2's files write tokens as text, each byte as a visible character, those that have none in Latin-1 as the ones from 256 on."""
+    """
+    {byte: character}: GPT-2's files write tokens as text, each byte as a visible character,
+    those that have none in Latin-1 as the ones from 256 on.
+    """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(visible)))}
+    return ({b: chr(b) for b in visible}
+            | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(visible)))})
 
 
 def load_gpt2_tokenizer(folder):
-    """tokenizer.json, or vocab.json and merges.txt, in GPT-2's manner -> BPETokenizer with the same ids. None without them, ValueError if of another kind."""
-    path, pair = os.path.join(folder, 'tokenizer.json'), [os.path.join(folder, name) for name in ('vocab.json', 'merges.txt')]
+    """
+    tokenizer.json, or vocab.json and merges.txt, in GPT-2's manner -> BPETokenizer with the same ids.
+    None without them, ValueError if of another kind.
+    """
+    path = os.path.join(folder, 'tokenizer.json')
+    pair = [os.path.join(folder, name) for name in ('vocab.json', 'merges.txt')]
     usual = True
     if os.path.exists(path):
         t = json.loads(_read(path))
         vocab = t['model']['vocab'] | {token['content']: token['id'] for token in t['added_tokens']}
         merges = [m.split(' ') if isinstance(m, str) else m for m in t['model'].get('merges', [])]
-        usual = t['normalizer'] is None and [(t['pre_tokenizer'] or {}).get(k) for k in ('type', 'add_prefix_space', 'use_regex')] == ['ByteLevel', False, True]
+        cutter = t.get('pre_tokenizer') or {}
+        usual = (t.get('normalizer') is None and cutter.get('type') == 'ByteLevel'
+                 and cutter.get('add_prefix_space') is False and cutter.get('use_regex') is True)
     elif all(map(os.path.exists, pair)):
         path, vocab = pair[0], json.loads(_read(pair[0]))
         merges = [line.split(' ') for line in _read(pair[1]).split('\n') if line and not line.startswith('#version')]
@@ -385,25 +452,39 @@ def load_gpt2_tokenizer(folder):
         return None
     byte, tokens, n = {c: b for b, c in byte_characters().items()}, sorted(vocab, key=vocab.get), 256 + len(merges)
     # ranks say the same as a list of merges if the ids of what is merged are in the list's order
-    if not usual or [vocab[t] for t in tokens] != list(range(len(tokens))) or set(tokens[:256]) != set(byte) or tokens[256:n] != list(map(''.join, merges)):
-        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected ids for the 256 bytes, then for the merges in their order, then for special tokens")
-    return BPETokenizer({bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}, GPT2_PATTERN, tokens[n:])
+    if (not usual or [vocab[t] for t in tokens] != list(range(len(tokens)))
+            or set(tokens[:256]) != set(byte) or tokens[256:n] != list(map(''.join, merges))):
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected ids for the 256 bytes, "
+                         "then for the merges in their order, then for special tokens")
+    return BPETokenizer({bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}, GPT2_PATTERN,
+                        tokens[n:])
 
 
 def hf_tokenizer(tokenizer):
-    """BPETokenizer -> the content of a tokenizer.json (Hugging Face's tokenizers) with the same ids for the same text. ValueError: see merges_of."""
+    """
+    BPETokenizer -> the content of a tokenizer.json (Hugging Face's tokenizers) with the same ids for the same text.
+    ValueError: see merges_of.
+    """
     meta, character = tokenizer.meta(), byte_characters()
     text = lambda token: ''.join(character[b] for b in token)
     tokens = [token.encode('latin-1') for token in meta['ranks']]
-    special = [{'id': len(tokens) + i, 'content': name, 'special': True} | dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False) for i, name in enumerate(meta['special_tokens'])]
+    special = [{'id': len(tokens) + i, 'content': name, 'special': True}
+               | dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+               for i, name in enumerate(meta['special_tokens'])]
     by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
     split = {'type': 'Split', 'pattern': {'Regex': meta['pattern']}, 'behavior': 'Isolated', 'invert': False}
-    return {'version': '1.0', 'added_tokens': special, 'normalizer': None, 'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, by_bytes]}, 'post_processor': None, 'decoder': by_bytes,
-            'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)}, 'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
+    return {'version': '1.0', 'added_tokens': special, 'normalizer': None,
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, by_bytes]},
+            'post_processor': None, 'decoder': by_bytes,
+            'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)},
+                      'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
 
 
 def bpe_parts(token, ranks):
-    """A BPE token (bytes) -> the tokens that BPE makes of these bytes just before it makes that one: two, if it is ever made; else more."""
+    """
+    A BPE token (bytes) -> the tokens that BPE makes of these bytes just before it makes that one:
+    two, if it is ever made; else more.
+    """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
@@ -415,14 +496,15 @@ def bpe_parts(token, ranks):
 
 def merges_of(tokens):
     """
-    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte is merged from: ranks do not say it, but
-    merging its own bytes does. ValueError for a token that no merging reaches.
+    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte is merged from:
+    ranks do not say it, but merging its own bytes does. ValueError for a token that no merging reaches.
     """
     ranks = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(bpe_parts(token, ranks)) for token in tokens if len(token) > 1]
     for pair in pairs:
         if len(pair) != 2:
-            raise ValueError(f"token {ranks[b''.join(pair)]} ({b''.join(pair)}) is not made of two tokens before it: a list of merges cannot express that")
+            raise ValueError(f"token {ranks[b''.join(pair)]} ({b''.join(pair)}) is not made of two tokens before it: "
+                             "a list of merges cannot express that")
     return pairs
 
 
@@ -431,23 +513,27 @@ def merges_of(tokens):
 
 def cut_tokenizer(tokenizer, counts, keep):
     """
-    tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in which they are 0..keep-1.
+    tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in
+    which they are 0..keep-1.
 
-    Characters: the most frequent stay, and encode refuses the others as it does every unknown one. BPE: bytes and special tokens stay. Always the
-    rarest token goes that no other one left is made of, and its parts inherit its count. So every token left can still be merged from bytes, and
-    text without cut tokens is encoded as before; where one stood its parts stand, or what they merge to with their neighbours.
+    Characters: the most frequent stay, and encode refuses the others as it does every unknown one. BPE: bytes and
+    special tokens stay. Always the rarest token goes that no other one left is made of, and its parts inherit its
+    count. So every token left can still be merged from bytes, and text without cut tokens is encoded as before; where
+    one stood its parts stand, or what they merge to with their neighbours.
     """
     specials = [] if tokenizer.kind == 'char' else tokenizer.special_tokens
     least = 1 if tokenizer.kind == 'char' else 256 + len(specials)
     if not least <= keep <= tokenizer.vocab_size:
-        raise ValueError(f"vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens that there are")
+        raise ValueError(f"vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens "
+                         "that there are")
     if tokenizer.kind == 'char':
         ids = sorted(sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))[:keep])
         return ids, CharTokenizer(tokenizer.decode(ids))
     merged = [token.encode('latin-1') for token in tokenizer.meta()['ranks']]
     ranks = {token: i for i, token in enumerate(merged)}
     parts = {i: [ranks[p] for p in bpe_parts(token, ranks)] for i, token in enumerate(merged) if len(token) > 1}
-    users = Counter(p for made_of in parts.values() for p in set(made_of))                  # how many tokens are made of this one
+    # how many tokens are made of this one
+    users = Counter(p for made_of in parts.values() for p in set(made_of))
     counts, cut = [int(n) for n in counts], set()
     leaves = [(counts[i], -i) for i in parts if not users[i]]
     heapq.heapify(leaves)
@@ -461,16 +547,22 @@ def cut_tokenizer(tokenizer, counts, keep):
             if p in parts and not users[p]:
                 heapq.heappush(leaves, (counts[p], -p))
     ids = [i for i in range(tokenizer.vocab_size) if i not in cut]
-    return ids, BPETokenizer({merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])}, tokenizer.pattern, specials)
+    return ids, BPETokenizer({merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])},
+                             tokenizer.pattern, specials)
 
 
 def recode(ids, old, new):
-    """An array of the old tokenizer's ids -> the same text in the new one's, an array. Cut characters are left out: nothing can stand for them."""
+    """
+    An array of the old tokenizer's ids -> the same text in the new one's, an array.
+    Cut characters are left out: nothing can stand for them.
+    """
     if old.kind == 'char':
         table = np.array([new.chars.find(c) for c in old.chars])[np.asarray(ids)]
         return table[table >= 0]
     at = [-1, *np.flatnonzero(np.asarray(ids) >= old.vocab_size - len(old.special_tokens)).tolist(), len(ids)]
     out = []
-    for start, end in zip(at, at[1:]):              # text is what stands between special tokens, whose ids are the last in both
-        out += ([int(ids[start]) - old.vocab_size + new.vocab_size] if start >= 0 else []) + new.encode(old.decode(ids[start + 1:end]))
+    # text is what stands between special tokens, whose ids are the last in both
+    for start, end in zip(at, at[1:]):
+        out += (([int(ids[start]) - old.vocab_size + new.vocab_size] if start >= 0 else [])
+                + new.encode(old.decode(ids[start + 1:end])))
     return np.array(out)

@@ -1,13 +1,16 @@
 """
-Speculation never changes the text: plain decoding against every drafter at four temperatures, with k from 1 to 8 at random, over tens of thousands of tokens per format.
+Speculation never changes the text: plain decoding against every drafter at four temperatures, with k from 1 to 8 at
+random, over tens of thousands of tokens per format.
 
-    python tests/exact.py                                     # random weights: MHA and MQA, with draft and multi-token heads
-    python tests/exact.py --out_dir=out-qat-shakespeare       # a trained model
+    python tests/exact.py                                # random weights: MHA and MQA, with draft and multi-token heads
+    python tests/exact.py --out_dir=out-qat-shakespeare  # a trained model
 
-For integers, int8 and int4, the texts must be equal. In float, sums over several rows are taken in another order: where a text parts from the plain one, the two
-tokens' scores must lie within 1e-4 of each other (a tie), and such partings are counted. The last line is JSON; the status is 1 if any text is wrong.
+For integers, int8 and int4, the texts must be equal. In float, sums over several rows are taken in another order: where
+a text parts from the plain one, the two tokens' scores must lie within 1e-4 of each other (a tie), and such partings
+are counted. The last line is JSON; the status is 1 if any text is wrong.
 """
 import json
+import math
 import os
 import sys
 
@@ -29,7 +32,8 @@ exec(open('configurator.py').read())
 
 def random_model(kv, vocab_size):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=256, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=kv, n_embd=96, multi_token_n=3, draft_n=4))
+    model = GPT(GPTConfig(block_size=256, vocab_size=vocab_size, n_layer=3, n_head=4, n_kv_head=kv, n_embd=96,
+                          multi_token_n=3, draft_n=4))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.12)
     return model
@@ -37,21 +41,25 @@ def random_model(kv, vocab_size):
 
 def models(kind):
     if out_dir:
-        model = load_model(os.path.join(out_dir, 'best.pt'))[0]
-        yield out_dir, model if kind == 'float32' else convert(model, int(kind[3:]))
-    else:
-        for kv, vocab_size in ((4, 97), (1, 97), (2, 8192)):     # the last one's lm_head is packed
-            yield f'{kv} key heads, {vocab_size} tokens', random_model(kv, vocab_size) if kind == 'float32' else convert(random_model(kv, vocab_size), int(kind[3:]))
+        found = [(out_dir, load_model(os.path.join(out_dir, 'best.pt'))[0])]
+    else:                                                   # the last one's lm_head is packed
+        found = [(f'{kv} key heads, {vocab_size} tokens', random_model(kv, vocab_size))
+                 for kv, vocab_size in ((4, 97), (1, 97), (2, 8192))]
+    for name, model in found:
+        yield name, model if kind == 'float32' else convert(model, int(kind[3:]))
 
 
 @torch.no_grad()
 def gap(model, prompt, plain, other, row, temperature, run):
     """Difference of the two scores where the texts part, by a full forward: 0 would be an exact tie."""
     at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), min(len(plain), len(other)))
+    if at == min(len(plain), len(other)):
+        return math.inf                                     # one text ends early: never a tie
     scores = model(torch.tensor([prompt + plain[:at]]))[0, -1]
     if temperature:
         scores = scores + temperature * Noise(run, scores.numel())([row], [len(prompt) + at], 1)[0, 0]
-    return (scores[plain[at]] - scores[other[at]]).abs().item()
+    difference = (scores[plain[at]] - scores[other[at]]).abs().item()
+    return math.inf if math.isnan(difference) else difference
 
 
 results = {}
@@ -60,11 +68,13 @@ for kind in ('float32', 'int8', 'int4'):
     while done < tokens:
         for name, model in models(kind):
             engine, c = Engine(for_decoding(model)), model.config
-            drafters = [d for d, head in (('head', 'draft'), ('mtp', 'multi_token'), ('ngram', ''), ('random', '')) if not head or hasattr(model, head)]
+            drafters = [d for d, head in (('head', 'draft'), ('mtp', 'multi_token'), ('ngram', ''), ('random', ''))
+                        if not head or hasattr(model, head)]
             for temperature in (0, 0.7, 1, 1.3):
                 run += 1
                 g = torch.Generator().manual_seed(run)
-                prompts = [torch.randint(c.vocab_size, (n,), generator=g).tolist() for n in torch.randint(1, 40, (batch,), generator=g).tolist()]
+                prompts = [torch.randint(c.vocab_size, (n,), generator=g).tolist()
+                           for n in torch.randint(1, 40, (batch,), generator=g).tolist()]
                 how = dict(temperature=temperature, seed=run)
                 plain = engine.complete(prompts, c.block_size - 40, **how)
                 for drafter in drafters:
@@ -73,9 +83,12 @@ for kind in ('float32', 'int8', 'int4'):
                     done += sum(map(len, texts))
                     for row, (a, b) in enumerate(zip(plain, texts)):
                         if a != b:
-                            parted, widest = parted + 1, max(widest, gap(model, prompts[row], a, b, row, temperature, run))
+                            parted, widest = parted + 1, max(
+                                widest, gap(model, prompts[row], a, b, row, temperature, run))
                             print(f'{kind}, {name}, T={temperature}, {drafter} k={k}, row {row}: parts')
-    results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest, 'wrong': int(widest > 1e-4) if kind == 'float32' else parted}
-    print(f"{kind}: {done:,} tokens, {parted} texts part from the plain one, the widest gap of scores there {widest:.1e}", flush=True)
+    results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest,
+                     'wrong': int(widest > 1e-4) if kind == 'float32' else parted}
+    print(f"{kind}: {done:,} tokens, {parted} texts part from the plain one, "
+          f"the widest gap of scores there {widest:.1e}", flush=True)
 print(json.dumps(results))
 sys.exit(any(r['wrong'] for r in results.values()))

@@ -1,9 +1,11 @@
 """
-Peak memory of a distillation step's losses, chunked and recomputed as distill.py does it (in eager mode, and compiled), against whole tensors of logits. Linux or macOS.
+Peak memory of a distillation step's losses, chunked and recomputed as distill.py does it (in eager mode, and compiled),
+against whole tensors of logits. Linux or macOS.
 
     python tests/memory.py                  # 4 x 1,024 tokens, a vocabulary of 65,536: a minute
 
-Each in a process of its own, forward and backward; what the process took before is subtracted, but the compiler's own memory is not. The last line is JSON.
+Each in a process of its own, forward and backward; what the process took before is subtracted, but the compiler's own
+memory is not. The last line is JSON.
 """
 import json
 import resource
@@ -46,12 +48,15 @@ if how:
         logits = student(idx).flatten(0, 1)
         with torch.no_grad():
             log_p = teacher(idx).flatten(0, 1).log_softmax(-1)
-        losses = {'ce': F.cross_entropy(logits, targets.flatten()), 'kl': F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction='batchmean')}
+        losses = {'ce': F.cross_entropy(logits, targets.flatten()),
+                  'kl': F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction='batchmean')}
     sum(losses.values()).backward()
     print(json.dumps({'bytes': peak() - before, **{k: v.item() for k, v in losses.items()}}))
 else:
     flags = [f'--{k}={config[k]}' for k in ('batch_size', 'block_size', 'vocab_size', 'n_embd')]
-    rows = {h: json.loads(subprocess.run([sys.executable, 'tests/memory.py', *flags, f'--how={h}'], capture_output=True, text=True, check=True).stdout) for h in ('naive', 'chunked', 'compiled')}
+    rows = {h: json.loads(subprocess.run([sys.executable, 'tests/memory.py', *flags, f'--how={h}'],
+                                         capture_output=True, text=True, check=True).stdout)
+            for h in ('naive', 'chunked', 'compiled')}
     for h, row in rows.items():
         print(f"{h}: {row['bytes'] / 2**20:,.0f} MiB, ce {row['ce']:.6f} + kl {row['kl']:.6f}")
     print(json.dumps(rows | {'ratio': {h: rows['naive']['bytes'] / rows[h]['bytes'] for h in ('chunked', 'compiled')}}))

@@ -1,13 +1,15 @@
 """
-Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate, and llama2.c.
+Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate, and
+llama2.c.
 
     python tests/peers.py                                   # the tiny shape of bench.py; pip install transformers first
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
 
-A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two. All decode greedily
-and without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first token, which flatters it a
-little. The last line is JSON: for each decoder and format the tokens/s of each round, and of ours beside it.
+A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two. All
+decode greedily and without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first
+token, which flatters it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of
+ours beside it.
 """
 import importlib.util
 import json
@@ -51,12 +53,13 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
-check_knobs(config, ('prompt_tokens new_tokens rounds', int, 1, math.inf), ('threads', int, 0, math.inf), ('seed', int, -math.inf, math.inf))
+check_knobs(config, ('prompt_tokens new_tokens rounds', int, 1, math.inf), ('threads', int, 0, math.inf),
+            ('seed', int, -math.inf, math.inf))
 try:
     c = GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config})
 except AssertionError as e:
     fail(e)
-hidden = max(64, round(c.n_hidden * 2 / 3 / 64) * 64)                # a multiple of the groups of 64 that llama2.c quantises in
+hidden = max(64, round(c.n_hidden * 2 / 3 / 64) * 64)    # a multiple of the groups of 64 that llama2.c quantises in
 prompt = torch.randint(c.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 if threads:
     torch.set_num_threads(threads)
@@ -80,50 +83,60 @@ def transformers_rate(dtype):
     """Hugging Face's generate, with its cache; after the first token."""
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size,
-        max_position_embeddings=c.block_size, tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(dtype).eval()
+        hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
+        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(dtype).eval()
 
-    class Clock:                                                     # generate() calls put with the prompt, then with every token
+    class Clock:                                        # generate() calls put with the prompt, then with every token
         def __init__(self): self.times = []
         def put(self, ids): self.times.append(time.perf_counter())
         def end(self): pass
 
     ids = torch.tensor([prompt])
     for clock in (Clock(), Clock()):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=clock)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                       streamer=clock)
     assert len(clock.times) == new_tokens + 1, f'{len(clock.times) - 1} tokens, not {new_tokens}'
-    return {'tok_s': (new_tokens - 1) / (clock.times[-1] - clock.times[1]), 'params': sum(p.numel() for p in model.parameters())}
+    return {'tok_s': (new_tokens - 1) / (clock.times[-1] - clock.times[1]),
+            'params': sum(p.numel() for p in model.parameters())}
 
 
 if peer:
-    print(json.dumps(picochat_rate() if peer == 'picochat-f32' else transformers_rate(torch.bfloat16 if peer == 'transformers-bf16' else torch.float32)))
+    print(json.dumps(picochat_rate() if peer == 'picochat-f32'
+                     else transformers_rate(torch.bfloat16 if peer == 'transformers-bf16' else torch.float32)))
     sys.exit()
 
 # -----------------------------------------------------------------------------
 # llama2.c
 
 def llama2c_files(folder):
-    """Writes random weights in llama2.c's formats, version 0 (float32) and version 2 (int8, a scale per 64), and a tokenizer. -> parameters"""
+    """
+    Writes random weights in llama2.c's formats, version 0 (float32) and version 2 (int8, a scale per 64), and a
+    tokenizer. -> parameters
+    """
     noise = np.random.default_rng(seed)
     L, D, H, V, KV, tied = c.n_layer, c.n_embd, hidden, c.vocab_size, c.n_kv_head * c.head_dim, c.tie_weights
-    attention, mlp, head = [D * D, KV * D, KV * D, D * D], [H * D] * 3, [V * D] * (not tied)       # wq wk wv wo; w1 w2 w3; the classifier
+    # wq wk wv wo; w1 w2 w3; the classifier
+    attention, mlp, head = [D * D, KV * D, KV * D, D * D], [H * D] * 3, [V * D] * (not tied)
     ones = np.ones((2 * L + 1) * D, np.float32)                      # the norms
 
     def write(f, values):
         if values.size == V * D:
-            values[D:2 * D] = 0                                      # token 1 would end the text; at score 0 it is never the best
+            values[D:2 * D] = 0                         # token 1 would end the text; at score 0 it is never the best
         values.tofile(f)
 
     with open(f'{folder}/f32.bin', 'wb') as f:
         f.write(struct.pack('<7i', D, H, L, c.n_head, c.n_kv_head, V if tied else -V, c.block_size))
         for n in (V * D, 'norm', *attention, 'norm', *mlp):
-            write(f, ones[:L * D] if n == 'norm' else noise.standard_normal(n if n == V * D else L * n, np.float32) * np.float32(0.05))
+            write(f, ones[:L * D] if n == 'norm'
+                  else noise.standard_normal(n if n == V * D else L * n, np.float32) * np.float32(0.05))
         write(f, ones[:D])
         write(f, np.zeros(c.block_size * c.head_dim, np.float32))    # rotary tables, once
         for n in head:
             write(f, noise.standard_normal(n, np.float32))
     with open(f'{folder}/int8.bin', 'wb') as f:
-        f.write(struct.pack('<2I7iBi', 0x616b3432, 2, D, H, L, c.n_head, c.n_kv_head, V, c.block_size, tied, 64).ljust(256, b'\0'))
+        f.write(struct.pack('<2I7iBi', 0x616b3432, 2, D, H, L, c.n_head, c.n_kv_head, V, c.block_size, tied, 64)
+                .ljust(256, b'\0'))
         write(f, ones)
         for n in (V * D, *(n for n in attention + mlp for _ in range(L)), *head):
             write(f, noise.integers(-127, 128, n, np.int8))
@@ -135,19 +148,24 @@ def llama2c_files(folder):
 
 def llama2c_rate(binary, file):
     """-> tokens/s as it reports them, greedy, to as many places as the others reach."""
-    got = subprocess.run([binary, file, '-z', f'{os.path.dirname(file)}/tokenizer.bin', '-t', '0', '-n', str(prompt_tokens + new_tokens)],
-                         env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}, capture_output=True, text=True, errors='replace')
+    got = subprocess.run([binary, file, '-z', f'{os.path.dirname(file)}/tokenizer.bin', '-t', '0',
+                          '-n', str(prompt_tokens + new_tokens)],
+                         env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())},
+                         capture_output=True, text=True, errors='replace')
     found = re.search(r'achieved tok/s: ([\d.]+)', got.stderr)
-    return float(found[1]) if found else fail(f'{binary} reported no speed, status {got.returncode}: {got.stderr.strip()[-200:]}')
+    return float(found[1]) if found else fail(
+        f'{binary} reported no speed, status {got.returncode}: {got.stderr.strip()[-200:]}')
 
 # -----------------------------------------------------------------------------
 # what will run; whatever cannot is said before anything is timed
 
 params = sum(GPT(c).params()[group] for group in ('embedding', 'trunk', 'head'))
 if c.n_head * c.head_dim != c.n_embd or abs(3 * hidden - 2 * c.n_hidden) * c.n_embd * c.n_layer > 0.02 * params:
-    fail(f'peers need a shape that a Llama can match within 2 % of its parameters, with n_head * head_dim = n_embd: {c} is not that')
+    fail('peers need a shape that a Llama can match within 2 % of its parameters, '
+         f'with n_head * head_dim = n_embd: {c} is not that')
 if prompt_tokens + new_tokens > c.block_size:
-    fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: lower them')
+    fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit '
+         f'the context of {c.block_size}: lower them')
 others = {}                                     # (decoder, format) -> binary
 if importlib.util.find_spec('transformers'):
     others |= {('transformers', 'f32'): None, ('transformers', 'bf16'): None}
@@ -160,7 +178,8 @@ else:
     print('llama2.c is absent: build its run and runq, and give --llama2c=FOLDER', file=sys.stderr)
 for binary in filter(None, others.values()):
     if not os.access(binary, os.X_OK):
-        fail(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of github.com/karpathy/llama2.c, gcc -Ofast -fopenmp -march=native -o run run.c -lm; runq likewise')
+        fail(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of github.com/karpathy/llama2.c, '
+             'gcc -Ofast -fopenmp -march=native -o run run.c -lm; runq likewise')
 
 # -----------------------------------------------------------------------------
 # the rounds
@@ -168,20 +187,25 @@ for binary in filter(None, others.values()):
 def child(what):
     """What a fresh process of this script prints with --peer=what."""
     knobs = config | {'peer': what, 'llama2c': '', 'threads': torch.get_num_threads()}
-    got = subprocess.run([sys.executable, 'tests/peers.py', *(f'--{k}={v}' for k, v in knobs.items())], capture_output=True, text=True)
-    return json.loads(got.stdout.splitlines()[-1]) if got.returncode == 0 else fail(f"the process for {what} ended with status {got.returncode}: {got.stderr.strip()[-200:]}")
+    got = subprocess.run([sys.executable, 'tests/peers.py', *(f'--{k}={v}' for k, v in knobs.items())],
+                         capture_output=True, text=True)
+    return json.loads(got.stdout.splitlines()[-1]) if got.returncode == 0 else fail(
+        f"the process for {what} ended with status {got.returncode}: {got.stderr.strip()[-200:]}")
 
 
-rows = [{'decoder': decoder, 'format': format, 'params': None, 'tok_s_rounds': [], 'ours': []} for decoder, format in others]
+rows = [{'decoder': decoder, 'format': format, 'params': None, 'tok_s_rounds': [], 'ours': []}
+        for decoder, format in others]
 with tempfile.TemporaryDirectory() as folder:
     size = llama2c_files(folder) if llama2c else None
     for r in range(rounds if others else 0):
         for row, ((decoder, format), binary) in zip(rows, others.items()):
             row['ours'].append(child('picochat-f32')['tok_s'])
-            got = {'tok_s': llama2c_rate(binary, f'{folder}/{format}.bin'), 'params': size} if binary else child(f'{decoder}-{format}')
+            got = ({'tok_s': llama2c_rate(binary, f'{folder}/{format}.bin'), 'params': size} if binary
+                   else child(f'{decoder}-{format}'))
             row['tok_s_rounds'].append(got['tok_s'])
             row['params'] = got['params']
         print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
 for row in rows:
-    print(f"{row['decoder']} {row['format']}: {', '.join(f'{rate:,.1f}' for rate in row['tok_s_rounds'])} tokens/s; picochat f32 beside it: {', '.join(f'{rate:,.1f}' for rate in row['ours'])}")
+    print(f"{row['decoder']} {row['format']}: {', '.join(f'{rate:,.1f}' for rate in row['tok_s_rounds'])} tokens/s; "
+          f"picochat f32 beside it: {', '.join(f'{rate:,.1f}' for rate in row['ours'])}")
 print(json.dumps({'params': params, 'rows': rows}))

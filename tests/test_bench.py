@@ -1,6 +1,6 @@
 """
-bench.py on the smallest of runs: the document it ends with, the text it watches over, its peers, and one line for what cannot work.
-Nothing here asks how long anything took.
+bench.py on the smallest of runs: the document it ends with, the text it watches over, its peers, and one line for what
+cannot work. Nothing here asks how long anything took.
 
 $ python -m pytest tests/test_bench.py        half a minute
 """
@@ -25,8 +25,9 @@ from quantize import convert, export, load
 from test_train import make_dataset, refused, run
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
-ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s', 'share_of_bandwidth',
-       'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'}
+ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute',
+       'first_token_ms', 'gb_s', 'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted',
+       'kv_bytes_per_token', 'weight_bytes', 'params', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'}
 
 
 def bench(*args):
@@ -38,7 +39,9 @@ def bench(*args):
 
 @pytest.fixture(scope='module')
 def out_dir(tmp_path_factory):
-    """What training would leave: a model with a draft head and no multi-token heads, weights that never were trained."""
+    """
+    What training would leave: a model with a draft head and no multi-token heads, weights that never were trained.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=7, block_size=32, draft_n=2))
     for p in model.parameters():
@@ -50,15 +53,18 @@ def out_dir(tmp_path_factory):
 
 def test_the_document_and_the_text():
     document, names = bench('--formats=f32,int8,int8-packed,bf16-packed', '--drafters=random,ngram', '--batches=2,1')
-    assert set(document) == {'mode', 'machine', 'bandwidth_gb_s', 'rows'} and {'cpu', 'threads', 'torch'} <= set(document['machine'])
+    assert (set(document) == {'mode', 'machine', 'bandwidth_gb_s', 'rows'}
+            and {'cpu', 'threads', 'torch'} <= set(document['machine']))
     rows = document['rows']
     assert [(r['decoder'], r['format'], r['drafter'], r['batch']) for r in rows] == [
-        ('picochat', f, d, b) for f in ('f32', 'int8', 'int8-packed', 'bf16-packed') for d in ('none', 'random', 'ngram') for b in (1, 2)] + [('no cache', 'f32', 'none', 1)]
+        ('picochat', f, d, b) for f in ('f32', 'int8', 'int8-packed', 'bf16-packed')
+        for d in ('none', 'random', 'ngram') for b in (1, 2)] + [('no cache', 'f32', 'none', 1)]
     assert all(set(r) == ROW for r in rows) and rows[0]['ratio_plain_f32'] == 1.0 and rows[-1]['ratio_recompute'] == 1.0
     assert set(rows[0]['rows_cost']) == {'2', '4', '5', '8'} and all(r['tok_s'] > 0 for r in rows)
     assert all(r['tokens_per_verify'] == 1 if r['drafter'] == 'none' else sum(r['accepted']) > 0 for r in rows[:-1])
     # weights a pass: 3 layers of 4 * 192^2 + 2 * 192 * 384, and 65 rows of 192; and a row of 192 of the embedding
-    assert [rows[i]['weight_bytes'] for i in (0, 6, 12, 18)] == [4 * 897216 + 4 * 192, *[897216 + 4 * (3 * (5 * 192 + 384) + 65) + 192 + 4] * 2, 2 * 897216 + 4 * 192]
+    assert [rows[i]['weight_bytes'] for i in (0, 6, 12, 18)] == [
+        4 * 897216 + 4 * 192, *[897216 + 4 * (3 * (5 * 192 + 384) + 65) + 192 + 4] * 2, 2 * 897216 + 4 * 192]
     assert names['parted'] == [] and [len(t) for f in ('f32', 'int8') for t in names['texts'][f]] == [12] * 4
 
     engine = Engine(GPT(GPTConfig(**names['SHAPES']['tiny'])))               # the same random weights, here
@@ -70,45 +76,62 @@ def test_the_document_and_the_text():
 
 def test_another_text_is_an_error_with_the_numbers(monkeypatch, tmp_path):
     honest = Engine.complete
-    save_checkpoint(f'{tmp_path}/best.pt', GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=65, block_size=32)), CharTokenizer(map(chr, range(65))).meta())
+    save_checkpoint(f'{tmp_path}/best.pt',
+                    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=65, block_size=32)),
+                    CharTokenizer(map(chr, range(65))).meta())
 
     def cheat(self, prompts, n, drafter='none', **how):
         rows = honest(self, prompts, n, drafter=drafter, **how)
         return [[(row[0] + 1) % 65] + row[1:] for row in rows] if drafter == 'random' else rows
     monkeypatch.setattr(Engine, 'complete', cheat)
     got = run('bench.py', *SHORT, '--formats=f32', '--drafters=none,ngram,random')
-    assert got.status == 1 and 'error: another text than the plain row: format f32, drafter random, batch 1, sequence 0: token 0 is' in got.err and 'ngram' not in got.err
+    assert (got.status == 1
+            and 'error: another text than the plain row: '
+                'format f32, drafter random, batch 1, sequence 0: token 0 is' in got.err
+            and 'ngram' not in got.err)
     assert len(json.loads(got.out.splitlines()[-1])['rows']) == 4
-    bench(f'--shape={tmp_path}', '--temperature=0', '--formats=f32', '--drafters=random')        # zeros, as all weights begin: any two tokens tie
+    # zeros, as all weights begin: any two tokens tie
+    bench(f'--shape={tmp_path}', '--temperature=0', '--formats=f32', '--drafters=random')
 
 
 def test_a_trained_model(out_dir):
     document, names = bench(f'--shape={out_dir}', '--drafters=head', '--formats=int8', '--batches=2')
-    assert [(r['format'], r['drafter'], r['batch']) for r in document['rows']] == [('f32', 'none', 1), ('int8', 'none', 2), ('int8', 'head', 2), ('f32', 'none', 1)]
-    assert names['temperature'] == 0.8 and all(len(p) == 6 and p[0] == 0 for p in names['prompts']) and names['prompts'][0] != names['prompts'][1]
+    assert [(r['format'], r['drafter'], r['batch']) for r in document['rows']] == [
+        ('f32', 'none', 1), ('int8', 'none', 2), ('int8', 'head', 2), ('f32', 'none', 1)]
+    assert (names['temperature'] == 0.8 and all(len(p) == 6 and p[0] == 0 for p in names['prompts'])
+            and names['prompts'][0] != names['prompts'][1])
     model = convert(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=7, block_size=32)))
-    export(f'{out_dir}/int8.safetensors', model, CharTokenizer('\nabcdef').meta())       # newer, and all of its logits are 0
+    export(f'{out_dir}/int8.safetensors', model, CharTokenizer('\nabcdef').meta())  # newer, and all of its logits are 0
     _, after = bench(f'--shape={out_dir}', '--formats=f32,int8', '--temperature=0', '--recompute=False')
     os.remove(f'{out_dir}/int8.safetensors')
     assert after['texts']['int8'] == [[0] * 12] != after['texts']['f32']
 
 
 def test_peers(tmp_path):
-    """Binaries that only keep what they were given: the files must be as long as llama2.c's own reading of their headers says."""
+    """
+    Binaries that only keep what they were given: the files must be as long as llama2.c's own reading of their
+    headers says.
+    """
     for name in ('run', 'runq'):
         path = tmp_path / name
-        path.write_text('#!/bin/sh\nhead -c 64 "$1" > "$0.head"\nwc -c < "$1" > "$0.size"\nwc -c < "$3" > "$0.tokenizer"\necho "$@" > "$0.args"\necho "achieved tok/s: 1234.5" >&2\n')
+        path.write_text('#!/bin/sh\n'
+                        'head -c 64 "$1" > "$0.head"\nwc -c < "$1" > "$0.size"\nwc -c < "$3" > "$0.tokenizer"\n'
+                        'echo "$@" > "$0.args"\necho "achieved tok/s: 1234.5" >&2\n')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     got = run('bench.py', *SHORT, '--formats=f32', '--peers=True', f'--llama2c={tmp_path}')
-    assert got.status == 0 and ('pip install transformers' in got.err) == (importlib.util.find_spec('transformers') is None), got.err
-    rows = {(r['decoder'], r['format']): r for r in json.loads(got.out.splitlines()[-1])['rows'] if r['decoder'] != 'transformers'}
+    assert (got.status == 0
+            and ('pip install transformers' in got.err) == (importlib.util.find_spec('transformers') is None)), got.err
+    rows = {(r['decoder'], r['format']): r for r in json.loads(got.out.splitlines()[-1])['rows']
+            if r['decoder'] != 'transformers'}
     ours, theirs = rows['picochat alone', 'f32'], rows['llama2.c', 'int8']
-    assert list(rows)[2:] == [('picochat alone', 'f32'), ('llama2.c', 'f32'), ('llama2.c', 'int8')] and theirs['tok_s'] == 1234.5
-    assert abs(theirs['params'] / ours['params'] - 1) < 0.02 and theirs['ratio_plain_f32'] == pytest.approx(1234.5 / ours['tok_s_rounds'][-1], rel=1e-3)
+    assert (list(rows)[2:] == [('picochat alone', 'f32'), ('llama2.c', 'f32'), ('llama2.c', 'int8')]
+            and theirs['tok_s'] == 1234.5)
+    assert (abs(theirs['params'] / ours['params'] - 1) < 0.02
+            and theirs['ratio_plain_f32'] == pytest.approx(1234.5 / ours['tok_s_rounds'][-1], rel=1e-3))
 
     head = {name: (tmp_path / f'{name}.head').read_bytes() for name in ('run', 'runq')}
     dim, hidden, layers, heads, kv, vocab, places = header = struct.unpack('<7i', head['run'][:28])
-    assert header == (192, 256, 3, 4, 4, -65, 256)                                       # a negative vocabulary: its classifier is not its embedding
+    assert header == (192, 256, 3, 4, 4, -65, 256)      # a negative vocabulary: its classifier is not its embedding
     assert struct.unpack('<2I7iBi', head['runq'][:41]) == (0x616b3432, 2, *header[:5], 65, places, 0, 64)
     matrices = layers * (2 * dim * dim + 2 * dim * dim * kv // heads + 3 * dim * hidden) - 2 * vocab * dim
     norms = (2 * layers + 1) * dim
@@ -119,7 +142,10 @@ def test_peers(tmp_path):
 
 
 def test_quality(tmp_path):
-    """Through a float32 cache the loss is that of the whole forward; through an int8 one it is another, close by, at little more than a quarter of the bytes."""
+    """
+    Through a float32 cache the loss is that of the whole forward; through an int8 one it is another, close by, at
+    little more than a quarter of the bytes.
+    """
     dataset = make_dataset(tmp_path / 'toy').partition('=')[2]
     loader = Loader(dataset, 'val', 16, 32)
     torch.manual_seed(0)
@@ -134,7 +160,8 @@ def test_quality(tmp_path):
     assert all(rows['f32', 'float32'][f'val_{k}'] == pytest.approx(expected[k], rel=1e-6) for k in ('loss', 'bpb'))
     for f in ('f32', 'int8'):
         assert 0 < abs(rows[f, 'int8']['val_loss'] - rows[f, 'float32']['val_loss']) < 0.01
-    assert [rows['int8', cache]['kv_bytes_per_token'] for cache in ('float32', 'int8')] == [4 * 2 * 2 * 32, 2 * 2 * (32 + 2 * 4)]
+    assert [rows['int8', cache]['kv_bytes_per_token'] for cache in ('float32', 'int8')] == [
+        4 * 2 * 2 * 32, 2 * 2 * (32 + 2 * 4)]
     refused(run('bench.py', '--mode=quality'), r'shape \(tiny\) has random weights')
 
 
@@ -142,11 +169,14 @@ def test_quality(tmp_path):
 def test_memory(out_dir):
     document, _ = bench(f'--shape={out_dir}', '--formats=f32', '--recompute=False', '--memory=True')
     row = document['rows'][-1]
-    assert row['file_bytes'] > 4 * 7 + row['params'] and row['cache_bytes'] == 4 * 2 * 16 * 64          # places come in 64s
-    assert row['memory_bytes'] % 4096 == 0 and row['memory_ratio'] == pytest.approx(row['memory_bytes'] / (row['file_bytes'] + row['cache_bytes']), rel=1e-5)
+    # places come in 64s
+    assert row['file_bytes'] > 4 * 7 + row['params'] and row['cache_bytes'] == 4 * 2 * 16 * 64
+    assert row['memory_bytes'] % 4096 == 0 and row['memory_ratio'] == pytest.approx(
+        row['memory_bytes'] / (row['file_bytes'] + row['cache_bytes']), rel=1e-5)
 
 
-TOY = ['--n_layer=1', '--n_head=1', '--n_embd=64', '--block_size=64', '--batch_size=4', '--vocab_size=1000', '--compile=False', '--device=cpu', '--dtype=float32']
+TOY = ['--n_layer=1', '--n_head=1', '--n_embd=64', '--block_size=64', '--batch_size=4', '--vocab_size=1000',
+       '--compile=False', '--device=cpu', '--dtype=float32']
 
 
 @pytest.fixture
@@ -165,7 +195,7 @@ def test_living_counts_what_exists(load_bench):
         assert (living.now, living.peak) == (8000, 8000)
         del a
         assert living.now == 4000
-        b = b.exp() * 2                                              # b, its exponential and twice that: 12,000 at most, 4,000 afterwards
+        b = b.exp() * 2         # b, its exponential and twice that: 12,000 at most, 4,000 afterwards
         assert (living.now, living.peak) == (4000, 12000)
         b.mul_(3)
         assert (living.now, living.peak) == (4000, 12000)
@@ -173,8 +203,10 @@ def test_living_counts_what_exists(load_bench):
     assert living.now == 0
 
 
-@pytest.mark.parametrize('knobs', [['--dtype=bfloat16'], ['--n_kv_head=1', '--n_head=4', '--tie_weights=True', '--ema=0.9'], ['--dropout=0.1', '--dtype=bfloat16', '--quant_bits=8'],
-                                   ['--multi_token_n=2', '--draft_n=2', '--total_batch_size=512'], ['--teacher=labels-absent'], ['--vocab_size=3000']])
+@pytest.mark.parametrize('knobs', [
+    ['--dtype=bfloat16'], ['--n_kv_head=1', '--n_head=4', '--tie_weights=True', '--ema=0.9'],
+    ['--dropout=0.1', '--dtype=bfloat16', '--quant_bits=8'],
+    ['--multi_token_n=2', '--draft_n=2', '--total_batch_size=512'], ['--teacher=labels-absent'], ['--vocab_size=3000']])
 def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch):
     """Counted on fake tensors it is what counting on true ones gives, and what a step leaves and autograd keeps."""
     if '--vocab_size=3000' in knobs:
@@ -185,7 +217,9 @@ def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch)
     assert got == g['training_bytes'](c, 4, fake=False)
     model, trained, optimizers, step = g['set_up'](c, 4)
     step(trained, c.block_size, 1)
-    assert got['weights'] == sum(t.nbytes for t in (*model.parameters(), *model.buffers())) and got['optimizer'] == sum(t.nbytes for o in optimizers for state in o.state.values() for t in state.values())
+    assert (got['weights'] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            and got['optimizer'] == sum(t.nbytes for o in optimizers for state in o.state.values()
+                                        for t in state.values()))
     own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
 
     def keep(t):
@@ -194,53 +228,79 @@ def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch)
         return t
     if not g['teacher']:
         idx = torch.zeros(4, c.block_size, dtype=torch.long)
-        with torch.autocast('cpu', torch.bfloat16, enabled=g['dtype'] == 'bfloat16'), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with (torch.autocast('cpu', torch.bfloat16, enabled=g['dtype'] == 'bfloat16'),
+              torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)):
             losses = sum(trained(idx, idx.clone()).values())
-        assert got['activations'] == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.05) and losses.isfinite()
+        assert (got['activations'] == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.05)
+                and losses.isfinite())
     more = g['training_bytes'](c, 8)
-    assert more['weights'] == got['weights'] and more['peak'] > got['peak'] > got['weights'] + got['optimizer'] + got['averages'] + got['activations']
+    assert (more['weights'] == got['weights']
+            and more['peak'] > got['peak'] > got['weights'] + got['optimizer'] + got['averages'] + got['activations'])
 
 
 def test_plan(monkeypatch):
-    """Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each of 64 channels."""
-    document, _ = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512', '--gpu=a100-40', '--utilisation=0.5', '--price=2')
-    assert document['params']['total'] == 12 * 64**2 + 2 * 1000 * 64 and document['flops_per_token'] == 3 * (2 * (49152 + 64000) + 4 * 64 * 64) == 728064
-    assert document['tokens'] == 51200 and document['tok_s'] == pytest.approx(156e12 / 728064, rel=1e-6) and document['assumed'] is False
-    assert document['hours'] == pytest.approx(51200 * 728064 / 156e12 / 3600, rel=1e-6) and document['dollars'] == pytest.approx(2 * document['hours'], rel=1e-6)
+    """
+    Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each
+    of 64 channels.
+    """
+    document, _ = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512',
+                        '--gpu=a100-40', '--utilisation=0.5', '--price=2')
+    assert (document['params']['total'] == 12 * 64**2 + 2 * 1000 * 64
+            and document['flops_per_token'] == 3 * (2 * (49152 + 64000) + 4 * 64 * 64) == 728064)
+    assert (document['tokens'] == 51200 and document['tok_s'] == pytest.approx(156e12 / 728064, rel=1e-6)
+            and document['assumed'] is False)
+    assert (document['hours'] == pytest.approx(51200 * 728064 / 156e12 / 3600, rel=1e-6)
+            and document['dollars'] == pytest.approx(2 * document['hours'], rel=1e-6))
     rows = {r['batch']: r for r in document['rows']}
     largest = document['largest_batch']
-    assert max(rows) // 2 <= largest < max(rows) and [r['fits'] for r in rows.values()] == [True] * (len(rows) - 1) + [False]
-    assert [r['peak'] <= 0.9 * 40e9 for r in rows.values()] == [r['fits'] for r in rows.values()] and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
+    assert (max(rows) // 2 <= largest < max(rows)
+            and [r['fits'] for r in rows.values()] == [True] * (len(rows) - 1) + [False])
+    assert ([r['peak'] <= 0.9 * 40e9 for r in rows.values()] == [r['fits'] for r in rows.values()]
+            and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8)
 
     monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**34)                # one chunk is simulated sooner than many
-    document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--n_layer=2', '--teacher=nanochat:nowhere/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')      # no data, no teacher's files
+    # with no data and none of the teacher's files
+    document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--n_layer=2',
+                        '--teacher=nanochat:nowhere/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')
     teacher = 2 * (2 * 12 * 128**2 + 65536 * 128) + 4 * 2 * 128 * 1024
     student = 3 * (2 * (2 * (10 * 768**2 + 2 * 768 * 128) + 65536 * 768) + 4 * 2 * 768 * 1024)
-    assert document['flops_per_token'] == teacher + student and document['rows'][0]['teacher'] == 4 * (2 * 12 * 128**2 + 2 * 65536 * 128) and document['assumed'] is True and document['dollars'] is None
+    assert (document['flops_per_token'] == teacher + student
+            and document['rows'][0]['teacher'] == 4 * (2 * 12 * 128**2 + 2 * 65536 * 128)
+            and document['assumed'] is True and document['dollars'] is None)
 
 
 def test_proposed_shapes():
-    document, _ = bench('--mode=memory', '--plan=True', '--target_params=38M', '--vocab_size=24576', '--block_size=1024', '--batch_size=64', '--gpu=rtx4090')
+    document, _ = bench('--mode=memory', '--plan=True', '--target_params=38M', '--vocab_size=24576',
+                        '--block_size=1024', '--batch_size=64', '--gpu=rtx4090')
     rows = {(r['n_layer'], r['n_embd'], r['n_head']): r for r in document['rows']}
     row = rows[4, 512, 8]                                   # config/train_38m.py
-    assert row['params'] == 37748736 and row['tokens'] == 20 * 37748736 and row['steps'] == 11520 and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8
+    assert (row['params'] == 37748736 and row['tokens'] == 20 * 37748736 and row['steps'] == 11520
+            and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8)
     assert all(abs(r['params'] / 38e6 - 1) < 0.2 and r['n_embd'] == 64 * r['n_head'] for r in rows.values())
 
 
 def test_train_mode(tmp_path):
     """Its rows, and a nanoGPT that only prints: what it is called with must be our shape and our tokens."""
     (tmp_path / 'configurator.py').write_text('')
-    (tmp_path / 'train.py').write_text('import pickle, sys\nknobs = dict(arg[2:].split("=") for arg in sys.argv[1:])\nopen("configurator.py")\n'
-                                       'assert pickle.load(open("data/random/meta.pkl", "rb")) == {"vocab_size": 300}\n'
-                                       'assert [knobs[k] for k in "n_layer n_embd block_size batch_size gradient_accumulation_steps".split()] == ["1", "64", "64", "2", "3"], knobs\n'
-                                       'for i in range(int(knobs["max_iters"]) + 1):\n    print(f"iter {i}: loss 1.0, time {900 if i < 5 else 500}.00ms, mfu 0%")\n')
+    (tmp_path / 'train.py').write_text(
+        'import pickle, sys\nknobs = dict(arg[2:].split("=") for arg in sys.argv[1:])\nopen("configurator.py")\n'
+        'assert pickle.load(open("data/random/meta.pkl", "rb")) == {"vocab_size": 300}\n'
+        'assert [knobs[k] for k in "n_layer n_embd block_size batch_size gradient_accumulation_steps".split()] '
+        '== ["1", "64", "64", "2", "3"], knobs\n'
+        'for i in range(int(knobs["max_iters"]) + 1):\n'
+        '    print(f"iter {i}: loss 1.0, time {900 if i < 5 else 500}.00ms, mfu 0%")\n')
     config = tmp_path / 'toy.py'
-    config.write_text('n_layer, n_head, n_embd, block_size = 1, 1, 64, 64\nbatch_size, total_batch_size, muon_lr = 2, 384, 0.01\n')
-    document, _ = bench('--mode=train', config, '--vocab_size=300', '--compile=False', '--steps=2', '--dtype=float32', f'--peers={tmp_path}')
+    config.write_text('n_layer, n_head, n_embd, block_size = 1, 1, 64, 64\n'
+                      'batch_size, total_batch_size, muon_lr = 2, 384, 0.01\n')
+    document, _ = bench('--mode=train', config, '--vocab_size=300', '--compile=False', '--steps=2', '--dtype=float32',
+                        f'--peers={tmp_path}')
     rows = document['rows']
-    assert [(r['run'], r['way']) for r in rows] == [('steps', 'eager'), ('train.py', 'eager'), ('nanoGPT', 'eager')] and document['tokens_per_step'] == 384
-    assert set(rows[0]['ms']) == {'data', 'forward', 'backward', 'optimizer'} and all(ms > 0 for ms in rows[0]['ms'].values()) and rows[0]['ratio'] == 1
-    assert rows[0]['utilisation'] == pytest.approx(document['flops_per_token'] * rows[0]['tok_s'] / document['gemm_tflops'] / 1e12, rel=1e-5)
+    assert ([(r['run'], r['way']) for r in rows] == [('steps', 'eager'), ('train.py', 'eager'), ('nanoGPT', 'eager')]
+            and document['tokens_per_step'] == 384)
+    assert (set(rows[0]['ms']) == {'data', 'forward', 'backward', 'optimizer'}
+            and all(ms > 0 for ms in rows[0]['ms'].values()) and rows[0]['ratio'] == 1)
+    assert rows[0]['utilisation'] == pytest.approx(
+        document['flops_per_token'] * rows[0]['tok_s'] / document['gemm_tflops'] / 1e12, rel=1e-5)
     assert rows[2]['tok_s'] == 384 / 0.5 and rows[2]['ratio'] == pytest.approx(rows[1]['tok_s'] / 768, rel=1e-5)
 
 
@@ -248,20 +308,24 @@ def test_train_mode(tmp_path):
 def test_memory_mode():
     document, _ = bench('--mode=memory', *TOY, '--teacher=labels-absent', '--batches=2')
     row, = document['rows']
-    assert row['batch'] == 2 and row['eager'] % 4096 == 0 and row['compiled'] is None and row['ratio'] == pytest.approx(row['peak'] / row['eager'], rel=1e-5)
+    assert (row['batch'] == 2 and row['eager'] % 4096 == 0 and row['compiled'] is None
+            and row['ratio'] == pytest.approx(row['peak'] / row['eager'], rel=1e-5))
     assert row['cache'] == 2 * 64 * 2 * 64 * 4 and row['weights'] == 4 * (49152 + 128000) + 8 * 64 * 64
 
 
 def test_plot(tmp_path, monkeypatch):
     logs = tmp_path / 'log.csv'
-    logs.write_text('step,tokens,seconds,train_loss,val_loss,val_bpb,lr_factor,tok_s\n10,640,1,2.5,,,1,640\n20,1280,2,2.25,2.125,3,1,640\n30,1920,3,2,2.25,3,1,640\n')
+    logs.write_text('step,tokens,seconds,train_loss,val_loss,val_bpb,lr_factor,tok_s\n'
+                    '10,640,1,2.5,,,1,640\n20,1280,2,2.25,2.125,3,1,640\n30,1920,3,2,2.25,3,1,640\n')
     with monkeypatch.context() as m:
         m.setitem(sys.modules, 'matplotlib', None)
         refused(run('bench.py', '--mode=plot', f'--logs={logs}'), 'pip install matplotlib')
     refused(run('bench.py', '--mode=plot', '--logs=nowhere/*.csv'), r'logs \(nowhere/\*.csv\) match no file')
     pytest.importorskip('matplotlib')
     document, _ = bench('--mode=plot', f'--logs={tmp_path}/*.csv', f'--png={tmp_path}/losses.png')
-    assert document['rows'] == [{'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2, 'best_val_loss': 2.125}] and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG'
+    assert (document['rows'] == [{'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2,
+                                  'best_val_loss': 2.125}]
+            and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG')
 
 
 @pytest.mark.parametrize('flags, pattern', [
@@ -273,6 +337,8 @@ def test_plot(tmp_path, monkeypatch):
     ('--drafters=none,luck', r"drafters .* none, head, mtp, ngram, random; 'luck' is not"),
     ('--shape={} --drafters=head,mtp', r'drafter \(mtp\) needs a model with a multi_token head, which .* has not'),
     ('--batches=1,0', r'batches \(1,0\)'),
+    ('--draft_n=16', r'draft_n \(16\) must be an int of at least 1 and at most 15'),
+    ('--seed=-1', r'seed \(-1\)'),
     ('--new_tokens=0', r'new_tokens \(0\) must be an int of at least 1'),
     ('--new_tokens=400', r'prompt_tokens \(6\) \+ new_tokens \(400\) do not fit the context of 256'),
     ('--temperature=-1', r'temperature \(-1\)'),
@@ -284,7 +350,8 @@ def test_plot(tmp_path, monkeypatch):
     ('--mode=train --dataset=nowhere', 'data/nowhere is not prepared, .*--vocab_size=4096'),
     ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)'),
     ('--mode=train --vocab_size=65 --n_embd=30', r'n_embd \(30\) is not a multiple of n_head \(4\)'),
-    ('--mode=train --vocab_size=65 --peers=data', r'peers \(data\) must be the folder of a copy of github.com/karpathy/nanoGPT'),
+    ('--mode=train --vocab_size=65 --peers=data',
+     r'peers \(data\) must be the folder of a copy of github.com/karpathy/nanoGPT'),
     ('--mode=train --vocab_size=65 --teacher=random:d2', r'teacher random:d2 has a vocabulary of 65,536'),
     ('--mode=memory --plan=True --vocab_size=65 --gpu=h1', r'gpu \(h1\) must be one of a100-40'),
     ('--mode=memory --plan=True --vocab_size=65 --target_params=many', r'target_params \(many\) must be'),
@@ -297,7 +364,8 @@ def test_bad_knobs(out_dir, flags, pattern):
     refused(got, pattern)
 
 # -----------------------------------------------------------------------------
-# the ladder. Its rungs are made by a script that copies a checkpoint and says what a training would say, so nothing is trained here
+# the ladder. Its rungs are made by a script that copies a checkpoint and says what a training would say, so nothing is
+# trained here
 
 MAKE = '''
 import json, os, shutil, sys
@@ -324,12 +392,16 @@ int4        | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=
 
 @pytest.fixture
 def climb(tmp_path):
-    """climb(*flags, old text=new text) -> a run of CONFIG, so changed; in climb.folder lie its two models, and in calls what was made."""
+    """
+    climb(*flags, old='', new='') -> a run of CONFIG with old replaced by new. climb.folder holds its two models;
+    climb.calls() says what was made.
+    """
     data = make_dataset(tmp_path / 'toy').split('=')[1]
     meta = json.load(open(f'{data}/meta.json'))
     for name, width, draft_n in (('wide', 16, 0), ('narrow', 8, 2)):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=len(meta['chars']), block_size=32, draft_n=draft_n))
+        model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=width, vocab_size=len(meta['chars']), block_size=32,
+                              draft_n=draft_n))
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.3)
         save_checkpoint(f'{tmp_path}/{name}/best.pt', model, {'kind': 'char', 'chars': meta['chars']}, dataset=data)
@@ -348,14 +420,20 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     got, at = climb('--timed=all'), climb.folder
     assert got.status == 0, got.err
     rows = json.loads(got.out.splitlines()[-1])['rows']
-    assert [(r['name'], r['seed']) for r in rows] == [('wide', None), ('a control', 1), ('a control', 2), ('narrow', None), ('int4', None)] and climb.calls() == ['w', 'c1', 'c2', 'n', 'm']
-    assert [r['train_tokens'] for r in rows] == [100, 30, 30, 37, 100] and rows[3]['train_flops'] == 370 and rows[4]['train_seconds'] == 2.5     # int4's are those of what it rounds
+    assert ([(r['name'], r['seed']) for r in rows] == [('wide', None), ('a control', 1), ('a control', 2),
+                                                       ('narrow', None), ('int4', None)]
+            and climb.calls() == ['w', 'c1', 'c2', 'n', 'm'])
+    # int4's figures are those of what it rounds
+    assert ([r['train_tokens'] for r in rows] == [100, 30, 30, 37, 100] and rows[3]['train_flops'] == 370
+            and rows[4]['train_seconds'] == 2.5)
     wide, narrow = (load_model(f'{at}/{name}/best.pt')[0] for name in ('wide', 'narrow'))
     for row, model in zip(rows, (wide, narrow, narrow, narrow, load(f'{at}/w4/int4.safetensors')[0])):
-        assert row['val_loss'] == pytest.approx(evaluate(model, Loader(f'{at}/toy', 'val', 16, 32).eval_batches())['loss'], rel=1e-6)
+        assert row['val_loss'] == pytest.approx(
+            evaluate(model, Loader(f'{at}/toy', 'val', 16, 32).eval_batches())['loss'], rel=1e-6)
         assert row['bytes'] == os.path.getsize(row['file']) and row['kv_bytes_per_token'] == model.kv_bytes_per_token()
     assert [r['params'] for r in rows] == [m.params()['total'] for m in (wide, narrow, narrow, narrow, wide)]
-    assert rows[0]['tok_s'] > 0 and 'tok_s_speculative' not in rows[0] and rows[3]['tok_s_speculative'] > 0 and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3]
+    assert (rows[0]['tok_s'] > 0 and 'tok_s_speculative' not in rows[0] and rows[3]['tok_s_speculative'] > 0
+            and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3])
     assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
 
     assert climb().status == 0 and len(climb.calls()) == 5                       # nothing is built twice
@@ -364,30 +442,53 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     assert got.status == 0 and 'nothing changed' in got.out, got.err
     shutil.copy(f'{at}/wide/best.pt', rows[3]['file'])                           # somebody else trains there
     assert 'narrow: val_loss was' in climb(check).out
-    refused(climb(), "rung 'narrow' would replace what is in .*/n, and is not as a ladder made it")        # nor is that lost
+    # what somebody else trained is not lost either
+    refused(climb(), "rung 'narrow' would replace what is in .*/n, and is not as a ladder made it")
     shutil.rmtree(f'{at}/n')
     refused(climb(), "rung 'narrow' would replace what is in .*/m,")
     assert len(climb.calls()) == 5
     shutil.rmtree(f'{at}/m')
-    assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']               # what is missing is built, and nothing else
+    assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']  # what is missing is built, and nothing else
 
 
 def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     climb()
-    read = lambda: {(r['name'], r['seed']): r['mtime'] for r in json.load(open(f'{climb.folder}/out/ladder.json'))['rows']}
+    read = lambda: {(r['name'], r['seed']): r['mtime']
+                    for r in json.load(open(f'{climb.folder}/out/ladder.json'))['rows']}
     before = read()
     os.remove(f'{climb.folder}/w/best.pt')
     climb()
-    assert climb.calls()[5:] == ['w'] and {key for key, mtime in read().items() if mtime != before[key]} == {('wide', None), ('int4', None)}
+    assert (climb.calls()[5:] == ['w']
+            and {key for key, mtime in read().items() if mtime != before[key]} == {('wide', None), ('int4', None)})
+    # a ladder that was stopped between the two goes on with the second
+    record = f'{climb.folder}/out/ladder.json'
+    document = json.load(open(record))
+    wide, int4 = document['rows'][0], document['rows'][-1]
+    os.utime(wide['file'])
+    with open(record, 'w') as f:
+        json.dump(document | {'rows': [wide | {'mtime': os.path.getmtime(wide['file'])}, *document['rows'][1:]]}, f)
+    assert climb().status == 0 and read()['int4', None] > int4['mtime'] and len(climb.calls()) == 6
+
+
+def test_a_ladder_keeps_what_the_scripts_would_replace(climb):
+    """Where they write is known without --out_dir= and --save_dir=, too."""
+    os.makedirs(f'{climb.folder}/wide-pruned')
+    shutil.copy(f'{climb.folder}/narrow/best.pt', f'{climb.folder}/wide-pruned')
+    line = 'a control   | python T/make.py T/narrow/best.pt --out_dir=T/c{seed} 30'
+    pruned = f'pruned | python prune.py --out_dir={climb.folder}/wide --neuron_prune_ratio=0.5'
+    refused(climb(old=line, new=pruned), "rung 'pruned' would replace what is in .*/wide-pruned")
+    refused(climb(old=line, new='data | python -c pass'), "rung 'data': its command names no model file")
 
 
 def test_ladders_that_cannot_stand(climb):
     record = f'{climb.folder}/out/ladder.json'
-    refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'), "rung 'a control'.*nowhere.pt.*a-control-1.log")
+    refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'),
+            "rung 'a control'.*nowhere.pt.*a-control-1.log")
     assert [r['name'] for r in json.load(open(record))['rows']] == ['wide']      # what was built stays
     os.makedirs(f'{climb.folder}/c1', exist_ok=True)
     shutil.copy(f'{climb.folder}/narrow/best.pt', f'{climb.folder}/c1')          # half a training, stopped
-    assert climb().status == 1 and climb.calls()[-1] == 'w'                      # of another command: it is not known whose it is
+    # the ladder was not at this command, so it cannot know whose that is
+    assert climb().status == 1 and climb.calls()[-1] == 'w'
     command = f'python {climb.folder}/make.py {climb.folder}/narrow/best.pt --out_dir={climb.folder}/c1 30'
     document = json.load(open(record))
     with open(record, 'w') as f:
@@ -403,9 +504,12 @@ def test_ladders_that_cannot_stand(climb):
 
 
 def test_welch(climb):
-    """Against a table of Student's distribution: with four degrees of freedom, 2.776 is exceeded with probability 0.05 and 4.604 with 0.01."""
+    """
+    Against a table of Student's distribution: with four degrees of freedom, 2.776 is exceeded with probability 0.05
+    and 4.604 with 0.01.
+    """
     welch = climb().names['welch']
     for t, p in ((2.776, 0.05), (4.604, 0.01)):
-        a = [0.0, 1.0, 2.0]                                                      # of variance 1: two such means differ with deviation (2/3)^0.5
+        a = [0.0, 1.0, 2.0]                 # of variance 1: two such means differ with deviation (2/3)^0.5
         assert welch(a, [x + t * (2 / 3) ** 0.5 for x in a]) == pytest.approx(p, rel=2e-3)
     assert welch([1.0], [1.0, 2.0]) is None and welch([1.0, 1.0], [1.0, 1.0]) == 1.0

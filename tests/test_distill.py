@@ -1,4 +1,7 @@
-"""distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the whole path."""
+"""
+distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the
+whole path.
+"""
 import contextlib
 import io
 import json
@@ -15,7 +18,8 @@ import model as model_file
 from data.loader import Loader
 from distill import DIVERGENCES, Distiller, Labels, choose_labels, fit_temperature, load_teacher, write_labels
 from model import GPT, GPTConfig, load_checkpoint, shift
-from test_train import TINY, interrupt, largest_difference, make_dataset, refused, run, toy_text, train  # noqa: F401, a fixture
+from test_train import (TINY, interrupt, largest_difference, make_dataset, refused,  # noqa: F401, a fixture
+                        run, toy_text, train)
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
 
@@ -46,13 +50,19 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize('kind', DIVERGENCES)
 @pytest.mark.parametrize('temperature', [1.0, 2.5])
 def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature, small_chunks):
-    """In float64, chunked and recomputed, with two teachers and all heads, against the textbook's sums over whole tensors."""
-    student, teachers = random_model(multi_token_n=2, draft_n=2).double(), [random_model(s, n_layer=s).double().requires_grad_(False) for s in (1, 3)]
+    """
+    In float64, chunked and recomputed, with two teachers and all heads, against the textbook's sums over whole
+    tensors.
+    """
+    student, teachers = (
+        random_model(multi_token_n=2, draft_n=2).double(),
+        [random_model(s, n_layer=s).double().requires_grad_(False) for s in (1, 3)])
     idx, y = batch()
     losses = Distiller(student, teachers, kind, temperature)(idx, y)
     sum(losses.values()).backward()
     got = {name: p.grad.clone() for name, p in student.named_parameters()}
-    assert all(g.abs().sum() > 0 for g in got.values()) and all(p.grad is None for t in teachers for p in t.parameters())
+    assert (all(g.abs().sum() > 0 for g in got.values())
+            and all(p.grad is None for t in teachers for p in t.parameters()))
 
     student.zero_grad()
     p = sum((t(idx) / temperature).softmax(-1) for t in teachers) / 2
@@ -60,7 +70,8 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature,
     m = (p + q) / 2
     kl = lambda a, b: F.kl_div(b.log(), a, reduction='none').sum(-1)
     apart = {'forward_kl': kl(p, q), 'reverse_kl': kl(q, p), 'jsd': (kl(p, m) + kl(q, m)) / 2}[kind]
-    plain = {'kl': temperature ** 2 * apart[y >= 0].mean(), 'ce': F.cross_entropy(student(idx)[y >= 0], y[y >= 0])} | student.head_losses(student.trunk(idx), y)
+    plain = {'kl': temperature ** 2 * apart[y >= 0].mean(),
+             'ce': F.cross_entropy(student(idx)[y >= 0], y[y >= 0])} | student.head_losses(student.trunk(idx), y)
     sum(plain.values()).backward()
     assert losses.keys() == plain.keys() and losses['kl'] > 1e-3
     for name in losses:
@@ -72,7 +83,8 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature,
 @pytest.mark.parametrize('labelled', [False, True])
 def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
     student, teacher = random_model(block_size=32), random_model(1, block_size=32)
-    for m in (student, teacher):                                                 # without attention a token's losses depend on itself alone
+    # without attention a token's losses depend on itself alone
+    for m in (student, teacher):
         for block in m.transformer.h:
             torch.nn.init.zeros_(block.attn.c_proj.weight)
     idx, y = batch()
@@ -82,7 +94,8 @@ def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
     for dim in (0, 1):
         twice = f(*(torch.cat((t, t), dim) for t in (idx, y, *labels)))
         assert all(torch.allclose(once[k], twice[k], rtol=1e-5) for k in ('ce', 'kl'))
-    padded = f(*(torch.cat((t, t), 1) for t in (idx,)), torch.cat((y, torch.full_like(y, -1)), 1), *(torch.cat((t, t), 1) for t in labels))
+    padded = f(torch.cat((idx, idx), 1), torch.cat((y, torch.full_like(y, -1)), 1),
+               *(torch.cat((t, t), 1) for t in labels))
     assert all(torch.allclose(once[k], padded[k], rtol=1e-5) for k in ('ce', 'kl'))
 
 
@@ -95,12 +108,16 @@ def test_a_teacher_teaches_nothing_to_itself():
 
 
 def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():
-    """A model whose state is a function of the last token alone can be drafted without error by a cell that ignores the state."""
+    """
+    A model whose state is a function of the last token alone can be drafted without error by a cell that ignores the
+    state.
+    """
     model = random_model(draft_n=3)
     idx, y = batch()
     x = model.trunk(idx)
     right = model.head_losses(x, y)['draft']
-    model.draft_state = lambda state, tokens: next(shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(y, n - 1).clamp(min=0)))
+    model.draft_state = lambda state, tokens: next(
+        shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(y, n - 1).clamp(min=0)))
     assert right > 0.01 and model.head_losses(x, y)['draft'].abs() < 1e-6
 
 
@@ -108,7 +125,10 @@ def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():
 # labels
 
 def test_sampled_labels_are_unbiased_and_top_k_is_not():
-    """The gradient of the loss on labels, averaged over many draws of 4, against the full KL's; five standard errors wide."""
+    """
+    The gradient of the loss on labels, averaged over many draws of 4, against the full KL's; five standard errors
+    wide.
+    """
     torch.manual_seed(0)
     s, log_p = torch.randn(9), (2 * torch.randn(9)).log_softmax(-1)
     full = s.softmax(-1) - log_p.exp()                                           # d KL / d logits
@@ -138,15 +158,19 @@ def toy_teachers(toy):
 
 @pytest.mark.parametrize('row', [None, 16])
 def test_labels_of_the_whole_vocabulary_are_the_teacher(toy, tmp_path, row):
-    """Records of every token, in place: the KL from labels equals that from the running teachers wherever both have the same context; rows have no other than their own."""
+    """
+    Records of every token, in place: the KL from labels equals that from the running teachers wherever both have the
+    same context; rows have no other than their own.
+    """
     loader, teachers = toy_teachers(toy)
     loader.row = row
     V = teachers[0].config.vocab_size
     write_labels(str(tmp_path), teachers, loader, {}, 'topk', V, temperature=1.5)
     student = random_model(5, vocab_size=V)
     labels = Labels(str(tmp_path), loader)
-    for start in (0, 48, 66):                                                    # of later windows the first quarter has seen more than a window here shows
+    for start in (0, 48, 66):
         x, y = loader.rows([start])
+        # the first quarter of a later window lies in the one before, too: its labels have seen more than x shows
         y[:, :4] = -1 if start and not row else y[:, :4]
         start_of_window = start % (row or 12) == 0
         cached = Distiller(student, temperature=1.5)(x, y, *labels.batch([start], 16))['kl']
@@ -156,9 +180,12 @@ def test_labels_of_the_whole_vocabulary_are_the_teacher(toy, tmp_path, row):
 
 
 def test_teachers_label_only_what_they_have_not_seen(toy, tmp_path):
-    """Two held-out halves: each record is that of the one teacher that left its token out, and of all teachers that left it out where there are more."""
+    """
+    Two held-out halves: each record is that of the one teacher that left its token out, and of all teachers that left
+    it out where there are more.
+    """
     loader, (one, two) = toy_teachers(toy)
-    V, n, labels = one.config.vocab_size, loader.n_tokens, {}
+    V, n = one.config.vocab_size, loader.n_tokens
     one.hold_out, two.hold_out = '1/2', '2/2'
     with pytest.raises(SystemExit, match=f'nobody can label token {n // 2:,} of {n:,}.*hold_out'):
         write_labels(str(tmp_path / 'x'), [one], loader, {}, 'topk', V)
@@ -171,11 +198,15 @@ def test_teachers_label_only_what_they_have_not_seen(toy, tmp_path):
     at = {name: Labels(str(tmp_path / name), loader).table for name in ('halves', 'one', 'two', 'both', 'more')}
     cut = n // 2 - 1                                                             # record i is of token i + 1
     assert (at['halves'][:cut] == at['one'][:cut]).all() and (at['halves'][cut:] == at['two'][cut:]).all()
-    assert (at['more'][:cut] == at['one'][:cut]).all() and (at['more'][cut:] == at['both'][cut:]).all() and (at['one'] != at['two']).mean() > 0.99
+    assert ((at['more'][:cut] == at['one'][:cut]).all() and (at['more'][cut:] == at['both'][cut:]).all()
+            and (at['one'] != at['two']).mean() > 0.99)
 
 
 def test_calibration_finds_how_sure_a_teacher_may_be(toy, tmp_path):
-    """Teachers that say the text's own frequencies to the power c are right at temperature c; the labels then are those frequencies."""
+    """
+    Teachers that say the text's own frequencies to the power c are right at temperature c; the labels then are those
+    frequencies.
+    """
     loader, _ = toy_teachers(toy)
     V = len(loader.meta['chars'])
     p = torch.bincount(torch.from_numpy(loader.tokens.astype('int64')), minlength=V) / loader.n_tokens
@@ -186,9 +217,11 @@ def test_calibration_finds_how_sure_a_teacher_may_be(toy, tmp_path):
         teachers.append(teacher)
     calibration = fit_temperature(teachers, loader, batches=10**6)
     assert calibration == pytest.approx(1.4)
-    assert write_labels(str(tmp_path), teachers, loader, {}, 'topk', V, calibration=calibration)['calibration'] == calibration
+    assert write_labels(str(tmp_path), teachers, loader, {}, 'topk', V,
+                        calibration=calibration)['calibration'] == calibration
     labels = Labels(str(tmp_path), loader).table
-    assert torch.allclose(torch.from_numpy(labels['p'][7].astype('float32')), p[labels['ids'][7].astype('int64')], atol=1e-3)
+    assert torch.allclose(torch.from_numpy(labels['p'][7].astype('float32')),
+                          p[labels['ids'][7].astype('int64')], atol=1e-3)
 
 
 @pytest.mark.parametrize('method', ['sample', 'topk'])
@@ -198,7 +231,9 @@ def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
     expected = (tmp_path / 'whole' / 'labels.bin').read_bytes()
     rows = loader.rows
     for stop in (0, 1, 30):
-        def stopped(starts, seen=[]):
+        seen = []
+
+        def stopped(starts):
             seen.append(starts)
             if len(seen) == stop + 1:
                 raise KeyboardInterrupt
@@ -214,7 +249,8 @@ def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
         with pytest.raises(SystemExit, match='of another kind'):
             write_labels(str(folder), teachers, loader, {}, method, 4)
         write_labels(str(folder), teachers, loader, {}, method, 3)
-        assert (folder / 'labels.bin').read_bytes() == expected and sorted(os.listdir(folder)) == ['labels.bin', 'meta.json']
+        assert ((folder / 'labels.bin').read_bytes() == expected
+                and sorted(os.listdir(folder)) == ['labels.bin', 'meta.json'])
 
 
 # -----------------------------------------------------------------------------
@@ -223,7 +259,8 @@ def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
 @pytest.fixture(scope='module')
 def teacher(toy, tmp_path_factory):
     out_dir = str(tmp_path_factory.mktemp('teacher'))
-    train(out_dir, f'--dataset={toy}', '--n_embd=32', '--max_iters=120', '--eval_interval=60', '--muon_lr=0.02', '--log_interval=40')
+    train(out_dir, f'--dataset={toy}', '--n_embd=32', '--max_iters=120', '--eval_interval=60',
+          '--muon_lr=0.02', '--log_interval=40')
     return out_dir
 
 
@@ -234,39 +271,62 @@ def script(*args):
 
 
 def test_teacher_labels_student(toy, teacher, tmp_path):
-    """Beside the teacher, or from its labels, a student learns the same from the same data; and the labels' cost is counted."""
-    V = Loader(toy, 'val', 4, 16).meta['chars']
-    written = script(f'--teacher={teacher}+{teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}', '--method=topk', f'--k={len(V)}')
-    assert written['bytes'] == os.path.getsize(tmp_path / 'labels' / 'labels.bin') == written['tokens'] * (2 + 4 * len(V))
+    """
+    Beside the teacher, or from its labels, a student learns the same from the same data; and the labels' cost is
+    counted.
+    """
+    V = len(Loader(toy, 'val', 4, 16).meta['chars'])
+    written = script(f'--teacher={teacher}+{teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}',
+                     '--method=topk', f'--k={V}')
+    assert (written['bytes'] == os.path.getsize(tmp_path / 'labels' / 'labels.bin')
+            == written['tokens'] * (2 + 4 * V))
     how = f'--dataset={toy}', '--alpha=0.9', '--max_iters=40', '--eval_interval=40', '--log_interval=40'
     beside = train(tmp_path / 'beside', f'--teacher={teacher}', *how)
     labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
     control = train(tmp_path / 'control', *how)
     assert abs(beside['val_loss'] - labelled['val_loss']) < 0.05 and beside['val_loss'] != control['val_loss']
-    assert labelled['flops'] == control['flops'] and beside['flops'] == control['flops'] + beside['tokens'] * load_teacher(teacher)[0].flops_per_token(training=False)
-    refused(run('distill.py', f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}'), 'already holds labels')
-    refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}', '--temperature=2'), 'are for forward_kl at temperature 1.0')
+    assert (labelled['flops'] == control['flops']
+            and beside['flops'] == control['flops']
+                + beside['tokens'] * load_teacher(teacher)[0].flops_per_token(training=False))
+    refused(run('distill.py', f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', f'--dataset={toy}'),
+            'already holds labels')
+    refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}',
+                '--temperature=2'), 'are for forward_kl at temperature 1.0')
 
 
 def test_folds_go_the_whole_way(toy, tmp_path):
-    """Two teachers, each without half of the text, label all of it; they cannot run beside a student, which would show them what they have seen."""
+    """
+    Two teachers, each without half of the text, label all of it; they cannot run beside a student, which would show
+    them what they have seen.
+    """
     folds = [str(tmp_path / f'fold{i}') for i in (1, 2)]
     for i, folder in enumerate(folds):
         train(folder, f'--dataset={toy}', f'--hold_out={i + 1}/2', '--max_iters=4', '--eval_interval=4')
     both = '+'.join(folds)
     written = script(f'--teacher={both}', f'--out_dir={tmp_path}/labels')
-    assert abs(written['flops'] / (4 / 3 * written['tokens'] * load_teacher(folds[0])[0].flops_per_token(training=False)) - 1) < 1e-6       # each teacher half, windows overlap by a quarter
-    train(tmp_path / 'student', f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--max_iters=4', '--eval_interval=4')
-    assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated', '--calibrate=True')['calibration'] <= 2
+    # each teacher labels half of the text, and windows overlap by a quarter
+    assert abs(written['flops'] / (4 / 3 * written['tokens']
+                                   * load_teacher(folds[0])[0].flops_per_token(training=False)) - 1) < 1e-6
+    train(tmp_path / 'student', f'--dataset={toy}', f'--teacher={tmp_path}/labels',
+          '--max_iters=4', '--eval_interval=4')
+    assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated',
+                         '--calibrate=True')['calibration'] <= 2
     refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x'), 'nobody can label token 0')
-    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'), 'was trained with hold_out: write labels')
-    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--hold_out=1/2', f'--out_dir={tmp_path}/x'), 'were written for other tokens')
-    refused(run('train.py', *TINY, f'--dataset={toy}', f'--init_from={folds[0]}/best.pt', '--hold_out=2/2', f'--out_dir={tmp_path}/x'), 'it has seen that part')
-    refused(run('train.py', *TINY, f'--dataset={toy}', '--init_from=resume', f'--out_dir={folds[0]}'), "hold_out is '1/2' there and '' here")
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'),
+            'was trained with hold_out: write labels')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--hold_out=1/2',
+                f'--out_dir={tmp_path}/x'), 'were written for other tokens')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--init_from={folds[0]}/best.pt', '--hold_out=2/2',
+                f'--out_dir={tmp_path}/x'), 'it has seen that part')
+    refused(run('train.py', *TINY, f'--dataset={toy}', '--init_from=resume', f'--out_dir={folds[0]}'),
+            "hold_out is '1/2' there and '' here")
 
 
 def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
-    """Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its labels."""
+    """
+    Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its
+    labels.
+    """
     import numpy as np
     from data.loader import write_dataset
     from data.tokenizer import load_nanochat_tokenizer, train_bpe
@@ -276,25 +336,34 @@ def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
     ids = np.array(tokenizer.encode(toy_text()))
     with contextlib.redirect_stdout(io.StringIO()):
         write_dataset(str(tmp_path / 'data'), tokenizer, ids, ids[:200], 'toy')
-    how = f'--dataset={tmp_path}/data', '--n_kv_head=1', '--multi_token_n=3', '--draft_n=4', '--max_iters=6', '--eval_interval=6'
+    how = (f'--dataset={tmp_path}/data', '--n_kv_head=1', '--multi_token_n=3', '--draft_n=4',
+           '--max_iters=6', '--eval_interval=6')
     beside = train(tmp_path / 'beside', f'--teacher=nanochat:{folder}', *how)
-    script(f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/labels', f'--dataset={tmp_path}/data', '--method=topk', f'--k={V}', '--block_size=16')
+    script(f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/labels', f'--dataset={tmp_path}/data',
+           '--method=topk', f'--k={V}', '--block_size=16')
     labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
     assert abs(beside['val_loss'] - labelled['val_loss']) < 0.02
-    refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'), 'does not say which dataset')
-    refused(run('train.py', 'config/distill_d12_mqa.py', f'--out_dir={tmp_path}/x', '--teacher=nanochat:nowhere'), 'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
+    refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'),
+            'does not say which dataset')
+    refused(run('train.py', 'config/distill_d12_mqa.py', f'--out_dir={tmp_path}/x', '--teacher=nanochat:nowhere'),
+            'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
 
 
 @pytest.mark.parametrize('head', ['draft', 'multi_token'])
 def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, interrupt):
-    """Everything else keeps its bits, in float and through the rounding; stopped and resumed it is the same; and the head's loss falls."""
-    how = *TINY, f'--dataset={toy}', f'--train_only={head}', f'--{head}_n=2', '--own_samples=0.5', '--quant_bits=8', '--muon_lr=0.05', '--max_iters=30', '--eval_interval=15'
+    """
+    Everything else keeps its bits, in float and through the rounding; stopped and resumed it is the same; and the
+    head's loss falls.
+    """
+    how = (*TINY, f'--dataset={toy}', f'--train_only={head}', f'--{head}_n=2', '--own_samples=0.5',
+           '--quant_bits=8', '--muon_lr=0.05', '--max_iters=30', '--eval_interval=15')
     start = f'--init_from={teacher}/best.pt'
     got = run('train.py', *how, f'--out_dir={tmp_path}/once', start)
     losses = [float(loss) for loss in re.findall(rf'\+ {head} ([\d.]+)', got.out)]
     assert got.status == 0 and len(losses) == 30 and losses[-1] < 0.9 * losses[0], (got.err, losses)
     before, after = (load_checkpoint(path)['model'] for path in (f'{teacher}/best.pt', tmp_path / 'once' / 'best.pt'))
-    assert all(torch.equal(before[k], after[k]) for k in before) and len(after) == len(before) + (2 if head == 'draft' else 4)
+    assert (all(torch.equal(before[k], after[k]) for k in before)
+            and len(after) == len(before) + (2 if head == 'draft' else 4))
     assert all(after[k].abs().sum() > 0 for k in after.keys() - before.keys())
     interrupt(19, signal.SIGTERM)
     assert 'stopped at step 20' in run('train.py', *how, f'--out_dir={tmp_path}/twice', start).out
@@ -310,10 +379,12 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     ('--teacher={T} --out_dir={}/l --dataset={D} --method=best', r'method \(best\) must be one of sample, topk'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --k=0', r'k \(0\)'),
-    ('--teacher={T} --out_dir={}/l --dataset={D} --calibrate=True', 'calibrate=True needs teachers that have not seen the text'),
+    ('--teacher={T} --out_dir={}/l --dataset={D} --calibrate=True',
+     'calibrate=True needs teachers that have not seen the text'),
     ('--teacher={T} --out_dir={}/l --dataset={D} --block_size=99', r'a context of 16'),
     ('--teacher={T} --out_dir={}/l --dataset={}/none', 'prepare.py'),
     ('--teachr=x', 'unknown key')])
 def test_bad_input(flags, pattern, toy, teacher, tmp_path):
-    refused(run('distill.py', *flags.replace('{T}', teacher).replace('{D}', toy).replace('{}', str(tmp_path)).split()), pattern)
+    refused(run('distill.py', *flags.replace('{T}', teacher).replace('{D}', toy).replace('{}', str(tmp_path)).split()),
+            pattern)
     assert not os.listdir(tmp_path)

@@ -13,11 +13,13 @@ from model import GPT, GPTConfig
 from test_model import randomise
 
 CHAR = CharTokenizer('\n' + ''.join(map(chr, range(32, 127))))
-BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b'th': 256, b'the': 257, b' the': 258}, special_tokens=['<|bos|>'])
+BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b'th': 256, b'the': 257, b' the': 258},
+                   special_tokens=['<|bos|>'])
 
 
-def build(tokenizer=CHAR, kv=4, block_size=300):
-    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=kv)))
+def build(tokenizer=CHAR, kv=4, block_size=300, **heads):
+    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4,
+                                   n_embd=32, n_kv_head=kv, **heads)))
 
 
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]
@@ -61,7 +63,10 @@ def test_ragged_rows_and_rewind_equal_the_full_forward(kv, ragged):
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
 def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv):
-    """int8: sums of integers are exact and attention takes each token in the same shape, so nothing can differ, and nothing does."""
+    """
+    int8: sums of integers are exact and attention takes each token in the same shape, so nothing can differ, and
+    nothing does.
+    """
     model = Q.convert(build(kv=kv))
     ids = torch.randint(96, (1, 200))
     outs = []
@@ -92,14 +97,16 @@ def test_generation_equals_recomputing_everything(tokenizer, kv):
     assert [Engine(model).complete([p], 40, temperature=0)[0] for p in prompts] == expected
 
 
-@pytest.mark.parametrize('how', [dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(temperature=1.3, top_p=0.8), dict(min_p=0.1)])
+@pytest.mark.parametrize('how', [
+    dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(temperature=1.3, top_p=0.8), dict(min_p=0.1)])
 def test_a_row_does_not_depend_on_its_neighbours(how):
     model = build(kv=2)
     prompts = [CHAR.encode(t) for t in ('hello', 'yes', 'a third one')]
     together = Engine(model).complete(prompts, 60, seed=5, num_samples=2, **how)
     assert together == Engine(model).complete(prompts, 60, seed=5, num_samples=2, **how)
     assert together[:2] == Engine(model).complete(prompts[:1], 60, seed=5, num_samples=2, **how)
-    assert len({r[0] for r in Engine(model).complete(prompts[:1], 1, seed=5, num_samples=30)}) > 5   # rows differ from the first token on
+    # rows differ from the first token on
+    assert len({r[0] for r in Engine(model).complete(prompts[:1], 1, seed=5, num_samples=30)}) > 5
     assert together != Engine(model).complete(prompts, 60, seed=6, num_samples=2, **how)
 
 
@@ -120,14 +127,17 @@ def test_rows_end_where_they_should():
 
 def test_gumbel_is_gumbel():
     g = Noise(1, 20)(range(100), [7] * 100, 50)                                     # (rows, positions, ids)
-    assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))     # a function of seed, row and position
+    # a function of seed, row and position
+    assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))
     g = g.flatten(0, 1)
     assert len(g[:, 0].unique()) > 4990 and g.isfinite().all()
-    for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):                                       # the distribution function exp(-exp(-x))
+    # the distribution function is exp(-exp(-x))
+    for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):
         p = math.exp(-math.exp(-x))
         assert abs((g < x).float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / g.numel())
     z = (g - g.mean()) / g.std()
-    for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):                           # neighbouring draws and neighbouring ids are unrelated
+    # neighbouring draws and neighbouring ids are unrelated
+    for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):
         assert abs((a * b).mean().item()) < 0.02
 
 
@@ -144,7 +154,8 @@ def test_the_filters():
 def g_test(counts, probabilities, n):
     """G = 2 sum O ln(O / E) and its degrees of freedom."""
     assert set(counts) <= {k for k, p in probabilities.items() if p > 0}
-    return 2 * sum(c * math.log(c / (n * probabilities[k])) for k, c in counts.items()), sum(p > 0 for p in probabilities.values()) - 1
+    return (2 * sum(c * math.log(c / (n * probabilities[k])) for k, c in counts.items()),
+            sum(p > 0 for p in probabilities.values()) - 1)
 
 
 def test_the_sampling_law():
@@ -154,7 +165,8 @@ def test_the_sampling_law():
     exact = {(): 1.0}
     with torch.no_grad():
         for _ in range(3):
-            exact = {k + (v,): p * q for k, p in exact.items() for v, q in enumerate((model(torch.tensor([[1, *k]]))[0, -1] / T).softmax(-1).tolist())}
+            exact = {k + (v,): p * q for k, p in exact.items()
+                     for v, q in enumerate((model(torch.tensor([[1, *k]]))[0, -1] / T).softmax(-1).tolist())}
     counts = Counter()
     for seed in range(N // 5000):
         counts.update(map(tuple, Engine(model).complete([[1]], 3, temperature=T, seed=seed, num_samples=5000)))
@@ -166,29 +178,31 @@ def test_streaming_whole_characters_and_stop_strings():
     model = build(BPE, 1)
     engine = Engine(model)
     prompt = BPE.encode('the')
-    for seed in range(3):                                                           # random bytes: a torture for a UTF-8 decoder
+    # random bytes: a torture for a UTF-8 decoder
+    for seed in range(3):
         ids = engine.complete([prompt], 200, seed=seed)[0]
         assert ''.join(engine.stream(BPE, prompt, 200, seed=seed)) == BPE.decode(ids)
     euro = '€'.encode()
     fake = Engine(model)
     fake.generate = lambda *a, **k: iter([[(0, [b])] for b in b'a' + euro + b'bSTxSTOPyz'])
-    assert list(Engine.stream(fake, BPE, prompt, 9)) == ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']
-    assert list(Engine.stream(fake, BPE, prompt, 9, stop_strings=['STOP'])) == ['a', '€', 'b', 'STx', '']
+    assert list(fake.stream(BPE, prompt, 9)) == ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']
+    assert list(fake.stream(BPE, prompt, 9, stop_strings=['STOP'])) == ['a', '€', 'b', 'STx', '']
 
 # -----------------------------------------------------------------------------
 # speculation: the same seed gives the same text, whatever the drafter
 
 def with_heads(tokenizer, kv, block_size=160):
-    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4, n_embd=32, n_kv_head=kv, multi_token_n=3, draft_n=4)))
+    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
 
 
-def oracle(accuracy):
+def oracle(accuracy, texts):
     """A drafter that knows the text and is wrong now and then: exercises every length of acceptance."""
     def draft(model, x, last, ids, noise, pick):
         out = []
         for row in ids:
-            truth = next(t for t in oracle.texts if t[:len(row)] == row)[len(row):]
-            out.append([t if mix(len(row) + n) % 100 < accuracy else (t + 1) % noise.size(2) for n, t in enumerate(truth + [0] * noise.size(1))][:noise.size(1)])
+            truth = next(t for t in texts if t[:len(row)] == row)[len(row):]
+            out.append([t if mix(len(row) + n) % 100 < accuracy else (t + 1) % noise.size(2)
+                        for n, t in enumerate(truth + [0] * noise.size(1))][:noise.size(1)])
         return torch.tensor(out)
     return draft
 
@@ -201,18 +215,21 @@ def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
     prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
     n = 0
     for temperature in (0, 0.7, 1, 1.3):
-        how = dict(seed=3, temperature=temperature, top_k=20 if temperature == 0.7 else None, top_p=0.9 if temperature == 1.3 else None)
+        how = dict(seed=3, temperature=temperature, top_k=20 if temperature == 0.7 else None,
+                   top_p=0.9 if temperature == 1.3 else None)
         plain = engine.complete(prompts, 60, **how)
-        oracle.texts = [p + t for p, t in zip(prompts, plain)]
+        texts = [p + t for p, t in zip(prompts, plain)]
         alone = engine.complete(prompts[1:2], 60, **(how | dict(seed=4)))
-        for i, drafter in enumerate(('head', 'mtp', 'ngram', 'random', oracle(100), oracle(60))):
+        for i, drafter in enumerate(('head', 'mtp', 'ngram', 'random', oracle(100, texts), oracle(60, texts))):
             for k in {1, 8, 2 + (n + i) % 5}:
-                assert engine.complete(prompts, 60, drafter=drafter, draft_n=k, adapt=k % 2 == 0, **how) == plain, (drafter, k, temperature)
+                assert engine.complete(prompts, 60, drafter=drafter, draft_n=k, adapt=k % 2 == 0,
+                                       **how) == plain, (drafter, k, temperature)
                 n += 1
             if isinstance(drafter, str):
                 assert engine.complete(prompts[1:2], 60, drafter=drafter, **(how | dict(seed=4))) == alone
-        engine.complete(prompts[:1], 60, drafter=oracle(100), draft_n=5, adapt=False, **how)
-        assert engine.stats['passes'] <= 13 and engine.stats['accepted'][5] >= 9 and engine.stats['tokens'] == 60     # 6 tokens a pass but for the first and the last
+        engine.complete(prompts[:1], 60, drafter=oracle(100, texts), draft_n=5, adapt=False, **how)
+        # 6 tokens a pass but for the first and the last
+        assert engine.stats['passes'] <= 13 and engine.stats['accepted'][5] >= 9 and engine.stats['tokens'] == 60
 
 
 def test_speculation_with_stops_samples_streams_and_sliding():
@@ -226,7 +243,8 @@ def test_speculation_with_stops_samples_streams_and_sliding():
             assert engine.complete(prompts, length, seed=1, drafter=drafter, draft_n=4, **how) == plain, (how, drafter)
     text = ''.join(engine.stream(CHAR, prompts[0], 100, seed=2))
     for stops in ([], [text[30:33]]):
-        assert ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2, drafter='random')) == ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2))
+        assert (''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2, drafter='random'))
+                == ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2)))
     assert engine.complete(prompts, 50, seed=1, drafter='head', draft_n=0) == engine.complete(prompts, 50, seed=1)
     for drafter, n in (('heads', 4), ('head', 16)):
         with pytest.raises(AssertionError, match='draft'):
@@ -236,7 +254,9 @@ def test_speculation_with_stops_samples_streams_and_sliding():
 
 
 def test_heads_draft_what_they_were_trained_for():
-    """A draft head and multi-token heads trained to know the next tokens of a fixed cycle have all their drafts kept."""
+    """
+    A draft head and multi-token heads trained to know the next tokens of a fixed cycle have all their drafts kept.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=16, n_layer=1, n_head=2, n_embd=32, multi_token_n=2, draft_n=3))
     text = torch.arange(2000) * 5 % 16
@@ -262,9 +282,11 @@ def test_prepared_for_decoding_is_the_same_model(bits):
     x = torch.randint(259, (2, 30))
     Q.for_decoding(fused, draft_vocab=64)
     assert torch.allclose(model(x), fused(x), atol=0 if bits else 1e-4)
-    assert model.logits(x := model.trunk(x))[..., :64].allclose(fused.logits(x, fused.draft_lm_head), atol=0 if bits else 1e-4)
+    assert model.logits(x := model.trunk(x))[..., :64].allclose(
+        fused.logits(x, fused.draft_lm_head), atol=0 if bits else 1e-4)
     plain = Engine(model).complete([[1, 2]], 50)
-    assert max(plain[0]) >= 64 and Engine(fused).complete([[1, 2]], 50) == Engine(fused).complete([[1, 2]], 50, drafter='head') == plain
+    assert (max(plain[0]) >= 64
+            and Engine(fused).complete([[1, 2]], 50) == Engine(fused).complete([[1, 2]], 50, drafter='head') == plain)
 
 
 def test_packed_floats_are_nearly_the_same_model():
@@ -281,7 +303,8 @@ def test_packed_floats_are_the_same_product():
     assert torch.allclose(Q.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler on a CPU')
+@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
+                    reason='torch.compile needs a C++ compiler on a CPU')
 @pytest.mark.parametrize('drafter', ['none', 'head', 'mtp'])
 def test_compiled_rounds_give_the_same_text(drafter):
     model = Q.convert(with_heads(CHAR, 1, block_size=96))
@@ -297,7 +320,10 @@ def test_compiled_rounds_give_the_same_text(drafter):
 
 
 def test_int8_cache_equals_attending_to_rounded_keys():
-    """An int8 cache is a cache of rounded keys and values: the same network with its keys and values rounded gives the same logits."""
+    """
+    An int8 cache is a cache of rounded keys and values: the same network with its keys and values rounded gives the
+    same logits.
+    """
     model = build(kv=2)
     ids = torch.randint(96, (2, 150))
     plain = KVCache(model.config, 2)
@@ -311,7 +337,8 @@ def test_int8_cache_equals_attending_to_rounded_keys():
         for at, n in ((0, 100), (100, 1), (101, 4)):
             a, b = (model.logits(model.trunk(ids[:, at:at + n], cache)) for cache in (plain, small))
             assert torch.allclose(a, b, atol=1e-4)
-    assert small.nbytes() < 0.4 * plain.nbytes()                                    # head_dim is only 8 here: the scales weigh half as much as the integers
+    # head_dim is only 8 here: the scales weigh half as much as the integers
+    assert small.nbytes() < 0.4 * plain.nbytes()
     engine = Engine(model, cache_dtype=torch.int8)
     assert engine.complete([[3] * 9, [4] * 20], 60, drafter='random') == engine.complete([[3] * 9, [4] * 20], 60)
 
@@ -321,16 +348,21 @@ def test_a_conversation_keeps_its_cache():
     engine, text = Engine(model), CHAR.encode('first question')
     for turn in range(4):
         answer = engine.complete([text], 30, temperature=0, reuse=True)[0]
-        assert engine.stats['reused'] == (0 if turn == 0 else len(text) - 10), turn     # all but the new question and the answer's last token
+        # all but the new question and the answer's last token
+        assert engine.stats['reused'] == (0 if turn == 0 else len(text) - 10), turn
         assert answer == Engine(model).complete([text], 30, temperature=0)[0]
         text = text + answer + CHAR.encode('and then?')
     engine.complete([CHAR.encode('something else')], 5, reuse=True)
     assert engine.stats['reused'] == 0
     edited = text[:40] + CHAR.encode('no, rather')
     engine.complete([text], 5, reuse=True)
-    assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0) and engine.stats['reused'] == 40
-    engine.complete([CHAR.encode('something else')], 0, reuse=True)                 # read, but nothing was said: the cache no longer holds the text of before
-    assert engine.complete([edited], 30, temperature=0, reuse=True) == Engine(model).complete([edited], 30, temperature=0)
+    assert (engine.complete([edited], 30, temperature=0, reuse=True)
+            == Engine(model).complete([edited], 30, temperature=0)
+            and engine.stats['reused'] == 40)
+    # read, but nothing was said: the cache no longer holds the text of before
+    engine.complete([CHAR.encode('something else')], 0, reuse=True)
+    assert (engine.complete([edited], 30, temperature=0, reuse=True)
+            == Engine(model).complete([edited], 30, temperature=0))
 
 
 def test_an_exchange_taken_back_leaves_no_trace():
@@ -343,5 +375,6 @@ def test_an_exchange_taken_back_leaves_no_trace():
     ask(one, 'a question to be taken back')
     one.exchanges.pop()
     other.engine.held = ([], None)
-    assert ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it') and one.engine.stats['reused'] > 20 and other.engine.stats['reused'] == 0
+    assert (ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it')
+            and one.engine.stats['reused'] > 20 and other.engine.stats['reused'] == 0)
     assert one.exchanges == other.exchanges and len(one.exchanges) == 2

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, held_out, load_meta, pack_rows, read_text, split_texts, stdlib_files,
-                         stdlib_held_out, write_chats, write_dataset, write_texts)
+from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, held_out, load_meta, pack_rows,
+                         read_text, split_texts, stdlib_files, stdlib_held_out, write_chats, write_dataset, write_texts)
 from data.tokenizer import BPETokenizer, CharTokenizer, from_meta
 
 N = 1000
-TOKENIZER = CharTokenizer(map(chr, range(0x100, 0x100 + N)))  # a token a position, so that a batch tells where it was taken
+# a token a position, so that a batch tells where it was taken
+TOKENIZER = CharTokenizer(map(chr, range(0x100, 0x100 + N)))
 
 
 def dataset(path, n_train=N, n_val=203, masks=None):
@@ -59,13 +60,15 @@ def test_two_processes_see_what_one_sees_with_twice_the_accumulation(data_dir, a
     one = Loader(data_dir, 'train', 3, 16)
     two = [Loader(data_dir, 'train', 3, 16, rank=rank, world_size=2) for rank in (0, 1)]
     for step in range(30):
-        alone = [i for micro in range(accumulation) for i in windows(one, [step], micro=micro, accumulation=accumulation)]
+        alone = [i for micro in range(accumulation)
+                 for i in windows(one, [step], micro=micro, accumulation=accumulation)]
         together = [i for micro in range(accumulation // 2) for loader in two
                     for i in windows(loader, [step], micro=micro, accumulation=accumulation // 2)]
         assert sorted(alone) == sorted(together)
 
 
-@pytest.mark.parametrize('n_tokens, block_size', [(1000, 16), (1000, 1), (1000, 999), (1000, 400), (33, 16), (32, 16), (17, 16)])
+@pytest.mark.parametrize('n_tokens, block_size', [
+    (1000, 16), (1000, 1), (1000, 999), (1000, 400), (33, 16), (32, 16), (17, 16)])
 def test_an_epoch_is_each_window_once(tmp_path, n_tokens, block_size):
     loader = Loader(dataset(tmp_path, n_train=n_tokens), 'train', 1, block_size)
     shifts = set()
@@ -83,11 +86,13 @@ def test_over_many_epochs_every_token_is_a_target(tmp_path):
     assert targets == set(range(1, 50))
 
 
-@pytest.mark.parametrize('world_size, batch_size, block_size', [(1, 4, 16), (1, 5, 202), (1, 3, 7), (2, 3, 16), (3, 4, 50)])
+@pytest.mark.parametrize('world_size, batch_size, block_size', [
+    (1, 4, 16), (1, 5, 202), (1, 3, 7), (2, 3, 16), (3, 4, 50)])
 def test_evaluation_has_every_target_once(data_dir, world_size, batch_size, block_size):
     targets, n_batches = [], set()
     for rank in range(world_size):
-        batches = list(Loader(data_dir, 'val', 2, block_size, rank=rank, world_size=world_size).eval_batches(batch_size))
+        batches = list(
+            Loader(data_dir, 'val', 2, block_size, rank=rank, world_size=world_size).eval_batches(batch_size))
         n_batches.add(len(batches))
         for x, y in batches:
             assert x.shape == y.shape == (batch_size, block_size) and x.min() >= 0
@@ -156,10 +161,12 @@ def chats(n, longest, seed=0):
     """Conversations of one to three exchanges, every text another one."""
     rng, count = random.Random(seed), iter(range(10**6))
     text = lambda: f'{next(count)}'.ljust(rng.randint(5, longest), '.')
-    return [BPE.render_chat([{'role': role, 'content': text()} for _ in range(rng.randint(1, 3)) for role in ('user', 'assistant')]) for _ in range(n)]
+    return [BPE.render_chat([{'role': role, 'content': text()}
+                             for _ in range(rng.randint(1, 3)) for role in ('user', 'assistant')])
+            for _ in range(n)]
 
 
-def test_rows_hold_whole_conversations(tmp_path):
+def test_rows_hold_whole_conversations():
     """Each once, in one piece, in one row, with its mask; the rest is masked; few rows are needed."""
     train, row = chats(60, 12), 100
     ids, mask = (part.reshape(-1, row) for part in pack_rows(train, row, BOS))
@@ -167,7 +174,8 @@ def test_rows_hold_whole_conversations(tmp_path):
     for tokens, learn in zip(ids.tolist(), mask.tolist()):
         cuts = [i for i, token in enumerate(tokens) if token == BOS] + [row]
         assert cuts[0] == 0
-        found += [(tokens[a:b], learn[a:b]) for a, b in zip(cuts, cuts[1:]) if (tokens[a:b], learn[a:b]) != ([BOS], [0])]     # that is padding
+        found += [(tokens[a:b], learn[a:b]) for a, b in zip(cuts, cuts[1:])
+                  if (tokens[a:b], learn[a:b]) != ([BOS], [0])]     # that is padding
     assert sorted(found) == sorted((ids, mask) for ids, mask in train)
     assert len(ids) <= 1.1 * sum(len(ids) for ids, _ in train) / row + 1
 
@@ -177,27 +185,33 @@ def test_an_epoch_of_rows_has_every_answer_once(tmp_path, world_size, batch_size
     train, val = chats(60, 12), chats(7, 12, seed=1)
     write_chats(tmp_path, BPE, train, val, 100, 'test')
     for split, given in (('train', train), ('val', val)):
-        loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size) for rank in range(world_size)]
+        loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size)
+                   for rank in range(world_size)]
         answers = sorted(token for ids, mask in given for token, learn in zip(ids, mask) if learn)
         rows = {tuple(row) for row in loaders[0].tokens.reshape(-1, 100).tolist()}
         batches, n = [batch for loader in loaders for batch in loader.eval_batches()], loaders[0].n_windows
         assert n == len(loaders[0].tokens) // 100
         assert sorted(int(t) for _, y in batches for t in y[y >= 0]) == answers
         for epoch in range(2):                          # sample by sample, as steps, ranks and rows count them
-            samples = [(x[0], y[0]) for i in range(epoch * n, (epoch + 1) * n) for x, y in [loaders[0].rows([int(loaders[0]._start(i))])]]
+            samples = [(x[0], y[0]) for i in range(epoch * n, (epoch + 1) * n)
+                       for x, y in [loaders[0].rows([int(loaders[0]._start(i))])]]
             assert sorted(int(t) for _, y in samples for t in y[y >= 0]) == answers
             assert {tuple(x.tolist()) for x, _ in samples} == rows
-            assert all(y[-1] == -1 and torch.equal(y[:-1][y[:-1] >= 0], x[1:][y[:-1] >= 0]) for x, y in samples)   # no target is of another row
+            # no target is of another row
+            assert all(y[-1] == -1 and torch.equal(y[:-1][y[:-1] >= 0], x[1:][y[:-1] >= 0]) for x, y in samples)
         assert all(tuple(x) in rows for loader in loaders for step in range(9) for x in loader.batch(step)[0].tolist())
 
 
 def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
-    say = lambda *sizes: BPE.render_chat([{'role': ('user', 'assistant')[i % 2], 'content': 'x' * n} for i, n in enumerate(sizes)])
+    say = lambda *sizes: BPE.render_chat([{'role': ('user', 'assistant')[i % 2], 'content': 'x' * n}
+                                          for i, n in enumerate(sizes)])
     whole, long, unanswered, question, too_long = say(3, 4), say(3, 4, 5, 40), say(3, 4, 5), say(3), say(3, 40)
     write_chats(tmp_path, BPE, [whole, long, unanswered, question, too_long], [whole], 32, 'test')
-    assert '3 and 1 conversations with 4 answers in 2 and 1 rows of 32 tokens' in capsys.readouterr().out.replace('1 conversations are', '')
-    tokens, mask = (np.fromfile(tmp_path / f'train{name}', kind).reshape(-1, 32).tolist() for name, kind in (('.bin', np.uint16), ('.mask.bin', np.uint8)))
-    assert tokens == [whole[0] * 2 + [BOS] * 8, whole[0] + [BOS] * 20] and mask == [whole[1] * 2 + [0] * 8, whole[1] + [0] * 20]
+    assert '3 and 1 conversations with 4 answers in 2 and 1 rows of 32 tokens' in capsys.readouterr().out
+    tokens, mask = (np.fromfile(tmp_path / f'train{name}', kind).reshape(-1, 32).tolist()
+                    for name, kind in (('.bin', np.uint16), ('.mask.bin', np.uint8)))
+    assert (tokens == [whole[0] * 2 + [BOS] * 8, whole[0] + [BOS] * 20]
+            and mask == [whole[1] * 2 + [0] * 8, whole[1] + [0] * 20])
     before = load_meta(tmp_path)
     assert before['kind'] == 'chat' and before['row'] == 32 and from_meta(before).meta() == BPE.meta()
     for row, pattern in ((8, '2 have no answer|6 have no answer'), (7, 'row is 7'), (None, 'row is None')):
@@ -209,7 +223,8 @@ def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
 def test_rows_need_their_block_size_and_special_tokens(tmp_path):
     write_chats(tmp_path / 'chat', BPE, chats(9, 9), chats(2, 9), 64, 'test')
     for block_size in (63, 32, 128):
-        with pytest.raises(SystemExit, match=f'error: .*rows of 64 tokens, and block_size is {block_size}: give --block_size=64'):
+        with pytest.raises(SystemExit, match=f'error: .*rows of 64 tokens, '
+                                             f'and block_size is {block_size}: give --block_size=64'):
             Loader(tmp_path / 'chat', 'train', 4, block_size)
     assert chat_tokenizer(tmp_path / 'chat').meta() == BPE.meta()
     with pytest.raises(SystemExit, match='error: tokenizer .*has no special tokens'):
@@ -290,8 +305,8 @@ def test_read_text(tmp_path):
 
 
 def test_stdlib_files(tmp_path):
-    for name in ('b.py', 'a/__init__.py', 'a/sub.py', 'a/tests/t.py', 'test/t.py', 'site-packages/x.py', 'config-3/y.py', 'not-a-module.py',
-                 '_sysconfigdata_x.py', 'notes.txt', 'a/data.pyc', 'bad.py'):
+    for name in ('b.py', 'a/__init__.py', 'a/sub.py', 'a/tests/t.py', 'test/t.py', 'site-packages/x.py',
+                 'config-3/y.py', 'not-a-module.py', '_sysconfigdata_x.py', 'notes.txt', 'a/data.pyc', 'bad.py'):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b'\xff' if name == 'bad.py' else name.encode())
@@ -312,9 +327,10 @@ def test_stdlib_modules_are_held_out_whole():
 
 class Server(http.server.ThreadingHTTPServer):
     """
-    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location (a redirect),
-    ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are sent of the first answer, the second,
-    ..., and then the line goes dead; later answers are whole), length=False (no Content-Length).
+    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
+    (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
+    sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
+    (no Content-Length).
     asked: list of (path, value of Range or None), in the order of the requests.
     """
 
@@ -340,7 +356,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if start >= len(body):
                 status, headers, body = 416, {'Content-Range': f'bytes */{len(body)}'}, b''
             else:
-                status, headers, body = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}, body[start:]
+                status, headers = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
+                body = body[start:]
         self.send_response(status)
         if page.get('length', True):
             headers['Content-Length'] = str(len(body))

@@ -1,5 +1,6 @@
 """
-data/*/prepare.py, run as their users run them, into a temporary folder; what they would download comes from a server of our own.
+data/*/prepare.py, run as their users run them, into a temporary folder; what they would download comes from a server
+of our own.
 
 $ python -m pytest tests/test_prepare.py       about 5 seconds, offline
 """
@@ -56,7 +57,8 @@ def library(tmp_path):
 def test_stdlib_char(prepare, library, tmp_path):
     said = prepare('stdlib_char', f'--root={library}', f'--out_dir={tmp_path}/out')
     assert '3 files; 1 more' in said and 'held out: optparse' in said
-    assert texts_of(tmp_path / 'out') == ['from .one import *\n' + 'def one():\n    return 1\n' * 20, 'def parse(options):\n\treturn options\n']
+    assert texts_of(tmp_path / 'out') == ['from .one import *\n' + 'def one():\n    return 1\n' * 20,
+                                          'def parse(options):\n\treturn options\n']
     assert load_meta(tmp_path / 'out')['vocab_size'] == 97
 
 
@@ -64,7 +66,8 @@ def test_stdlib_bpe(prepare, library, tmp_path):
     prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out', '--vocab_size=270')
     train, val = texts_of(tmp_path / 'out')
     assert val == '<|bos|>def parse(options):\n\treturn options\n'
-    assert from_meta(load_meta(tmp_path / 'out')).meta() == train_bpe(train.split('<|bos|>'), 270).meta()  # learnt from these texts alone
+    # learnt from these texts alone
+    assert from_meta(load_meta(tmp_path / 'out')).meta() == train_bpe(train.split('<|bos|>'), 270).meta()
     assert train.count('<|bos|>') == 3 and 'M\u00fcller' in train and load_meta(tmp_path / 'out')['vocab_size'] == 270
     with pytest.raises(SystemExit, match='error: vocab_size .4096. is out of reach'):
         prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out')
@@ -127,24 +130,36 @@ def conversations(folder):
 def test_pydoc_chat(prepare, bpe_dir, tmp_path):
     (tmp_path / 'lib').mkdir()
     (tmp_path / 'lib' / 'zoo.py').write_text(ZOO)
-    (tmp_path / 'lib' / 'optparse.py').write_text('def parse(options):\n    """Read the options given."""\n')        # held out
+    # optparse is held out
+    (tmp_path / 'lib' / 'optparse.py').write_text('def parse(options):\n    """Read the options given."""\n')
     (tmp_path / 'lib' / 'broken.py').write_text('def (')
     seen = set()
     for seed in range(30):
-        said = prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', f'--seed={seed}', '--row=512')
+        said = prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
+                       f'--seed={seed}', '--row=512')
         assert '6 conversations for training and 1 for validation' in said and '1 files are not Python' in said
         found = conversations(tmp_path / 'out')
-        assert len(found['train']) == 6 and len(found['val']) == 1 and 'optparse.parse' in min(found['val']) and 'optparse' not in ''.join(found['train'])
-        seen |= {tuple(exchange.removesuffix('<|assistant_end|>').split('<|user_end|><|assistant_start|>')) for chat in found['train'] for exchange in chat.split('<|user_start|>')[1:]}
-    assert {('What is the module zoo for?', 'Animals.'), ('What is in it?', 'Cat, feed and silent.'), ('What is the class zoo.Cat?', 'A small carnivore.'),
-            ('What are the methods of zoo.Cat?', 'age, purr and count.'), ('What is zoo.Cat derived from?', 'Animal.'), ('How do I call it?', 'zoo.Cat(name, *, legs=4)'),
-            ('What does zoo.Cat.purr do?', 'Make a sound like a motor.'), ('What is the signature of zoo.Cat.purr?', 'zoo.Cat.purr(loud=False, *, times=2 + 1, **how)'),
-            ('What are its arguments?', 'It takes loud, times and **how.'), ('What is the default of times?', '2 + 1.'), ('What are its arguments?', 'It takes a and b.'),
-            ('What does zoo.Cat.age hold?', 'In years, since its birth.'), ('Which method of zoo.Cat does this: Count all that there are.', 'zoo.Cat.count'),
-            ('Which function of zoo does this: Give them what they eat.', 'zoo.feed'), ('Which arguments does zoo.feed take?', 'It takes *animals.')} <= seen
-    assert not any(word in text for exchange in seen for text in exchange for word in ('hide', 'self', 'str', 'Nobody', 'None', 'zoo.silent'))
+        assert (len(found['train']) == 6 and len(found['val']) == 1 and 'optparse.parse' in min(found['val'])
+                and 'optparse' not in ''.join(found['train']))
+        seen |= {tuple(exchange.removesuffix('<|assistant_end|>').split('<|user_end|><|assistant_start|>'))
+                 for chat in found['train'] for exchange in chat.split('<|user_start|>')[1:]}
+    assert {('What is the module zoo for?', 'Animals.'), ('What is in it?', 'Cat, feed and silent.'),
+            ('What is the class zoo.Cat?', 'A small carnivore.'),
+            ('What are the methods of zoo.Cat?', 'age, purr and count.'),
+            ('What is zoo.Cat derived from?', 'Animal.'), ('How do I call it?', 'zoo.Cat(name, *, legs=4)'),
+            ('What does zoo.Cat.purr do?', 'Make a sound like a motor.'),
+            ('What is the signature of zoo.Cat.purr?', 'zoo.Cat.purr(loud=False, *, times=2 + 1, **how)'),
+            ('What are its arguments?', 'It takes loud, times and **how.'), ('What is the default of times?', '2 + 1.'),
+            ('What are its arguments?', 'It takes a and b.'),
+            ('What does zoo.Cat.age hold?', 'In years, since its birth.'),
+            ('Which method of zoo.Cat does this: Count all that there are.', 'zoo.Cat.count'),
+            ('Which function of zoo does this: Give them what they eat.', 'zoo.feed'),
+            ('Which arguments does zoo.feed take?', 'It takes *animals.')} <= seen
+    assert not any(word in text for exchange in seen for text in exchange
+                   for word in ('hide', 'self', 'str', 'Nobody', 'None', 'zoo.silent'))
     before = {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')}
-    prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--seed=29', '--row=512')
+    prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
+            '--seed=29', '--row=512')
     assert {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')} == before
     with pytest.raises(SystemExit, match='error: no dataset in data/nothing '):
         prepare('pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
@@ -152,18 +167,22 @@ def test_pydoc_chat(prepare, bpe_dir, tmp_path):
 
 def test_your_own_chats(prepare, bpe_dir, tmp_path):
     turn = lambda i: [{'role': 'user', 'content': f'What is {i}?'}, {'role': 'assistant', 'content': f'A number, {i}.'}]
-    lines = [json.dumps({'messages': [{'role': 'system', 'content': 'Be brief.'}] + turn(i)} if i % 2 else turn(i)) for i in range(20)]
+    lines = [json.dumps({'messages': [{'role': 'system', 'content': 'Be brief.'}] + turn(i)} if i % 2 else turn(i))
+             for i in range(20)]
     (tmp_path / 'a.jsonl').write_text('\n'.join(lines + ['', lines[3]]) + '\n')
     (tmp_path / 'b.jsonl').write_text('\n'.join(lines[:2]))
-    text = lambda i: '<|user_start|>' + 'Be brief.\n\n' * (i % 2) + f'What is {i}?<|user_end|><|assistant_start|>A number, {i}.<|assistant_end|>'
+    text = lambda i: ('<|user_start|>' + 'Be brief.\n\n' * (i % 2)
+                      + f'What is {i}?<|user_end|><|assistant_start|>A number, {i}.<|assistant_end|>')
     how = f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--row=128'
     prepare('chat', f'--input={tmp_path}/a.jsonl', *how)
     found = conversations(tmp_path / 'out')
-    assert found['train'] | found['val'] == set(map(text, range(20))) and 1 <= len(found['val']) <= 2 and not found['train'] & found['val']
+    assert (found['train'] | found['val'] == set(map(text, range(20)))
+            and 1 <= len(found['val']) <= 2 and not found['train'] & found['val'])
     prepare('chat', f'--input={tmp_path}/a.jsonl', f'--val_input={tmp_path}/b.jsonl', *how)
     assert conversations(tmp_path / 'out') == {'train': set(map(text, range(2, 20))), 'val': {text(0), text(1)}}
     x, y = Loader(tmp_path / 'out', 'val', 1, 128).rows([0])
-    assert from_meta(load_meta(bpe_dir)).decode(y[y >= 0]) in [a + b for a, b in ((f'A number, {i}.<|assistant_end|>', f'A number, {1 - i}.<|assistant_end|>') for i in (0, 1))]
+    a, b = (f'A number, {i}.<|assistant_end|>' for i in (0, 1))
+    assert from_meta(load_meta(bpe_dir)).decode(y[y >= 0]) in (a + b, b + a)
 
 
 GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]'
@@ -188,7 +207,8 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
 def test_chat_errors(prepare, bpe_dir, tmp_path, text, flags, error):
     (tmp_path / 'in.jsonl').write_text(text)
     with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
-        prepare('chat', f'--input={tmp_path}/in.jsonl', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out', '--row=64', *[flag.format(tmp_path) for flag in flags])
+        prepare('chat', f'--input={tmp_path}/in.jsonl', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
+                '--row=64', *[flag.format(tmp_path) for flag in flags])
     assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
 
 
@@ -224,20 +244,29 @@ def test_the_real_shakespeare(prepare, server, tmp_path):
 # -----------------------------------------------------------------------------
 # Paul Graham: pages in the shape of his, with our words
 
+# where a line ends with \, the page's own line goes on in the next one
 INDEX = '''<html><head><title>Essays</title></head><body bgcolor="#ffffff"><table border="0"><tr valign="top"><td>
-<map name=12ab><area shape=rect coords="0,0,67,21" href="index.html"><area shape=rect coords="0,21,67,42" href="books.html"></map>
-<img src="menu.gif" usemap=#12ab ismap /></td><td><a href="index.html"><img src="logo.gif" width="410" /></a><br /><br />
+<map name=12ab><area shape=rect coords="0,0,67,21" href="index.html">\
+<area shape=rect coords="0,21,67,42" href="books.html"></map>
+<img src="menu.gif" usemap=#12ab ismap /></td><td>\
+<a href="index.html"><img src="logo.gif" width="410" /></a><br /><br />
 <font size="2" face="verdana">If you're not sure which to read, try <a href="taste.html">On Taste</a>.<br /><br />
 %s
-<a href="https://cdn.example.com/chapter.txt?t=1">Chapter 1</a><a href="articles.html">Essays</a><a href="bio.html"><img src="bio.gif" /></a></font></td></tr></table></body></html>'''
+<a href="https://cdn.example.com/chapter.txt?t=1">Chapter 1</a><a href="articles.html">Essays</a>\
+<a href="bio.html"><img src="bio.gif" /></a></font></td></tr></table></body></html>'''
 
-ESSAY = '''<html><head><title>%s</title><style>td { color: black }</style><script>var x = "<br>noise";</script></head><body><table border="0">
-<tr valign="top"><td><map name=12ab><area shape=rect coords="0,0,67,21" href="index.html"></map><img src="menu.gif" usemap=#12ab /></td>
-<td><img src="trans_1x1.gif" width="26" /></td><td><a href="index.html"><img src="logo.gif" /></a><br /><br /><table width="435"><tr>
+ESSAY = '''<html><head><title>%s</title><style>td { color: black }</style>\
+<script>var x = "<br>noise";</script></head><body><table border="0">
+<tr valign="top"><td><map name=12ab><area shape=rect coords="0,0,67,21" href="index.html"></map>\
+<img src="menu.gif" usemap=#12ab /></td>
+<td><img src="trans_1x1.gif" width="26" /></td><td><a href="index.html"><img src="logo.gif" /></a><br /><br />\
+<table width="435"><tr>
 <td width="435"><img src="title.gif" alt="%s" /><br /><br /><font size="2" face="verdana">March 2005<br /><br />%s
 a second line \u2014 it\u2019s
-\u201cone\u201d paragraph&nbsp;still&hellip; <font color=#dddddd>[<a href="#f1n"><font color=#dddddd>1</font></a>]</font><br /><br />
-A na\u00efve one, in <i> italics</i>&mdash;&#146;quoted&#146;.<br /><br /><b>Notes</b><br><br>[<a name="f1n">1</a>] Snow\u2603man.
+\u201cone\u201d paragraph&nbsp;still&hellip; \
+<font color=#dddddd>[<a href="#f1n"><font color=#dddddd>1</font></a>]</font><br /><br />
+A na\u00efve one, in <i> italics</i>&mdash;&#146;quoted&#146;.<br /><br />\
+<b>Notes</b><br><br>[<a name="f1n">1</a>] Snow\u2603man.
 <pre>(def f (x)
   (* x x))</pre></font></td></tr></table><script>more noise</script></td></tr></table></body></html>'''
 
@@ -280,7 +309,8 @@ def test_graham(prepare, server, tmp_path):
     assert [path for path, _ in server.asked] == ['/articles.html'] + [f'/{name}.html' for name in names]
     expected = {TEXT.format(title=f'On {name.title()}', words=('Some words here. ' * 10).strip()) for name in names}
     train, val = texts_of(tmp_path)
-    assert {text + '\n\n\n' for text in (train + val).split('\n\n\n') if text} == expected and val in expected  # whole essays are held out
+    # whole essays are held out
+    assert {text + '\n\n\n' for text in (train + val).split('\n\n\n') if text} == expected and val in expected
     assert load_meta(tmp_path)['vocab_size'] < 128
 
     server.asked.clear()
@@ -333,7 +363,8 @@ def test_graham_from_saved_files(prepare, tmp_path):
     (saved / 'd.txt').write_text('A plain one.\n' * 20)
     assert '4 essays, ' in prepare('graham_char', f'--input={saved}', f'--out_dir={tmp_path}/out')
     train, val = texts_of(tmp_path / 'out')
-    assert 'March 2005' in train and "it's\n" not in train and "it's \"one\" paragraph" in train and 'A plain one.\n' in train + val
+    assert ('March 2005' in train and "it's\n" not in train and "it's \"one\" paragraph" in train
+            and 'A plain one.\n' in train + val)
     (tmp_path / 'one.txt').write_text('x' * 900 + 'y' * 100)
     prepare('graham_char', f'--input={tmp_path}/one.txt', f'--out_dir={tmp_path}/one')
     assert load_meta(tmp_path / 'one')['val_tokens'] == 101  # of 1,003, with the blank lines
@@ -354,7 +385,8 @@ def test_text_from_a_folder(prepare, tmp_path):
     folder = tmp_path / 'notes'
     (folder / 'below').mkdir(parents=True)
     for i in range(20):
-        (folder / ('below' if i % 2 else '') / f'{i}.{"md" if i % 3 else "txt"}').write_text(f'note {i}: some words and more words\n' * 9 + 'some words')
+        (folder / ('below' if i % 2 else '') / f'{i}.{"md" if i % 3 else "txt"}').write_text(
+            f'note {i}: some words and more words\n' * 9 + 'some words')
     (folder / 'picture.jpg').write_bytes(b'\xff\xd8')
     (folder / 'empty.txt').write_text('')
     said = prepare('text', f'--input={folder}', f'--out_dir={tmp_path}/out', '--level=bpe', '--vocab_size=280')
@@ -406,17 +438,23 @@ def shards(tmp_path):
     import pyarrow.parquet
     tiktoken = pytest.importorskip('tiktoken')
     tokenizer = train_bpe(['low lower lowest'] * 3, 270)
-    encoding = tiktoken.Encoding('toy', pat_str=tokenizer.pattern, mergeable_ranks={token: i for i, token in enumerate(tokenizer._merged)}, special_tokens=tokenizer._special_ids)
+    encoding = tiktoken.Encoding('toy', pat_str=tokenizer.pattern,
+                                 mergeable_ranks={token: i for i, token in enumerate(tokenizer._merged)},
+                                 special_tokens=tokenizer._special_ids)
     (tmp_path / 'tokenizer.pkl').write_bytes(pickle.dumps(encoding))
     documents = {}
     for shard in (0, 1, 9):
         documents[shard] = [f'lower {shard} {i}\n' * (i % 3 + 1) for i in range(1500)]
-        pa.parquet.write_table(pa.table({'text': documents[shard]}), tmp_path / f'shard_{shard:05d}.parquet', row_group_size=700)
+        pa.parquet.write_table(pa.table({'text': documents[shard]}), tmp_path / f'shard_{shard:05d}.parquet',
+                               row_group_size=700)
     return documents
 
 
 def test_fineweb_edu(prepare, shards, server, tmp_path):
-    """Downloaded or local, in one go or resumed: the documents in order, each after a <|bos|>; the shards are gone when they were ours to remove."""
+    """
+    Downloaded or local, in one go or resumed: the documents in order, each after a <|bos|>; the shards are gone when
+    they were ours to remove.
+    """
     expected = ['<|bos|>' + '<|bos|>'.join(shards[0] + shards[1]), '<|bos|>' + '<|bos|>'.join(shards[9][:1200])]
     how = f'--tokenizer={tmp_path}', '--shards=2', '--val_shard=9', '--val_docs=1200'
     prepare('fineweb_edu', *how, f'--input={tmp_path}', f'--out_dir={tmp_path}/local')
@@ -428,12 +466,15 @@ def test_fineweb_edu(prepare, shards, server, tmp_path):
         prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
     server.pages['/shard_00009.parquet'] = {'body': (tmp_path / 'shard_00009.parquet').read_bytes()}
     prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
-    assert texts_of(tmp_path / 'fetched') == expected and sorted(os.listdir(tmp_path / 'fetched')) == ['meta.json', 'train.bin', 'val.bin']
-    assert [path for path, _ in server.asked] == ['/shard_00000.parquet', '/shard_00001.parquet', '/shard_00009.parquet', '/shard_00009.parquet']
+    assert (texts_of(tmp_path / 'fetched') == expected
+            and sorted(os.listdir(tmp_path / 'fetched')) == ['meta.json', 'train.bin', 'val.bin'])
+    assert [path for path, _ in server.asked] == ['/shard_00000.parquet', '/shard_00001.parquet',
+                                                  '/shard_00009.parquet', '/shard_00009.parquet']
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--tokenizer=nowhere'], 'error: no tokenizer at tokenizer .nowhere.'), (['--shards=0'], 'error: shards .0.'), (['--val_docs=0'], 'error: val_docs .0.'),
+    (['--tokenizer=nowhere'], 'error: no tokenizer at tokenizer .nowhere.'),
+    (['--shards=0'], 'error: shards .0.'), (['--val_docs=0'], 'error: val_docs .0.'),
     (['--input=nowhere'], 'error: nowhere/shard_00000.parquet is not there')])
 def test_fineweb_edu_bad_input(prepare, shards, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):

@@ -1,4 +1,7 @@
-"""prune.py: cutting nothing changes nothing, cutting what does nothing changes nothing, and whatever is left still does everything a model does."""
+"""
+prune.py: cutting nothing changes nothing, cutting what does nothing changes nothing, and whatever is left still does
+everything a model does.
+"""
 import json
 
 import numpy as np
@@ -16,7 +19,6 @@ from test_train import refused, run
 
 SHAPES = [dict(n_kv_head=4), dict(n_kv_head=2, tie_weights=True), dict(n_kv_head=1)]
 HEADS = dict(multi_token_n=2, draft_n=3)
-CUTS = ('neurons', 'heads', 'channels', 'layers')
 
 
 def make(**shape):
@@ -35,7 +37,8 @@ def outputs(model, x=None):
     x = batches()[0][0] if x is None else x
     state = model.trunk(x)
     draft = model.draft_state(state, x)
-    states = [state, draft, model.draft_state(draft, x.flip(1))] + [model.multi_token_state(state, i) for i in range(model.config.multi_token_n)]
+    states = ([state, draft, model.draft_state(draft, x.flip(1))]
+              + [model.multi_token_state(state, i) for i in range(model.config.multi_token_n)])
     return model.logits(torch.cat(states)).flatten(0, 1)
 
 
@@ -43,8 +46,10 @@ def everything(config):
     """For every function, arguments that keep all there is."""
     g = config.n_head // config.n_kv_head
     heads = [[[kv * g + q for q in range(g)] for kv in range(config.n_kv_head)]] * config.n_layer
-    return ((P.keep_neurons, [list(range(config.n_hidden))] * config.n_layer), (P.keep_heads, heads), (P.merge_kv_heads, config.n_kv_head),
-            (P.keep_channels, list(range(config.n_embd))), (P.keep_layers, list(range(config.n_layer))), (P.keep_vocab, list(range(config.vocab_size))))
+    return ((P.keep_neurons, [list(range(config.n_hidden))] * config.n_layer),
+            (P.keep_heads, heads), (P.merge_kv_heads, config.n_kv_head),
+            (P.keep_channels, list(range(config.n_embd))), (P.keep_layers, list(range(config.n_layer))),
+            (P.keep_vocab, list(range(config.vocab_size))))
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -70,7 +75,8 @@ def silence(model, kind, parts):
             for p in model.transformer.h[i].parameters():
                 p.zero_()
     elif kind == 'channels':
-        state = P.over_channels(model.state_dict(), c, lambda site, w: w.index_fill(1, parts, 0), lambda site, w: w.index_fill(0, parts, 0))
+        state = P.over_channels(model.state_dict(), c, lambda site, w: w.index_fill(1, parts, 0),
+                                lambda site, w: w.index_fill(0, parts, 0))
         model.load_state_dict(state)
     else:
         for block in model.transformer.h:
@@ -89,12 +95,16 @@ def test_parts_of_zeros_are_the_first_to_go_and_are_not_missed(shape, importance
     for kind, silent in (('neurons', [1, 5, 6, 23]), ('heads', [0, 3]), ('channels', [0, 7, 8, 30]), ('layers', [0])):
         model = silence(make(**shape), kind, torch.tensor(silent))
         have = getattr(model.config, P.KINDS[kind])
-        for refit, tolerance in ((False, 2e-5), (True, 2e-2)):      # the fit is damped: where data is as scarce as here, that shows
+        # the fit is damped: where data is as scarce as here, that shows
+        for refit, tolerance in ((False, 2e-5), (True, 2e-2)):
             smaller = P.shrink(model, kind, have - len(silent), batches(), importance, refit=refit, rotate=False)
-            assert getattr(smaller.config, P.KINDS[kind]) == have - len(silent) and smaller.params()['total'] < model.params()['total']
+            assert (getattr(smaller.config, P.KINDS[kind]) == have - len(silent)
+                    and smaller.params()['total'] < model.params()['total'])
             assert torch.allclose(outputs(smaller), outputs(model), atol=tolerance), (kind, refit)
-        if kind != 'layers':                                        # what is not zero is missed
-            assert (outputs(P.shrink(model, kind, have - len(silent) - 1, batches(), importance, rotate=False)) - outputs(model)).abs().max() > 0.01
+        # what is not zero is missed
+        if kind != 'layers':
+            assert (outputs(P.shrink(model, kind, have - len(silent) - 1, batches(), importance, rotate=False))
+                    - outputs(model)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
@@ -111,10 +121,12 @@ def test_what_is_cut_is_the_same_as_what_is_silent(kv):
                 if cut is P.keep_neurons:
                     block.mlp.c_proj.weight[:, [j for j in range(c.n_hidden) if j not in keep[i]]] = 0
                 elif cut is P.keep_heads:
-                    block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[:, [h for h in range(c.n_head) if h not in sum(keep[i], [])]] = 0
+                    block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[
+                        :, [h for h in range(c.n_head) if h not in sum(keep[i], [])]] = 0
                 elif i not in keep:
                     block.attn.c_proj.weight.zero_(), block.mlp.c_proj.weight.zero_()
-        assert torch.allclose(outputs(smaller), outputs(same), atol=2e-5) and (outputs(smaller) - outputs(model)).abs().max() > 0.01
+        assert (torch.allclose(outputs(smaller), outputs(same), atol=2e-5)
+                and (outputs(smaller) - outputs(model)).abs().max() > 0.01)
     if kv == 2:     # a whole group may go, too
         smaller = P.build(*P.keep_heads(model.state_dict(), c, [[[2, 3]], [[0, 1]]]))
         assert (smaller.config.n_head, smaller.config.n_kv_head) == (2, 1)
@@ -124,25 +136,30 @@ def test_scores_by_hand():
     model, data = make(n_kv_head=2), batches()
     scores = {how: P.measure(model, data, how)[0] for how in P.IMPORTANCE}
     for s in scores.values():
-        assert {kind: tuple(v.shape) for kind, v in s.items()} == {'neurons': (2, 24), 'heads': (2, 4), 'layers': (2,), 'channels': (32,)}
+        assert {kind: tuple(v.shape) for kind, v in s.items()} == {
+            'neurons': (2, 24), 'heads': (2, 4), 'layers': (2,), 'channels': (32,)}
     mlp, attn = model.transformer.h[1].mlp, model.transformer.h[1].attn
-    assert torch.allclose(scores['l1']['neurons'][1, 7], mlp.c_fc.weight[7].abs().sum() + mlp.c_proj.weight[:, 7].abs().sum())
+    assert torch.allclose(scores['l1']['neurons'][1, 7],
+                          mlp.c_fc.weight[7].abs().sum() + mlp.c_proj.weight[:, 7].abs().sum())
     of_head_1 = [attn.c_q.weight[6:12], attn.c_proj.weight[:, 6:12], attn.c_k.weight[:6] / 2, attn.c_v.weight[:6] / 2]
     assert torch.allclose(scores['l1']['heads'][1, 1], sum(w.abs().sum() for w in of_head_1))
-    channel = sum(p[5].abs().sum() if name.endswith('c_proj.weight') else p[:, 5].abs().sum() for name, p in model.named_parameters()) + model.draft.c_fc.weight[:, 37].abs().sum()
+    channel = sum(p[5].abs().sum() if name.endswith('c_proj.weight') else p[:, 5].abs().sum()
+                  for name, p in model.named_parameters()) + model.draft.c_fc.weight[:, 37].abs().sum()
     assert torch.allclose(scores['l1']['channels'][5], channel)
     taylor, inputs = 0, []
     hook = mlp.c_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     for x, y in data:
         model.zero_grad()
         model(x, y)['ce'].backward()
-        taylor = taylor + (mlp.c_fc.weight * mlp.c_fc.weight.grad)[7].abs().sum() + (mlp.c_proj.weight * mlp.c_proj.weight.grad)[:, 7].abs().sum()
+        taylor = (taylor + (mlp.c_fc.weight * mlp.c_fc.weight.grad)[7].abs().sum()
+                  + (mlp.c_proj.weight * mlp.c_proj.weight.grad)[:, 7].abs().sum())
     hook.remove()
     assert torch.allclose(scores['taylor']['neurons'][1, 7], taylor)
     rms = torch.cat(inputs).flatten(0, 1)[:, 7].square().mean().sqrt()
     moments = P.measure(model, data, 'activation')[1]
     assert torch.allclose(moments['transformer.h.1.mlp.c_proj'].diagonal()[7].sqrt(), rms)
-    own = mlp.c_fc.weight[7].abs() @ moments['transformer.h.1.mlp.c_fc'].diagonal().sqrt() + mlp.c_proj.weight[:, 7].abs().sum() * rms
+    own = (mlp.c_fc.weight[7].abs() @ moments['transformer.h.1.mlp.c_fc'].diagonal().sqrt()
+           + mlp.c_proj.weight[:, 7].abs().sum() * rms)
     assert torch.allclose(scores['activation']['neurons'][1, 7], own)
     assert not torch.equal(scores['random']['neurons'], P.measure(model, data, 'random', seed=1)[0]['neurons'])
     assert torch.equal(scores['random']['neurons'], P.measure(model, data, 'random')[0]['neurons'])
@@ -152,16 +169,21 @@ def test_scores_by_hand():
 def test_the_most_important_stay(importance):
     model = make(n_kv_head=2)
     scores = P.measure(model, batches(), importance)[0]
-    kept = {kind: P.shrink(model, kind, 2, batches(), importance, refit=False, rotate=False) for kind in ('neurons', 'heads', 'channels')} | {'layers': P.shrink(model, 'layers', 1, batches(), importance)}
+    kept = ({kind: P.shrink(model, kind, 2, batches(), importance, refit=False, rotate=False)
+             for kind in ('neurons', 'heads', 'channels')}
+            | {'layers': P.shrink(model, 'layers', 1, batches(), importance)})
     for i in range(2):
         s = scores['neurons'][i]
         best = sorted(range(24), key=lambda j: -s[j])[:2]
-        assert torch.equal(kept['neurons'].transformer.h[i].mlp.c_fc.weight, model.transformer.h[i].mlp.c_fc.weight[sorted(best)])
+        assert torch.equal(kept['neurons'].transformer.h[i].mlp.c_fc.weight,
+                           model.transformer.h[i].mlp.c_fc.weight[sorted(best)])
         best = [max(pair, key=lambda h: scores['heads'][i, h]) for pair in ((0, 1), (2, 3))]
-        assert torch.equal(kept['heads'].transformer.h[i].attn.c_q.weight, model.transformer.h[i].attn.c_q.weight.view(4, 6, 32)[best].flatten(0, 1))
+        assert torch.equal(kept['heads'].transformer.h[i].attn.c_q.weight,
+                           model.transformer.h[i].attn.c_q.weight.view(4, 6, 32)[best].flatten(0, 1))
     best = sorted(sorted(range(32), key=lambda j: -scores['channels'][j])[:2])
     assert torch.equal(kept['channels'].transformer.wte.weight, model.transformer.wte.weight[:, best])
-    assert torch.equal(kept['layers'].transformer.h[0].mlp.c_fc.weight, model.transformer.h[scores['layers'].argmax()].mlp.c_fc.weight)
+    assert torch.equal(kept['layers'].transformer.h[0].mlp.c_fc.weight,
+                       model.transformer.h[scores['layers'].argmax()].mlp.c_fc.weight)
 
 
 def test_leave_one_out_is_the_loss_without_the_layer():
@@ -171,7 +193,8 @@ def test_leave_one_out_is_the_loss_without_the_layer():
         without = P.build(*P.keep_layers(model.state_dict(), model.config, [j for j in range(3) if j != i]))
         assert abs(evaluate(without, batches())['loss'] - losses[i].item()) < 1e-6
     kept = P.shrink(model, 'layers', 2, batches(), 'loss')
-    assert torch.equal(outputs(kept), outputs(P.build(*P.keep_layers(model.state_dict(), model.config, [j for j in range(3) if j != losses.argmin()]))))
+    assert torch.equal(outputs(kept), outputs(P.build(*P.keep_layers(
+        model.state_dict(), model.config, [j for j in range(3) if j != losses.argmin()]))))
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -179,7 +202,8 @@ def test_a_rotation_of_the_stream_changes_nothing(shape):
     model = make(**shape)
     q = torch.linalg.qr(torch.randn(32, 32))[0]
     turned = P.build(*P.rotate_channels(model.state_dict(), model.config, q))
-    assert torch.allclose(outputs(turned), outputs(model), atol=5e-4) and not torch.allclose(turned.lm_head.weight, model.lm_head.weight, atol=0.1)
+    assert (torch.allclose(outputs(turned), outputs(model), atol=5e-4)
+            and not torch.allclose(turned.lm_head.weight, model.lm_head.weight, atol=0.1))
     axes = P.to_principal_axes(model, P.measure(model, batches())[1])
     assert torch.allclose(outputs(axes), outputs(model), atol=5e-4)
     total = sum(m for site, m in P.measure(axes, batches())[1].items() if not site.endswith('c_proj'))
@@ -187,7 +211,10 @@ def test_a_rotation_of_the_stream_changes_nothing(shape):
 
 
 def test_the_norm_is_rescaled():
-    """Half of the channels silent: without the measured ratio of the norms, everything that reads the stream is sqrt(2) too loud."""
+    """
+    Half of the channels silent: without the measured ratio of the norms, everything that reads the stream is sqrt(2)
+    too loud.
+    """
     model = silence(make(), 'channels', torch.arange(16, 32))
     moments = P.measure(model, batches())[1]
     cut = lambda *how: outputs(P.build(*P.keep_channels(model.state_dict(), model.config, list(range(16)), *how)))
@@ -211,11 +238,13 @@ def test_heads_that_are_turned_copies_merge_without_loss(n, left):
     for block in model.transformer.h:
         a = block.attn
         with torch.no_grad():
-            k, v = a.c_k.weight.view(n, 2, 3, 32), a.c_v.weight.view(n, 6, 32)               # keys: (heads, 2, planes, n_embd)
+            # keys: (heads, 2, planes, n_embd)
+            k, v = a.c_k.weight.view(n, 2, 3, 32), a.c_v.weight.view(n, 6, 32)
             for h in range(n):
                 first, angle = h - h % (n // left), 6.3 * torch.rand(3, 1)
                 if h > first:
-                    k[h] = (0.5 + h) * torch.stack((k[first, 0] * angle.cos() - k[first, 1] * angle.sin(), k[first, 0] * angle.sin() + k[first, 1] * angle.cos()))
+                    k[h] = (0.5 + h) * torch.stack((k[first, 0] * angle.cos() - k[first, 1] * angle.sin(),
+                                                    k[first, 0] * angle.sin() + k[first, 1] * angle.cos()))
                     v[h] = (0.5 + h) * torch.linalg.qr(torch.randn(6, 6))[0] @ v[first]
     moments = P.measure(model, batches())[1]
     for how in ((), (moments,)):
@@ -230,7 +259,8 @@ def test_heads_that_are_turned_copies_merge_without_loss(n, left):
 def test_aligned_averaging_is_better_than_plain():
     model = make()
     moments = P.measure(model, batches())[1]
-    error = lambda *how: (outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, *how))) - outputs(model)).square().mean().item()
+    error = lambda *how: (outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, *how)))
+                          - outputs(model)).square().mean().item()
     assert error(moments) < 0.9 * min(error(None, 'plain'), error(None, 'first'))
 
 
@@ -241,11 +271,13 @@ def test_copies_merge_without_loss_however_they_are_merged():
             for part in (block.attn.c_k, block.attn.c_v):
                 part.weight.copy_(part.weight[:model.config.head_dim].repeat(model.config.n_kv_head, 1))
     for how in P.MERGE:
-        assert torch.allclose(outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, None, how))), outputs(model), atol=5e-4)
+        assert torch.allclose(outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, None, how))),
+                              outputs(model), atol=5e-4)
     state, c = make().state_dict(), model.config
     first = P.merge_kv_heads(state, c, 1, None, 'first')[0]
     for part in ('c_k', 'c_v'):
-        assert torch.equal(first[f'transformer.h.0.attn.{part}.weight'], state[f'transformer.h.0.attn.{part}.weight'][:c.head_dim])
+        assert torch.equal(first[f'transformer.h.0.attn.{part}.weight'],
+                           state[f'transformer.h.0.attn.{part}.weight'][:c.head_dim])
 
 
 def check_that_it_works(model, path):
@@ -259,7 +291,8 @@ def check_that_it_works(model, path):
     assert engine.complete(temperature=0, **how)[0] == ids[3:]
     sampled = engine.complete(seed=3, **how)
     for drafter in ('head', 'mtp', 'ngram', 'random'):
-        assert engine.complete(temperature=0, drafter=drafter, draft_n=3, **how)[0] == ids[3:] and engine.stats['drafted'] > 0
+        assert (engine.complete(temperature=0, drafter=drafter, draft_n=3, **how)[0] == ids[3:]
+                and engine.stats['drafted'] > 0)
         assert engine.complete(seed=3, drafter=drafter, draft_n=3, **how) == sampled
     save_checkpoint(f'{path}/best.pt', model, {'kind': 'char', 'chars': 'a'})
     again = load_model(f'{path}/best.pt')[0]
@@ -288,13 +321,15 @@ def test_every_size_down_to_the_smallest_works(shape, tmp_path):
             model = P.shrink(whole, kind, keep, batches(1), rotate=False, measured=measured)
             sizes.append(getattr(model.config, field))
             assert outputs(model).isfinite().all() and model.config.n_head % model.config.n_kv_head == 0
-            assert sizes[-1] == keep or kind == 'heads' and keep - c.n_kv_head < sizes[-1] < keep       # groups stay equal
+            # of heads it may keep fewer than asked for: groups stay equal
+            assert sizes[-1] == keep or kind == 'heads' and keep - c.n_kv_head < sizes[-1] < keep
             assert model.config.n_kv_head == (min(keep, c.n_kv_head) if kind == 'heads' else c.n_kv_head)
         assert sizes[0] == 1 and sizes[-1] == getattr(c, field)
     middle, smallest = whole, whole
     for kind, keep in (('layers', 1), ('neurons', 11), ('heads', 2), ('channels', 19)):
         middle, smallest = P.shrink(middle, kind, keep, batches()), P.shrink(smallest, kind, 1, batches(1))
-    check_that_it_works(P.build(*P.merge_kv_heads(middle.state_dict(), middle.config, 1, P.measure(middle, batches())[1])), tmp_path)
+    check_that_it_works(P.build(*P.merge_kv_heads(middle.state_dict(), middle.config, 1,
+                                                  P.measure(middle, batches())[1])), tmp_path)
     assert outputs(smallest).isfinite().all() and smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2
     assert [P.shrink(whole, kind, 1, batches(1)).config.n_embd for kind in P.KINDS] == [32, 32, 32, 1]
 
@@ -306,14 +341,17 @@ def test_keep_params_reaches_its_target():
     for share in (0.8, 0.3):
         steps = list(P.cut_to(model, share * n, batches(1), **how))
         smaller = steps[-1][3]
-        assert smaller.params()['total'] <= share * n and all(m.params()['total'] > share * n for _, _, _, m in steps[:-1])
+        assert (smaller.params()['total'] <= share * n
+                and all(m.params()['total'] > share * n for _, _, _, m in steps[:-1]))
         assert abs(evaluate(smaller, batches(1))['loss'] - steps[-1][2]) < 1e-6
     assert smaller.params()['total'] > 0.25 * n
     with pytest.raises(ValueError, match='smallest shape'):
         list(P.cut_to(make(n_layer=1, n_embd=2, n_head=1, n_hidden=2, head_dim=2), 10, batches(1), **how))
 
 
-TEXT = ['def low(): return lower\n', 'the lowest of the slow, slower, slowest; the newest lower case\n' * 3, 'a "quoted" näive text\n']
+TEXT = ['def low(): return lower\n',
+        'the lowest of the slow, slower, slowest; the newest lower case\n' * 3,
+        'a "quoted" näive text\n']
 
 
 def test_cut_characters():
@@ -321,7 +359,8 @@ def test_cut_characters():
     ids = np.array(old.encode(''.join(TEXT)))
     counts = np.bincount(ids, minlength=old.vocab_size)
     keep, new = cut_tokenizer(old, counts, 9)
-    assert len(keep) == new.vocab_size == 9 and keep == sorted(keep) and counts[keep].min() >= np.delete(counts, keep).max()
+    assert (len(keep) == new.vocab_size == 9 and keep == sorted(keep)
+            and counts[keep].min() >= np.delete(counts, keep).max())
     assert [new.chars[i] for i in range(9)] == [old.chars[i] for i in keep]
     with pytest.raises(ValueError, match='no token for'):
         new.encode('ä')
@@ -337,20 +376,23 @@ def test_cut_bpe():
     for n in (old.vocab_size, 285, 275, 256 + 9):
         keep, new = cut_tokenizer(old, counts, n)
         assert new.vocab_size == len(keep) == n and new.special_tokens == old.special_tokens
-        assert [new.decode_bytes([i]) for i in range(n)] == [tokens[i] for i in keep]                    # renumbered, in the same order
-        assert keep[:256] == list(range(256)) and new.bos == n - 9                                        # every byte, every special token
+        assert [new.decode_bytes([i]) for i in range(n)] == [tokens[i] for i in keep]  # renumbered, in the same order
+        assert keep[:256] == list(range(256)) and new.bos == n - 9                     # every byte, every special token
         for text in TEXT + ['naïve ünd 漢字', ' lowest' * 5, 'lo we st', '"slo" west']:
             assert new.decode(new.encode(text)) == text
-            if set(old.encode(text)) <= set(keep) :
-                assert [keep[i] for i in new.encode(text)] == old.encode(text)                            # nothing cut: encoded as before
+            if set(old.encode(text)) <= set(keep):
+                assert [keep[i] for i in new.encode(text)] == old.encode(text)         # nothing cut: encoded as before
         ranks = {tokens[i]: i for i in keep[:n - 9]}
-        for token in ranks:                                                                              # every token left can still be merged from bytes
-            assert len(token) == 1 or all(part in ranks for part in bpe_parts(token, ranks)) and len(bpe_parts(token, ranks)) == 2
+        # every token left can still be merged from bytes
+        for token in ranks:
+            assert (len(token) == 1
+                    or all(part in ranks for part in bpe_parts(token, ranks)) and len(bpe_parts(token, ranks)) == 2)
         assert recode(ids, old, new).tolist() == sum(([new.bos] + new.encode(text) for text in TEXT), [])
     # a cut token alone falls back to its two parts
     keep, new = cut_tokenizer(old, counts, old.vocab_size - 1)
     gone, = set(range(old.vocab_size)) - set(keep)
-    assert [new.decode_bytes([i]) for i in new.encode(tokens[gone].decode())] == bpe_parts(tokens[gone], {t: i for i, t in enumerate(tokens[:-9])})
+    assert ([new.decode_bytes([i]) for i in new.encode(tokens[gone].decode())]
+            == bpe_parts(tokens[gone], {t: i for i, t in enumerate(tokens[:-9])}))
     assert not any(tokens[gone] in bpe_parts(t, {t: i for i, t in enumerate(tokens[:-9])}) for t in tokens[256:-9])
 
 
@@ -366,12 +408,18 @@ def test_impossible_requests_are_refused_in_one_line():
     model = make(n_kv_head=2)
     state, c = model.state_dict(), model.config
     bpe = train_bpe(TEXT, 275)
-    for request, word in ((lambda: P.keep_neurons(state, c, [[1, 2], [3]]), 'neurons'), (lambda: P.keep_neurons(state, c, [[], []]), 'at least one'),
-                          (lambda: P.keep_heads(state, c, [[[0, 2]], [[0, 1]]]), 'key/value head'), (lambda: P.keep_heads(state, c, [[[0], [2, 3]]] * 2), 'group'),
-                          (lambda: P.merge_kv_heads(state, c, 3), 'kv_heads'), (lambda: P.merge_kv_heads(state, c, 4), 'kv_heads'), (lambda: P.keep_channels(state, c, []), 'channels'),
-                          (lambda: P.keep_layers(state, c, [2]), 'layers'), (lambda: P.keep_layers(state, c, []), 'layers'),
-                          (lambda: P.shrink(model, 'heads', 5, batches()), 'at most the 4'), (lambda: P.shrink(model, 'layers', 0, batches()), 'at least 1'),
-                          (lambda: cut_tokenizer(bpe, [1] * 275, 264), 'at least 265'), (lambda: cut_tokenizer(bpe, [1] * 275, 276), 'at most')):
+    for request, word in (
+            (lambda: P.keep_neurons(state, c, [[1, 2], [3]]), 'neurons'),
+            (lambda: P.keep_neurons(state, c, [[], []]), 'at least one'),
+            (lambda: P.keep_heads(state, c, [[[0, 2]], [[0, 1]]]), 'key/value head'),
+            (lambda: P.keep_heads(state, c, [[[0], [2, 3]]] * 2), 'group'),
+            (lambda: P.merge_kv_heads(state, c, 3), 'kv_heads'), (lambda: P.merge_kv_heads(state, c, 4), 'kv_heads'),
+            (lambda: P.keep_channels(state, c, []), 'channels'),
+            (lambda: P.keep_layers(state, c, [2]), 'layers'), (lambda: P.keep_layers(state, c, []), 'layers'),
+            (lambda: P.shrink(model, 'heads', 5, batches()), 'at most the 4'),
+            (lambda: P.shrink(model, 'layers', 0, batches()), 'at least 1'),
+            (lambda: cut_tokenizer(bpe, [1] * 275, 264), 'at least 265'),
+            (lambda: cut_tokenizer(bpe, [1] * 275, 276), 'at most')):
         with pytest.raises(ValueError, match=word) as e:
             request()
         assert '\n' not in str(e.value)
@@ -380,26 +428,42 @@ def test_impossible_requests_are_refused_in_one_line():
 def test_the_script(tmp_path):
     write_texts(f'{tmp_path}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
     model = make(vocab_size=290, block_size=32)
-    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(), dataset=f'{tmp_path}/data', knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01, 'quant_bits': 8})
-    got = run('prune.py', f'--out_dir={tmp_path}/out', '--vocab_keep=280', '--layers=1', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25', '--keep_params=0.3', '--calibration_batches=1')
+    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(),
+                    dataset=f'{tmp_path}/data',
+                    knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01, 'quant_bits': 8})
+    got = run('prune.py', f'--out_dir={tmp_path}/out', '--vocab_keep=280', '--layers=1',
+              '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25',
+              '--keep_params=0.3', '--calibration_batches=1')
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
-    assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after', 'bpb_before', 'bpb_after', 'tok_s_before', 'tok_s_after'}
-    assert result['params_after'] <= 0.3 * result['params_before'] == 0.3 * model.params()['total'] and '--muon_lr=0.004 --adam_lr=0.002' in got.out
+    assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after',
+                             'bpb_before', 'bpb_after', 'tok_s_before', 'tok_s_after'}
+    assert (result['params_after'] <= 0.3 * result['params_before'] == 0.3 * model.params()['total']
+            and '--muon_lr=0.004 --adam_lr=0.002' in got.out)
     smaller, state = load_model(result['file'])
     assert result['file'] == f'{tmp_path}/out-pruned/best.pt' and state['dataset'] == f'{tmp_path}/data_v280'
     c = smaller.config
-    assert (c.n_layer, c.n_kv_head, c.vocab_size) == (1, 1, 280) and c.n_hidden <= 12 and c.n_embd <= 24 and smaller.params()['total'] == result['params_after']
+    assert ((c.n_layer, c.n_kv_head, c.vocab_size) == (1, 1, 280) and c.n_hidden <= 12 and c.n_embd <= 24
+            and smaller.params()['total'] == result['params_after'])
     quantised = run('quantize.py', f'--out_dir={tmp_path}/out-pruned')
-    assert json.loads(quantised.out.splitlines()[-1])['method'] == 'rtn'         # what was refitted was not trained through the rounding
-    assert quantised.status == 0 and abs(json.loads(quantised.out.splitlines()[-1])['val_loss_float'] - result['val_loss_after']) < 1e-5
-    trained = run('train.py', f'--init_from={tmp_path}/out-pruned/best.pt', f'--dataset={tmp_path}/data_v280', f'--out_dir={tmp_path}/again', '--block_size=32', '--batch_size=4', '--max_iters=2',
+    assert quantised.status == 0, quantised.err
+    again = json.loads(quantised.out.splitlines()[-1])
+    # rtn and not qat: what was refitted was not trained through the rounding
+    assert again['method'] == 'rtn' and abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
+    trained = run('train.py', f'--init_from={tmp_path}/out-pruned/best.pt', f'--dataset={tmp_path}/data_v280',
+                  f'--out_dir={tmp_path}/again', '--block_size=32', '--batch_size=4', '--max_iters=2',
                   '--compile=False', '--sample_interval=0', '--muon_lr=0', '--adam_lr=0')
-    assert trained.status == 0 and json.loads(trained.out.splitlines()[-1])['val_loss'] == pytest.approx(result['val_loss_after'], abs=1e-3), trained.err
+    assert trained.status == 0 and json.loads(trained.out.splitlines()[-1])['val_loss'] == pytest.approx(
+        result['val_loss_after'], abs=1e-3), trained.err
     assert load_model(f'{tmp_path}/again/best.pt')[0].config == c
-    sampled = run('sample.py', f'--out_dir={tmp_path}/out-pruned', '--weights=float', '--start=low', '--max_new_tokens=5', '--drafter=head')
+    sampled = run('sample.py', f'--out_dir={tmp_path}/out-pruned', '--weights=float', '--start=low',
+                  '--max_new_tokens=5', '--drafter=head')
     assert sampled.status == 0 and sampled.out.startswith('low')
-    for flag, word in (('--head_prune_ratio=1', 'head_prune_ratio'), ('--neuron_prune_ratio=-0.1', 'neuron_prune_ratio'), ('--layers=5', 'at most the 2'), ('--layers=0,7', r'0\.\.1'), ('--layers=x', 'layers'),
-                       ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5', 'at least 265'), ('--importance=magic', 'taylor'), ('--keep_params=0', 'keep_params'), (f'--save_dir={tmp_path}/out', 'another folder')):
-        refused(run('prune.py', f'--out_dir={tmp_path}/out', f'--save_dir={tmp_path}/bad', '--calibration_batches=1', flag), word)
+    for flag, word in (
+            ('--head_prune_ratio=1', 'head_prune_ratio'), ('--neuron_prune_ratio=-0.1', 'neuron_prune_ratio'),
+            ('--layers=5', 'at most the 2'), ('--layers=0,7', r'0\.\.1'), ('--layers=x', 'layers'),
+            ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5', 'at least 265'), ('--importance=magic', 'taylor'),
+            ('--keep_params=0', 'keep_params'), (f'--save_dir={tmp_path}/out', 'another folder')):
+        refused(run('prune.py', f'--out_dir={tmp_path}/out', f'--save_dir={tmp_path}/bad',
+                    '--calibration_batches=1', flag), word)
     assert not (tmp_path / 'bad').exists() and not (tmp_path / 'data_v5').exists()

@@ -1,7 +1,8 @@
 """
 Teachers: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
 
-With `pip install transformers safetensors` the comparisons with Hugging Face run, too; nanochat's golden logits lie beside the repository, if at all.
+With `pip install transformers safetensors` the comparisons with Hugging Face run, too; nanochat's golden logits lie
+beside the repository, if at all.
 """
 import json
 import os
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 
 import quantize as Q
 from data.loader import write_dataset
-from data.tokenizer import GPT2_PATTERN, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer, merges_of, train_bpe
+from data.tokenizer import (GPT2_PATTERN, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer, merges_of,
+                            train_bpe)
 from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
 from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
 from test_loader import server  # noqa: F401, a fixture
@@ -24,7 +26,8 @@ from test_model import randomise
 from test_train import run
 
 GOLDEN = '../shared/data/nanochat_e0'
-TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9, "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
+TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9,
+         "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
 V = 300
 E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
 
@@ -45,7 +48,9 @@ def e0_state(rows=V, prefix=''):
     torch.manual_seed(0)
     state = {'transformer.wte.weight': torch.randn(rows, 32).bfloat16(), 'lm_head.weight': torch.randn(rows, 32)}
     for i in range(2):
-        for name, shape in (('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)), ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
+        for name, shape in (
+                ('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)),
+                ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
             state[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
     return {prefix + k: v for k, v in state.items()}
 
@@ -80,7 +85,8 @@ def e0_forward(state, idx):
         k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
         scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(idx.size(1), idx.size(1)).triu(1).bool(), -torch.inf)
         x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w[f'transformer.h.{i}.attn.c_proj.weight'].T
-        x = x + (rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).relu().square() @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T
+        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).relu().square()
+                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
     return 15 * torch.tanh((rms(x) @ w['lm_head.weight'].T)[..., :V] / 15)
 
 
@@ -94,10 +100,12 @@ def test_nanochat(tmp_path, bpe, rows, prefix):
     idx = torch.randint(V, (2, 40))
     with torch.no_grad():
         assert (model(idx) - e0_forward(state, idx)).abs().max() < 1e-4
+        # without the rounding of the tables to bfloat16 the logits differ
         model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
-        assert (model(idx) - e0_forward(state, idx)).abs().max() > 1e-3                        # the rounding of the tables is what it takes
+        assert (model(idx) - e0_forward(state, idx)).abs().max() > 1e-3
     assert fingerprint(tokenizer) == fingerprint(bpe)
-    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32} and model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32)
+    assert (not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+            and model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32))
 
 
 def test_nanochats_own_logits():
@@ -113,7 +121,9 @@ def test_nanochats_own_logits():
 
 
 def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
-    """From where quantize.py, and with it everything else, takes it: logits as loaded, loss in 8 bits near that in float."""
+    """
+    From where quantize.py, and with it everything else, takes it: logits as loaded, loss in 8 bits near that in float.
+    """
     folder, data, out = write_nanochat(tmp_path / 'd2', bpe), str(tmp_path / 'toy'), str(tmp_path / 'out')
     write_dataset(data, bpe, *(np.array(bpe.encode(text)) for text in TEXTS), source='toy')
     got = run('distill.py', f'--teacher=nanochat:{folder}', f'--dataset={data}', f'--to_picochat={out}')
@@ -122,9 +132,11 @@ def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
     with torch.no_grad():
         assert torch.equal(ours(idx), load_nanochat(folder)[0](idx))
     got = run('quantize.py', f'--out_dir={out}')
+    assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
-    assert got.status == 0 and abs(result['val_loss_quant'] - result['val_loss_float']) < 0.1, got.err
-    assert 'to_picochat' in run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}').err                    # without a dataset
+    assert abs(result['val_loss_quant'] - result['val_loss_float']) < 0.1
+    # without a dataset it is refused
+    assert 'to_picochat' in run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}').err
 
 
 def test_steps_and_places(tmp_path, bpe):
@@ -142,7 +154,8 @@ def test_steps_and_places(tmp_path, bpe):
 def test_token_bytes(tmp_path, bpe):
     folder = write_nanochat(tmp_path, bpe)
     as_text = [len(bpe.decode([i]).encode()) if n else 0 for i, n in enumerate(bpe.token_bytes)]
-    assert as_text != bpe.token_bytes                                                          # half a character: 1 byte, or U+FFFD's 3
+    # they differ for a token that is half a character: it is 1 byte, but as text it becomes U+FFFD, which is 3
+    assert as_text != bpe.token_bytes
     torch.save(torch.tensor(as_text), f'{folder}/token_bytes.pt')
     load_nanochat(folder)
     for other in (bpe.token_bytes[:-1], [1] * V, bpe.token_bytes[::-1]):
@@ -159,7 +172,8 @@ def test_token_bytes(tmp_path, bpe):
     ({'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16), 'transformer.h.1.attn.ve_gate.weight': (2, 32)}, 'E2'),
     ({'resid_lambdas': (2,), 'bigram_embed.weight': (V, 16), 'value_embeds.1.weight': (V, 16)}, 'January'),
     ({'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16), 'transformer.h.1.attn.ve_gate.weight': (2, 12)}, 'E3'),
-    ({'smear_gate.weight': (1, 24), 'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16), 'transformer.h.1.attn.ve_gate.weight': (2, 12)}, 'E4'),
+    ({'smear_gate.weight': (1, 24), 'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16),
+      'transformer.h.1.attn.ve_gate.weight': (2, 12)}, 'E4'),
     ({'transformer.h.0.attn.c_attn.weight': (96, 32)}, 'gpt2:PATH'),
 ])
 def test_later_eras_are_refused_by_name(tmp_path, bpe, keys, era):
@@ -178,34 +192,42 @@ class Evil:
 
 def test_hostile_files_run_nothing(tmp_path, bpe):
     made, folder = str(tmp_path / 'made'), str(tmp_path / 'teacher')
-    hostile = {'model_000007.pt': lambda path: torch.save({**e0_state(), 'x': Evil(made)}, path), 'token_bytes.pt': lambda path: torch.save(Evil(made), path),
+    hostile = {'model_000007.pt': lambda path: torch.save({**e0_state(), 'x': Evil(made)}, path),
+               'token_bytes.pt': lambda path: torch.save(Evil(made), path),
                'tokenizer.pkl': lambda path: pickle.dump(Evil(made), open(path, 'wb'))}
     for name, write in hostile.items():
         path = os.path.join(write_nanochat(folder, bpe), name)
         write(path)
         refused(f'error: .*{name}.*(UnpicklingError|only tiktoken)|error: .*tokenizer.pkl', load_nanochat, folder)
         assert not os.path.exists(made)
-        pickle.load(open(path, 'rb')) if name.endswith('pkl') else torch.load(path, weights_only=False)    # the attack is real
+        # the attack is real: an ordinary load makes the folder
+        pickle.load(open(path, 'rb')) if name.endswith('pkl') else torch.load(path, weights_only=False)
         os.rmdir(made)
 
 
 def test_bad_nanochat_folders(tmp_path, bpe):
     folder = str(tmp_path / 'teacher')
-    refused(r"no nanochat.*python distill.py --fetch=d32 --out_dir=teachers/d32 \(7.2 GB\).*--teacher=random:d32.*config/distill_stdlib_bpe.py", load_teacher, f'nanochat:{folder}')
+    refused(r"no nanochat.*python distill.py --fetch=d32 --out_dir=teachers/d32 \(7.2 GB\)"
+            r".*--teacher=random:d32.*config/distill_stdlib_bpe.py", load_teacher, f'nanochat:{folder}')
     write_nanochat(folder, bpe)
     path = f'{folder}/model_000007.pt'
     good = open(path, 'rb').read()
-    for content in (good[:-1000], good[:100], b'', b'hello', good[:len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1:]):
+    for content in (good[:-1000], good[:100], b'', b'hello',
+                    good[:len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1:]):
         open(path, 'wb').write(content)
         refused(r'model_000007.pt .*(not a whole checkpoint|is damaged)', load_nanochat, folder)
-    lost, other = e0_state(), e0_state() | {'transformer.h.1.mlp.c_fc.weight': torch.zeros(64, 32), 'extra': torch.zeros(1)}
+    lost, other = e0_state(), e0_state() | {'transformer.h.1.mlp.c_fc.weight': torch.zeros(64, 32),
+                                            'extra': torch.zeros(1)}
     del lost['lm_head.weight']
-    for state, match in ((lost, 'lm_head.weight is missing'), (other, r'extra is unknown.*c_fc.weight is \(64, 32\) instead of \(128, 32\)'), (e0_state(350), r'wte.weight is \(350, 32\)'), ([1], 'not a whole nanochat')):
+    for state, match in ((lost, 'lm_head.weight is missing'),
+                         (other, r'extra is unknown.*c_fc.weight is \(64, 32\) instead of \(128, 32\)'),
+                         (e0_state(350), r'wte.weight is \(350, 32\)'), ([1], 'not a whole nanochat')):
         refused(match, load_nanochat, write_nanochat(folder, bpe, state))
     refused('n_layer|h.2.attn.c_q.weight is missing', load_nanochat, write_nanochat(folder, bpe, n_layer=3))
     refused('n_head .5. must be|n_embd', load_nanochat, write_nanochat(folder, bpe, n_head=5))
-    write_nanochat(folder, bpe)
-    for name, content, match in (('meta_000007.json', '{"step"', 'meta_000007.json .*JSONDecodeError'), ('meta_000007.json', '{}', 'model_config'), ('meta_000007.json', None, 'cannot read .*meta_000007.json'),
+    for name, content, match in (('meta_000007.json', '{"step"', 'meta_000007.json .*JSONDecodeError'),
+                                 ('meta_000007.json', '{}', 'model_config'),
+                                 ('meta_000007.json', None, 'cannot read .*meta_000007.json'),
                                  ('tokenizer.pkl', 'hello', 'tokenizer.pkl'), ('tokenizer.pkl', None, 'tokenizer')):
         write_nanochat(folder, bpe)
         os.remove(f'{folder}/{name}') if content is None else open(f'{folder}/{name}', 'w').write(content)
@@ -213,18 +235,23 @@ def test_bad_nanochat_folders(tmp_path, bpe):
 
 
 def test_fetch(server, tmp_path, bpe):  # noqa: F811
-    """The four files, from a server whose line goes dead once: the second call goes on from there, and the folder is a teacher."""
+    """
+    The four files, from a server whose line goes dead once: the second call goes on from there, and the folder is a
+    teacher.
+    """
     there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
     write_nanochat(there, bpe, step=650)
     names = sorted(os.listdir(there))
-    server.pages = {f'/karpathy/nanochat-d32/resolve/main/{name}': {'body': open(f'{there}/{name}', 'rb').read()} for name in names}
+    server.pages = {f'/karpathy/nanochat-d32/resolve/main/{name}': {'body': open(f'{there}/{name}', 'rb').read()}
+                    for name in names}
     server.pages['/karpathy/nanochat-d32/resolve/main/model_000650.pt']['cuts'] = [20_000]
     refused('cut short', fetch_nanochat, 'd32', here, server.url)
     assert 'model_000650.pt' not in os.listdir(here)
     assert fetch_nanochat('d32', here, server.url) == here and sorted(os.listdir(here)) == names
     assert server.asked[-1][0].endswith('model_000650.pt') and server.asked[-1][1].startswith('bytes=')
     model, tokenizer = load_nanochat(here)
-    assert torch.equal(model.lm_head.weight, e0_state()['lm_head.weight']) and fingerprint(tokenizer) == fingerprint(bpe)
+    assert (torch.equal(model.lm_head.weight, e0_state()['lm_head.weight'])
+            and fingerprint(tokenizer) == fingerprint(bpe))
     refused('answered 404', fetch_nanochat, 'd34', here, server.url)
     refused("one of d32, d34", fetch_nanochat, 'd20', here, server.url)
 
@@ -232,9 +259,11 @@ def test_fetch(server, tmp_path, bpe):  # noqa: F811
 def test_random_teachers():
     for name, n in (('d20', 560_988_160), ('d32', 1_879_048_192), ('d34', 2_217_082_880)):
         model = random_teacher(name, 'meta')
-        assert model.params()['total'] == n == NANOCHAT.get(name, {'params': n})['params'] and model.config.block_size == 2048 and model.config.head_dim == 128
+        assert (model.params()['total'] == n == NANOCHAT.get(name, {'params': n})['params']
+                and model.config.block_size == 2048 and model.config.head_dim == 128)
         if name in NANOCHAT:
-            assert NANOCHAT[name]['bytes'] == sum(p.numel() * (2 if 'wte' in k else 4) for k, p in model.named_parameters())
+            assert NANOCHAT[name]['bytes'] == sum(p.numel() * (2 if 'wte' in k else 4)
+                                                  for k, p in model.named_parameters())
     model, tokenizer, dataset = load_teacher('random:d2')
     logits = model.logits(model.trunk(torch.arange(5)[None]))
     assert tokenizer is None and dataset is None and logits.shape == (1, 5, 65536) and logits.std() > 0.1
@@ -247,13 +276,18 @@ def test_load_teacher(tmp_path, bpe):
     save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
     write_nanochat(tmp_path / 'd2', bpe)
     write_nanogpt(tmp_path / 'ckpt.pt')
-    for spec, trained_on, has_tokenizer in ((str(tmp_path), 'toy', True), (f'{tmp_path}/best.pt', 'toy', True), (f'nanochat:{tmp_path}/d2/', None, True), (f'gpt2:{tmp_path}/ckpt.pt', None, False)):
+    for spec, trained_on, has_tokenizer in (
+            (str(tmp_path), 'toy', True), (f'{tmp_path}/best.pt', 'toy', True),
+            (f'nanochat:{tmp_path}/d2/', None, True), (f'gpt2:{tmp_path}/ckpt.pt', None, False)):
         teacher, tokenizer, dataset = load_teacher(spec)
         states = teacher.trunk(torch.arange(10)[None])
         logits = teacher.logits(states)
-        assert dataset == trained_on and (tokenizer is not None) == has_tokenizer and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
-        assert teacher.flops_per_token(training=False) > 2 * sum(p.numel() for n, p in teacher.named_parameters() if '.h.' in n)
-        assert logits.shape == (1, 10, teacher.config.vocab_size) and logits.dtype == torch.float32 and teacher.config.block_size >= 10
+        assert (dataset == trained_on and (tokenizer is not None) == has_tokenizer
+                and not teacher.training and not any(p.requires_grad for p in teacher.parameters()))
+        assert teacher.flops_per_token(training=False) > 2 * sum(
+            p.numel() for n, p in teacher.named_parameters() if '.h.' in n)
+        assert (logits.shape == (1, 10, teacher.config.vocab_size) and logits.dtype == torch.float32
+                and teacher.config.block_size >= 10)
     assert torch.equal(load_teacher(str(tmp_path))[0](torch.arange(10)[None]), ours(torch.arange(10)[None]))
     refused('no teacher at', load_teacher, f'{tmp_path}/nothing')
     for spec in ('nothing', 'd2', 'd2/token_bytes.pt', 'best.pt'):
@@ -268,17 +302,22 @@ ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, bias=True, vocab_size
 
 def nanogpt_state(bias=True, tied=True):
     torch.manual_seed(1)
-    w = {'transformer.wte.weight': torch.randn(50, 32), 'transformer.wpe.weight': torch.randn(24, 32), 'transformer.ln_f.weight': torch.randn(32)}
+    w = {'transformer.wte.weight': torch.randn(50, 32), 'transformer.wpe.weight': torch.randn(24, 32),
+         'transformer.ln_f.weight': torch.randn(32)}
     for i in range(2):
-        for name, shape in (('ln_1', (32,)), ('attn.c_attn', (96, 32)), ('attn.c_proj', (32, 32)), ('ln_2', (32,)), ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
+        for name, shape in (('ln_1', (32,)), ('attn.c_attn', (96, 32)), ('attn.c_proj', (32, 32)),
+                            ('ln_2', (32,)), ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
             w[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
     if bias:
-        w |= {k.replace('weight', 'bias'): 0.3 * torch.randn(v.size(0)) for k, v in w.items() if 'ln_' in k or '.c_' in k}
+        w |= {k.replace('weight', 'bias'): 0.3 * torch.randn(v.size(0))
+              for k, v in w.items() if 'ln_' in k or '.c_' in k}
     return w | {'lm_head.weight': w['transformer.wte.weight'] if tied else torch.randn(50, 32)}
 
 
 def write_nanogpt(path, state=None, prefix='', **args):
-    torch.save({'model': {prefix + k: v for k, v in (nanogpt_state() if state is None else state).items()}, 'optimizer': {}, 'model_args': ARGS | args, 'iter_num': 3, 'best_val_loss': torch.tensor(1.0), 'config': {}}, path)
+    torch.save({'model': {prefix + k: v for k, v in (nanogpt_state() if state is None else state).items()},
+                'optimizer': {}, 'model_args': ARGS | args, 'iter_num': 3, 'best_val_loss': torch.tensor(1.0),
+                'config': {}}, path)
     return str(path)
 
 
@@ -288,14 +327,16 @@ def nanogpt_forward(w, idx, gelu='none'):
     linear = lambda x, name: F.linear(x, w[f'transformer.{name}.weight'], w.get(f'transformer.{name}.bias'))
     x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:T]
     for i in range(2):
-        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn').split(32, dim=-1))
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2)
+                   for t in linear(norm(x, f'h.{i}.ln_1'), f'h.{i}.attn.c_attn').split(32, dim=-1))
         scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
         x = x + linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f'h.{i}.attn.c_proj')
         x = x + linear(F.gelu(linear(norm(x, f'h.{i}.ln_2'), f'h.{i}.mlp.c_fc'), approximate=gelu), f'h.{i}.mlp.c_proj')
     return norm(x, 'ln_f') @ w['lm_head.weight'].T
 
 
-@pytest.mark.parametrize('bias, tied, prefix', [(True, True, ''), (False, False, '_orig_mod.'), (False, True, '_orig_mod.')])
+@pytest.mark.parametrize('bias, tied, prefix', [
+    (True, True, ''), (False, False, '_orig_mod.'), (False, True, '_orig_mod.')])
 def test_nanogpt(tmp_path, bias, tied, prefix):
     w = nanogpt_state(bias, tied)
     masks = {f'transformer.h.{i}.attn.bias': torch.ones(1, 1, 24, 24).tril() for i in range(2)}
@@ -306,9 +347,11 @@ def test_nanogpt(tmp_path, bias, tied, prefix):
         with torch.no_grad():
             logits = model.logits(model.trunk(idx))
             assert (logits - nanogpt_forward(w, idx)).abs().max() < 1e-4
-            assert (logits - nanogpt_forward(w, idx, 'tanh')).abs().max() > 1e-4               # so it does tell the two apart
+            # so it does tell the two kinds of GELU apart
+            assert (logits - nanogpt_forward(w, idx, 'tanh')).abs().max() > 1e-4
         assert tokenizer is None and (model.lm_head.weight is model.transformer.wte.weight) == tied
-        assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in w.values()) - (50 * 32 if tied else 0)
+        assert (sum(p.numel() for p in model.parameters())
+                == sum(t.numel() for t in w.values()) - (50 * 32 if tied else 0))
 
 
 def test_bad_gpt2s(tmp_path):
@@ -333,9 +376,12 @@ def test_bad_gpt2s(tmp_path):
 
 def write_hf(folder, **config):
     """nanogpt_state() as the gpt2 folders of the hub have it: four transposed weights, no prefix, no lm_head, masks."""
-    state = {k.removeprefix('transformer.'): v.t().contiguous() if '.c_' in k and v.ndim == 2 else v for k, v in nanogpt_state().items() if k != 'lm_head.weight'}
-    torch.save(state | {'h.0.attn.bias': torch.ones(1, 1, 24, 24), 'h.0.attn.masked_bias': torch.tensor(-1e4)}, folder / 'pytorch_model.bin')
-    (folder / 'config.json').write_text(json.dumps({'model_type': 'gpt2', 'n_positions': 24, 'vocab_size': 50, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | config))
+    state = {k.removeprefix('transformer.'): v.t().contiguous() if '.c_' in k and v.ndim == 2 else v
+             for k, v in nanogpt_state().items() if k != 'lm_head.weight'}
+    torch.save(state | {'h.0.attn.bias': torch.ones(1, 1, 24, 24), 'h.0.attn.masked_bias': torch.tensor(-1e4)},
+               folder / 'pytorch_model.bin')
+    (folder / 'config.json').write_text(json.dumps(
+        {'model_type': 'gpt2', 'n_positions': 24, 'vocab_size': 50, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | config))
 
 
 @pytest.mark.parametrize('name, gelu', [('gelu_new', 'tanh'), ('gelu', 'none')])
@@ -347,32 +393,38 @@ def test_hugging_face_gpt2_folder(tmp_path, name, gelu):
         assert (model.logits(model.trunk(idx)) - nanogpt_forward(nanogpt_state(), idx, gelu)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('how', [{}, dict(tie_word_embeddings=False, activation_function='gelu', layer_norm_epsilon=1e-3, n_inner=40)])
+@pytest.mark.parametrize('how', [
+    {}, dict(tie_word_embeddings=False, activation_function='gelu', layer_norm_epsilon=1e-3, n_inner=40)])
 def test_gpt2_equals_transformers(tmp_path, how):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=24, n_layer=2, n_head=4, n_embd=32, **how)))
+    theirs = randomise(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=24, n_layer=2, n_head=4, n_embd=32, **how)))
     theirs.save_pretrained(tmp_path)
     assert (tmp_path / 'model.safetensors').exists()
     model, _ = load_gpt2(str(tmp_path))
     idx = torch.randint(50, (3, 24))
     with torch.no_grad():
-        assert theirs(idx).logits.std() > 0.1 and (model.logits(model.trunk(idx)) - theirs(idx).logits).abs().max() < 1e-4
+        assert (theirs(idx).logits.std() > 0.1
+                and (model.logits(model.trunk(idx)) - theirs(idx).logits).abs().max() < 1e-4)
 
 
 # -----------------------------------------------------------------------------
 # tokenizers
 
-ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 ſ İ ٣٤ 12345', 'a' * 50, '\x00\x7f\x85\xa0\xad', *TEXTS]
+ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 ſ İ ٣٤ 12345', 'a' * 50,
+       '\x00\x7f\x85\xa0\xad', *TEXTS]
 
 
 def write_gpt2_tokenizer(folder, tok):
     """vocab.json and merges.txt as GPT-2 has them."""
     tokens, character = [t.encode('latin-1') for t in tok.meta()['ranks']], byte_characters()
     text = lambda token: ''.join(character[b] for b in token)
-    vocab = {text(token): i for i, token in enumerate(tokens)} | {name: tok.special(name) for name in tok.special_tokens}
+    vocab = ({text(token): i for i, token in enumerate(tokens)}
+             | {name: tok.special(name) for name in tok.special_tokens})
     (folder / 'vocab.json').write_text(json.dumps(vocab))
-    (folder / 'merges.txt').write_text('#version: 0.2\n' + ''.join(f'{text(a)} {text(b)}\n' for a, b in merges_of(tokens)), encoding='utf-8')
+    (folder / 'merges.txt').write_text(
+        '#version: 0.2\n' + ''.join(f'{text(a)} {text(b)}\n' for a, b in merges_of(tokens)), encoding='utf-8')
 
 
 def test_gpt2_tokenizer(tmp_path):
@@ -422,8 +474,10 @@ def test_merges_say_what_ranks_say(bpe):
 def test_exported_tokenizer_equals_ours(bpe):
     tokenizers = pytest.importorskip('tokenizers')
     theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(bpe)))
-    assert theirs.get_vocab_size() == V and all(theirs.token_to_id(name) == bpe.special(name) for name in bpe.special_tokens)
-    every = ''.join(f'a{chr(c)}b 1{chr(c)} ' for c in [*range(0x3000), *range(0xff00, 0xffff), *range(0x1f600, 0x1f650)])
+    assert (theirs.get_vocab_size() == V
+            and all(theirs.token_to_id(name) == bpe.special(name) for name in bpe.special_tokens))
+    every = ''.join(f'a{chr(c)}b 1{chr(c)} '
+                    for c in [*range(0x3000), *range(0xff00, 0xffff), *range(0x1f600, 0x1f650)])
     for text in [*ODD, every]:
         assert theirs.encode(text).ids == bpe.encode(text) and theirs.decode(bpe.encode(text)) == text
 
@@ -431,7 +485,9 @@ def test_exported_tokenizer_equals_ours(bpe):
 # -----------------------------------------------------------------------------
 # export
 
-@pytest.mark.parametrize('shape', [dict(n_kv_head=2), dict(tie_weights=True), dict(head_dim=12, n_hidden=40, n_kv_head=1, rope_base=500.0, multi_token_n=1, draft_n=2)])
+@pytest.mark.parametrize('shape', [
+    dict(n_kv_head=2), dict(tie_weights=True),
+    dict(head_dim=12, n_hidden=40, n_kv_head=1, rope_base=500.0, multi_token_n=1, draft_n=2)])
 def test_exported_model_equals_ours(tmp_path, bpe, shape, capsys):
     transformers = pytest.importorskip('transformers')
     model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **shape)), 0.4)
@@ -443,16 +499,20 @@ def test_exported_model_equals_ours(tmp_path, bpe, shape, capsys):
         assert type(theirs).__name__ == 'NanoChatForCausalLM' and model(idx).std() > 1
         assert (theirs(idx).logits - model(idx)).abs().max() < 1e-4
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.bos_token_id == bpe.bos == theirs.config.bos_token_id and tokenizer.encode(TEXTS[0]) == bpe.encode(TEXTS[0])
+    assert (tokenizer.bos_token_id == bpe.bos == theirs.config.bos_token_id
+            and tokenizer.encode(TEXTS[0]) == bpe.encode(TEXTS[0]))
 
 
 def test_exported_files(tmp_path, bpe):
     safetensors = pytest.importorskip('safetensors.torch')
     model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
     export_hf(model, bpe, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    assert sorted(os.listdir(tmp_path)) == [
+        'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     state = safetensors.load_file(tmp_path / 'model.safetensors')
-    assert len(state) == 8 and torch.equal(state['model.layers.0.self_attn.o_proj.weight'], model.transformer.h[0].attn.c_proj.weight) and torch.equal(state['model.layers.0.mlp.fc2.weight'], model.transformer.h[0].mlp.c_proj.weight)
+    assert (len(state) == 8
+            and torch.equal(state['model.layers.0.self_attn.o_proj.weight'], model.transformer.h[0].attn.c_proj.weight)
+            and torch.equal(state['model.layers.0.mlp.fc2.weight'], model.transformer.h[0].mlp.c_proj.weight))
     with pytest.raises(AssertionError, match='300'):
         export_hf(model, train_bpe(TEXTS, V - 1), tmp_path)
     with pytest.raises(AssertionError, match='int8'):
@@ -462,5 +522,6 @@ def test_exported_files(tmp_path, bpe):
 def test_safetensors_is_asked_for(tmp_path, bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    refused('pip install safetensors', export_hf, GPT(GPTConfig(block_size=8, vocab_size=V, n_layer=1, n_head=1, n_embd=8)), bpe, tmp_path)
+    refused('pip install safetensors', export_hf,
+            GPT(GPTConfig(block_size=8, vocab_size=V, n_layer=1, n_head=1, n_embd=8)), bpe, tmp_path)
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,6 @@
 """
-python -m pytest tests/test_tokenizer.py      a few seconds; `pip install rustbpe` switches on the comparison with nanochat's own trainer
+python -m pytest tests/test_tokenizer.py      a few seconds; `pip install rustbpe` switches on the comparison
+                                              with nanochat's own trainer
 """
 
 import argparse
@@ -23,14 +24,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import data.tokenizer
-from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, load_nanochat_tokenizer,
-                            train_bpe)
+from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta,
+                            load_nanochat_tokenizer, train_bpe)
 
-# Real text that is on every machine. It differs between Python versions, which is why nothing below expects particular tokens of it.
+# Real text that is on every machine. It differs between Python versions, so nothing below expects particular tokens.
 TEXTS = [inspect.getsource(module) for module in (textwrap, difflib, argparse)]
-HARD = ['', ' ', '\n', '\r\n\r\n', '   x\t\t\n \n', 'a' * 500, ' ' * 500 + 'x', "it's WE'LL I'd", '12345678 3.14', '<|bos|><|user_start|>',
-        'h\u00e9llo e\u0301', '\u4f60\u597d\u3000\u4e16\u754c', 'a\x00b\x1c\x85\xa0c', '\u0660\u0661\u0662 \u00bd \u2167',
-        '\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7', '\u202e\ufeff\ufffd\ufffe\uffff\U0010ffff']
+HARD = ['', ' ', '\n', '\r\n\r\n', '   x\t\t\n \n', 'a' * 500, ' ' * 500 + 'x', "it's WE'LL I'd", '12345678 3.14',
+        '<|bos|><|user_start|>', 'h\u00e9llo e\u0301', '\u4f60\u597d\u3000\u4e16\u754c', 'a\x00b\x1c\x85\xa0c',
+        '\u0660\u0661\u0662 \u00bd \u2167', '\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7',
+        '\u202e\ufeff\ufffd\ufffe\uffff\U0010ffff']
 
 
 @pytest.fixture(scope='module')
@@ -99,7 +101,8 @@ def test_char_errors():
     message = refused('a\u00e9\tb', call=tok.encode, match='4 characters')
     assert repr('\u00e9') in message and repr('\t') in message and repr('\nabc') in message
     assert 'and 15 more' in refused('defghijklmnopqrstuvw', call=tok.encode, match="'d', 'e', 'f', 'g', 'h'")
-    assert len(refused('!', call=CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode, match='8000 characters')) < 1000
+    assert len(refused('!', call=CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode,
+                       match='8000 characters')) < 1000
     refused([4], call=tok.decode, match='token id 4')
     refused([-1], call=tok.decode, match='token id -1')
     refused('', call=CharTokenizer, match='empty')
@@ -147,7 +150,8 @@ def test_bpe_refuses_bad_tables():
     assert BPETokenizer(ranks, special_tokens=()).encode('hi') == [104, 105]
     refused({**ranks, b'ab': 257}, call=BPETokenizer, match='257 BPE tokens')
     refused({**ranks, b'ab': 255}, call=BPETokenizer, match='257 BPE tokens')
-    refused({b'aa' if token == b'\x07' else token: i for token, i in ranks.items()}, call=BPETokenizer, match='1 single bytes .* 7')
+    refused({b'aa' if token == b'\x07' else token: i for token, i in ranks.items()}, call=BPETokenizer,
+            match='1 single bytes .* 7')
     refused(ranks, PATTERN, ['<|bos|>', '<|bos|>'], call=BPETokenizer, match='twice')
     refused(ranks, '(', call=BPETokenizer, match='parenthesis')
 
@@ -189,7 +193,8 @@ def test_training_depends_on_the_text_alone(bpe):
     script = ('import argparse, difflib, inspect, textwrap; from data.tokenizer import fingerprint, train_bpe;'
               'print(fingerprint(train_bpe(map(inspect.getsource, (textwrap, difflib, argparse)), 665)))')
     for seed in ('1', '2'):  # of str hashes, and so of the order of sets
-        out = subprocess.run([sys.executable, '-c', script], cwd=ROOT, env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': ROOT},
+        out = subprocess.run([sys.executable, '-c', script], cwd=ROOT,
+                             env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': ROOT},
                              capture_output=True, text=True, check=True).stdout
         assert out.strip() == fingerprint(bpe)
 
@@ -270,11 +275,13 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
     path, folder = tmp_path / 'tokenizer.pkl', str(tmp_path / 'made by the pickle')
     state = bpe._encoding.__getstate__()
     path.write_bytes(encoding_pickle(state))
-    assert fingerprint(load_nanochat_tokenizer(path)) == fingerprint(bpe)  # encoding_pickle writes what the loader reads
+    # encoding_pickle writes what the loader reads
+    assert fingerprint(load_nanochat_tokenizer(path)) == fingerprint(bpe)
 
     pickle.loads(pickle.dumps(Evil(folder)))  # the attack is real
     os.rmdir(folder)
-    monkeypatch.setattr(tiktoken.registry, 'get_encoding', lambda name: os.mkdir(folder))  # a state that is a name asks for a download
+    # a state that is a name asks for a download
+    monkeypatch.setattr(tiktoken.registry, 'get_encoding', lambda name: os.mkdir(folder))
     attacks = {
         'a call': (pickle.dumps(Evil(folder)), 'mkdir'),
         'a call inside the state': (encoding_pickle({**state, 'name': Evil(folder)}), 'mkdir'),
@@ -302,7 +309,10 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
 
 
 def test_real_nanochat_tokenizer():
-    """A tokenizer that nanochat's own code trained and pickled, with what it says of a text; it lies beside the repository, if at all."""
+    """
+    A tokenizer that nanochat's own code trained and pickled, with what it says of a text; it lies beside the
+    repository, if at all.
+    """
     folder = os.path.join(ROOT, '..', 'shared', 'data', 'nanochat_e0')
     if not os.path.isdir(folder):
         pytest.skip('no nanochat files here')

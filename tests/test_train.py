@@ -1,6 +1,6 @@
 """
-train.py end to end, on a toy text that is made here: what resumes, accumulates, runs in parallel or is compiled must equal what
-does not; what cannot work must say so in one line and leave everything as it was.
+train.py end to end, on a toy text that is made here: what resumes, accumulates, runs in parallel or is compiled must
+equal what does not; what cannot work must say so in one line and leave everything as it was.
 
 $ python -m pytest tests/test_train.py        about a minute; most runs share this process, to import torch once
 """
@@ -29,8 +29,9 @@ import data.loader
 from data.loader import write_texts
 from model import GPT, GPTConfig, fast_bf16, load_checkpoint
 
-TINY = ['--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=4', '--max_iters=8',
-        '--log_interval=1', '--eval_interval=2', '--save_interval=0', '--sample_interval=0']
+TINY = ['--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
+        '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2', '--save_interval=0',
+        '--sample_interval=0']
 
 
 def toy_text(lines=120):
@@ -47,8 +48,8 @@ def make_dataset(folder, text=toy_text(), val=700, level='char', vocab_size=275)
 
 def run(script, *args, stdin=''):
     """
-    The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What would be a traceback
-    is raised here.
+    The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
+    would be a traceback is raised here.
     """
     argv, before = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
@@ -56,7 +57,7 @@ def run(script, *args, stdin=''):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             names = runpy.run_path(script, run_name='__main__')
-    except SystemExit as e:                         # as the interpreter does: a text goes to stderr and makes the status 1
+    except SystemExit as e:             # as the interpreter does: a text goes to stderr and makes the status 1
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
         err.write(f'{e.code}\n' if isinstance(e.code, str) else '')
     finally:
@@ -74,8 +75,9 @@ def train(out_dir, *args):
 
 
 def start(*args, **how):
-    """The same in a process of its own."""
-    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+    """Python with these arguments in a process of its own -> its Popen."""
+    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **how)
 
 
 def refused(got, pattern):
@@ -149,9 +151,10 @@ def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
 
 def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
     """A process of two."""
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    import model                                                                       # Muon's bfloat16 would hide mistakes
-    model.fast_bf16 = lambda device: False
+    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
+                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    import model
+    model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
     GPT.forward = room(rows)
     GPT.forward = poisoned(nan_at if rank == 1 else None)
     batch = data.loader.Loader.batch
@@ -167,8 +170,8 @@ def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
 
 def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
     """
-    train.py in two processes on gloo, forked where torch has been imported already; rows fit on each; the second one gets SIGTERM in step
-    stop_in, and NaN from its forward number nan_at. -> what each of them said.
+    train.py in two processes on gloo, forked where torch has been imported already; rows fit on each; the second one
+    gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'distill', 'engine', 'test_train'])
@@ -176,10 +179,12 @@ def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     answers = context.Queue()
-    children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, nan_at, [*TINY, *map(str, args)], answers), daemon=True) for rank in (0, 1)]
+    children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, nan_at,
+                                                         [*TINY, *map(str, args)], answers), daemon=True)
+                for rank in (0, 1)]
     for child in children:
         child.start()
-    said = sorted(answers.get(timeout=300) for _ in children)                          # processes that disagree wait for each other
+    said = sorted(answers.get(timeout=300) for _ in children)   # processes that disagree wait for each other
     for child in children:
         child.join()
     return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
@@ -188,11 +193,16 @@ def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
 # -----------------------------------------------------------------------------
 # equalities
 
-@pytest.mark.parametrize('args', [[], ['--dropout=0.3'], ['--total_batch_size=128', '--warmup_iters=3', '--tie_weights=True'], ['--quant_bits=8', '--qat_start=0.5'],
-                                  ['--ema=0.9', '--sample_interval=3', '--sample_tokens=4'],
-                                  ['--dropout=0.3', '--total_batch_size=128', '--quant_bits=8', '--qat_start=0.5', '--multi_token_n=2', '--draft_n=2']], ids=' '.join)
+@pytest.mark.parametrize('args', [
+    [], ['--dropout=0.3'], ['--total_batch_size=128', '--warmup_iters=3', '--tie_weights=True'],
+    ['--quant_bits=8', '--qat_start=0.5'], ['--ema=0.9', '--sample_interval=3', '--sample_tokens=4'],
+    ['--dropout=0.3', '--total_batch_size=128', '--quant_bits=8', '--qat_start=0.5', '--multi_token_n=2',
+     '--draft_n=2']], ids=' '.join)
 def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
-    """Stopped before, at, and after the step where the rounding begins (4): weights, optimizers, best.pt and losses are the same bits."""
+    """
+    Stopped before, at, and after the step where the rounding begins (4): weights, optimizers, best.pt and losses are
+    the same bits.
+    """
     whole = train(tmp_path / 'whole', toy, *args)
     for i, (at, signum) in enumerate([(3, signal.SIGTERM), (4, signal.SIGINT), (7, signal.SIGTERM)]):
         interrupt(at - 1, signum)
@@ -200,7 +210,7 @@ def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
         assert stopped['iters'] == at == load_checkpoint(f'{tmp_path}/parts/ckpt.pt')['step']
     interrupt(None, None)
     with open(tmp_path / 'parts' / 'log.csv', 'a') as f:
-        f.write('8,512,9.9,9.9,,,0.1,1\n')                                             # as if a step had been logged and then the power was cut
+        f.write('8,512,9.9,9.9,,,0.1,1\n')      # as if a step had been logged and then the power was cut
     resumed = train(tmp_path / 'parts', toy, *args, '--init_from=resume')
     same = ('iters', 'tokens', 'params', 'val_loss', 'val_bpb', 'best_val_loss', 'best_step')
     assert {k: whole[k] for k in same} == {k: resumed[k] for k in same}
@@ -230,19 +240,23 @@ def test_resuming_takes_this_runs_rates(toy, tmp_path):
 
 
 def test_the_loss_before_fine_tuning(toy, tmp_path):
-    """Of a checkpoint it is the loss that it ended with, through the rounding too; a resumed run still knows it; others have none."""
+    """
+    Of a checkpoint it is the loss that it ended with, through the rounding too; a resumed run still knows it;
+    others have none.
+    """
     first = train(tmp_path / 'a', toy)
     source = f'--init_from={tmp_path}/a/best.pt'
     tuned = train(tmp_path / 'b', toy, source, '--max_iters=2')
     assert tuned['val_loss_before'] == first['best_val_loss'] != tuned['val_loss'] and first['val_loss_before'] is None
-    assert train(tmp_path / 'b', toy, '--init_from=resume', '--max_iters=4')['val_loss_before'] == first['best_val_loss']
+    assert (train(tmp_path / 'b', toy, '--init_from=resume', '--max_iters=4')['val_loss_before']
+            == first['best_val_loss'])
     assert train(tmp_path / 'c', toy, source, '--max_iters=1', '--eval_interval=0')['val_loss_before'] is None
     rounded = train(tmp_path / 'd', toy, source, '--quant_bits=8', '--muon_lr=0', '--adam_lr=0')
     assert rounded['val_loss_before'] == rounded['val_loss'] != first['best_val_loss']
 
 
 def test_accumulation_equals_one_large_batch(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr('model.fast_bf16', lambda device: False)                       # Muon's bfloat16 would hide mistakes
+    monkeypatch.setattr('model.fast_bf16', lambda device: False)                # Muon's bfloat16 would hide mistakes
     args = [toy, '--multi_token_n=1', '--draft_n=2']
     a = train(tmp_path / 'a', *args, '--batch_size=8')
     b = train(tmp_path / 'b', *args, '--batch_size=4', '--total_batch_size=128')
@@ -253,11 +267,15 @@ def test_accumulation_equals_one_large_batch(toy, tmp_path, monkeypatch):
 
 
 def test_two_processes_equal_one(toy, tmp_path, interrupt):
-    """torchrun on gloo; the second process has an out_dir of its own, where nothing may appear, and it alone is asked to stop."""
+    """
+    torchrun on gloo; the second process has an out_dir of its own, where nothing may appear, and it alone is asked
+    to stop.
+    """
     args = [toy, '--max_iters=100', '--total_batch_size=128', '--eval_interval=1']
-    line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args, f'--out_dir={tmp_path}/rank$RANK'])
+    line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args,
+                     f'--out_dir={tmp_path}/rank$RANK'])
     p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
-    timer = threading.Timer(300, p.terminate)                                           # processes that disagree wait for each other
+    timer = threading.Timer(300, p.terminate)                   # processes that disagree wait for each other
     timer.start()
     out = []
     for text in p.stdout:
@@ -273,7 +291,8 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     interrupt(two['iters'] - 1, signal.SIGTERM)
     one = train(tmp_path / 'one', *args)
     loose = 100 if fast_bf16('cpu') else 1
-    assert one['iters'] == two['iters'] and one['tokens'] == two['tokens'] and abs(one['val_loss'] - two['val_loss']) < 1e-5 * loose
+    assert (one['iters'] == two['iters'] and one['tokens'] == two['tokens']
+            and abs(one['val_loss'] - two['val_loss']) < 1e-5 * loose)
     a, b = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in ('one', 'rank0'))
     assert largest_difference(a['model'], b['model']) < 1e-4 * loose
     assert [row['step'] for row in log(tmp_path / 'one')] == [row['step'] for row in log(tmp_path / 'rank0')]
@@ -282,22 +301,29 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     assert a['iters'] == b['iters'] == two['iters'] + 2 and abs(a['val_loss'] - b['val_loss']) < 1e-5 * loose
 
 
-@pytest.mark.parametrize('args', [['--dropout=0', '--tie_weights=True', '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--grad_clip=0.1', '--weight_decay=0.1', '--ema=0.9', '--teacher={}/t'],
-                                  ['--quant_bits=8', '--qat_start=0.5', '--sample_interval=3', '--sample_tokens=4'],
-                                  ['--init_from={}/t/best.pt', '--train_only=draft', '--draft_n=2', '--own_samples=0.5']], ids=lambda args: args[0])
+@pytest.mark.parametrize('args', [
+    ['--dropout=0', '--tie_weights=True', '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--grad_clip=0.1',
+     '--weight_decay=0.1', '--ema=0.9', '--teacher={}/t'],
+    ['--quant_bits=8', '--qat_start=0.5', '--sample_interval=3', '--sample_tokens=4'],
+    ['--init_from={}/t/best.pt', '--train_only=draft', '--draft_n=2', '--own_samples=0.5']], ids=lambda args: args[0])
 def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
-    """fsdp in two processes that stop and go on, half of the way beside and half of the way after one that holds everything."""
+    """
+    fsdp in two processes that stop and go on, half of the way beside and half of the way after one that holds
+    everything.
+    """
     monkeypatch.setattr('model.fast_bf16', lambda device: False)
     train(tmp_path / 't', toy, '--max_iters=4', '--muon_lr=0.1')
     args = [toy, '--total_batch_size=256', *(arg.replace('{}', str(tmp_path)) for arg in args)]
     whole = train(tmp_path / 'one', *args)
-    if '--train_only=draft' in args:                                                   # each process writes rows of its own, so only the shards themselves are tested
+    if '--train_only=draft' in args:
+        # each process writes rows of its own, so only the shards are tested: two processes with and two without them
         two(*args, f'--out_dir={tmp_path}/two')
         pair = two(*args, '--fsdp=True', f'--out_dir={tmp_path}/parts')
     else:
         shutil.copytree(tmp_path / 'one', tmp_path / 'two')
         first = two(*args, '--fsdp=True', '--save_interval=1', f'--out_dir={tmp_path}/parts', stop_in=2)
-        assert [p.status for p in first] == [0, 0] and load_checkpoint(f'{tmp_path}/parts/ckpt.pt')['step'] == 3, first[0].err
+        assert ([p.status for p in first] == [0, 0]
+                and load_checkpoint(f'{tmp_path}/parts/ckpt.pt')['step'] == 3), first[0].err
         interrupt(4, signal.SIGTERM)
         train(tmp_path / 'parts', *args, '--init_from=resume')                         # whole again for two steps
         pair = two(*args, '--fsdp=True', '--init_from=resume', f'--out_dir={tmp_path}/parts')
@@ -312,9 +338,13 @@ def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
 
 
 def test_a_process_that_dies_ends_the_job(toy, tmp_path, interrupt):
-    """Of two that share a model one is killed: the job fails, what it had saved is whole, and one process goes on from it."""
+    """
+    Of two that share a model one is killed: the job fails, what it had saved is whole, and one process goes on
+    from it.
+    """
     args = [toy, '--max_iters=1000', '--total_batch_size=128', '--eval_interval=0']
-    line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args, '--fsdp=True', '--save_interval=1', f'--out_dir={tmp_path}/run'])
+    line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args,
+                     '--fsdp=True', '--save_interval=1', f'--out_dir={tmp_path}/run'])
     p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
     timer = threading.Timer(300, p.terminate)
     timer.start()
@@ -328,9 +358,11 @@ def test_a_process_that_dies_ends_the_job(toy, tmp_path, interrupt):
     step = load_checkpoint(f'{tmp_path}/run/ckpt.pt')['step']
     assert step >= 2
     interrupt(step + 1, signal.SIGTERM)
-    a, b = train(tmp_path / 'run', *args, '--init_from=resume'), train(tmp_path / 'one', *args)
+    train(tmp_path / 'run', *args, '--init_from=resume')
+    train(tmp_path / 'one', *args)
     a, b = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in ('run', 'one'))
-    assert a['step'] == b['step'] == step + 2 and largest_difference(a['model'], b['model']) < 1e-4 * (100 if fast_bf16('cpu') else 1)
+    assert (a['step'] == b['step'] == step + 2
+            and largest_difference(a['model'], b['model']) < 1e-4 * (100 if fast_bf16('cpu') else 1))
 
 
 def test_the_average_of_the_weights(toy, tmp_path, interrupt):
@@ -347,17 +379,25 @@ def test_the_average_of_the_weights(toy, tmp_path, interrupt):
         average = {name: decay * a + (1 - decay) * state['model'][name] for name, a in average.items()}
         assert state['step'] == step + 1 and largest_difference(average, state['ema']) < 1e-6
     best = load_checkpoint(f'{tmp_path}/run/best.pt')
-    assert largest_difference(best['model'], state['ema']) == 0 and largest_difference(state['model'], state['ema']) > 1e-3
-    again = train(tmp_path / 'again', toy, f'--init_from={tmp_path}/run/best.pt', '--muon_lr=0', '--adam_lr=0', '--max_iters=1')
+    assert (largest_difference(best['model'], state['ema']) == 0
+            and largest_difference(state['model'], state['ema']) > 1e-3)
+    again = train(tmp_path / 'again', toy, f'--init_from={tmp_path}/run/best.pt', '--muon_lr=0', '--adam_lr=0',
+                  '--max_iters=1')
     assert again['val_loss'] == done['val_loss']
 
 
 # -----------------------------------------------------------------------------
 # batch_size=auto
 
-@pytest.mark.parametrize('args, rows', [([], 5), (['--total_batch_size=192', '--dropout=0.3', '--quant_bits=8', '--qat_start=0.5', '--ema=0.9', '--multi_token_n=1'], 4)], ids=['any', 'divisor'])
+@pytest.mark.parametrize('args, rows', [
+    ([], 5),
+    (['--total_batch_size=192', '--dropout=0.3', '--quant_bits=8', '--qat_start=0.5', '--ema=0.9',
+      '--multi_token_n=1'], 4)], ids=['any', 'divisor'])
 def test_auto_equals_the_number_that_it_finds(toy, tmp_path, monkeypatch, interrupt, args, rows):
-    """A search leaves no trace, at the start or in the middle of a run. Five rows fit; of 12 in a step, four are as many as divide them."""
+    """
+    A search leaves no trace, at the start or in the middle of a run. Five rows fit; of 12 in a step, four are as many
+    as divide them.
+    """
     monkeypatch.setattr(GPT, 'forward', room(5))
     train(tmp_path / 'number', toy, *args, f'--batch_size={rows}')
     interrupt(2, signal.SIGTERM)
@@ -369,19 +409,27 @@ def test_auto_equals_the_number_that_it_finds(toy, tmp_path, monkeypatch, interr
     for name in ('ckpt.pt', 'best.pt'):
         a, b = (load_checkpoint(f'{tmp_path}/{run}/{name}') for run in ('number', 'auto'))
         assert largest_difference(a, b) == 0 and a['step'] == b['step']
-    assert [row['train_loss'] for row in log(tmp_path / 'number')] == [row['train_loss'] for row in log(tmp_path / 'auto')]
+    assert ([row['train_loss'] for row in log(tmp_path / 'number')]
+            == [row['train_loss'] for row in log(tmp_path / 'auto')])
 
 
 def test_auto_finds_every_limit_once(toy, tmp_path, monkeypatch):
     forward = GPT.forward
-    search = lambda n, out_dir, *args: monkeypatch.setattr(GPT, 'forward', forward) or monkeypatch.setattr(GPT, 'forward', room(n)) or \
-        train(tmp_path / str(out_dir), toy, '--max_iters=1', '--eval_interval=0', '--batch_size=auto', *args)['batch_size']
+
+    def search(n, out_dir, *args):
+        monkeypatch.setattr(GPT, 'forward', forward)
+        monkeypatch.setattr(GPT, 'forward', room(n))        # room wraps what is there
+        return train(tmp_path / str(out_dir), toy, '--max_iters=1', '--eval_interval=0', '--batch_size=auto',
+                     *args)['batch_size']
+
     assert [search(n, n) for n in (1, 2, 3, 8, 9)] == [1, 2, 3, 8, 9]
     assert [search(n, f'divisor{n}', '--total_batch_size=192') for n in (1, 5, 7, 12, 13)] == [1, 4, 6, 12, 12]
-    assert search(20, 9) == 9 and search(20, 9, '--n_embd=32') == 20 and search(30, 9) == 9                     # kept, each by what it depends on
+    # what is found is kept, each number by what it depends on
+    assert search(20, 9) == 9 and search(20, 9, '--n_embd=32') == 20 and search(30, 9) == 9
     kept = json.load(open(tmp_path / '9' / 'batch_size.json'))
-    (tmp_path / '9' / 'batch_size.json').write_text(json.dumps({key: (n, 2 * memory) for key, (n, memory) in kept.items()}))
-    assert search(4, 9) == 4                                                            # found with more memory than there is now
+    (tmp_path / '9' / 'batch_size.json').write_text(
+        json.dumps({key: (n, 2 * memory) for key, (n, memory) in kept.items()}))
+    assert search(4, 9) == 4                    # what was found with more memory than there is now does not count
 
 
 def test_auto_takes_nothing_else_for_out_of_memory(toy, tmp_path, monkeypatch):
@@ -406,7 +454,10 @@ def test_auto_of_two_processes_is_the_smaller(toy, tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
 def test_auto_under_a_real_limit(toy, tmp_path):
-    """100 MiB to train in: what is found is trained with, and eight times that runs out of memory (freed memory that stays mapped makes the edge soft)."""
+    """
+    100 MiB to train in: what is found is trained with, and eight times that runs out of memory (freed memory that
+    stays mapped makes the edge soft).
+    """
     code = '''if 1:
         import json, resource, runpy, sys
         sys.path[:0] = ['.', 'tests']
@@ -461,14 +512,18 @@ def test_killed_at_any_moment():
 
 @pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager(toy, tmp_path):
-    """Also across the step where the rounding begins: the compiled code must not go on without it. (Some steps later, values have come to lie on other sides of a rounding's edge.)"""
+    """
+    Also across the step where the rounding begins: the compiled code must not go on without it. (Some steps later,
+    values have come to lie on other sides of a rounding's edge.)
+    """
     args = [toy, '--n_layer=1', '--max_iters=4', '--eval_interval=0', '--muon_lr=0.1', '--quant_bits=8']
     p = start('train.py', *TINY, *args, '--qat_start=0.75', '--compile=True', f'--out_dir={tmp_path}/compiled')
     out, err = p.communicate()
     assert p.returncode == 0 and 'compile=True' in out, err
     train(tmp_path / 'eager', *args, '--qat_start=0.75')
     train(tmp_path / 'float', *args, '--quant_bits=0')
-    compiled, eager, plain = ([float(row['train_loss']) for row in log(tmp_path / name)] for name in ('compiled', 'eager', 'float'))
+    compiled, eager, plain = ([float(row['train_loss']) for row in log(tmp_path / name)]
+                              for name in ('compiled', 'eager', 'float'))
     difference = lambda a, b: max(abs(x - y) for x, y in zip(a, b, strict=True))
     assert eager[:3] == plain[:3]
     assert 10 * difference(compiled, eager) < difference(eager, plain)
@@ -491,9 +546,12 @@ def test_nan_keeps_the_last_good_checkpoint(toy, tmp_path):
     state['model']['transformer.h.0.attn.c_q.weight'][3, 4] = math.nan
     torch.save(state, f'{tmp_path}/poisoned.pt')
     before = content(tmp_path)
-    for args, pattern in ((['--init_from=resume', '--adam_lr=1e300', '--save_interval=1'], 'weights .* at step 2; .*ckpt.pt still holds step 2: .*adam_lr'),
-                          (['--init_from=resume', '--adam_lr=1e300', '--log_interval=3'], 'loss .*nan.* at step 3; .*ckpt.pt still holds step 2: '),
-                          ([f'--init_from={tmp_path}/poisoned.pt', f'--out_dir={tmp_path}/new'], 'loss .*nan.* at step 0; nothing had been saved')):
+    for args, pattern in ((['--init_from=resume', '--adam_lr=1e300', '--save_interval=1'],
+                           'weights .* at step 2; .*ckpt.pt still holds step 2: .*adam_lr'),
+                          (['--init_from=resume', '--adam_lr=1e300', '--log_interval=3'],
+                           'loss .*nan.* at step 3; .*ckpt.pt still holds step 2: '),
+                          ([f'--init_from={tmp_path}/poisoned.pt', f'--out_dir={tmp_path}/new'],
+                           'loss .*nan.* at step 0; nothing had been saved')):
         refused(run('train.py', *TINY, toy, '--eval_interval=0', f'--out_dir={tmp_path}/run', *args), pattern)
         assert all(content(tmp_path)[path] == was for path, was in before.items() if path.endswith('.pt'))
     assert [row['step'] for row in log(tmp_path / 'run')][:2] == ['1', '2']
@@ -501,10 +559,13 @@ def test_nan_keeps_the_last_good_checkpoint(toy, tmp_path):
 
 def test_nan_in_a_batch(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, 'forward', poisoned(6))
-    refused(run('train.py', *TINY, toy, '--save_interval=2', '--eval_interval=0', '--log_interval=8', f'--out_dir={tmp_path}'), 'loss .*nan.* at step 5; .*ckpt.pt still holds step 4: ')
+    refused(run('train.py', *TINY, toy, '--save_interval=2', '--eval_interval=0', '--log_interval=8',
+                f'--out_dir={tmp_path}'),
+            'loss .*nan.* at step 5; .*ckpt.pt still holds step 4: ')
     assert load_checkpoint(f'{tmp_path}/ckpt.pt')['step'] == 4
     monkeypatch.undo()
-    a, b = two(toy, '--save_interval=2', '--eval_interval=0', f'--out_dir={tmp_path}/two', nan_at=3)       # only one of them sees it
+    # now only one of two processes sees it
+    a, b = two(toy, '--save_interval=2', '--eval_interval=0', f'--out_dir={tmp_path}/two', nan_at=3)
     refused(a, 'loss of another process .* at step 2; .*ckpt.pt still holds step 2: ')
     refused(b, 'loss .*nan.* at step 2; .*ckpt.pt still holds step 2: ')
 
@@ -518,7 +579,9 @@ def test_a_full_disk_ends_in_one_line(toy, tmp_path):
         before = {path: was for path, was in content(tmp_path).items() if path.endswith('.pt')}
         free = shutil.disk_usage(tmp_path).free
         (tmp_path / 'filler').write_bytes(bytes(free - 8192))
-        refused(run('train.py', *TINY, toy, '--eval_interval=0', '--save_interval=3', '--init_from=resume', f'--out_dir={tmp_path}/run'), 'could not save .*ckpt.pt: .*the file that was there is kept: free some disk space')
+        refused(run('train.py', *TINY, toy, '--eval_interval=0', '--save_interval=3', '--init_from=resume',
+                    f'--out_dir={tmp_path}/run'),
+                'could not save .*ckpt.pt: .*the file that was there is kept: free some disk space')
         assert {path: was for path, was in content(tmp_path).items() if path.endswith(('.pt', '.tmp'))} == before
         os.remove(tmp_path / 'filler')
         assert train(tmp_path / 'run', toy, '--init_from=resume')['iters'] == 8
@@ -538,7 +601,8 @@ def house(toy, tmp_path_factory):
     make_dataset(root / 'rows')
     (root / 'rows' / 'meta.json').write_text(json.dumps(data.loader.load_meta(root / 'rows') | {'row': 32}))
     good = (root / 'good' / 'ckpt.pt').read_bytes()
-    for name, damaged in (('truncated', good[:len(good) // 2]), ('text', b'hello'), ('weights', (root / 'good' / 'best.pt').read_bytes())):
+    for name, damaged in (('truncated', good[:len(good) // 2]), ('text', b'hello'),
+                          ('weights', (root / 'good' / 'best.pt').read_bytes())):
         (root / name).mkdir()
         (root / name / 'ckpt.pt').write_bytes(damaged)
     (root / 'foreign').mkdir()
@@ -558,7 +622,8 @@ BAD = [                                             # flags; what the line must 
     ('--init_from=resume --out_dir={}/foreign', 'expected the keys .* found .*iter_num'),
     ('--init_from=resume --out_dir={}/weights', 'weights alone'),
     ('--init_from=resume --out_dir={}/good --total_batch_size=128', 'total_batch_size=64'),
-    ('--init_from=resume --out_dir={}/good --dataset={}/other', 'ckpt.pt was trained with another tokenizer'),
+    ('--init_from=resume --out_dir={}/good --dataset={}/other', 'dataset is .* there and .*other. here: resume with'),
+    ('--init_from=resume --out_dir={}/good --draft_n=2 --train_only=draft', "train_only is '' there and 'draft' here"),
     ('--init_from={}/good/best.pt --dataset={}/other', 'another tokenizer'),
     ('--init_from=resume --out_dir={}/good --n_layer=3', 'n_layer is 2 there and 3 here'),
     ('--divergence=tv', r'divergence \(tv\) must be one of forward_kl'),
@@ -594,10 +659,12 @@ BAD = [                                             # flags; what the line must 
     ('--out_dir={}/good/log.csv/x', 'out_dir'),
     ('--wandb_log=True', 'pip install wandb'),
     *((f'--{knob}={value}', knob) for knob, values in {
-        'n_layer': 'none auto 0', 'n_head': '0', 'n_kv_head': 'four 2.5 -1', 'head_dim': 'True', 'n_hidden': '-2', 'block_size': 'none', 'batch_size': '0',
-        'max_iters': '0 none', 'multi_token_n': '-1', 'draft_n': 'none', 'warmup_iters': '-1', 'log_interval': 'auto', 'eval_interval': '-2', 'save_interval': 'none',
-        'sample_tokens': '-1', 'seed': '-1 none 99999999999999999999', 'dropout': '2', 'decay_frac': 'none', 'qat_start': '1.5', 'muon_lr': 'none -1',
-        'grad_clip': '-1', 'weight_decay': '-0.1'}.items() for value in values.split()),
+        'n_layer': 'none auto 0', 'n_head': '0', 'n_kv_head': 'four 2.5 -1', 'head_dim': 'True', 'n_hidden': '-2',
+        'block_size': 'none', 'batch_size': '0', 'max_iters': '0 none', 'multi_token_n': '-1', 'draft_n': 'none',
+        'warmup_iters': '-1', 'log_interval': 'auto', 'eval_interval': '-2', 'save_interval': 'none',
+        'sample_tokens': '-1', 'seed': '-1 none 99999999999999999999', 'dropout': '2', 'decay_frac': 'none',
+        'qat_start': '1.5', 'muon_lr': 'none -1', 'grad_clip': '-1', 'weight_decay': '-0.1'}.items()
+      for value in values.split()),
 ]
 
 
@@ -622,10 +689,12 @@ def test_bad_input_to_a_process(tmp_path):
 def test_the_documents(toy, tmp_path):
     """train.py's and quantize.py's last line; a text without newlines; samples on the way."""
     data = make_dataset(tmp_path / 'data', toy_text().replace('\n', ' '))
-    got = run('train.py', *TINY, data, f'--out_dir={tmp_path}/out', '--sample_interval=4', '--sample_tokens=40', '--quant_bits=8', '--ema=0.5')
+    got = run('train.py', *TINY, data, f'--out_dir={tmp_path}/out', '--sample_interval=4', '--sample_tokens=40',
+              '--quant_bits=8', '--ema=0.5')
     result = json.loads(got.out.splitlines()[-1])
     assert result.keys() >= {'out_dir', 'iters', 'tokens', 'seconds', 'tok_s', 'params', 'val_loss', 'val_bpb'}
-    assert result['iters'] == 8 and result['tokens'] == 8 * 64 and result['params'] == got.names['model'].params()['total']
+    assert (result['iters'] == 8 and result['tokens'] == 8 * 64
+            and result['params'] == got.names['model'].params()['total'])
     assert math.isclose(result['val_bpb'], result['val_loss'] / math.log(2))           # one byte a character here
     assert got.out.count('----- sample at step') == 2
     assert [row['val_loss'] != '' for row in log(tmp_path / 'out')] == [False, True] * 4
@@ -633,6 +702,9 @@ def test_the_documents(toy, tmp_path):
 
     got = run('quantize.py', f'--out_dir={tmp_path}/out')
     small = json.loads(got.out.splitlines()[-1])
-    assert got.status == 0 and small.keys() >= {'file', 'bytes', 'bits', 'compression', 'int_share', 'val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'top1_flips'}
+    assert got.status == 0 and small.keys() >= {
+        'file', 'bytes', 'bits', 'compression', 'int_share', 'val_loss_float', 'val_loss_quant', 'bpb_float',
+        'bpb_quant', 'mean_kl', 'top1_flips'}
     assert small['bytes'] == os.path.getsize(small['file']) and small['bits'] == 8 and small['int_share'] > 0.9
-    assert abs(small['val_loss_quant'] - result['best_val_loss']) < 1e-5               # what was trained through the rounding, and averaged, is what runs
+    # what was trained through the rounding, and averaged, is what runs
+    assert abs(small['val_loss_quant'] - result['best_val_loss']) < 1e-5

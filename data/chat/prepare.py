@@ -1,13 +1,16 @@
 """
-Your own conversations, for chat fine-tuning: a JSON document a line, a list of messages or an object with messages.
+Your own conversations, for chat fine-tuning: a JSON document a line, a list of messages or an object with messages,
+of which the first may be a system message.
 
     [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hi."}]}
+    {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
 
-$ python data/chat/prepare.py --input=chats.jsonl --name=mychat                         a tenth is held out; equal lines count once
+$ python data/chat/prepare.py --input=chats.jsonl --name=mychat
+    a tenth is held out; equal lines count once
 $ python data/chat/prepare.py --input=chats.jsonl --val_input=held_out.jsonl --name=mychat
 
-Writes data/<name>/ and ends with the counts of tokens. Then: python train.py config/sft_pydoc.py --dataset=mychat --out_dir=out-mychat
+Writes data/<name>/ and ends with the counts of tokens. Then:
+    python train.py config/sft_pydoc.py --dataset=mychat --out_dir=out-mychat
 """
 
 import json
@@ -45,7 +48,8 @@ def read(path):
             if line.strip():
                 chats[line] = tokenizer.render_chat(json.loads(line))
         except json.JSONDecodeError as e:
-            sys.exit(f'error: {path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): expected a conversation a line')
+            sys.exit(f'error: {path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): '
+                     'expected a conversation a line')
         except ValueError as e:  # what render_chat says
             sys.exit(f'error: {path}, line {n}: {e}')
     return chats
@@ -56,7 +60,8 @@ if val_input:
     held = read(val_input)
     train, val = [chat for line, chat in chats.items() if line not in held], list(held.values())
 elif len(chats) > 1:
-    train, val = ([chats[line] for line in lines] for lines in split_texts({line: line for line in chats}, val_fraction))
+    train, val = ([chats[line] for line in lines]
+                  for lines in split_texts({line: line for line in chats}, val_fraction))
 else:
     sys.exit(f'error: {input} has {len(chats)} conversation(s): at least two are needed, or --val_input=FILE.jsonl')
 write_chats(out_dir or f'data/{name}', tokenizer, train, val, row, os.path.basename(input))

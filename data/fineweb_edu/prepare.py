@@ -1,12 +1,15 @@
 """
-FineWeb-Edu in the teacher's own tokens: nanochat's parquet shards of about 250M characters each, for the run on one GPU.
+FineWeb-Edu in the teacher's own tokens: nanochat's parquet shards of about 250M characters each,
+for the run on one GPU.
 
 $ pip install pyarrow
-$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20        20 shards: some 1.1B tokens, 2 GB to download, 2.2 GB to keep
-$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER     shard_*.parquet that you have: no download
+$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20
+    20 shards: some 1.1B tokens, 2 GB to download, 2.2 GB to keep
+$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER
+    shard_*.parquet that you have: no download
 
-tokenizer is nanochat's tokenizer.pkl or the folder that holds it. Every document starts with <|bos|>. The last shard is for validation,
-as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
+tokenizer is nanochat's tokenizer.pkl or the folder that holds it. Every document starts with <|bos|>. The last shard is
+for validation, as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
 """
 
 import os
@@ -40,19 +43,22 @@ except ImportError:
 try:
     words = load_nanochat_tokenizer(tokenizer)
 except (OSError, ValueError) as e:
-    sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
+    sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; '
+             'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
+dtype = np.dtype('uint16' if words.vocab_size <= 65536 else 'uint32')
 
 
 def tokens_of(shard, most=None):
     """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
-    path = os.path.join(out_dir, f"shard_{shard:05d}.{fingerprint(words)[:8]}{f'.{most}' if most else ''}.tokens")     # of another tokenizer, others
+    # the name says which tokenizer they are of: another one makes other tokens
+    path = os.path.join(out_dir, f"shard_{shard:05d}.{fingerprint(words)[:8]}{f'.{most}' if most else ''}.tokens")
     if os.path.exists(path):
         return path
     name = f'shard_{shard:05d}.parquet'
     parquet = os.path.join(input, name) if input else download(f'{url}/{name}', os.path.join(out_dir, name))
     if not os.path.exists(parquet):
         sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
-    left, dtype = most or float('inf'), 'uint16' if words.vocab_size <= 65536 else 'uint32'
+    left = most or float('inf')
     os.makedirs(out_dir, exist_ok=True)
     with open(path + '.part', 'wb') as f:
         for group in pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text']):
@@ -65,7 +71,7 @@ def tokens_of(shard, most=None):
     os.replace(path + '.part', path)
     if not input:
         os.remove(parquet)  # its tokens are what is needed
-    print(f'{name}: {os.path.getsize(path) // np.dtype(dtype).itemsize:,} tokens', flush=True)
+    print(f'{name}: {os.path.getsize(path) // dtype.itemsize:,} tokens', flush=True)
     return path
 
 
@@ -73,7 +79,7 @@ class Joined:
     """Files of tokens one after another, read in slices."""
 
     def __init__(self, paths):
-        self.parts = [np.memmap(path, 'uint16' if words.vocab_size <= 65536 else 'uint32', 'r') for path in paths]
+        self.parts = [np.memmap(path, dtype, 'r') for path in paths]
 
     def __len__(self):
         return sum(map(len, self.parts))

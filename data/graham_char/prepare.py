@@ -1,13 +1,14 @@
 """
 Paul Graham's essays as characters, from the article index of his site: a second character set, of modern prose.
 
-$ python data/graham_char/prepare.py                      a page a second, kept in pages/ next to this file; stop it when you like,
-                                                          the next run asks only for what is missing (remove pages/articles.html
-                                                          to look for new essays)
-$ python data/graham_char/prepare.py --input=FOLDER       saved .html or .txt files, one essay each; a single file will do
+$ python data/graham_char/prepare.py
+    a page a second, kept in pages/ next to this file; stop it when you like, the next run asks only for what is
+    missing (remove pages/articles.html to look for new essays)
+$ python data/graham_char/prepare.py --input=FOLDER
+    saved .html or .txt files, one essay each; a single file will do
 
-You see how many essays there are, what was skipped and why, and the counts of tokens. Typographic quotes, dashes and accents become ASCII, so
-the vocabulary stays below 100 characters; a tenth of the text, whole essays, is held out.
+You see how many essays there are, what was skipped and why, and the counts of tokens. Typographic quotes, dashes and
+accents become ASCII, so the vocabulary stays below 100 characters; a tenth of the text, whole essays, is held out.
 """
 
 import os
@@ -39,7 +40,8 @@ class Page(HTMLParser):
     """
     An HTML page -> .links [(href, text)] and .text: its title, and what a browser shows, about.
 
-    The site is of an age when pages were laid out in tables: paragraphs end in <br><br>, titles are images, the menu is an image map.
+    The site is of an age when pages were laid out in tables: paragraphs end in <br><br>, titles are images, the menu is
+    an image map.
     """
     blocks = set('title p div center table tr td blockquote ul ol li dl dt dd pre xmp hr h1 h2 h3 h4 h5 h6'.split())
 
@@ -81,14 +83,19 @@ class Page(HTMLParser):
 
 
 ascii_for = str.maketrans({
-    '\u2018': "'", '\u2019': "'", '\u201a': "'", '\u201b': "'", '\u2032': "'", '\u00b4': "'", '\u201c': '"', '\u201d': '"', '\u201e': '"', '\u2033': '"',
-    '\u2010': '-', '\u2011': '-', '\u2012': '-', '\u2013': '-', '\u2212': '-', '\u2014': '--', '\u2015': '--', '\u2022': '*', '\u00b7': '*', '\u00d7': 'x',
-    '\u2044': '/', '\u00ad': None, '\u200b': None, '\ufeff': None, '\r': None, '\t': ' '})
+    '\u2018': "'", '\u2019': "'", '\u201a': "'", '\u201b': "'", '\u2032': "'", '\u00b4': "'",
+    '\u201c': '"', '\u201d': '"', '\u201e': '"', '\u2033': '"',
+    '\u2010': '-', '\u2011': '-', '\u2012': '-', '\u2013': '-', '\u2212': '-', '\u2014': '--', '\u2015': '--',
+    '\u2022': '*', '\u00b7': '*', '\u00d7': 'x', '\u2044': '/',
+    '\u00ad': None, '\u200b': None, '\ufeff': None, '\r': None, '\t': ' '})
 dropped = Counter()  # characters that have no ASCII spelling
 
 
 def plain(text):
-    """Any text -> ASCII and line ends. NFKD takes accents off their letters, and knows an ellipsis, ligatures and no-break spaces."""
+    """
+    Any text -> ASCII and line ends.
+    NFKD takes accents off their letters, and knows an ellipsis, ligatures and no-break spaces.
+    """
     text = unicodedata.normalize('NFKD', text.translate(ascii_for)).translate(ascii_for)
     keep = set(string.printable) - set('\r\t\x0b\x0c')
     dropped.update(c for c in text if c not in keep and not unicodedata.combining(c))
@@ -122,7 +129,10 @@ def essay(path):
 # Pages -> files
 
 def fetch(url, path):
-    """Downloads a page, if need be in two attempts. Returns None, or the reason why it did not come: see DownloadError."""
+    """
+    Downloads a page, if need be in two attempts.
+    Returns None, or the reason why it did not come: see DownloadError.
+    """
     for attempt in range(2):
         try:
             download(url, path, pause=pause)
@@ -153,7 +163,8 @@ else:
     urls = [url for url in dict.fromkeys(urls) if re.fullmatch(r'[\w-][\w.-]*\.html?', url.removeprefix(here))]
     urls = [url for url in urls if url not in (here + index_name, here + 'index.html')]
     if not urls:
-        sys.exit(f'error: no essays are linked from {index_url}: has the site changed? --input=FOLDER takes saved pages')
+        sys.exit(f'error: no essays are linked from {index_url}: has the site changed? '
+                 '--input=FOLDER takes saved pages')
     print(f'{index_url} lists {len(urls)} essays')
     paths, missing, failed = [], [], []
     for i, url in enumerate(urls):
@@ -178,9 +189,11 @@ if empty:
 texts = {name: text for name, text in texts.items() if text}
 n_chars = sum(map(len, texts.values()))
 if n_chars < 1000:
-    sys.exit(f'error: {n_chars:,} characters in {len(texts)} essay(s) at {input or index_url}: at least 1,000 are needed')
+    sys.exit(f'error: {n_chars:,} characters in {len(texts)} essay(s) at {input or index_url}: '
+             'at least 1,000 are needed')
 if dropped:
-    print(f'{sum(dropped.values())} characters without an ASCII spelling are dropped: {ascii("".join(sorted(dropped)))[1:-1]}')
+    print(f'{sum(dropped.values())} characters without an ASCII spelling are dropped: '
+          f'{ascii("".join(sorted(dropped)))[1:-1]}')
 train, val = split_texts(texts, val_fraction)
 print(f'{len(texts)} essays, {n_chars:,} characters')
 write_texts(out_dir, train, val, 'char', input and os.path.basename(os.path.abspath(input)) or index_url)

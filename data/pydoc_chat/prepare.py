@@ -1,15 +1,20 @@
 """
-Questions and answers about the running Python's own standard library, for chat fine-tuning. Offline; the files are read, nothing is imported.
+Questions and answers about the running Python's own standard library, for chat fine-tuning.
+Offline; the files are read, nothing is imported.
 
 $ python data/stdlib_bpe/prepare.py         the tokenizer, that of the model to be fine-tuned
 $ python data/pydoc_chat/prepare.py
 
-One conversation of one to three exchanges about each public module, class, function and method with a docstring: what it does, its signature,
-arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe. Takes some 5 seconds. With Python 3.11.7 you see
+One conversation of one to three exchanges about each public module, class, function and method with a docstring: what
+it does, its signature, arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe.
+Takes some 5 seconds. With Python 3.11.7 you see
 
-    6,383 conversations for training and 253 for validation, 4,653 and 188 of several exchanges; 0 files are not Python
-    6,383 and 253 conversations with 12,906 answers in 1,480 and 54 rows of 256 tokens: 43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
-    data/pydoc_chat: 378,880 training and 13,824 validation tokens, vocabulary of 4,096 (chat), sha256 27b16b43 b7fb2240
+    6,383 conversations for training and 253 for validation, 4,653 and 188 of several exchanges;
+        0 files are not Python
+    6,383 and 253 conversations with 12,906 answers in 1,480 and 54 rows of 256 tokens:
+        43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
+    data/pydoc_chat: 378,880 training and 13,824 validation tokens, vocabulary of 4,096 (chat),
+        sha256 27b16b43 b7fb2240
 """
 
 import ast
@@ -32,16 +37,27 @@ exec(open('configurator.py').read())
 
 # For each kind of fact: questions that name the thing, and questions about the thing spoken of last.
 QUESTIONS = {
-    'module': (['What is the module {x} for?', 'What does the module {x} do?', 'Tell me about the module {x}.'], ['What is it for?']),
-    'contents': (['What does the module {x} define?', 'Which classes and functions are in {x}?', 'What is in {x}?'], ['What does it define?', 'What is in it?']),
-    'class': (['What is the class {x}?', 'What is {x}?', 'What is {x} for?', 'Tell me about the class {x}.'], ['What is it for?', 'What is it?']),
-    'bases': (['What is {x} derived from?', 'Which are the base classes of {x}?'], ['What is it derived from?', 'And its base classes?']),
-    'methods': (['Which methods does {x} have?', 'What are the methods of {x}?', 'List the methods of {x}.'], ['Which methods does it have?', 'And its methods?']),
-    'property': (['What is {x}?', 'What does {x} hold?', 'Tell me about {x}.'], ['What does it hold?']),
-    'what': (['What does {x} do?', 'What is {x} for?', 'Explain {x}.', 'Tell me about {x}.', 'What happens when I call {x}?'], ['What does it do?', 'What is it for?']),
-    'signature': (['How do I call {x}?', 'What is the signature of {x}?', 'Show me how to call {x}.'], ['How do I call it?', 'And how is it called?', 'Show me its signature.']),
-    'arguments': (['What are the arguments of {x}?', 'Which arguments does {x} take?', 'What can I pass to {x}?'], ['What are its arguments?', 'Which arguments does it take?']),
-    'default': (['What is the default of {argument} in {x}?', 'What is {argument} if I leave it out of {x}?'], ['What is the default of {argument}?', 'And if I leave {argument} out?']),
+    'module': (['What is the module {x} for?', 'What does the module {x} do?', 'Tell me about the module {x}.'],
+               ['What is it for?']),
+    'contents': (['What does the module {x} define?', 'Which classes and functions are in {x}?', 'What is in {x}?'],
+                 ['What does it define?', 'What is in it?']),
+    'class': (['What is the class {x}?', 'What is {x}?', 'What is {x} for?', 'Tell me about the class {x}.'],
+              ['What is it for?', 'What is it?']),
+    'bases': (['What is {x} derived from?', 'Which are the base classes of {x}?'],
+              ['What is it derived from?', 'And its base classes?']),
+    'methods': (['Which methods does {x} have?', 'What are the methods of {x}?', 'List the methods of {x}.'],
+                ['Which methods does it have?', 'And its methods?']),
+    'property': (['What is {x}?', 'What does {x} hold?', 'Tell me about {x}.'],
+                 ['What does it hold?']),
+    'what': (['What does {x} do?', 'What is {x} for?', 'Explain {x}.', 'Tell me about {x}.',
+              'What happens when I call {x}?'],
+             ['What does it do?', 'What is it for?']),
+    'signature': (['How do I call {x}?', 'What is the signature of {x}?', 'Show me how to call {x}.'],
+                  ['How do I call it?', 'And how is it called?', 'Show me its signature.']),
+    'arguments': (['What are the arguments of {x}?', 'Which arguments does {x} take?', 'What can I pass to {x}?'],
+                  ['What are its arguments?', 'Which arguments does it take?']),
+    'default': (['What is the default of {argument} in {x}?', 'What is {argument} if I leave it out of {x}?'],
+                ['What is the default of {argument}?', 'And if I leave {argument} out?']),
     'name': (['Which {sort} of {owner} does this: {what}', 'What is the {sort} in {owner} for this? {what}'], []),
 }
 
@@ -54,7 +70,10 @@ def listed(names, most=8):
 
 
 def first_sentence(node):
-    """Of the docstring, on one line; None where there is none that says something in 300 characters. Some begin with a signature, or with examples."""
+    """
+    Of the docstring, on one line; None where there is none that says something in 300 characters.
+    Some begin with a signature, or with examples.
+    """
     paragraphs = [' '.join(part.split()) for part in re.split(r'\n\s*\n', ast.get_docstring(node) or '')]
     paragraph = next((part for part in paragraphs if not re.fullmatch(r'[\w.]+\(.*\)( ?->.*)?|>>>.*', part)), '')
     sentence = re.match(r'.{7,}?[.!?](?= [A-Z]|$)|.*', paragraph)[0]
@@ -66,7 +85,8 @@ def definitions(body):
     found = {}
     for node in body:
         for inner in definitions(node.body) if isinstance(node, (ast.If, ast.Try)) else [node]:
-            if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (inner.name[0] != '_' or inner.name == '__init__'):
+            if (isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                    and (inner.name[0] != '_' or inner.name == '__init__')):
                 found.setdefault(inner.name, inner)
     return list(found.values())
 
@@ -84,10 +104,14 @@ def arguments(function, bound):
 
 def about_call(x, args):
     """What calling x(args) is like: facts, and the argument whose default is asked for."""
-    plain, stars = [*args.posonlyargs, *args.args], [('*', args.vararg), *(('', arg) for arg in args.kwonlyargs), ('**', args.kwarg)]
+    plain, stars = ([*args.posonlyargs, *args.args],
+                    [('*', args.vararg), *(('', arg) for arg in args.kwonlyargs), ('**', args.kwarg)])
     names = [arg.arg for arg in plain] + [star + arg.arg for star, arg in stars if arg]
-    facts = {'signature': f'{x}({ast.unparse(args)})', 'arguments': f'It takes {listed(names, 20)}.' if names else 'It takes no arguments.'}
-    optional = [(arg, default) for arg, default in [*zip(plain[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)] if default]
+    facts = {'signature': f'{x}({ast.unparse(args)})',
+             'arguments': f'It takes {listed(names, 20)}.' if names else 'It takes no arguments.'}
+    optional = [(arg, default)
+                for arg, default in [*zip(plain[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)]
+                if default]
     if not optional:
         return facts, None
     arg, default = optional[-1]
@@ -97,20 +121,24 @@ def about_call(x, args):
 def things(module, tree):
     """What there is to ask about in a module: (name, facts by kind of question, what else the questions mention)."""
     defined = definitions(tree.body)
-    yield module, {'module': first_sentence(tree), 'contents': f'{listed([node.name for node in defined])}.' if defined else None}, {}
+    yield (module, {'module': first_sentence(tree),
+                    'contents': f'{listed([node.name for node in defined])}.' if defined else None}, {})
     for node in defined:
         x = f'{module}.{node.name}'
         if not isinstance(node, ast.ClassDef):
             yield about_function(x, node, module, 'function', False)
             continue
         members = definitions(node.body)
-        methods = [m for m in members if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and m.name != '__init__']
+        methods = [m for m in members
+                   if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and m.name != '__init__']
         facts, argument = {}, None
         for init in members:
             if init.name == '__init__':
                 facts, argument = about_call(x, arguments(init, True))
         bases = [ast.unparse(base) for base in node.bases]
-        yield x, {'class': first_sentence(node), 'bases': f'{listed(bases)}.' if bases else None, 'methods': f'{listed([m.name for m in methods])}.' if methods else None, **facts}, {'argument': argument}
+        yield (x, {'class': first_sentence(node), 'bases': f'{listed(bases)}.' if bases else None,
+                   'methods': f'{listed([m.name for m in methods])}.' if methods else None, **facts},
+               {'argument': argument})
         for method in methods:
             how = [ast.unparse(decorator) for decorator in method.decorator_list]
             if any('property' in decorator for decorator in how):
@@ -122,7 +150,8 @@ def things(module, tree):
 def about_function(x, node, owner, sort, bound):
     what = first_sentence(node)
     facts, argument = about_call(x, arguments(node, bound))
-    return x, {'what': what, 'name': what and x, **facts}, {'argument': argument, 'what': what, 'owner': owner, 'sort': sort}
+    return (x, {'what': what, 'name': what and x, **facts},
+            {'argument': argument, 'what': what, 'owner': owner, 'sort': sort})
 
 
 def conversation(x, facts, mentions):
@@ -153,5 +182,7 @@ for module, text in stdlib_files(root):
         continue
     sides[stdlib_held_out(module)].extend(filter(None, (conversation(*thing) for thing in things(module, tree))))
 multi = [sum(len(messages) > 2 for messages in side) for side in sides]
-print(f'{len(sides[0]):,} conversations for training and {len(sides[1]):,} for validation, {multi[0]:,} and {multi[1]:,} of several exchanges; {unread} files are not Python')
-write_chats(out_dir, tokenizer, *([tokenizer.render_chat(messages) for messages in side] for side in sides), row, stdlib_source())
+print(f'{len(sides[0]):,} conversations for training and {len(sides[1]):,} for validation, '
+      f'{multi[0]:,} and {multi[1]:,} of several exchanges; {unread} files are not Python')
+write_chats(out_dir, tokenizer, *([tokenizer.render_chat(messages) for messages in side] for side in sides),
+            row, stdlib_source())

@@ -1,12 +1,14 @@
 """
-Tiny Shakespeare, 1.1 MB of his plays as characters: the reference that everyone knows, with nanoGPT's vocabulary and 90/10 split.
+Tiny Shakespeare, 1.1 MB of his plays as characters: the reference that everyone knows,
+with nanoGPT's vocabulary and 90/10 split.
 
 $ python data/shakespeare_char/prepare.py                      downloads it, once
 $ python data/shakespeare_char/prepare.py --input=FILE         takes a copy that you have
 
 You see
 
-    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens, vocabulary of 65 (char), sha256 6ec30560 d37d30cc
+    data/shakespeare_char: 1,003,854 training and 111,540 validation tokens, vocabulary of 65 (char),
+        sha256 6ec30560 d37d30cc
 """
 
 import hashlib
@@ -29,7 +31,8 @@ text = read_text(path)
 train, val = split_texts({path: text}, 0.1)
 counts = len(set(text)), len(train[0]), len(val[0])
 if hashlib.sha256(text.encode()).hexdigest() == sha256:
-    assert counts == (65, 1_003_854, 111_540), f'{counts} characters in vocabulary, training and validation; nanoGPT has (65, 1003854, 111540)'
+    assert counts == (65, 1_003_854, 111_540), \
+        f'{counts} characters in vocabulary, training and validation; nanoGPT has (65, 1003854, 111540)'
 else:
     print(f'{path} is not the original: losses cannot be compared with those of others')
 write_texts(out_dir, train, val, 'char', 'tiny Shakespeare' if not input else os.path.basename(input))

@@ -1,14 +1,16 @@
 """
-The running Python's own standard library in BPE tokens, for teachers and students that train in minutes on a CPU. Offline.
+The running Python's own standard library in BPE tokens, for teachers and students that train in minutes on a CPU.
+Offline.
 
 $ python data/stdlib_bpe/prepare.py
 $ python data/stdlib_bpe/prepare.py --vocab_size=1024 --out_dir=data/stdlib_bpe1k
 
-The vocabulary is learnt from the training text only, and the modules held out are those of stdlib_char; files with characters outside ASCII
-are in here too. Takes some 5 seconds of one core. With Python 3.11.7 you see
+The vocabulary is learnt from the training text only, and the modules held out are those of stdlib_char; files with
+characters outside ASCII are in here too. Takes some 5 seconds of one core. With Python 3.11.7 you see
 
     732 files; training text 11,692,222 bytes, validation 387,514
-    data/stdlib_bpe: 3,373,951 training and 106,318 validation tokens, vocabulary of 4,096 (bpe), sha256 30e3d2a5 7c5cd9a5
+    data/stdlib_bpe: 3,373,951 training and 106,318 validation tokens, vocabulary of 4,096 (bpe),
+        sha256 30e3d2a5 7c5cd9a5
     3.47 bytes a token in training, 3.64 in validation
 """
 

@@ -1,5 +1,6 @@
 """
-The running Python's own standard library as characters: the quick start's dataset, the same on any machine with that Python, offline.
+The running Python's own standard library as characters: the quick start's dataset,
+the same on any machine with that Python, offline.
 
 $ python data/stdlib_char/prepare.py
 
@@ -7,7 +8,8 @@ Takes about a second and writes train.bin, val.bin and meta.json next to this fi
 
     715 files; 17 more have characters outside ASCII and are left out
     11 modules are held out: _markupbase _pyio getpass hmac imp mailbox optparse pickletools pipes reprlib sndhdr
-    data/stdlib_char: 10,511,760 training and 387,514 validation tokens, vocabulary of 97 (char), sha256 8ba904dd d68e410a
+    data/stdlib_char: 10,511,760 training and 387,514 validation tokens, vocabulary of 97 (char),
+        sha256 8ba904dd d68e410a
 """
 
 import string
@@ -22,8 +24,9 @@ root = ''  # another folder of Python files to read instead
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-# Tabs, line ends and printable ASCII, whether they occur or not: any plain prompt can be encoded, and every Python gives the same vocabulary.
-# Some twenty files have another character. Rather than a row of the vocabulary for each of hundreds of letters, those files are left out.
+# Tabs, line ends and printable ASCII, whether they occur or not: any plain prompt can be encoded, and every Python
+# gives the same vocabulary. Some twenty files have another character. Rather than a row of the vocabulary for each of
+# hundreds of letters, those files are left out.
 chars = '\t\n ' + string.digits + string.ascii_letters + string.punctuation
 
 files = stdlib_files(root)

@@ -1,8 +1,10 @@
 """
 Your own text, in one command.
 
-$ python data/text/prepare.py --input=diary.txt --name=diary                                characters; the last tenth is for validation
-$ python data/text/prepare.py --input=my_notes --level=bpe --vocab_size=1024 --name=notes     every .txt and .md in a folder; whole files held out
+$ python data/text/prepare.py --input=diary.txt --name=diary
+    characters; the last tenth is for validation
+$ python data/text/prepare.py --input=my_notes --level=bpe --vocab_size=1024 --name=notes
+    every .txt and .md in a folder; whole files held out
 
 Writes data/<name>/ and ends with the counts of tokens. Then: python train.py --dataset=diary
 """
@@ -32,7 +34,8 @@ if not out_dir and (name in ('', '.', '..') or os.path.basename(name) != name):
 
 paths = [input]
 if os.path.isdir(input):
-    paths = sorted(os.path.join(folder, f) for folder, _, names in os.walk(input) for f in names if f.lower().endswith(('.txt', '.md')))
+    paths = sorted(os.path.join(folder, f) for folder, _, names in os.walk(input)
+                   for f in names if f.lower().endswith(('.txt', '.md')))
 texts = {os.path.relpath(path, input).replace(os.sep, '/'): read_text(path) for path in paths}
 if len(texts) > 1:  # what one file ends with should not run into the next one's first line
     texts = {key: text.rstrip('\n') + '\n\n' for key, text in texts.items() if text.strip()}
