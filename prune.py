@@ -28,7 +28,7 @@ import torch
 
 from model import GPT, check_device, check_knobs, evaluate, load_model, save_checkpoint
 
-IMPORTANCE = ('taylor', 'activation', 'l1', 'random')
+IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
 # what shrink cuts -> how the shape calls its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
 
@@ -50,10 +50,12 @@ def columns(w, keep, moment=None):
     if moment is None or len(keep) == w.size(1):
         return w[:, keep]
     m, keep = moment.cpu().double(), torch.as_tensor(keep)
-    inner = m[keep][:, keep]
-    # inputs that never fire must not blow up
-    inner = inner + 1e-4 * inner.diagonal().mean().clamp(min=1e-30) * torch.eye(len(keep))
-    return torch.linalg.solve(inner, m[keep] @ w.cpu().double().T).T.to(w)
+    return torch.linalg.solve(damped(m[keep][:, keep]), m[keep] @ w.cpu().double().T).T.to(w)
+
+
+def damped(moment):
+    """With a little on the diagonal: inputs that never fire must not blow up."""
+    return moment + 1e-4 * moment.diagonal().mean().clamp(min=1e-30) * torch.eye(len(moment))
 
 
 def same_length(what, lists, n):
@@ -245,7 +247,8 @@ def measure(model, batches, importance='taylor', seed=0):
     and moments {site: (K, K)}, the mean of x x^T over the calibration tokens, x being what the trunk's matrices and
     lm_head read.
 
-    A part's score is the sum over all weights that go with it: of |w| ('l1'), of |w| times the rms of the input it
+    With 'obs' neurons and heads are scored by elimination_order, which knows that what is left will be fitted anew, and
+    everything else by activation. Otherwise a part's score is the sum over all weights that go with it: of |w| ('l1'), of |w| times the rms of the input it
     meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of |w * its gradient| over batches
     ('taylor', arXiv 1906.10771), or of noise ('random', the control).
     """
@@ -279,7 +282,7 @@ def measure(model, batches, importance='taylor', seed=0):
     elif importance == 'random':
         noise = torch.Generator().manual_seed(seed)
         table = {name: torch.rand(w.shape, generator=noise).to(w.device) for name, w in state.items()}
-    elif importance == 'activation':
+    elif importance in ('activation', 'obs'):
         weigh = lambda site, w: w.detach().abs() * (moments[site].diagonal().sqrt() if site in moments else 0.0)
         table = over_channels(state, config, weigh, weigh)
     scores = {'neurons': [], 'heads': [], 'layers': []}
@@ -293,11 +296,39 @@ def measure(model, batches, importance='taylor', seed=0):
         scores['heads'].append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)
         scores['neurons'].append((fc + mlp.T).sum(dim=1))
         scores['layers'].append(sum(w.sum() for w in (q, k, v, attn, fc, mlp)))
+        if importance == 'obs':
+            for kind, site, size in (('neurons', 'mlp.c_proj', 1), ('heads', 'attn.c_proj', config.head_dim)):
+                site = f'transformer.h.{i}.{site}'
+                scores[kind][-1] = elimination_order(state[f'{site}.weight'], moments[site], size).to(fc.device)
     channels = []
     over_channels(table, config,
                   lambda site, w: channels.append(w.sum(dim=0)) or w,
                   lambda site, w: channels.append(w.sum(dim=1)) or w)
     return {kind: torch.stack(s) for kind, s in scores.items()} | {'channels': sum(channels)}, moments
+
+
+def elimination_order(w, moment, size=1):
+    """
+    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089): out of the columns of w (rows, K), in groups of size, the
+    group goes whose loss changes w's output least when all columns that are left are fitted anew, and so on. moment
+    (K, K): the second moment of what w reads. -> (K / size,), the later a group goes the higher. Single columns
+    go by sixty-fourths of K at a time.
+    """
+    w, inverse = w.detach().cpu().double(), torch.linalg.inv(damped(moment.cpu().double()))
+    groups = torch.arange(w.size(1)).view(-1, size)                             # (K / size, size)
+    order, left = torch.zeros(len(groups)), torch.arange(len(groups))
+    while len(left):
+        at = groups[left]                                                       # (left, size)
+        blocks = inverse[at[:, :, None], at[:, None, :]]                        # (left, size, size)
+        parts = w[:, at].permute(1, 2, 0)                                       # (left, size, rows)
+        ranked = (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)).argsort()
+        n = max(1, len(groups) // 64)
+        order[left[ranked[:n]]] = len(groups) - len(left) + torch.arange(len(ranked[:n])).float()
+        gone = at[ranked[:n]].flatten()
+        rest = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])        # (gone, K): what makes up for them
+        w, inverse = w - w[:, gone] @ rest, inverse - inverse[:, gone] @ rest
+        left = left[ranked[n:]].sort().values
+    return order
 
 
 def leave_one_out(model, batches):
@@ -338,7 +369,7 @@ def to_principal_axes(model, moments):
     return build(*rotate_channels(model.state_dict(), model.config, q))
 
 
-def shrink(model, kind, keep, batches, importance='taylor', refit=True, rotate=True, seed=0, measured=None):
+def shrink(model, kind, keep, batches, importance='obs', refit=True, rotate=True, seed=0, measured=None):
     """
     The model with only the keep most important of its layers, neurons, heads or channels (of heads maybe fewer:
     pick_heads). batches: a list of (x, y) to measure on. importance as in measure, or for layers 'loss'
@@ -367,7 +398,7 @@ def shrink(model, kind, keep, batches, importance='taylor', refit=True, rotate=T
     return build(*keep_channels(state, config, top(scores['channels']), moments, refit))
 
 
-def cut_to(model, target, batches, importance='taylor', seed=0, **how):
+def cut_to(model, target, batches, importance='obs', seed=0, **how):
     """
     Cuts until at most target parameters are left. Again and again an eighth of the neurons, an eighth of the channels,
     a head of each group or a layer goes: whichever costs the least loss on batches for a parameter that is still in the
@@ -418,7 +449,7 @@ if __name__ == '__main__':
     channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
-    importance = 'taylor'           # taylor, activation, l1, random
+    importance = 'obs'              # obs, taylor, activation, l1, random
     kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (averaged as they are) or first (a group's first head serves it)
     layer_importance = 'loss'       # as above, or loss: leave each layer out in turn
     refit = True                    # fit what is left by least squares to what the whole gave

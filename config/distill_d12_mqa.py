@@ -1,11 +1,19 @@
-# The ten-dollar run, for one GPU of 40-80 GB: nanochat's d32 teaches a student of 12 layers, 768 wide, 6 heads of 128 with one key/value
-# head: 173,801,472 weights, and heads that draft. Not run to its end yet: no figure of it is claimed anywhere.
-#     python distill.py --fetch=d32 --out_dir=teachers/d32                                  # 7.2 GB, with its tokenizer
-#     pip install pyarrow && python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20
+# The ten-dollar run, for one GPU of 40 to 80 GB: nanochat's d32 teaches a student of 12 layers, 768 wide, 6 heads of
+# 128 with one key/value head: 173,801,472 weights, and heads that draft.
+#     python distill.py --fetch=d32 --out_dir=teachers/d32                                # 7.2 GB, with its tokenizer
+#     pip install pyarrow
+#     python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20             # 1.1B tokens, 2 GB
+#     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=h100 --price=2    # what it will take
 #     python train.py config/distill_d12_mqa.py
-# The teacher is 56 % of the arithmetic (bench.py --mode=memory --plan=True). Labelling once (python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu
-# --out_dir=labels-d32 --block_size=1024: 26 bytes a token) and training on --teacher=labels-d32 makes every further epoch cost a plain one's.
-# The shape without any download but data: --teacher=random:d32. On a laptop: config/distill_stdlib_bpe.py.
+# The plan says 5.0 hours on an H100, if 40 % of its FLOP/s are reached. The run has not been made to its end yet, so no
+# loss of it is known.
+#
+# The teacher is 56 % of the arithmetic. Labels written once (26 bytes a token) make every further epoch cost what one
+# without a teacher costs:
+#     python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --out_dir=labels-d32 --block_size=1024
+#     python train.py config/distill_d12_mqa.py --teacher=labels-d32
+# To try it without the teacher's weights: --teacher=random:d32; the data are needed all the same. On a laptop:
+# config/distill_stdlib_bpe.py.
 out_dir = 'out-d12-mqa'
 dataset = 'fineweb_edu'
 teacher = 'nanochat:teachers/d32'

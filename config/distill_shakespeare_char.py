@@ -1,6 +1,10 @@
-# The sub-megabyte model of qat_shakespeare_char.py, learning from its teachers' distributions as well (teacher_shakespeare_char.py says
-# how to make them). With muon_steps=3 it ends at 1.4505, its control at 1.4714. 2 CPU cores: 14 minutes.
-# The control, the same in everything but the teacher: --teacher= --out_dir=out-control-shakespeare
+# The sub-megabyte model of qat_shakespeare_char.py, which here learns from its teachers' distributions as well as from
+# the text. First the commands in teacher_shakespeare_char.py, which make the labels. Then the student, and its control,
+# which is the same in everything but the teacher:
+#     python train.py config/distill_shakespeare_char.py --muon_steps=3
+#     python train.py config/distill_shakespeare_char.py --muon_steps=3 --teacher= --out_dir=out-control-shakespeare
+# 2 CPU cores: 14 minutes. Validation loss: 1.4505 nats, the control 1.4714 (one seed). With five Muon steps, the
+# default, the control ends at 1.4631.
 out_dir = 'out-distill-shakespeare'
 dataset = 'shakespeare_char'
 teacher = 'labels-shakespeare'

@@ -1,6 +1,9 @@
-# A draft head for the sub-megabyte model, trained on the frozen model as it runs, int8: on the text and on what the model writes itself.
-# 2 CPU cores: about 3 minutes. Then: python quantize.py --out_dir=out-draft-shakespeare
+# A draft head (110,592 weights) for the sub-megabyte model of qat_shakespeare_char.py. The model is frozen and runs as
+# int8; the head learns from the text and from what the model writes itself.
+#     python train.py config/draft_shakespeare_char.py
+#     python quantize.py --out_dir=out-draft-shakespeare
 #     python sample.py --out_dir=out-draft-shakespeare --drafter=head --compile=True --show_stats=True
+# 2 CPU cores: about 3 minutes. At temperature 1 a pass with six drafts settles 4.00 tokens.
 init_from = 'out-qat-shakespeare/best.pt'
 out_dir = 'out-draft-shakespeare'
 dataset = 'shakespeare_char'

@@ -1,12 +1,15 @@
-# Ways to learn from a teacher, side by side: the student of distill_stdlib_bpe.py, 400 steps (1.6M tokens) each, the same seed, batches and rates.
+# Ways to learn from a teacher, side by side: the student of distill_stdlib_bpe.py, 400 steps (1.6M tokens) each, with
+# the same seed, batches and rates.
 #     python bench.py --mode=ladder config/ladder_distill.py
-# Labels are the teacher's, written once; beside: the teacher runs along, which costs more than the student. 2 CPU cores: an hour without the teacher (estimated, not run yet).
+# Labels are the teacher's, written once. "Beside" means that the teacher runs along, which costs more than the student.
+# 2 CPU cores: an hour without the teacher's training (estimated, not run yet).
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'
 timed = 'none'
 _train = 'python train.py config/distill_stdlib_bpe.py --max_iters=400'
 _beside = f'{_train} --teacher=out-stdlib-bpe'
 rungs = f'''
+                               | python data/stdlib_bpe/prepare.py
 teacher                        | python train.py config/train_stdlib_bpe.py
                                | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
                                | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe-top --method=topk

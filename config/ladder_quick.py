@@ -1,10 +1,11 @@
-# Every kind of rung, for ten minutes of 2 CPU cores (with 250 and 120 steps instead of 160 and 60 it took 12 min 14 s): shapes and trainings so small that the losses
-# mean little, to see the whole before the real thing.
+# Every kind of rung, in trainings so small that the losses mean little: to see the whole before the real thing.
 #     python bench.py --mode=ladder config/ladder_quick.py
+# 2 CPU cores: about ten minutes (with 250 and 120 steps instead of 160 and 60 it took 12 min 14 s).
 mode = 'ladder'
 ladder = 'out-ladder-quick/ladder.json'
 rounds = 3
-_train = 'python train.py --dataset=stdlib_bpe --block_size=256 --batch_size=8 --max_iters=160 --eval_interval=0 --save_interval=0 --sample_interval=0 --adam_lr=0.005 --compile=False'
+_train = ('python train.py --dataset=stdlib_bpe --block_size=256 --batch_size=8 --max_iters=160 '
+          '--eval_interval=0 --save_interval=0 --sample_interval=0 --compile=False')
 _student = f'{_train} --n_layer=2 --n_head=3 --n_embd=96 --n_kv_head=1 --tie_weights=True'
 _head = '--init_from=out-quick-student/best.pt --quant_bits=8 --train_only=draft --draft_n=4 --max_iters=60'
 rungs = f'''
@@ -15,6 +16,6 @@ student       | {_student} --teacher=out-quick-teacher --out_dir=out-quick-stude
 int8          | python quantize.py --out_dir=out-quick-student
 int4          | python quantize.py --out_dir=out-quick-student --bits=4
 half teacher  | python prune.py --out_dir=out-quick-teacher --neuron_prune_ratio=0.5 --channel_prune_ratio=0.375 --save_dir=out-quick-half
-... distilled | {_train} --init_from=out-quick-half/best.pt --teacher=out-quick-teacher --muon_lr=0.004 --adam_lr=0.001 --max_iters=40 --out_dir=out-quick-half-distilled
+... distilled | {_train} config/recover.py --init_from=out-quick-half/best.pt --teacher=out-quick-teacher --max_iters=40 --out_dir=out-quick-half-distilled
 int8 drafting | {_train} {_head} --out_dir=out-quick-draft && python quantize.py --out_dir=out-quick-draft
 '''

@@ -1,13 +1,17 @@
-# What each ingredient of the character model's training gives, one changed at a time, at a third of its length; and 4 bits beside the control that trains on in float.
-#     python data/shakespeare_char/prepare.py && python bench.py --mode=ladder config/ladder_recipe.py
-# 2 CPU cores: 40 minutes (estimated), in seven trainings of 1,000 steps and two of 200.
+# What each ingredient of the character model's training gives: one is changed at a time, at a third of the length. And
+# training on in 4 bits, beside a control that trains on in float.
+#     python bench.py --mode=ladder config/ladder_recipe.py
+# 2 CPU cores: 40 minutes (estimated), for seven trainings of 1,000 steps and two of 200.
 mode = 'ladder'
 ladder = 'out-ladder-recipe/ladder.json'
 timed = 'none'
-_train = 'python train.py config/qat_shakespeare_char.py --max_iters=1000 --eval_interval=0 --save_interval=0 --sample_interval=0'
-_on = f'{_train} --max_iters=200 --init_from=out-recipe-float/best.pt --muon_lr=0.004 --adam_lr=0.001'      # a fifth of the steps and rates
+_how = '--eval_interval=0 --save_interval=0 --sample_interval=0'
+_train = f'python train.py config/qat_shakespeare_char.py --max_iters=1000 {_how}'
+_on = ('python train.py config/qat_shakespeare_char.py config/recover.py '
+       f'--max_iters=200 {_how} --init_from=out-recipe-float/best.pt')
 _round = 'python quantize.py --out_dir'
 rungs = f'''
+                      | python data/shakespeare_char/prepare.py
 control               | {_train} --out_dir=out-recipe-control && {_round}=out-recipe-control
 float                 | {_train} --quant_bits=0 --out_dir=out-recipe-float
 float -> int8         | {_round}=out-recipe-float

@@ -1,6 +1,7 @@
-# The character path: what training through the rounding is worth, at 8 and at 4 bits, beside rounding afterwards; and a draft head.
-#     python data/shakespeare_char/prepare.py && python bench.py --mode=ladder config/ladder_shakespeare.py
-# 2 CPU cores: about 50 minutes (estimated, not run yet), in three trainings of 3,200 steps.
+# The character path: what training through the rounding is worth, at 8 and at 4 bits, beside rounding afterwards; and
+# a draft head.
+#     python bench.py --mode=ladder config/ladder_shakespeare.py
+# 2 CPU cores: about 50 minutes (estimated, not run yet), nearly all of it for three trainings of 3,200 steps.
 mode = 'ladder'
 ladder = 'out-ladder-shakespeare/ladder.json'
 compiled = 'control: float,int8'
@@ -10,6 +11,7 @@ threads = 1
 _train = 'python train.py config/qat_shakespeare_char.py'
 _round = 'python quantize.py --out_dir'
 rungs = f'''
+                 | python data/shakespeare_char/prepare.py
 control: float   | {_train} --quant_bits=0 --out_dir=out-float-shakespeare
 float -> int8    | {_round}=out-float-shakespeare
 float -> int4    | {_round}=out-float-shakespeare --bits=4 --method=rtn --save_dir=out-float-shakespeare/rtn

@@ -1,4 +1,7 @@
-# The same model on Paul Graham's essays: python data/graham_char/prepare.py first (it downloads them, politely: some five minutes).
+# The model of qat_shakespeare_char.py on Paul Graham's essays.
+#     python data/graham_char/prepare.py          # downloads them, politely, a page a second: some five minutes
+#     python train.py config/qat_graham_char.py
+#     python quantize.py --out_dir=out-qat-graham && python sample.py --out_dir=out-qat-graham
 # 2 CPU cores: about 10 minutes of training.
 out_dir = 'out-qat-graham'
 dataset = 'graham_char'

@@ -1,5 +1,10 @@
-# The quick start: a character model of Python source, trained through int8 rounding on the standard library of the Python you run.
-# 2 CPU cores: under 3 minutes of training; validation loss 1.20 nats a character.
+# The quick start: a character model of Python source, trained through int8 rounding on the standard library of the
+# Python that you run.
+#     python data/stdlib_char/prepare.py
+#     python train.py config/quickstart.py
+#     python quantize.py --out_dir=out-quickstart
+#     python sample.py --out_dir=out-quickstart --start="def read(self, " --show_stats=True
+# 2 CPU cores: under 3 minutes of training. Validation loss: 1.20 nats a character.
 out_dir = 'out-quickstart'
 dataset = 'stdlib_char'
 

@@ -1,8 +1,9 @@
-# Chat fine-tuning of the BPE model on questions about the standard library: the same loop, low rates, the loss on answers alone.
-#     python data/pydoc_chat/prepare.py                         # after config/train_stdlib_bpe.py has made out-stdlib-bpe
+# Chat fine-tuning of the BPE model on questions about the standard library: the same loop, low rates, and the loss is
+# that of the answers alone. The shape is the checkpoint's.
+#     python data/pydoc_chat/prepare.py         # after config/train_stdlib_bpe.py has made out-stdlib-bpe
 #     python train.py config/sft_pydoc.py
 #     python quantize.py --out_dir=out-sft-pydoc && python sample.py --out_dir=out-sft-pydoc --chat=True
-# The shape is the checkpoint's. 6 minutes on one thread; 491,520 tokens are 1.3 passes over the rows.
+# One CPU core: 6 minutes; 491,520 tokens, 1.3 passes over the rows. Validation loss: from 6.121 to 2.585 nats a token.
 init_from = 'out-stdlib-bpe/best.pt'
 out_dir = 'out-sft-pydoc'
 dataset = 'pydoc_chat'

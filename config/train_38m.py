@@ -1,6 +1,9 @@
-# 37,748,736 parameters: depth 4, 512 wide, 8 heads of 64, vocabulary 24,576 (2 * 24,576 * 512 of it in the two tables). For one GPU.
-# Data: your own text in 24,576 tokens, python data/text/prepare.py --input=FOLDER --level=bpe --vocab_size=24576 --name=text24k
-# 20 tokens a parameter are 755M tokens: 11,520 steps of 65,536.
+# 37,748,736 parameters: 4 layers, 512 wide, 8 heads of 64, and a vocabulary of 24,576 (2 * 24,576 * 512 parameters in
+# its two tables). For your own text, on one GPU.
+#     python data/text/prepare.py --input=FOLDER --level=bpe --vocab_size=24576 --name=text24k
+#     python train.py config/train_38m.py
+# 20 tokens a parameter are 755M tokens: 11,520 steps of 65,536. It has not been run to its end: no time and no loss of
+# it are known.
 out_dir = 'out-38m'
 dataset = 'text24k'
 

@@ -1,5 +1,8 @@
-# A BPE teacher that a CPU can train: python data/stdlib_bpe/prepare.py first (4,096 tokens, learned on the standard library).
-# 6 layers, 6 heads, 384 wide: 13.8M parameters. 2 CPU cores with bfloat16 arithmetic: 2.5k to 3.9k tokens/s, half an hour and more.
+# A BPE teacher that a CPU can train: 6 layers, 6 heads, 384 wide, 13.8M parameters.
+#     python data/stdlib_bpe/prepare.py           # 4,096 tokens, learned on the standard library
+#     python train.py config/train_stdlib_bpe.py
+# 2 CPU cores with bfloat16 arithmetic: half an hour and more, at 2.5k to 3.9k tokens/s. Validation loss: 2.997 nats a
+# token.
 out_dir = 'out-stdlib-bpe'
 dataset = 'stdlib_bpe'
 

@@ -4,9 +4,11 @@ cannot work. Nothing here asks how long anything took.
 
 $ python -m pytest tests/test_bench.py        half a minute
 """
+import glob
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shutil
 import stat
@@ -501,6 +503,21 @@ def test_ladders_that_cannot_stand(climb):
     refused(climb('--seeds=one'), 'seeds')
     os.remove(f'{climb.folder}/w/best.pt')
     refused(climb(f'--check={record}'), 'build the ladder again')
+
+
+def test_ladders_share_rungs_by_the_same_words():
+    """A ladder knows what another one has built by its command: two that write the same folder must be equal."""
+    made = {}
+    for path in sorted(glob.glob('config/ladder_*.py')):
+        knobs = runpy.run_path(path)
+        for line in filter(str.strip, knobs['rungs'].splitlines()):
+            command = line.partition('|')[2].strip()
+            for seed in knobs.get('seeds', '1337').split(',') if '{seed}' in command else ['']:
+                train, *_ = whole = command.replace('{seed}', seed).split('&&')
+                folder = re.findall(r'--(?:save_dir|out_dir)=(\S+)', train)
+                if 'quantize.py' not in train and folder:
+                    assert made.setdefault(folder[-1], whole) == whole, path
+    assert len(made) > 50
 
 
 def test_welch(climb):

@@ -89,7 +89,7 @@ def silence(model, kind, parts):
     return model
 
 
-@pytest.mark.parametrize('importance', ['taylor', 'activation', 'l1'])
+@pytest.mark.parametrize('importance', ['obs', 'taylor', 'activation', 'l1'])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_parts_of_zeros_are_the_first_to_go_and_are_not_missed(shape, importance):
     for kind, silent in (('neurons', [1, 5, 6, 23]), ('heads', [0, 3]), ('channels', [0, 7, 8, 30]), ('layers', [0])):
@@ -163,6 +163,27 @@ def test_scores_by_hand():
     assert torch.allclose(scores['activation']['neurons'][1, 7], own)
     assert not torch.equal(scores['random']['neurons'], P.measure(model, data, 'random', seed=1)[0]['neurons'])
     assert torch.equal(scores['random']['neurons'], P.measure(model, data, 'random')[0]['neurons'])
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_elimination_order_is_that_of_least_squares(size):
+    """Each time the group goes whose loss leaves the least error when the rest is fitted anew, tried out one by one."""
+    torch.manual_seed(size)
+    x, w = torch.randn(500, 12) @ torch.randn(12, 12), torch.randn(5, 12)
+    moment = x.T @ x / len(x)
+
+    def error(groups):
+        keep = [n * size + i for n in groups for i in range(size)]
+        return (x @ w.T - x[:, keep] @ P.columns(w, keep, moment).T).square().sum()
+
+    left, gone = list(range(12 // size)), []
+    while len(left) > 1:
+        gone.append(min(left, key=lambda n: error([m for m in left if m != n])))
+        left.remove(gone[-1])
+    assert P.elimination_order(w, moment, size).argsort().tolist() == gone + left
+    copies = torch.cat((x, x[:, :3]), dim=1)        # a column whose input another one repeats costs nothing
+    order = P.elimination_order(torch.cat((w, w[:, :3]), dim=1), copies.T @ copies / len(x))
+    assert sorted(n % 12 for n in order.argsort()[:3].tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize('importance', P.IMPORTANCE)
