@@ -501,6 +501,11 @@ def test_ladders_that_cannot_stand(climb):
     refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
     refused(climb('--timed=wide,thin'), 'thin')
     refused(climb('--seeds=one'), 'seeds')
+    meta = f'{climb.folder}/toy/meta.json'
+    document = json.load(open(meta))
+    with open(meta, 'w') as f:
+        json.dump(document | {'chars': document['chars'][:-1] + 'z'}, f)
+    refused(climb(f'--check={record}'), 'has another tokenizer than .*w/best.pt was trained with')
     os.remove(f'{climb.folder}/w/best.pt')
     refused(climb(f'--check={record}'), 'build the ladder again')
 

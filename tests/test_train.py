@@ -27,7 +27,9 @@ import torch
 
 import data.loader
 from data.loader import write_texts
-from model import GPT, GPTConfig, fast_bf16, load_checkpoint
+from engine import Engine
+from model import GPT, GPTConfig, fast_bf16, load_checkpoint, load_model
+from quantize import prepare
 
 TINY = ['--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
         '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2', '--save_interval=0',
@@ -363,6 +365,23 @@ def test_a_process_that_dies_ends_the_job(toy, tmp_path, interrupt):
     a, b = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in ('run', 'one'))
     assert (a['step'] == b['step'] == step + 2
             and largest_difference(a['model'], b['model']) < 1e-4 * (100 if fast_bf16('cpu') else 1))
+
+
+def test_own_samples_are_what_the_rounded_model_writes(toy, tmp_path, monkeypatch):
+    """A draft head reads them in place of the text, and no micro-batch of a step reads another one's rows."""
+    train(tmp_path / 'trunk', toy, '--max_iters=4')
+    best, forward, seen = f'{tmp_path}/trunk/best.pt', GPT.forward, []
+    monkeypatch.setattr(GPT, 'forward', lambda self, x, *rest: seen.append(x.clone()) or forward(self, x, *rest))
+    got = run('train.py', *TINY, toy, f'--init_from={best}', '--train_only=draft', '--draft_n=2', '--own_samples=1',
+              '--quant_bits=8', '--total_batch_size=128', '--max_iters=1', '--eval_interval=0',
+              f'--out_dir={tmp_path}/draft')
+    assert got.status == 0, got.err
+    own = got.names['own']                                                      # (64 * 4, 17)
+    rounded = load_model(best)[0]
+    prepare(rounded, 8)
+    written = Engine(rounded).complete(own[:, :1].tolist(), 16, seed=1337)
+    assert own.shape == (256, 17) and own[:, 1:].tolist() == written
+    assert [x.tolist() for x in seen] == [own[:4, :-1].tolist(), own[4:8, :-1].tolist()]
 
 
 def test_the_average_of_the_weights(toy, tmp_path, interrupt):
