@@ -149,23 +149,29 @@ def stride(loader):
     return loader.row or loader.block_size - loader.block_size // 4
 
 
-def say_on(teachers, loader):
+def says(teacher, places, loader):
     """
-    [(start, end)] of the tokens that each teacher has a say on: what it has not seen if it was trained with hold_out,
-    or all. One line if nobody has a say on some.
+    On which tokens, of those at places (N,), the teacher has a say: on what it has not seen if it was trained with
+    hold_out, or on all. (N,) bool.
     """
-    n, reach = loader.n_tokens, 0
-    spans = [held_out(t.hold_out, n, loader.row) if getattr(t, 'hold_out', '') else (0, n) for t in teachers]
-    for start, end in sorted(spans):
-        reach = max(reach, end) if start <= reach else reach
-    if reach < n:
-        raise SystemExit(f"error: nobody can label token {reach:,} of {n:,}: every teacher has seen it; "
+    fold = getattr(teacher, 'hold_out', '')
+    return held_out(fold, places, loader.n_tokens, loader.row) if fold else torch.ones_like(places, dtype=torch.bool)
+
+
+def count_said(teachers, loader):
+    """On how many of the loader's tokens each teacher has a say. One line if nobody has a say on some."""
+    if not any(getattr(t, 'hold_out', '') for t in teachers):
+        return [loader.n_tokens] * len(teachers)
+    said = torch.stack([says(t, torch.arange(loader.n_tokens), loader) for t in teachers])      # (teachers, n_tokens)
+    if not said.any(dim=0).all():
+        first = said.any(dim=0).int().argmin().item()
+        raise SystemExit(f"error: nobody can label token {first:,} of {loader.n_tokens:,}: every teacher has seen it; "
                          "add one that was trained with --hold_out= of that part")
-    return spans
+    return said.sum(dim=1).tolist()
 
 
 @torch.no_grad()
-def teachers_on(batch, teachers, spans, loader):
+def teachers_on(batch, teachers, loader):
     """
     Batch number so many of windows of the loader's block_size -> the first place it settles, the teachers who have a
     say there, the states (N, n_embd) of each, and asked (teachers, N), on which of its N places.
@@ -175,12 +181,13 @@ def teachers_on(batch, teachers, spans, loader):
     first = batch * B * S + (T - S) * (batch > 0)
     # y (N,): the places of the tokens that are predicted
     y = (first + 1 + torch.arange(B * S + (T - S) * (batch == 0), device=x.device)).clamp(max=loader.n_tokens - 1)
-    near = [(t, (start <= y) & (y < end)) for t, (start, end) in zip(teachers, spans) if start <= y[-1] and y[0] < end]
+    asked = [says(t, y, loader) for t in teachers]                               # (N,) each
+    near = [(t, here) for t, here in zip(teachers, asked) if here.any()]
     states = [teacher.trunk(x) for teacher, _ in near]
     settled = [s[:, T - S:].flatten(0, 1) for s in states]                       # (N, n_embd) each
     if batch == 0:                              # nothing comes before the first window: it settles its start, too
         settled = [torch.cat((s[0, :T - S], rest)) for s, rest in zip(states, settled)]
-    return first, [t for t, _ in near], settled, torch.stack([says for _, says in near])
+    return first, [t for t, _ in near], settled, torch.stack([here for _, here in near])
 
 
 @torch.no_grad()
@@ -190,10 +197,10 @@ def fit_temperature(teachers, loader, batches=16):
     so many batches spread over it: teachers that have read their own text often are too sure of what they have not
     read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
     """
-    spans, total = say_on(teachers, loader), math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
+    total = math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
     grid, nats = [round(0.8 + 0.05 * i, 2) for i in range(25)], torch.zeros(25, dtype=torch.float64)
     for batch in range(0, total, math.ceil(total / batches)):
-        first, near, states, asked = teachers_on(batch, teachers, spans, loader)
+        first, near, states, asked = teachers_on(batch, teachers, loader)
         y = torch.from_numpy(loader.tokens[first + 1:first + 1 + asked.size(1)].astype(np.int64)).to(asked.device)
         # with a large vocabulary only some of the tokens, evenly spaced
         rows = torch.arange(len(y))[::max(1, len(y) * teachers[0].config.vocab_size // 2**25)]
@@ -214,13 +221,13 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
     """
     T, S, n = loader.block_size, stride(loader), loader.n_tokens
     vocab_size, device = teachers[0].config.vocab_size, loader.device
-    spans = say_on(teachers, loader)
+    said = count_said(teachers, loader)
     record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'calibration': calibration, 'seed': seed,
                     'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
                     'tokens': n, 'data': loader.meta['sha256']['train.bin'],
-                    'flops': T / S * sum((end - start) * t.flops_per_token(training=False)
-                                         for t, (start, end) in zip(teachers, spans))}
+                    'flops': T / S * sum(count * t.flops_per_token(training=False)
+                                         for t, count in zip(teachers, said))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:
@@ -235,7 +242,7 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
         f.seek(f.truncate(record.itemsize * (batch * step + (T - S) * (batch > 0))))
         while f.tell() < record.itemsize * n:
             generator = torch.Generator(device).manual_seed(hash((seed, batch)))
-            first, near, states, asked = teachers_on(batch, teachers, spans, loader)
+            first, near, states, asked = teachers_on(batch, teachers, loader)
             out = np.empty(asked.size(1), record)
             for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):  # 128 MiB of logits at a time
                 log_p = teacher_log_probs(near, [s[rows] for s in states], temperature * calibration, asked[:, rows])

@@ -404,18 +404,21 @@ def load_meta(data_dir):
         raise SystemExit(f'error: {path} is damaged, it is not JSON: run python {script} again')
 
 
-def held_out(fold, n_tokens, row=None):
+PIECES = 16     # of a fold: from all over the text, so that a model without it still knows every author and every book
+
+
+def held_out(fold, places, n_tokens, row=None):
     """
-    fold '2/4', the second quarter of n_tokens tokens -> where it starts and ends, between rows if there are any.
+    fold '2/4' -> which of the places (array or tensor of ints) in a text of n_tokens it leaves out, as bools: the text
+    is cut into 4 * PIECES pieces, between rows if there are any, and every fourth goes, from the second on.
     A one-line error for what is no fold.
     """
     i, n = map(int, fold.split('/')) if re.fullmatch(r'\d{1,4}/\d{1,4}', fold) else (0, 0)
     if not 1 <= i <= n > 1:
         raise SystemExit(f"error: hold_out ({fold}) must be like 1/4, the first of four parts of the training text, "
                          "or empty")
-    row = row or 1
-    n_rows = n_tokens // row
-    return (i - 1) * n_rows // n * row, i * n_rows // n * row
+    piece = places // (row or 1) * (n * PIECES) // max(1, n_tokens // (row or 1))
+    return piece % n == i - 1
 
 
 class Loader:
@@ -450,11 +453,10 @@ class Loader:
         self.mask = self._map(mask_path, np.dtype('uint8')) if f'{split}.mask.bin' in self.meta['sha256'] else None
         self.row = self.meta.get('row')
         if hold_out:                            # what is left is copied into memory
-            start, end = held_out(hold_out, self.n_tokens, self.row)
-            cut = lambda t: np.concatenate((t[:start], t[end:]))
-            self.tokens, self.n_tokens = cut(self.tokens), self.n_tokens - (end - start)
+            left = ~held_out(hold_out, np.arange(self.n_tokens), self.n_tokens, self.row)
+            self.tokens, self.n_tokens = self.tokens[left], int(left.sum())
             if self.mask is not None:
-                self.mask = cut(self.mask)
+                self.mask = self.mask[left]
         if self.row and self.row != block_size:
             raise SystemExit(f'error: {data_dir} is packed in rows of {self.row} tokens, '
                              f'and block_size is {block_size}: '
