@@ -1,31 +1,40 @@
-# The whole way on the standard library in BPE: a teacher, a student with an eighth of its weights beside its controls,
-# integers, half a teacher, drafts. Each line is the command that builds it.
+# The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights and distilled: the
+# student. Beside it its controls, then integers, half a teacher, and a head that drafts. Each line is the command that
+# builds it.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
-# 2 CPU cores: some two hours (estimated: it was built in parts), nearly all of it training. A run that is stopped goes
-# on at the rung where it was. README has the losses, under "The BPE path".
+# 2 CPU cores: two hours and a half (estimated: it was built in parts), nearly all of it training. A run that is stopped
+# goes on at the rung where it was. README has the losses, under "The BPE path".
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
-seeds = '1337,1338,1339'        # of the student and of the control that differs from it in the labels alone
+seeds = '1337,1338,1339'        # of the students and of the controls that they are set against
 draft_n = 4
 compiled = 'teacher,student int8,student int8 drafting'
 
-_student = 'python train.py config/distill_stdlib_bpe.py'
-_learn = f'{_student} config/recover.py --teacher=labels-stdlib-bpe'     # named, so that its cost is counted
-_again = f'{_learn} --max_iters=300 --init_from=out-distill-stdlib-bpe-1337/best.pt'
+_prune = 'python prune.py --out_dir=out-stdlib-bpe'
+_eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667'
+_its_shape = '--n_layer=6 --n_head=2 --n_embd=128 --head_dim=64 --n_kv_head=1 --n_hidden=244 --tie_weights=False'
+_train = 'python train.py config/distill_stdlib_bpe.py'
+_labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
+_learn = f'{_train} config/recover.py {_labels}'
+_again = f'{_learn} --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt'
 _round = 'python quantize.py --out_dir'
 rungs = f'''
-                      | python data/stdlib_bpe/prepare.py
-teacher               | python train.py config/train_stdlib_bpe.py
-                      | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
-CE control            | {_student} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
-student               | {_student} --seed={{seed}} --out_dir=out-distill-stdlib-bpe-{{seed}} --teacher=labels-stdlib-bpe
-student int8          | {_round}=out-distill-stdlib-bpe-1337
-student int4 rtn      | {_round}=out-distill-stdlib-bpe-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
-student int4 gptq     | {_round}=out-distill-stdlib-bpe-1337 --bits=4 --method=gptq
-student, on in float  | {_again} --out_dir=out-float-on-stdlib-bpe
-student int4 qat      | {_again} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4
-teacher int8          | {_round}=out-stdlib-bpe
-half a teacher        | python prune.py --out_dir=out-stdlib-bpe --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=taylor --save_dir=out-prune-50-refit
-half, distilled 5 %   | {_learn} --save_interval=0 --seed=1337 --init_from=out-prune-50-refit/best.pt --max_iters=70 --out_dir=out-prune-50-refit-5-1337
-student int8 drafting | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-distill-stdlib-bpe-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
+                             | python data/stdlib_bpe/prepare.py
+teacher                      | python train.py config/train_stdlib_bpe.py
+                             | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
+control: text alone          | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
+labels alone, from scratch   | {_train} --seed={{seed}} --out_dir=out-distill-stdlib-bpe-{{seed}} {_labels}
+an eighth of the teacher     | {_prune} {_eighth} --save_dir=out-eighth-stdlib-bpe
+student: that, distilled     | {_train} --seed={{seed}} --init_from=out-eighth-stdlib-bpe/best.pt {_labels} --out_dir=out-eighth-distilled-{{seed}}
+control: its shape, text     | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
+pruned, then text alone      | {_train} --seed=1337 --init_from=out-eighth-stdlib-bpe/best.pt --out_dir=out-eighth-text --teacher=
+student int8                 | {_round}=out-eighth-distilled-1337
+student int4 rtn             | {_round}=out-eighth-distilled-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
+student int4 gptq            | {_round}=out-eighth-distilled-1337 --bits=4 --method=gptq
+student, on in float         | {_again} --out_dir=out-float-on-stdlib-bpe
+student int4 qat             | {_again} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4
+teacher int8                 | {_round}=out-stdlib-bpe
+half of the teacher          | {_prune} --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=obs --save_dir=out-prune-50-obs
+half, distilled 5 %          | {_learn} --save_interval=0 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=70 --out_dir=out-prune-50-obs-5-1337
+student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
 '''
