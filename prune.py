@@ -443,10 +443,10 @@ if __name__ == '__main__':
     # what goes; the order is this one
     vocab_keep = 0                  # tokens to keep, the most frequent ones; 0: all. Writes the dataset again in them, data/NAME_vN
     layers = None                   # how many to keep, or which: 0,1,3
+    channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     neuron_prune_ratio = 0.0        # share of each MLP's hidden units
     head_prune_ratio = 0.0          # share of query heads; where each has its own key/value head, that goes too
     kv_heads = 0                    # key/value heads to merge down to: 1 is MQA; 0: leave them
-    channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'obs'              # obs, taylor, activation, l1, random
@@ -501,8 +501,8 @@ if __name__ == '__main__':
                                        [int(i) for i in layers.strip(',').split(',')]))
         elif layers is not None:
             model = shrink(model, 'layers', int(layers), batches, layer_importance, seed=seed)
-        for kind, ratio in (('neurons', neuron_prune_ratio), ('heads', head_prune_ratio),
-                            ('channels', channel_prune_ratio)):
+        for kind, ratio in (('channels', channel_prune_ratio), ('neurons', neuron_prune_ratio),
+                            ('heads', head_prune_ratio)):
             have = getattr(model.config, KINDS[kind])
             model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
             if kind == 'heads' and kv_heads:
