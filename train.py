@@ -36,7 +36,7 @@ from quantize import prepare
 # where things are
 out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
-hold_out = ''               # '1/4': leaves a quarter of the text out, in pieces; distill.py can label it with this model, which has not seen it
+hold_out = ''               # '1/4': leaves the first quarter of the text out; distill.py can label it with this model, which has not seen it
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
 # the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd
 n_layer = 4

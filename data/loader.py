@@ -404,21 +404,17 @@ def load_meta(data_dir):
         raise SystemExit(f'error: {path} is damaged, it is not JSON: run python {script} again')
 
 
-PIECES = 16     # of a fold: from all over the text, so that a model without it still knows every author and every book
-
-
 def held_out(fold, places, n_tokens, row=None):
     """
-    fold '2/4' -> which of the places (array or tensor of ints) in a text of n_tokens it leaves out, as bools: the text
-    is cut into 4 * PIECES pieces, between rows if there are any, and every fourth goes, from the second on.
-    A one-line error for what is no fold.
+    fold '2/4', the second quarter, between rows if there are any -> which of the places (array or tensor of ints) in a
+    text of n_tokens it leaves out, as bools. A one-line error for what is no fold.
     """
     i, n = map(int, fold.split('/')) if re.fullmatch(r'\d{1,4}/\d{1,4}', fold) else (0, 0)
     if not 1 <= i <= n > 1:
         raise SystemExit(f"error: hold_out ({fold}) must be like 1/4, the first of four parts of the training text, "
                          "or empty")
-    piece = places // (row or 1) * (n * PIECES) // max(1, n_tokens // (row or 1))
-    return piece % n == i - 1
+    part = places // (row or 1) * n // max(1, n_tokens // (row or 1))
+    return part % n == i - 1                    # the tokens behind the last whole row go with the first part
 
 
 class Loader:

@@ -188,7 +188,7 @@ def test_teachers_label_only_what_they_have_not_seen(toy, tmp_path):
     loader, (one, two) = toy_teachers(toy)
     V, n = one.config.vocab_size, loader.n_tokens
     one.hold_out, two.hold_out = '1/2', '2/2'
-    first = held_out('1/2', np.arange(n), n)                                     # one's half, in pieces
+    first = held_out('1/2', np.arange(n), n)                                     # one's half
     with pytest.raises(SystemExit, match=f'nobody can label token {first.argmin():,} of {n:,}.*hold_out'):
         write_labels(str(tmp_path / 'x'), [one], loader, {}, 'topk', V)
     write_labels(str(tmp_path / 'halves'), [two, one], loader, {}, 'topk', V)
