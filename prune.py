@@ -4,8 +4,7 @@ stays keeps its weights.
 
     python prune.py --out_dir=out-quickstart --neuron_prune_ratio=0.5       # -> out-quickstart-pruned/best.pt
     python prune.py --out_dir=out-quickstart --keep_params=0.5              # splits the cut by what each kind costs
-    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --muon_lr=0.004 --adam_lr=0.002
-                                                                            # recovers
+    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt    # recovers
 
 You will see the loss, the size and the speed before and after, then one line of JSON. The functions turn indices into
 a new state dict and GPTConfig, and change nothing in place:
@@ -541,9 +540,11 @@ if __name__ == '__main__':
                                ('tok_s', 'tokens/s, one sequence', 0)):
         print(f'{label:36}' + ''.join(f'{side[key]:14,.{digits}f}' for side in table))
     knobs = state.get('knobs', {})
-    share = 5 if knobs.get('init_from') == 'scratch' else 1     # what is already a recovery from pruning had low rates
-    rates = ''.join(f' --{rate}={knobs[rate] / share:g}' for rate in ('muon_lr', 'adam_lr') if rate in knobs)
-    print("go on with about a fifth of the learning rates of a training from scratch: "
+    # what has lost little needs little: low rates; what is already a recovery may have had them
+    little = table[1]['val_loss'] - table[0]['val_loss'] < 0.2 and knobs.get('init_from') == 'scratch'
+    rates = ''.join(f' --{rate}={knobs[rate] / (5 if little else 1):g}'
+                    for rate in ('muon_lr', 'adam_lr') if rate in knobs)
+    print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: "
           f"python train.py --init_from={path} --dataset={data_name}{rates}")
     print(json.dumps({'file': path,
                       **{f'{key}_{when}': side[key]

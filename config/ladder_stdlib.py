@@ -15,8 +15,8 @@ _eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --
 _its_shape = '--n_layer=6 --n_head=2 --n_embd=128 --head_dim=64 --n_kv_head=1 --n_hidden=244 --tie_weights=False'
 _train = 'python train.py config/distill_stdlib_bpe.py'
 _labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
-_learn = f'{_train} config/recover.py {_labels}'
-_again = f'{_learn} --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt'
+_learn = f'{_train} {_labels}'
+_again = f'{_train} config/recover.py {_labels} --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt'
 _round = 'python quantize.py --out_dir'
 rungs = f'''
                              | python data/stdlib_bpe/prepare.py
