@@ -23,18 +23,18 @@ rungs = f'''
 teacher                      | python train.py config/train_stdlib_bpe.py
                              | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
 control: text alone          | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
-labels alone, from scratch   | {_train} --seed={{seed}} --out_dir=out-distill-stdlib-bpe-{{seed}} {_labels}
+labels from random weights   | {_train} --seed={{seed}} --out_dir=out-distill-stdlib-bpe-{{seed}} {_labels}
 an eighth of the teacher     | {_prune} {_eighth} --save_dir=out-eighth-stdlib-bpe
-student: that, distilled     | {_train} --seed={{seed}} --init_from=out-eighth-stdlib-bpe/best.pt {_labels} --out_dir=out-eighth-distilled-{{seed}}
-control: its shape, text     | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
-pruned, then text alone      | {_train} --seed=1337 --init_from=out-eighth-stdlib-bpe/best.pt --out_dir=out-eighth-text --teacher=
+student: the eighth distilled | {_train} --seed={{seed}} --init_from=out-eighth-stdlib-bpe/best.pt {_labels} --out_dir=out-eighth-distilled-{{seed}}
+control: the eighth, random  | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
+control: the eighth, on text | {_train} --seed=1337 --init_from=out-eighth-stdlib-bpe/best.pt --out_dir=out-eighth-text --teacher=
 student int8                 | {_round}=out-eighth-distilled-1337
 student int4 rtn             | {_round}=out-eighth-distilled-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
 student int4 gptq            | {_round}=out-eighth-distilled-1337 --bits=4 --method=gptq
-student, on in float         | {_again} --out_dir=out-float-on-stdlib-bpe
+student on in float          | {_again} --out_dir=out-float-on-stdlib-bpe
 student int4 qat             | {_again} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4
 teacher int8                 | {_round}=out-stdlib-bpe
 half of the teacher          | {_prune} --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=obs --save_dir=out-prune-50-obs
-half, distilled 5 %          | {_learn} --save_interval=0 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=70 --out_dir=out-prune-50-obs-5-1337
+half distilled 5 %           | {_learn} --save_interval=0 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=70 --out_dir=out-prune-50-obs-5-1337
 student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
 '''
