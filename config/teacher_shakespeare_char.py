@@ -2,7 +2,7 @@
 # which it then labels: what a teacher says of text that it has read ten times is mostly memory.
 #     t=out-teacher-shakespeare
 #     for i in 1 2 3 4; do python train.py config/teacher_shakespeare_char.py --hold_out=$i/4 --out_dir=$t-$i; done
-#     python distill.py --teacher=$t-1+$t-2+$t-3+$t-4 --out_dir=labels-shakespeare --method=topk --k=65
+#     python distill.py --teacher=$t-1+$t-2+$t-3+$t-4 --out_dir=labels-shakespeare --method=topk --k=65 --calibrate=True
 # 2 CPU cores: 14 minutes each, if two run at a time with OMP_NUM_THREADS=1. Validation losses: 1.4975, 1.5079 and
 # 1.5116 nats, and 1.7958 without the last quarter, which stands next to the validation text.
 # The labels, for every training token, take half a minute and 263 MB. k is the whole vocabulary here: the labels are
