@@ -12,9 +12,10 @@ a new state dict and GPTConfig, and change nothing in place:
     state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
     model = build(state, config)
 
-Two things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole
+Three things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole
 gave (refit), and the residual stream is turned onto its principal axes before channels go (rotate): a norm without
 weights does not notice a rotation, so that changes nothing by itself (SliceGPT, arXiv 2401.15024).
+And neurons go in an order that knows of the refit (elimination_order).
 """
 import json
 import math
@@ -247,9 +248,9 @@ def measure(model, batches, importance='taylor', seed=0):
     lm_head read.
 
     With 'obs' neurons and heads are scored by elimination_order, which knows that what is left will be fitted anew, and
-    everything else by activation. Otherwise a part's score is the sum over all weights that go with it: of |w| ('l1'), of |w| times the rms of the input it
-    meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of |w * its gradient| over batches
-    ('taylor', arXiv 1906.10771), or of noise ('random', the control).
+    everything else by activation. Otherwise a part's score is the sum over all weights that go with it: of |w| ('l1'),
+    of |w| times the rms of the input it meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of
+    |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the control).
     """
     state, config = model.state_dict(keep_vars=True), model.config
     sums, seen, table = {}, 0, {name: torch.zeros_like(w) for name, w in state.items()}
@@ -308,10 +309,10 @@ def measure(model, batches, importance='taylor', seed=0):
 
 def elimination_order(w, moment, size=1):
     """
-    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089): out of the columns of w (rows, K), in groups of size, the
-    group goes whose loss changes w's output least when all columns that are left are fitted anew, and so on. moment
-    (K, K): the second moment of what w reads. -> (K / size,), the later a group goes the higher. Single columns
-    go by sixty-fourths of K at a time.
+    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089). Of the columns of w (rows, K), in groups of size, that
+    group goes first without which the others, fitted anew, come nearest to w's output; and so on. moment (K, K): the
+    second moment of what w reads. -> (K / size,), the later a group goes the higher. Where there are many, a
+    sixty-fourth of them goes at a time.
     """
     w, inverse = w.detach().cpu().double(), torch.linalg.inv(damped(moment.cpu().double()))
     groups = torch.arange(w.size(1)).view(-1, size)                             # (K / size, size)
@@ -540,7 +541,7 @@ if __name__ == '__main__':
                                ('tok_s', 'tokens/s, one sequence', 0)):
         print(f'{label:36}' + ''.join(f'{side[key]:14,.{digits}f}' for side in table))
     knobs = state.get('knobs', {})
-    # what has lost little needs little: low rates; what is already a recovery may have had them
+    # half a teacher recovered more at the usual rates (README); that 0.2 nats are little is a guess
     little = table[1]['val_loss'] - table[0]['val_loss'] < 0.2 and knobs.get('init_from') == 'scratch'
     rates = ''.join(f' --{rate}={knobs[rate] / (5 if little else 1):g}'
                     for rate in ('muon_lr', 'adam_lr') if rate in knobs)

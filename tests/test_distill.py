@@ -226,6 +226,23 @@ def test_calibration_finds_how_sure_a_teacher_may_be(toy, tmp_path):
                           p[labels['ids'][7].astype('int64')], atol=1e-3)
 
 
+def test_labels_killed_between_their_last_batch_and_their_name_go_on(toy, tmp_path, monkeypatch):
+    loader, teachers = toy_teachers(toy)
+    write_labels(str(tmp_path / 'whole'), teachers, loader, {}, 'topk', 3)
+    replace = os.replace
+
+    def killed(old, new):
+        if new.endswith('labels.bin'):
+            raise KeyboardInterrupt
+        replace(old, new)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_labels(str(tmp_path / 'late'), teachers, loader, {}, 'topk', 3)
+    write_labels(str(tmp_path / 'late'), teachers, loader, {}, 'topk', 3)
+    assert (tmp_path / 'late' / 'labels.bin').read_bytes() == (tmp_path / 'whole' / 'labels.bin').read_bytes()
+
+
 @pytest.mark.parametrize('method', ['sample', 'topk'])
 def test_labels_go_on_where_they_stopped(method, toy, tmp_path):
     loader, teachers = toy_teachers(toy)
