@@ -141,6 +141,7 @@ seeds = '1337'              # a line with {seed} in it is built for each of thes
 ladder = 'out-ladder/ladder.json'   # the record, to go on from; the picture and what the scripts print lie beside it
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
+int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -1069,15 +1070,20 @@ def build_rung(name, seed, command, folders):
     return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
 
 
-def measure_rung(file):
-    """-> a rung's parameters, bytes, and loss on the whole validation split, on its integers if it has them."""
+def measure_rung(file, int8):
+    """
+    -> a rung's parameters, bytes, and loss on the whole validation split, on its integers if it has them, and with an
+    int8 cache if it decodes with one.
+    """
     model, tokenizer, data = open_model(file)
+    c = model.config
     with torch.device('meta'):
-        params = GPT(model.config).params()
-    result = evaluate(model, Loader(data, 'val', 16, model.config.block_size, device=device).eval_batches(),
-                      tokenizer.token_bytes)
+        params = GPT(c).params()
+    result = evaluate(model, Loader(data, 'val', 16, c.block_size, device=device).eval_batches(), tokenizer.token_bytes,
+                      (lambda batch: KVCache(c, batch, dtype=torch.int8, device=device)) if int8 else None)
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file),
-            'kv_bytes_per_token': model.kv_bytes_per_token(), 'val_loss': result['loss'], 'val_bpb': result['bpb']}
+            'int8_cache': int8, 'kv_bytes_per_token': model.kv_bytes_per_token(int8),
+            'val_loss': result['loss'], 'val_bpb': result['bpb']}
 
 
 def time_rungs(rows):
@@ -1095,7 +1101,7 @@ def time_rungs(rows):
         drafter = next((d for d, head in HEADS.items() if hasattr(model, head)), None)
         model = for_decoding(model)
         for how in ('', '_compiled') if row['name'] in compiled.split(',') and can_compile(device) else ('',):
-            engine = Engine(model, compile=bool(how))
+            engine = Engine(model, bool(how), torch.int8 if row['int8_cache'] else torch.float32)
             runs += [(row, f'tok_s{kind}{how}', engine, texts, d, [])
                      for kind, d in (('', 'none'), ('_speculative', drafter))
                      if d]
@@ -1172,10 +1178,17 @@ def measure_ladder():
         fail(f'check ({check}) is not there: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
     old, rows = recorded(check)['rows'] if check else [], []
+    there = [row['name'] for row in old] if check else [name for name, *_ in read_rungs()]
+    for knob in ('timed', 'compiled', 'int8_cache'):
+        for name in config[knob].split(','):
+            if name not in ('', *there) and (knob, name) not in (('timed', 'all'), ('timed', 'none')):
+                fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
+    int8 = int8_cache.split(',')
     for row in old:
         if row['name'] and not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
-        rows.append({k: row[k] for k in BUILT} | (measure_rung(row['file']) if row['name'] else {}))
+        rows.append({k: row[k] for k in BUILT}
+                    | (measure_rung(row['file'], row['name'] in int8) if row['name'] else {}))
     # a rung may stand in the record of another ladder, too
     records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]
     known = {row['command']: row for path in records for row in recorded(path)['rows']}
@@ -1201,8 +1214,9 @@ def measure_ladder():
         if name and not row['file']:
             fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
         rows.append(row)
-        if name and 'val_loss' not in row:
-            row |= measure_rung(row['file'])
+        known[command] = row                    # another rung may be the same file, say with another cache
+        if name and row.get('int8_cache') != (name in int8):
+            row |= measure_rung(row['file'], name in int8)
         above.pop(command, None)
         write()
     above.clear()
@@ -1212,9 +1226,6 @@ def measure_ladder():
             del row[key]
     if timed != 'none':
         names = [row['name'] for row in shown] if timed == 'all' else timed.split(',')
-        for name in names + list(filter(None, compiled.split(','))):
-            if name not in [row['name'] for row in shown]:
-                fail(f'timed ({timed}) or compiled ({compiled}) names {name!r}, which is no rung')
         # of a rung with several seeds the first one is timed
         time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])
     if not check:

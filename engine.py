@@ -100,17 +100,20 @@ class KVCache:
             t[self.rows, :, self.position] = x.to(t.dtype)
         return t[:, :, :self.mask.size(-1)]
 
+    def put_both(self, layer, k, v):
+        """Writes k and v (B, T, n_kv_head, head_dim) -> all keys and values of the layer, (B, n_kv_head, S, head_dim)."""
+        if not self.int8:
+            return self.put('k', layer, k), self.put('v', layer, v)
+        (k, k_scale), (v, v_scale) = round_rows(k), round_rows(v)
+        return (self.put('k', layer, k).float() * self.put('k_scale', layer, k_scale),
+                self.put('v', layer, v).float() * self.put('v_scale', layer, v_scale))
+
     def attend(self, layer, q, k, v):
         """
         q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v
         behind what the rows hold and lets every query see all keys up to its own position.
         """
-        if self.int8:
-            (k, k_scale), (v, v_scale) = round_rows(k), round_rows(v)
-            K = self.put('k', layer, k).float() * self.put('k_scale', layer, k_scale)
-            V = self.put('v', layer, v).float() * self.put('v_scale', layer, v_scale)
-        else:
-            K, V = self.put('k', layer, k), self.put('v', layer, v)             # (B, n_kv_head, S, head_dim)
+        K, V = self.put_both(layer, k, v)
         q = q.to(K.dtype)
         if q.size(1) <= FEW:
             return attend_each(q, K, V, self.mask)
@@ -158,25 +161,27 @@ def attend_each(q, K, V, mask):
         for t in range(T)], dim=1)
 
 
-class StaticCache:
+class StaticCache(KVCache):
     """
-    The first row of a KVCache's tensors, seen from inside a compiled step: the length is a tensor, every call attends
-    to all T_max places.
+    A KVCache's tensors, of one row, seen from inside a compiled step: the length is a tensor, every call attends to all
+    T_max places.
     """
-    def __init__(self, k, v, start):
-        self.k, self.v, self.start = k, v, start
+    def __init__(self, store, start):
+        self.store, self.start, self.int8 = store, start, 'k_scale' in store
 
     def advance(self, T):
         self.position = self.start + torch.arange(T, device=self.start.device)               # (T,)
         self.start = self.start + T
-        visible = torch.arange(self.k[0].size(2), device=self.start.device) <= self.position[:, None]
+        visible = torch.arange(self.store['k'][0].size(2), device=self.start.device) <= self.position[:, None]
         self.mask = torch.where(visible, 0.0, float('-inf'))[None, :, None, None]            # (1, T, 1, 1, T_max)
         return self.position
 
+    def put(self, name, layer, x):
+        t = self.store[name][layer]
+        return t.index_copy_(2, self.position, x.transpose(1, 2).to(t.dtype))
+
     def attend(self, layer, q, k, v):
-        K, V = self.k[layer], self.v[layer]
-        K.index_copy_(2, self.position, k.transpose(1, 2).to(K.dtype))
-        V.index_copy_(2, self.position, v.transpose(1, 2).to(V.dtype))
+        K, V = self.put_both(layer, k, v)
         # one query a call: compiled, attend_each's expand would copy K and V for every query
         each = zip(q.to(K.dtype).split(1, dim=1), self.mask.split(1, dim=1))
         return torch.cat([attend_each(q, K, V, mask) for q, mask in each], dim=1)
@@ -338,20 +343,20 @@ class Engine:
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
-        self.compile, self.cache_dtype = compile and cache_dtype != torch.int8, cache_dtype
+        self.compile, self.cache_dtype = compile, cache_dtype
         self.stats, self.steps, self.held = {}, {}, ([], None)
 
     def compiled(self, draft, n, pick):
         """
-        A whole round as one compiled call, (k, v, start, x, last, noise) -> (tokens read, tokens drawn, the state of
+        A whole round as one compiled call, (store, start, x, last, noise) -> (tokens read, tokens drawn, the state of
         each token read): n drafts, one pass over n+1 tokens, the draws. Without a drafter the n+1 tokens are decoded
         one after the other, so its drafts are always right. In a small model most of a token's time is the calling of
         some hundred operations; this calls one.
         """
         key = (draft, n, tuple(sorted(pick.keywords.items())))
         if key not in self.steps:
-            def step(k, v, start, x, last, noise):
-                cache, model = StaticCache(k, v, start), self.model
+            def step(store, start, x, last, noise):
+                cache, model = StaticCache(store, start), self.model
                 if draft is None:
                     tokens, states = [last], []
                     for i in range(n + 1):
@@ -467,8 +472,7 @@ class Engine:
             g = noise(rows, [len(i) for i in ids], k + 1)               # (B, k+1, V)
             tokens = last = torch.tensor([i[-1:] for i in ids], device=self.device)
             if static and k == draft_n and x is not None:
-                tokens, drawn, x = static(cache.store['k'], cache.store['v'],
-                                          torch.tensor(cache.lengths[0], device=self.device), x, last, g)
+                tokens, drawn, x = static(cache.store, torch.tensor(cache.lengths[0], device=self.device), x, last, g)
                 cache.lengths[0] += k + 1
             else:
                 if k:

@@ -335,10 +335,10 @@ class GPT(nn.Module):
                    + n['multi_token'] + n['draft'] * c.draft_n)
         return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size)
 
-    def kv_bytes_per_token(self, bytes_per_value=4):
-        """Bytes that one more token of context takes in the cache."""
+    def kv_bytes_per_token(self, int8=False):
+        """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""
         c = self.config
-        return 2 * c.n_layer * c.n_kv_head * c.head_dim * bytes_per_value
+        return 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4 if int8 else 4 * c.head_dim)
 
 
 def shift(x, n, fill=-1):

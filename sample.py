@@ -37,6 +37,7 @@ drafter = 'none'            # guesses tokens ahead, never changes the text: head
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: all
 compile = False             # compile whole rounds: some 30 s once, then several times the speed for a small model
+int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
@@ -74,7 +75,8 @@ with torch.device('meta'):
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)
 share = 0.0 if weights == 'float' else int_share(model)
-engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device))
+engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device),
+                torch.int8 if int8_cache else torch.float32)
 how = dict(drafter=drafter, draft_n=draft_n,
            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
 
@@ -181,7 +183,7 @@ else:
 
 if show_stats:
     s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'accepted': []} | engine.stats
-    kv = model.kv_bytes_per_token()
+    kv = model.kv_bytes_per_token(engine.cache_dtype == torch.int8)
     numbers = {'tokens': s['tokens'],
                'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
                'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1),

@@ -8,7 +8,8 @@ mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
 seeds = '1337,1338,1339'        # of the students and of the controls that they are set against
 draft_n = 4
-compiled = 'teacher,student int8,student int8 drafting'
+compiled = 'teacher,student int8,student int4 qat,student int4 qat and cache,student int8 drafting'
+int8_cache = 'student int4 qat and cache'
 
 _prune = 'python prune.py --out_dir=out-stdlib-bpe'
 _eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667'
@@ -16,25 +17,30 @@ _its_shape = '--n_layer=6 --n_head=2 --n_embd=128 --head_dim=64 --n_kv_head=1 --
 _train = 'python train.py config/distill_stdlib_bpe.py'
 _labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
 _learn = f'{_train} {_labels}'
-_again = f'{_train} config/recover.py {_labels} --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt'
+_pruned = '--init_from=out-eighth-stdlib-bpe/best.pt'
+_on = f'{_learn} --max_iters=1200 --init_from=out-eighth-distilled-1337/best.pt'
 _round = 'python quantize.py --out_dir'
+_int4 = f'{_round}=out-qat4-stdlib-bpe --bits=4'
+# The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 2,920
+# steps of it are as many FLOPs as the labels and 600 steps of the student.
 rungs = f'''
                              | python data/stdlib_bpe/prepare.py
 teacher                      | python train.py config/train_stdlib_bpe.py
                              | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
 control: text alone          | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
-labels from random weights   | {_train} --seed={{seed}} --out_dir=out-distill-stdlib-bpe-{{seed}} {_labels}
 an eighth of the teacher     | {_prune} {_eighth} --save_dir=out-eighth-stdlib-bpe
-student: the eighth distilled | {_train} --seed={{seed}} --init_from=out-eighth-stdlib-bpe/best.pt {_labels} --out_dir=out-eighth-distilled-{{seed}}
-control: the eighth, random  | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
-control: the eighth, on text | {_train} --seed=1337 --init_from=out-eighth-stdlib-bpe/best.pt --out_dir=out-eighth-text --teacher=
+student: the eighth distilled | {_train} --seed={{seed}} {_pruned} {_labels} --out_dir=out-eighth-distilled-{{seed}}
+control: the eighth, on text | {_train} --seed={{seed}} {_pruned} --out_dir=out-eighth-text-{{seed}} --teacher=
 student int8                 | {_round}=out-eighth-distilled-1337
 student int4 rtn             | {_round}=out-eighth-distilled-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
 student int4 gptq            | {_round}=out-eighth-distilled-1337 --bits=4 --method=gptq
-student on in float          | {_again} --out_dir=out-float-on-stdlib-bpe
-student int4 qat             | {_again} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4
+student on in float          | {_on} --out_dir=out-float-on-stdlib-bpe
+student int4 qat             | {_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_int4}
+student int4 qat and cache   | {_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_int4}
+control: equal FLOPs         | {_train} --max_iters=2920 --seed=1337 --out_dir=out-control-flops --teacher=
 teacher int8                 | {_round}=out-stdlib-bpe
+student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
+control: its shape, random   | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
 half of the teacher          | {_prune} --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=obs --save_dir=out-prune-50-obs
 half distilled 5 %           | {_learn} --save_interval=0 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=70 --out_dir=out-prune-50-obs-5-1337
-student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
 '''

@@ -21,7 +21,7 @@ import torch
 import model as M
 from data.loader import Loader
 from data.tokenizer import CharTokenizer
-from engine import Engine
+from engine import Engine, KVCache
 from model import GPT, GPTConfig, evaluate, load_model, save_checkpoint
 from quantize import convert, export, load
 from test_train import make_dataset, refused, run
@@ -438,7 +438,15 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
             and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3])
     assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
 
-    assert climb().status == 0 and len(climb.calls()) == 5                       # nothing is built twice
+    # with another cache it is another loss; nothing is built twice
+    got = climb('--int8_cache=int4')
+    model = load(f'{at}/w4/int4.safetensors')[0]
+    batches = Loader(f'{at}/toy', 'val', 16, 32).eval_batches()
+    loss = evaluate(model, batches, make_cache=lambda n: KVCache(model.config, n, dtype=torch.int8))['loss']
+    row = json.loads(got.out.splitlines()[-1])['rows'][4]
+    assert row['kv_bytes_per_token'] == model.kv_bytes_per_token(int8=True)
+    assert row['val_loss'] == pytest.approx(loss, rel=1e-6) and row['val_loss'] != rows[4]['val_loss']
+    assert climb().status == 0 and len(climb.calls()) == 5
     check = f'--check={at}/out/ladder.json'
     got = climb(check)
     assert got.status == 0 and 'nothing changed' in got.out, got.err
@@ -499,7 +507,8 @@ def test_ladders_that_cannot_stand(climb):
     refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
     refused(run('bench.py', '--mode=ladder'), 'none are given')
     refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
-    refused(climb('--timed=wide,thin'), 'thin')
+    for knob in ('timed', 'compiled', 'int8_cache'):
+        refused(climb(f'--{knob}=wide,thin'), f"{knob}.*'thin', which is no rung")
     refused(climb('--seeds=one'), 'seeds')
     meta = f'{climb.folder}/toy/meta.json'
     document = json.load(open(meta))

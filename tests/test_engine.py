@@ -305,14 +305,15 @@ def test_packed_floats_are_the_same_product():
 
 @pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
                     reason='torch.compile needs a C++ compiler on a CPU')
-@pytest.mark.parametrize('drafter', ['none', 'head', 'mtp'])
-def test_compiled_rounds_give_the_same_text(drafter):
+@pytest.mark.parametrize('drafter, dtype', [
+    ('none', torch.float32), ('head', torch.float32), ('mtp', torch.float32), ('head', torch.int8)])
+def test_compiled_rounds_give_the_same_text(drafter, dtype):
     model = Q.convert(with_heads(CHAR, 1, block_size=96))
     how = dict(drafter=drafter, draft_n=4, temperature=0.8, seed=9)
     prompts = [CHAR.encode('To be'), CHAR.encode('x')]
-    compiled = Engine(model, compile=True)
+    compiled = Engine(model, compile=True, cache_dtype=dtype)
     for p in prompts:
-        plain = Engine(model).complete([p], 80, temperature=0.8, seed=9)
+        plain = Engine(model, cache_dtype=dtype).complete([p], 80, temperature=0.8, seed=9)
         assert compiled.complete([p], 80, **how) == plain and compiled.stats['tokens'] == 80
         assert compiled.complete([p], 80, stop=plain[0][20:21], **how)[0] == plain[0][:plain[0].index(plain[0][20]) + 1]
         assert compiled.complete([p], 60, reuse=True, **how) == [plain[0][:60]]
@@ -339,6 +340,8 @@ def test_int8_cache_equals_attending_to_rounded_keys():
             assert torch.allclose(a, b, atol=1e-4)
     # head_dim is only 8 here: the scales weigh half as much as the integers
     assert small.nbytes() < 0.4 * plain.nbytes()
+    for cache, int8 in ((plain, False), (small, True)):
+        assert cache.nbytes() == 2 * cache.size * model.kv_bytes_per_token(int8)
     engine = Engine(model, cache_dtype=torch.int8)
     assert engine.complete([[3] * 9, [4] * 20], 60, drafter='random') == engine.complete([[3] * 9, [4] * 20], 60)
 

@@ -50,12 +50,12 @@ def sample(out_dir, *args, stdin=''):
     return got.out
 
 
-def expected(out_dir, weights, prompt, n, **how):
+def expected(out_dir, weights, prompt, n, cache=torch.float32, **how):
     """The same text straight from the engine."""
     model, state = LOAD[weights](out_dir)
     tokenizer = from_meta(state['tokenizer'])
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
-    return [prompt + tokenizer.decode(row) for row in Engine(model).complete([ids], n, **how)]
+    return [prompt + tokenizer.decode(row) for row in Engine(model, cache_dtype=cache).complete([ids], n, **how)]
 
 
 @pytest.mark.parametrize('weights', ['float', 'int8'])
@@ -70,6 +70,15 @@ def test_one_sample(out_dir, weights):
     assert (stats['tokens'] == 30 and stats['tokens_per_verify'] == 1 and stats['weights'] == weights
             and stats['bytes'] == os.path.getsize(file))
     assert stats['int_share'] == 0 if weights == 'float' else stats['int_share'] > 0.9
+
+
+def test_an_int8_cache(out_dir):
+    how = ['--start=the cat', '--seed=4', '--max_new_tokens=200', '--temperature=1', '--slide=True']
+    got = run('sample.py', f'--out_dir={out_dir}', *how, '--int8_cache=True', '--show_stats=True')
+    assert got.out == expected(out_dir, 'int8', 'the cat', 200, cache=torch.int8, seed=4, slide=True)[0] + '\n'
+    c = LOAD['int8'](out_dir)[0].config
+    assert (json.loads(got.err.splitlines()[-1])['kv_bytes_per_token']
+            == 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4))
 
 
 def test_int8_is_taken_when_it_is_there(out_dir, tmp_path):
