@@ -141,7 +141,7 @@ seeds = '1337'              # a line with {seed} in it is built for each of thes
 ladder = 'out-ladder/ladder.json'   # the record, to go on from; the picture and what the scripts print lie beside it
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed
+int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed; they may be other rungs' files
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -401,10 +401,11 @@ def memory_taken(path):
         block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
     Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
     before = resident()
-    engine = Engine(for_decoding((load_model if path.endswith('.pt') else load)(path)[0]))
+    dtype = torch.int8 if int8_cache == path else torch.float32
+    engine = Engine(for_decoding((load_model if path.endswith('.pt') else load)(path)[0]), cache_dtype=dtype)
     for step in engine.generate([[1] * prompt_tokens], new_tokens, temperature=temperature, seed=seed):
         grown = resident() - before
-    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens).nbytes()
+    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens, dtype).nbytes()
     return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
 
 
@@ -1125,7 +1126,8 @@ def time_rungs(rows):
         for row in rows:
             row['memory_bytes'] = start(
                 'bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                temperature=temperature, seed=seed, device=device, threads=usual)['memory_bytes']
+                temperature=temperature, seed=seed, device=device, threads=usual,
+                int8_cache=row['file'] if row['int8_cache'] else '')['memory_bytes']
 
 
 def welch(a, b):
@@ -1178,17 +1180,18 @@ def measure_ladder():
         fail(f'check ({check}) is not there: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
     old, rows = recorded(check)['rows'] if check else [], []
+    if check and recorded(check)['machine'] != machine:
+        print(f"note: {check} is of another machine: {recorded(check)['machine']}", file=sys.stderr)
     there = [row['name'] for row in old] if check else [name for name, *_ in read_rungs()]
     for knob in ('timed', 'compiled', 'int8_cache'):
         for name in config[knob].split(','):
             if name not in ('', *there) and (knob, name) not in (('timed', 'all'), ('timed', 'none')):
                 fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
-    int8 = int8_cache.split(',')
     for row in old:
         if row['name'] and not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
         rows.append({k: row[k] for k in BUILT}
-                    | (measure_rung(row['file'], row['name'] in int8) if row['name'] else {}))
+                    | (measure_rung(row['file'], row.get('int8_cache', False)) if row['name'] else {}))
     # a rung may stand in the record of another ladder, too
     records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]
     known = {row['command']: row for path in records for row in recorded(path)['rows']}
@@ -1214,9 +1217,10 @@ def measure_ladder():
         if name and not row['file']:
             fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
         rows.append(row)
+        int8 = name in int8_cache.split(',')
         known[command] = row                    # another rung may be the same file, say with another cache
-        if name and row.get('int8_cache') != (name in int8):
-            row |= measure_rung(row['file'], name in int8)
+        if name and row.get('int8_cache') != int8:
+            row |= measure_rung(row['file'], int8)
         above.pop(command, None)
         write()
     above.clear()

@@ -616,7 +616,8 @@ def export_hf(model, tokenizer, folder):
               'final_logit_softcapping': SOFTCAP, 'tie_word_embeddings': c.tie_weights,
               'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': c.block_size,
-                'clean_up_tokenization_spaces': False} | ({'bos_token': '<|bos|>'} if tokenizer.bos is not None else {})
+                'clean_up_tokenization_spaces': False} | (
+                    {'bos_token': tokenizer.decode([tokenizer.bos])} if tokenizer.bos is not None else {})
     texts = {'tokenizer.json': hf_tokenizer(tokenizer), 'tokenizer_config.json': settings, 'config.json': config}
     data = import_safetensors().save(tensors, metadata={'format': 'pt'})
     files = {'model.safetensors': data} | {name: json.dumps(text).encode() for name, text in texts.items()}

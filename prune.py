@@ -478,7 +478,7 @@ if __name__ == '__main__':
         raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: "
                          f"give the dataset it was trained on (--dataset={state['dataset']})")
 
-    whole, old, old_dir = model, tokenizer, data_dir
+    whole, old, old_dir, knobs = model, tokenizer, data_dir, state.get('knobs', {})
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
     try:
         if vocab_keep:
@@ -494,7 +494,9 @@ if __name__ == '__main__':
             model = build(*keep_vocab(model.state_dict(), model.config, ids))
             print(f"in {old_dir} it was {train.n_tokens:,} and {val.n_tokens:,} tokens"
                   + ('; characters that have no token any more are left out' if old.kind == 'char' else ''))
-        loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device)
+        # what the model was trained to leave out, it must not see here, either
+        fold = knobs.get('hold_out', '') if data_name == state['dataset'] else ''
+        loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
         batches = [loader.batch(step) for step in range(calibration_batches)]
         if ',' in str(layers):
             model = build(*keep_layers(model.state_dict(), model.config,
@@ -515,7 +517,7 @@ if __name__ == '__main__':
         raise SystemExit(f'error: {e}')
     # quant_bits 0: what is left, refitted, was not trained through the rounding
     save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name,
-                    knobs=state.get('knobs', {}) | {'quant_bits': 0})
+                    knobs=knobs | {'quant_bits': 0, 'hold_out': fold})
     model = load_model(path, device)[0]     # what is measured is the file
     sides = (whole, source, old_dir, old), (model, path, data_dir, tokenizer)
     table, speeds = [], ([], [])
@@ -540,13 +542,16 @@ if __name__ == '__main__':
                                ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
                                ('tok_s', 'tokens/s, one sequence', 0)):
         print(f'{label:36}' + ''.join(f'{side[key]:14,.{digits}f}' for side in table))
-    knobs = state.get('knobs', {})
     # half a teacher recovered more at the usual rates (README); that 0.2 nats are little is a guess
     little = table[1]['val_loss'] - table[0]['val_loss'] < 0.2 and knobs.get('init_from') == 'scratch'
     rates = ''.join(f' --{rate}={knobs[rate] / (5 if little else 1):g}'
                     for rate in ('muon_lr', 'adam_lr') if rate in knobs)
     print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: "
-          f"python train.py --init_from={path} --dataset={data_name}{rates}")
+          f"python train.py --init_from={path} --out_dir={os.path.dirname(path)}-recovered --dataset={data_name} "
+          f"--block_size={model.config.block_size}{rates}"
+          + (f' --hold_out={fold}' if fold else '' if vocab_keep else f' --teacher={out_dir}'))
+    if vocab_keep:
+        print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
     print(json.dumps({'file': path,
                       **{f'{key}_{when}': side[key]
                          for key in table[0] for when, side in zip(('before', 'after'), table)},

@@ -182,7 +182,7 @@ except (AssertionError, ValueError) as e:
     raise SystemExit(f'error: {e}')
 rows = 1 if auto else batch_size
 tokens_per_forward = rows * block_size * world_size
-total_batch_size = total_batch_size or (0 if auto else tokens_per_forward)
+total_batch_size = total_batch_size or (0 if auto or init_from == 'resume' else tokens_per_forward)
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
@@ -549,7 +549,11 @@ while step < max_iters:
                'train_loss': means['ce'], 'lr_factor': factor, 'tok_s': round(rate)}
         if evals:
             row |= {'val_loss': result['loss'], 'val_bpb': result['bpb']}
-        log.writerow(row)
+        try:
+            log.writerow(row)
+        except OSError as e:
+            raise SystemExit(f"error: could not write {log_path}: {e.strerror}; the checkpoints there are kept: "
+                             "free some disk space and resume")
         if wandb_log:
             wandb.log(row, step=step)
     if saves:

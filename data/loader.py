@@ -233,31 +233,33 @@ def char_ids(tokenizer, text):
     return table[codes]
 
 
-def write_texts(data_dir, train, val, level, source, vocab_size=4096, chars=None):
+def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=None):
     """
     Lists of training and validation texts -> a dataset, and its meta as a dict.
 
-    level 'char': one token a character, the texts one after another as they are;
-        the vocabulary is chars, or else all that occur.
-    level 'bpe': a BPE of vocab_size tokens, learnt from the training texts alone; each text starts with <|bos|>.
+    level 'char': one token a character, all that occur; the texts one after another as they are.
+    level 'bpe': a BPE of vocab_size tokens, learnt from the training texts alone; each text starts with its bos.
+    tokenizer: one that is there already, of either kind; level and vocab_size then say nothing.
     """
     if level not in ('char', 'bpe'):
         raise SystemExit(f'error: level is {level!r}: use char or bpe')
     if not any(train) or not any(val):
         raise SystemExit(f'error: there is too little text: {sum(map(len, train)):,} characters for training, '
                          f'{sum(map(len, val)):,} for validation')
-    if level == 'char':
-        tokenizer = CharTokenizer(chars or ''.join(set().union(*train, *val)))
-        train_ids, val_ids = (char_ids(tokenizer, ''.join(texts)) for texts in (train, val))
-    else:
-        if type(vocab_size) is not int:
-            raise SystemExit(f'error: vocab_size is {vocab_size!r}: a bpe needs a number')
-        try:
-            tokenizer = train_bpe(train, vocab_size)
-            encode = lambda text: np.array([tokenizer.bos] + tokenizer.encode(text), dtype=np.uint32)
+    if type(vocab_size) is not int:
+        raise SystemExit(f'error: vocab_size is {vocab_size!r}: a bpe needs a number')
+    try:
+        if tokenizer is None:
+            tokenizer = (CharTokenizer(''.join(set().union(*train, *val))) if level == 'char'
+                         else train_bpe(train, vocab_size))
+        if tokenizer.kind == 'char':
+            train_ids, val_ids = (char_ids(tokenizer, ''.join(texts)) for texts in (train, val))
+        else:
+            start = [] if tokenizer.bos is None else [tokenizer.bos]
+            encode = lambda text: np.array(start + tokenizer.encode(text), dtype=np.uint32)
             train_ids, val_ids = (np.concatenate([encode(text) for text in texts]) for texts in (train, val))
-        except ValueError as e:  # a vocabulary too small for the bytes, or too large for the text
-            raise SystemExit(f'error: {e}')
+    except ValueError as e:  # a vocabulary too small for the bytes, too large for the text, or without its characters
+        raise SystemExit(f'error: {e}')
     return write_dataset(data_dir, tokenizer, train_ids, val_ids, source)
 
 

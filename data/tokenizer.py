@@ -102,8 +102,8 @@ class BPETokenizer:
         (tiktoken's dialect, Rust's fancy-regex).
     special_tokens: names; they get the ids n, n+1, ... in this order.
     ValueError: ids with holes, a byte without a token, a special token twice, a pattern that does not parse.
-    Attributes: vocab_size int, special tokens included; bos int, the id of <|bos|>, or None; pattern str;
-    special_tokens list of str;
+    Attributes: vocab_size int, special tokens included; bos int, the id of what stands before a text, <|bos|> or
+    GPT-2's <|endoftext|>, or None; pattern str; special_tokens list of str;
     token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
     """
     kind = 'bpe'
@@ -121,7 +121,7 @@ class BPETokenizer:
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(self.special_tokens)}
         if len(self._special_ids) < len(self.special_tokens):
             raise ValueError(f'a special token is there twice: {self.special_tokens}')
-        self.bos = self._special_ids.get('<|bos|>')
+        self.bos = self._special_ids.get('<|bos|>', self._special_ids.get('<|endoftext|>'))
         self._merged = sorted(ranks, key=ranks.get)  # bytes of id 0, 1, ...
         self._bytes = self._merged + [name.encode('utf-8') for name in self.special_tokens]
         self.vocab_size = len(self._bytes)
@@ -458,6 +458,17 @@ def load_gpt2_tokenizer(folder):
                          "then for the merges in their order, then for special tokens")
     return BPETokenizer({bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}, GPT2_PATTERN,
                         tokens[n:])
+
+
+def load_tokenizer(path):
+    """
+    A teacher's tokenizer: a folder of data prepared here (meta.json), of Hugging Face's gpt2 (load_gpt2_tokenizer), or
+    nanochat's tokenizer.pkl or its folder. FileNotFoundError if there is none of them, ValueError for a wrong one.
+    """
+    meta = os.path.join(path, 'meta.json')
+    if os.path.exists(meta):
+        return from_meta(json.loads(_read(meta)))
+    return load_gpt2_tokenizer(path) or load_nanochat_tokenizer(path)
 
 
 def hf_tokenizer(tokenizer):

@@ -16,9 +16,10 @@ import sys
 import numpy as np
 import pytest
 from test_loader import server  # noqa: F401, a fixture
+from test_teachers import write_gpt2_tokenizer
 
 from data.loader import Loader, load_meta, write_texts
-from data.tokenizer import from_meta, train_bpe
+from data.tokenizer import GPT2_PATTERN, fingerprint, from_meta, train_bpe
 
 SHAKESPEARE = os.path.join('..', 'shared', 'data', 'tinyshakespeare.txt')
 
@@ -398,6 +399,25 @@ def test_text_from_a_folder(prepare, tmp_path):
     assert load_meta(tmp_path / 'out')['vocab_size'] == 280
 
 
+def test_text_in_a_teachers_tokens(prepare, tmp_path):
+    text = 'Some words, and some more.\n' * 100
+    (tmp_path / 'words.txt').write_text(text)
+    how = f'--input={tmp_path}/words.txt', f'--out_dir={tmp_path}/out'
+    gpt2 = train_bpe(['some low words'] * 3, 260, GPT2_PATTERN, ['<|endoftext|>'])
+    write_gpt2_tokenizer(tmp_path, gpt2)
+    prepare('text', *how, f'--tokenizer={tmp_path}')
+    meta = load_meta(tmp_path / 'out')
+    assert fingerprint(from_meta(meta)) == fingerprint(gpt2) and meta['source'] == 'words.txt'
+    assert '|'.join(texts_of(tmp_path / 'out')).split('<|endoftext|>') == ['', text[:2430] + '|', text[2430:]]
+    # another dataset's, by characters, must have them all
+    prepare('text', *how, f'--out_dir={tmp_path}/chars')
+    prepare('text', *how, f'--tokenizer={tmp_path}/chars')
+    assert load_meta(tmp_path / 'out')['chars'] == load_meta(tmp_path / 'chars')['chars']
+    (tmp_path / 'words.txt').write_text(text + 'caf\u00e9' * 200)
+    with pytest.raises(SystemExit, match='error: .*\u00e9'):
+        prepare('text', *how, f'--tokenizer={tmp_path}/chars')
+
+
 @pytest.mark.parametrize('flags, error', [
     (['--input=/no/such'], 'there is no file or folder'),
     ([], 'there is no file or folder'),
@@ -409,6 +429,7 @@ def test_text_from_a_folder(prepare, tmp_path):
     (['--input={}/good.txt', '--level=bpe'], 'vocab_size .4096. is out of reach'),
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], 'must be at least 265'),
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], 'a bpe needs a number'),
+    (['--input={}/good.txt', '--tokenizer={}/folder'], r'no tokenizer at tokenizer \(.*folder\)'),
     (['--input={}/good.txt', '--val_fraction=1.5'], 'must lie between 0 and 1'),
     (['--input={}/good.txt', '--out_dir=', '--name=../elsewhere'], 'without slashes'),
     (['--input={}/good.txt', '--levle=bpe'], 'level'),

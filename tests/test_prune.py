@@ -3,6 +3,8 @@ prune.py: cutting nothing changes nothing, cutting what does nothing changes not
 everything a model does.
 """
 import json
+import re
+import string
 
 import numpy as np
 import pytest
@@ -460,7 +462,7 @@ def test_the_script(tmp_path):
     assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after',
                              'bpb_before', 'bpb_after', 'tok_s_before', 'tok_s_after'}
     assert (result['params_after'] <= 0.3 * result['params_before'] == 0.3 * model.params()['total']
-            and '--muon_lr=0.004 --adam_lr=0.002' in got.out)
+            and '--muon_lr=0.004 --adam_lr=0.002' in got.out and '--teacher' not in got.out)
     smaller, state = load_model(result['file'])
     assert result['file'] == f'{tmp_path}/out-pruned/best.pt' and state['dataset'] == f'{tmp_path}/data_v280'
     c = smaller.config
@@ -477,6 +479,12 @@ def test_the_script(tmp_path):
     assert trained.status == 0 and json.loads(trained.out.splitlines()[-1])['val_loss'] == pytest.approx(
         result['val_loss_after'], abs=1e-3), trained.err
     assert load_model(f'{tmp_path}/again/best.pt')[0].config == c
+    # the command that it prints; a batch of 4 and 2 steps, for speed
+    got = run('prune.py', f'--out_dir={tmp_path}/out', '--neuron_prune_ratio=0.5', f'--save_dir={tmp_path}/half')
+    command = re.search('python (train.py .*)', got.out)[1]
+    trained = run(*command.split(), '--batch_size=4', '--max_iters=2', '--compile=False', '--sample_interval=0')
+    assert trained.status == 0, trained.err
+    assert load_model(f'{tmp_path}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{tmp_path}/out'
     sampled = run('sample.py', f'--out_dir={tmp_path}/out-pruned', '--weights=float', '--start=low',
                   '--max_new_tokens=5', '--drafter=head')
     assert sampled.status == 0 and sampled.out.startswith('low')
@@ -488,3 +496,19 @@ def test_the_script(tmp_path):
         refused(run('prune.py', f'--out_dir={tmp_path}/out', f'--save_dir={tmp_path}/bad',
                     '--calibration_batches=1', flag), word)
     assert not (tmp_path / 'bad').exists() and not (tmp_path / 'data_v5').exists()
+
+
+def test_what_was_held_out_is_not_looked_at(tmp_path):
+    """The half that a model left out may be anything: it is pruned alike, and still says that it has not seen it."""
+    files, tokenizer = [], CharTokenizer(string.printable)
+    for other in 'abc', 'xyz':
+        write_texts(f'{tmp_path}/data', ['low ' * 500 + f'{other} ' * 499], ['low ' * 20], 'char', 'a test',
+                    tokenizer=tokenizer)
+        torch.manual_seed(0)
+        save_checkpoint(f'{tmp_path}/out/best.pt', make(vocab_size=100, block_size=32), tokenizer.meta(),
+                        dataset=f'{tmp_path}/data', knobs={'hold_out': '2/2'})
+        got = run('prune.py', f'--out_dir={tmp_path}/out', '--neuron_prune_ratio=0.5', '--calibration_batches=1')
+        assert got.status == 0 and '--hold_out=2/2' in got.out and '--teacher' not in got.out, got.err
+        files.append(load_model(f'{tmp_path}/out-pruned/best.pt'))
+    assert all(torch.equal(a, b) for a, b in zip(files[0][0].state_dict().values(), files[1][0].state_dict().values()))
+    assert files[0][1]['knobs']['hold_out'] == '2/2'

@@ -8,7 +8,7 @@ $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20
 $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER
     shard_*.parquet that you have: no download
 
-tokenizer is nanochat's tokenizer.pkl or the folder that holds it. Every document starts with <|bos|>. The last shard is
+tokenizer is nanochat's tokenizer.pkl or the folder that holds it, or that of a gpt2 of Hugging Face. Every document starts with <|bos|>. The last shard is
 for validation, as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, '.')  # run from the repo root
 from data.loader import download, write_dataset
-from data.tokenizer import fingerprint, load_nanochat_tokenizer
+from data.tokenizer import fingerprint, load_tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/fineweb_edu'
@@ -41,8 +41,8 @@ try:
 except ImportError:
     sys.exit('error: the shards are parquet files: pip install pyarrow')
 try:
-    words = load_nanochat_tokenizer(tokenizer)
-except (OSError, ValueError) as e:
+    words = load_tokenizer(tokenizer)
+except (OSError, ValueError, KeyError) as e:
     sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; '
              'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
 dtype = np.dtype('uint16' if words.vocab_size <= 65536 else 'uint32')

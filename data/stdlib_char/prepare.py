@@ -17,6 +17,7 @@ import sys
 
 sys.path.insert(0, '.')  # run from the repo root
 from data.loader import stdlib_files, stdlib_held_out, stdlib_source, write_texts
+from data.tokenizer import CharTokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/stdlib_char'
@@ -36,4 +37,4 @@ val = [text for module, text in plain if stdlib_held_out(module)]
 modules = sorted({module.split('.')[0] for module, text in plain if stdlib_held_out(module)})
 print(f'{len(plain)} files; {len(files) - len(plain)} more have characters outside ASCII and are left out')
 print(f'{len(modules)} modules are held out: {" ".join(modules)}')
-write_texts(out_dir, train, val, 'char', stdlib_source(), chars=chars)
+write_texts(out_dir, train, val, 'char', stdlib_source(), tokenizer=CharTokenizer(chars))
