@@ -446,6 +446,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     row = json.loads(got.out.splitlines()[-1])['rows'][4]
     assert row['kv_bytes_per_token'] == model.kv_bytes_per_token(int8=True)
     assert row['val_loss'] == pytest.approx(loss, rel=1e-6) and row['val_loss'] != rows[4]['val_loss']
+    assert 'nothing changed' in climb(f'--check={at}/out/ladder.json').out       # as it was recorded, with that cache
     assert climb().status == 0 and len(climb.calls()) == 5
     check = f'--check={at}/out/ladder.json'
     got = climb(check)

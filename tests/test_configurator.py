@@ -5,8 +5,11 @@ and prints its config. One row of a table = one process.
 $ python -m pytest tests/test_configurator.py
 """
 import builtins
+import glob
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 
@@ -290,3 +293,29 @@ def test_every_builtin_can_be_a_knob(folder):
     assert json.loads(out) == {**dict.fromkeys(names, 1), 'compile': 2, 'input': 3}
     status, out, err = run(folder, ['--input=x'], 'builtin.py')
     assert (status, out) == (1, '') and err.startswith('error: --input=x: ') and err.count('\n') == 1
+
+
+def knobs_of(script):
+    """Names that a script sets before it runs configurator.py; bench.py takes train.py's as well."""
+    source = open(script).read().partition("exec(open('configurator.py')")[0]
+    return set(re.findall(r'^ *(\w+) *= ', source, re.M)) | (knobs_of('train.py') if script == 'bench.py' else set())
+
+
+def test_commands_that_are_told_can_be_given():
+    """In README, docstrings, configs and the rungs of ladders: the files are there, the knobs have these names."""
+    configs, scripts = glob.glob('config/*.py'), set(glob.glob('*.py')) - {'configurator.py'}
+    texts = {path: open(path).read() for path in (
+        'README.md', *scripts, *configs, *glob.glob('data/**/*.py', recursive=True))}
+    for path in configs:
+        set_there = runpy.run_path(path)
+        texts[path] += set_there.get('rungs', '')
+        assert any({k for k in set_there if k[0] != '_'} <= knobs_of(script) for script in scripts), path
+    told = [(path, *found) for path, text in texts.items() for found in re.findall(
+        r'(?:python3?|torchrun(?: --\S+)*) ((?:\w+/)*\w+\.py)((?: +(?:(?:\w+/)*\w+\.py|--\w+=(?:"[^"]*"|\S*)))*)',
+        text)]
+    for path, script, words in told:
+        for file in (script, *re.findall(r'(?<!\S)\S+\.py', words)):
+            assert os.path.exists(file), (path, script, words)
+        if "exec(open('configurator.py')" in open(script).read():
+            assert set(re.findall(r'(?<!\S)--(\w+)=', words)) <= knobs_of(script), (path, script, words)
+    assert len(told) > 300
