@@ -377,8 +377,8 @@ def random_teacher(name, device='cpu'):
 
 def fetch_nanochat(name, folder, host='https://huggingface.co'):
     """
-    Downloads the four files of NANOCHAT[name] into folder, going on from what is there; returns folder.
-    SystemExit says what went wrong.
+    Downloads the four files of NANOCHAT[name] into folder, going on from what is there, checked by the sha256 that
+    their host tells; returns folder. SystemExit says what went wrong.
     """
     if name not in NANOCHAT:
         raise SystemExit(f"error: fetch ({name}) must be one of {', '.join(NANOCHAT)}")
@@ -418,8 +418,8 @@ def find_nanochat(path, step=None):
     if not steps:
         raise SystemExit(f"error: no nanochat checkpoint (model_XXXXXX.pt) in {path!r}: fetch one with "
                          "python distill.py --fetch=d32 --out_dir=teachers/d32 "
-                         f"({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), try its shape with --teacher=random:d32, "
-                         "or run config/distill_stdlib_bpe.py, which a laptop can")
+                         f"({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), try its shape, without data, with "
+                         "python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32, or run config/distill_stdlib_bpe.py, which a laptop can")
     step = max(steps) if step is None else step
     if step not in steps:
         raise SystemExit(f"error: {path} has no step {step}: take one of {', '.join(map(str, steps))}")

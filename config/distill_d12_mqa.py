@@ -12,8 +12,9 @@
 # without a teacher costs:
 #     python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --out_dir=labels-d32 --block_size=1024
 #     python train.py config/distill_d12_mqa.py --teacher=labels-d32
-# To try it without the teacher's weights: --teacher=random:d32; the data are needed all the same. On a laptop:
-# config/distill_stdlib_bpe.py.
+# A step of that shape, without the teacher's weights and without data:
+#     python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32
+# On a laptop: config/distill_stdlib_bpe.py.
 out_dir = 'out-d12-mqa'
 dataset = 'fineweb_edu'
 teacher = 'nanochat:teachers/d32'

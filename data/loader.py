@@ -53,7 +53,8 @@ def download(url, path, sha256=None, size=None, pause=0.0):
     Fetches url into the file at path, by way of path + '.part', and returns path.
     Nothing is fetched if the file is there and right.
 
-    sha256: hex digits, size: bytes; both are checked if given. pause: seconds to wait before asking, out of politeness.
+    sha256: hex digits, size: bytes; both are checked if given. Without a sha256 the one is checked that Hugging Face
+    tells of large files. pause: seconds to wait before asking, out of politeness.
     DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there), or
     altered, that is, not of that sha256 or size (the .part is removed). What was at path before is replaced by a right
     file or not at all.
@@ -76,6 +77,9 @@ def download(url, path, sha256=None, size=None, pause=0.0):
     try:
         with requests.get(url, headers=headers, stream=True, timeout=60) as r:
             reason = 'cut short'
+            # what Hugging Face says of a large file, where it sends us on to the server that has it
+            told = [h.headers['X-Linked-Etag'].strip('"') for h in (*r.history, r) if 'X-Linked-Etag' in h.headers]
+            sha256 = sha256 or next((tag for tag in told if re.fullmatch('[0-9a-f]{64}', tag)), None)
             # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
             whole = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
             if have and r.status_code in (206, 416):

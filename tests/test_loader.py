@@ -330,7 +330,7 @@ class Server(http.server.ThreadingHTTPServer):
     A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
     (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
     sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
-    (no Content-Length).
+    (no Content-Length), headers (of a redirect).
     asked: list of (path, value of Range or None), in the order of the requests.
     """
 
@@ -350,7 +350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.path, wanted))
         body, status, headers = page.get('body', b''), page.get('status', 200), {}
         if 'location' in page:
-            status, headers = 302, {'Location': page['location']}
+            status, headers = 302, {'Location': page['location'], **page.get('headers', {})}
         elif wanted and status == 200 and page.get('ranges', True):
             start = int(wanted.removeprefix('bytes=').removesuffix('-'))
             if start >= len(body):
@@ -408,6 +408,20 @@ def test_download_goes_on_from_a_part(server, tmp_path, ranges, have):
     download(server.url + '/f', tmp_path / 'f', DIGEST)
     assert (tmp_path / 'f').read_bytes() == BODY and os.listdir(tmp_path) == ['f']
     assert server.asked == [('/f', f'bytes={have}-')]
+
+
+def test_download_checks_what_hugging_face_says(server, tmp_path):
+    server.pages['/cdn'] = {'body': BODY, 'cuts': [1000]}
+    server.pages['/f'] = {'location': '/cdn', 'headers': {'X-Linked-Etag': f'"{DIGEST}"'}}
+    with pytest.raises(SystemExit, match='cut short'):
+        download(server.url + '/f', tmp_path / 'f')
+    server.pages['/cdn']['body'] = altered = BODY[:-1] + b'!'
+    with pytest.raises(SystemExit, match='is not the file that was expected: sha256'):
+        download(server.url + '/f', tmp_path / 'f')
+    assert os.listdir(tmp_path) == []
+    server.pages['/f']['headers'] = {'X-Linked-Etag': '"a git hash, of a small file"'}
+    download(server.url + '/f', tmp_path / 'f')
+    assert (tmp_path / 'f').read_bytes() == altered
 
 
 def test_download_starts_over_when_the_part_is_too_long(server, tmp_path):
