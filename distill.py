@@ -419,7 +419,8 @@ def find_nanochat(path, step=None):
         raise SystemExit(f"error: no nanochat checkpoint (model_XXXXXX.pt) in {path!r}: fetch one with "
                          "python distill.py --fetch=d32 --out_dir=teachers/d32 "
                          f"({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), try its shape, without data, with "
-                         "python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32, or run config/distill_stdlib_bpe.py, which a laptop can")
+                         "python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32, "
+                         "or run config/distill_stdlib_bpe.py, which a laptop can")
     step = max(steps) if step is None else step
     if step not in steps:
         raise SystemExit(f"error: {path} has no step {step}: take one of {', '.join(map(str, steps))}")

@@ -81,6 +81,22 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature,
         assert torch.allclose(got[name], p.grad, rtol=1e-9, atol=1e-12), name
 
 
+def test_labels_that_say_all_teach_what_the_teacher_teaches(small_chunks):
+    """Every id with its probability instead of the running teacher: the same losses and gradients, in float64."""
+    student, teacher = random_model(draft_n=2).double(), random_model(1).double()
+    idx, y = batch()
+    log_p = (teacher(idx).detach() / 1.5).log_softmax(-1)
+    labels = torch.arange(23).expand(3, 16, 23), log_p.exp(), -(log_p.exp() * log_p).sum(-1)
+    got = []
+    for distiller, soft in ((Distiller(student, [teacher], temperature=1.5), ()),
+                            (Distiller(student, temperature=1.5), labels)):
+        student.zero_grad()
+        losses = distiller(idx, y, *soft)
+        sum(losses.values()).backward()
+        got.append([*losses.values(), *(p.grad.clone() for p in student.parameters())])
+    assert len(got[0]) == len(got[1]) and all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*got))
+
+
 @pytest.mark.parametrize('labelled', [False, True])
 def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
     student, teacher = random_model(block_size=32), random_model(1, block_size=32)
@@ -311,6 +327,22 @@ def test_teacher_labels_student(toy, teacher, tmp_path):
             'already holds labels')
     refused(run('train.py', *TINY, f'--teacher={tmp_path}/labels', f'--out_dir={tmp_path}/x', f'--dataset={toy}',
                 '--temperature=2'), 'are for forward_kl at temperature 1.0')
+
+
+def test_a_student_learns_through_the_rounding(toy, teacher, tmp_path, interrupt):
+    """From labels, over more than one pass of the text; stopped and resumed it is the same; its file says the same."""
+    script(f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', '--k=4')
+    n = Loader(toy, 'train', 4, 16).n_windows // 4 + 3
+    how = (f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--quant_bits=8', f'--max_iters={n}',
+           f'--eval_interval={n}', '--save_interval=0')
+    once = train(tmp_path / 'once', *how)
+    interrupt(n - 2, signal.SIGTERM)
+    assert train(tmp_path / 'twice', *how)['iters'] == n - 1
+    interrupt(n + 9, signal.SIGTERM)
+    twice = train(tmp_path / 'twice', *how, '--init_from=resume')
+    assert twice['val_loss'] == once['val_loss']
+    got = run('quantize.py', f'--out_dir={tmp_path}/once')
+    assert json.loads(got.out.splitlines()[-1])['val_loss_quant'] == pytest.approx(once['val_loss'], abs=1e-5), got.err
 
 
 def test_folds_go_the_whole_way(toy, tmp_path):
