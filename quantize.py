@@ -129,8 +129,9 @@ class FakeEmbedding(nn.Embedding):
 
 def prepare(model, bits=8, group=GROUP, tables_bits=8):
     """
-    Makes every Linear and Embedding of model round as it will after export.
-    In place; weights and their names stay.
+    Makes every Linear and Embedding of model round as it will after export, in place; weights and their names stay.
+    In float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
+    the rounded values in bfloat16, and so rounds them once more.
     """
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, nn.Embedding):       # only the forward differs, so only the class changes

@@ -19,6 +19,7 @@ float -> int4 rtn     | {_round}=out-recipe-float --bits=4 --method=rtn --save_d
 float -> int4 gptq    | {_round}=out-recipe-float --bits=4 --method=gptq
 float, on in float    | {_on} --quant_bits=0 --out_dir=out-recipe-on-float
 float, on in 4 bits   | {_on} --quant_bits=4 --out_dir=out-recipe-on-int4 && {_round}=out-recipe-on-int4 --bits=4
+... from its own KL    | {_on} --quant_bits=4 --teacher=out-recipe-float --out_dir=out-recipe-on-kl && {_round}=out-recipe-on-kl --bits=4
 context 512           | {_train} --block_size=512 --batch_size=8 --out_dir=out-recipe-512 && {_round}=out-recipe-512
 MQA, wider MLP        | {_train} --n_kv_head=1 --n_hidden=528 --out_dir=out-recipe-mqa && {_round}=out-recipe-mqa
 averaged weights      | {_train} --ema=0.998 --out_dir=out-recipe-ema && {_round}=out-recipe-ema

@@ -2,8 +2,8 @@
 Speculation never changes the text: plain decoding against every drafter at four temperatures, with k from 1 to 8 at
 random, over tens of thousands of tokens per format.
 
-    python tests/exact.py                                # random weights: MHA, GQA, MQA, with draft and multi-token heads
-    python tests/exact.py --out_dir=out-qat-shakespeare  # a trained model
+    python tests/exact.py                       # random weights: MHA, GQA, MQA, with draft and multi-token heads
+    python tests/exact.py --out_dir=out-qat-shakespeare         # a trained model
 
 For integers, int8 and int4, the texts must be equal. In float, sums over several rows are taken in another order: where
 a text parts from the plain one, the two tokens' scores must lie within 1e-4 of each other (a tie), and such partings

@@ -371,7 +371,7 @@ def test_bad_knobs(out_dir, flags, pattern):
 
 MAKE = '''
 import json, os, shutil, sys
-model, folder, tokens = sys.argv[1:]
+model, folder, tokens, *_ = sys.argv[1:]
 folder = folder.removeprefix('--out_dir=')
 os.makedirs(folder, exist_ok=True)
 shutil.copy(model, folder)
@@ -479,6 +479,29 @@ def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     with open(record, 'w') as f:
         json.dump(document | {'rows': [wide | {'mtime': os.path.getmtime(wide['file'])}, *document['rows'][1:]]}, f)
     assert climb().status == 0 and read()['int4', None] > int4['mtime'] and len(climb.calls()) == 6
+
+
+def test_labels_are_written_again_for_a_teacher_that_is_new(climb):
+    """And only they are removed for it. What they cost is counted in what learns from them, not what is beside."""
+    at = climb.folder
+    (at / 'label.py').write_text('''
+import json, os, sys
+folder = sys.argv[1].removeprefix('--out_dir=')
+os.mkdir(folder)                # as distill.py, it replaces nothing
+open(folder + '/labels.bin', 'w').write('labels')
+print(json.dumps({'file': folder + '/labels.bin', 'tokens': 9, 'seconds': 1.0, 'flops': 7}))
+''')
+    lines = '''            | python T/label.py --out_dir=T/labels --teacher=T/w
+student     | python T/make.py T/narrow/best.pt --out_dir=T/n 30 --teacher=T/labels'''
+    narrow = next(line for line in CONFIG.splitlines() if line.startswith('narrow'))
+    rows = json.loads(climb(old=narrow, new=lines).out.splitlines()[-1])['rows']
+    assert {r['name']: r['train_flops'] for r in rows if r['name']} == {
+        'wide': 1000, 'a control': 300, 'student': 307, 'int4': 1000}
+    (at / 'labels' / 'mine').write_text('')
+    (at / 'w' / 'mine').write_text('')
+    os.remove(at / 'w' / 'best.pt')
+    assert climb(old=narrow, new=lines).status == 0 and climb.calls() == ['w', 'c1', 'c2', 'n', 'w', 'n']
+    assert os.listdir(at / 'labels') == ['labels.bin'] and (at / 'w' / 'mine').exists()
 
 
 def test_a_ladder_keeps_what_the_scripts_would_replace(climb):
