@@ -842,8 +842,9 @@ def measure_memory():
     groups, teachers = model.params(), getattr(trained, 'teachers', ())
     spoken = ('parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n)
               + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers))
+    cache = c.block_size * model.kv_bytes_per_token()
     if plan:
-        return plan_training(c, groups, spoken, flops_of(model, teachers))
+        return plan_training(c, groups, spoken, flops_of(model, teachers), cache)
     rows = []
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
@@ -858,7 +859,7 @@ def measure_memory():
                if measured}
         rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got
                     | {'ratio': parts['peak'] / got['eager'] if got else None,
-                       'cache': batch * c.block_size * model.kv_bytes_per_token()})
+                       'cache': batch * cache})
     print(f'{spoken}; MiB:')
     report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in (*PARTS, 'peak')),
             ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
@@ -885,8 +886,11 @@ def proposals(target, c):
     return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
 
 
-def plan_training(c, groups, spoken, flops):
-    """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
+def plan_training(c, groups, spoken, flops, cache):
+    """
+    What the config's training would take on a GPU; or shapes for target_params and what theirs would. cache: bytes that
+    a sequence takes when it is decoded.
+    """
     check_knobs(config, ('gpu', GPUS))
     peak, memory = GPUS[gpu]
     share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
@@ -934,7 +938,7 @@ def plan_training(c, groups, spoken, flops):
             a, b = rows[-2:]
             parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch'])
                      for part in (*PARTS, 'peak')}
-        rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room})
+        rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room, 'cache': batch * cache})
         batch *= 2
     low = 0
     # The peak grows by as much or more for each further row: a straight line between the last two batches errs on the
@@ -952,7 +956,7 @@ def plan_training(c, groups, spoken, flops):
           + (f", {cost['dollars']:,.2f} dollars" if price else ''))
     print('GB:')
     report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'),
-            *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak'))],
+            *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak', 'cache'))],
            rows, params=groups, gpu=gpu, utilisation=share, assumed=not utilisation,
            largest_batch=low, **cost, rows=rows)
 

@@ -22,6 +22,6 @@ beside, temperature 2          | {_beside} --temperature=2 --out_dir=out-ways-t2
 beside, temperature 4          | {_beside} --temperature=4 --out_dir=out-ways-t4
 beside, reverse KL             | {_beside} --divergence=reverse_kl --out_dir=out-ways-reverse
 beside, Jensen-Shannon         | {_beside} --divergence=jsd --out_dir=out-ways-jsd
-                               | python prune.py --out_dir=out-stdlib-bpe --layers=3 --head_prune_ratio=0.5 --neuron_prune_ratio=0.75 --channel_prune_ratio=0.6667 --save_dir=out-ways-pruned
-sampled, from pruned weights   | {_train} --init_from=out-ways-pruned/best.pt --teacher=labels-stdlib-bpe --out_dir=out-ways-from-pruned
+                               | python prune.py --out_dir=out-stdlib-bpe --neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667 --save_dir=out-eighth-stdlib-bpe
+sampled, from pruned weights   | {_train} --init_from=out-eighth-stdlib-bpe/best.pt --teacher=labels-stdlib-bpe --out_dir=out-ways-from-pruned
 '''

@@ -258,7 +258,8 @@ def test_plan(monkeypatch):
     assert (max(rows) // 2 <= largest < max(rows)
             and [r['fits'] for r in rows.values()] == [True] * (len(rows) - 1) + [False])
     assert ([r['peak'] <= 0.9 * 40e9 for r in rows.values()] == [r['fits'] for r in rows.values()]
-            and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8)
+            and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
+            and rows[4]['cache'] == 4 * 64 * 2 * 64 * 4)
 
     monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**34)                # one chunk is simulated sooner than many
     # with no data and none of the teacher's files
@@ -277,7 +278,8 @@ def test_proposed_shapes():
     rows = {(r['n_layer'], r['n_embd'], r['n_head']): r for r in document['rows']}
     row = rows[4, 512, 8]                                   # config/train_38m.py
     assert (row['params'] == 37748736 and row['tokens'] == 20 * 37748736 and row['steps'] == 11520
-            and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8)
+            and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8
+            and row['disk_bytes'] == 14 * 55 * 10**6 * 2)
     assert all(abs(r['params'] / 38e6 - 1) < 0.2 and r['n_embd'] == 64 * r['n_head'] for r in rows.values())
 
 
@@ -460,6 +462,11 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     assert len(climb.calls()) == 5
     shutil.rmtree(f'{at}/m')
     assert climb().status == 0 and climb.calls()[5:] == ['n', 'm']  # what is missing is built, and nothing else
+
+
+def test_a_ladder_is_drawn(climb):
+    pytest.importorskip('matplotlib')
+    assert climb('--timed=all').status == 0 and (climb.folder / 'out' / 'ladder.png').read_bytes()[:4] == b'\x89PNG'
 
 
 def test_what_is_made_from_a_rung_is_made_again_with_it(climb):

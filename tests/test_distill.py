@@ -99,7 +99,8 @@ def test_labels_that_say_all_teach_what_the_teacher_teaches(small_chunks):
 
 @pytest.mark.parametrize('labelled', [False, True])
 def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
-    student, teacher = random_model(block_size=32), random_model(1, block_size=32)
+    student = random_model(block_size=32, multi_token_n=2, draft_n=2)
+    teacher = random_model(1, block_size=32)
     # without attention a token's losses depend on itself alone
     for m in (student, teacher):
         for block in m.transformer.h:
@@ -108,9 +109,9 @@ def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
     labels = (torch.randint(23, (3, 16, 5)), torch.full((3, 16, 5), 0.2), torch.rand(3, 16)) if labelled else ()
     f = Distiller(student, [teacher])
     once = f(idx, y, *labels)
-    for dim in (0, 1):
+    for dim, names in ((0, ('ce', 'kl', 'multi_token', 'draft')), (1, ('ce', 'kl'))):       # heads look over the end
         twice = f(*(torch.cat((t, t), dim) for t in (idx, y, *labels)))
-        assert all(torch.allclose(once[k], twice[k], rtol=1e-5) for k in ('ce', 'kl'))
+        assert all(torch.allclose(once[k], twice[k], rtol=1e-5) for k in names)
     padded = f(torch.cat((idx, idx), 1), torch.cat((y, torch.full_like(y, -1)), 1),
                *(torch.cat((t, t), 1) for t in labels))
     assert all(torch.allclose(once[k], padded[k], rtol=1e-5) for k in ('ce', 'kl'))

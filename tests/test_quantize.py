@@ -256,6 +256,20 @@ def test_gptq_of_a_model(bits):
     for name in ('multi_token.1.c_proj', 'draft.c_fc'):
         assert not torch.equal(fitted.get_submodule(name).integers(), rounded.get_submodule(name).integers())
 
+
+def test_what_quantising_cost_by_the_plain_formulas():
+    model = randomise(GPT(GPTConfig(**SMALL)))
+    other = Q.convert(copy.deepcopy(model), 4)
+    x, y = torch.randint(50, (4, 32)), torch.randint(50, (4, 32))
+    y[1, 5:] = -1
+    with torch.no_grad():
+        a, b = model(x)[y >= 0], other(x)[y >= 0]
+    kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction='none').sum(-1)
+    got = Q.compare(model, other, [(x[:1], y[:1]), (x[1:], y[1:])])
+    assert got == pytest.approx({'mean_kl': kl.mean().item(), 'max_kl': kl.max().item(),
+                                 'top1_flips': (a.argmax(-1) != b.argmax(-1)).float().mean().item()}, rel=1e-4)
+    assert 0 < got['mean_kl'] < got['max_kl'] and got['top1_flips'] > 0
+
 # -----------------------------------------------------------------------------
 # the file and the script
 
@@ -263,6 +277,19 @@ def test_gptq_of_a_model(bits):
 def test_the_file_is_safetensors(bits, tmp_path):
     model = Q.convert(randomise(GPT(GPTConfig(**SMALL))), bits)
     Q.export(f'{tmp_path}/m.safetensors', model, {})
+    # eight bytes of length, a header of JSON, and the tensors one behind the other
+    raw, state = (tmp_path / 'm.safetensors').read_bytes(), model.state_dict()
+    start = 8 + int.from_bytes(raw[:8], 'little')
+    header = json.loads(raw[8:start])
+    del header['__metadata__']
+    spans = [t['data_offsets'] for t in header.values()]
+    assert (start % 8 == 0 and set(header) == set(state)
+            and [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])] and start + spans[-1][1] == len(raw))
+    kinds = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
+    for name, t in header.items():
+        a, b = t['data_offsets']
+        assert (t['dtype'], t['shape']) == (kinds[state[name].dtype], list(state[name].shape))
+        assert raw[start + a:start + b] == state[name].numpy().tobytes()
     theirs = pytest.importorskip('safetensors.torch').load_file(f'{tmp_path}/m.safetensors')
     assert (set(theirs) == set(model.state_dict())
             and all(torch.equal(theirs[k], v) for k, v in model.state_dict().items()))

@@ -195,6 +195,20 @@ def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
 # -----------------------------------------------------------------------------
 # equalities
 
+def test_wandb(toy, tmp_path, monkeypatch):
+    """Offline: what log.csv has is what wandb is told."""
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
+    told = []
+    monkeypatch.setattr(wandb, 'log', lambda row, step: told.append({**row, 'step': step}))
+    assert run('train.py', *TINY, toy, f'--out_dir={tmp_path}/run', '--wandb_log=True').status == 0
+    wandb.finish()
+    assert [{k: str(v) for k, v in row.items()} for row in told] == [
+        {k: v for k, v in row.items() if v} for row in log(tmp_path / 'run')]
+    assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
+
+
 @pytest.mark.parametrize('args', [
     [], ['--dropout=0.3'], ['--total_batch_size=128', '--warmup_iters=3', '--tie_weights=True'],
     ['--quant_bits=8', '--qat_start=0.5'], ['--ema=0.9', '--sample_interval=3', '--sample_tokens=4'],
