@@ -200,8 +200,12 @@ def test_wandb(toy, tmp_path, monkeypatch):
     wandb = pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_DIR', str(tmp_path))
-    told = []
-    monkeypatch.setattr(wandb, 'log', lambda row, step: told.append({**row, 'step': step}))
+    init, told = wandb.init, []
+
+    def begin(**how):
+        init(**how)                             # which sets wandb.log
+        monkeypatch.setattr(wandb, 'log', lambda row, step: told.append({**row, 'step': step}))
+    monkeypatch.setattr(wandb, 'init', begin)
     assert run('train.py', *TINY, toy, f'--out_dir={tmp_path}/run', '--wandb_log=True').status == 0
     wandb.finish()
     assert [{k: str(v) for k, v in row.items()} for row in told] == [
