@@ -26,7 +26,9 @@ import pytest
 import torch
 
 import data.loader
-from data.loader import write_texts
+import model as model_file
+from data.loader import write_chats, write_texts
+from data.tokenizer import train_bpe
 from engine import Engine
 from model import GPT, GPTConfig, fast_bf16, load_checkpoint, load_model
 from quantize import prepare
@@ -564,6 +566,25 @@ def test_compiled_equals_eager(toy, tmp_path):
     difference = lambda a, b: max(abs(x - y) for x, y in zip(a, b, strict=True))
     assert eager[:3] == plain[:3]
     assert 10 * difference(compiled, eager) < difference(eager, plain)
+
+
+def test_chats_are_compiled_once(tmp_path, monkeypatch):
+    """Conversations of any length come in rows of one: a step has one graph, and one more once its weights are rounded."""
+    tokenizer = train_bpe([toy_text()], 280)
+    chats = [tokenizer.render_chat([{'role': 'user', 'content': 'the' * n}, {'role': 'assistant', 'content': 'cat' * n}])
+             for n in range(1, 5)] * 6
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_chats(str(tmp_path / 'data'), tokenizer, chats, chats[:6], 32, 'toy')
+    graphs, compile = [], torch.compile
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, 'compile', lambda f, options=None, **how: compile(f, backend=count, **how))
+    monkeypatch.setattr(model_file, 'can_compile', lambda device: True)
+    train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
+          '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize('name, value', [('CXX', 'no-such-compiler'), ('PATH', '')])
