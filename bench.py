@@ -15,7 +15,7 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=ladder config/ladder_quick.py         # builds models, then measures all of them in one run
     python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # what has changed?
 
-Where the data are not prepared, train and memory need --vocab_size=.
+train and memory take the knobs and configs of train.py (python train.py --help); without prepared data, --vocab_size=.
 A ladder builds only what no ladder.json has recorded, and replaces no folder that a ladder has not made.
 
 You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each
@@ -46,7 +46,6 @@ those that exist at a time. Measured is what a fresh process takes beyond what l
 pass (Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is
 freed: left to itself it keeps gaps between tensors, which can double a small model's process. cache: of as many
 sequences that decode, float32.
-Both take the knobs of train.py, and its configs: python train.py --help explains them.
 """
 import contextlib
 import csv
@@ -64,12 +63,12 @@ import re
 import runpy
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
+from statistics import mean, median, stdev, variance
 
 import numpy as np
 import torch
@@ -161,9 +160,6 @@ def fail(message):
     raise SystemExit(f'error: {message}')
 
 
-if mode in ('train', 'memory') and 'n_layer' not in config:
-    fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
-
 check_knobs(config, ('threads', int, 0, math.inf), ('seed', int, 0, 2**63 - 1), ('rounds steps', int, 1, math.inf))
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -178,6 +174,25 @@ machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.proc
 if device.startswith('cuda'):
     machine['gpu'] = torch.cuda.get_device_name(device)
 machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+if mode in ('train', 'memory'):
+    if 'n_layer' not in config:
+        fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
+    check_knobs(config,
+                ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
+                ('vocab_size total_batch_size', int, 0, math.inf), ('price tokens_per_param', float, 0, math.inf),
+                ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
+    compile = compile and (plan or can_compile(device))
+    accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
+    if device.startswith('cuda'):
+        torch.set_float32_matmul_precision('high')                  # as train.py does
+else:
+    check_knobs(config, ('prompt_tokens new_tokens', int, 1, math.inf), ('draft_n', int, 1, FEW - 1),
+                ('temperature', float, 0, math.inf), may_be_none='temperature')
+    if temperature is None:
+        temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8
 
 
 def report(columns, lines, **document):
@@ -203,22 +218,24 @@ def numbered(knob):
     return sorted({int(n) for n in config[knob].split(',') if n})
 
 
-def start(*files, **knobs):
+def start(script, cwd=None, document=True, **knobs):
     """
-    Runs a script and its flags (the knobs, by name) in a process of its own -> the JSON document that its output ends
-    with; if it fails, its last line is ours.
+    Runs a script with these knobs in a process of its own -> the JSON document that its output ends with, or all of the
+    output; if it fails, its last line is ours.
     """
-    got = subprocess.run([sys.executable, *files, *(f'--{k}={v}' for k, v in knobs.items())],
-                         capture_output=True, text=True)
+    got = subprocess.run([sys.executable, script, *(f'--{k}={v}' for k, v in knobs.items())],
+                         capture_output=True, text=True, cwd=cwd)
     if got.returncode:
-        fail(f'{files[0]}: '
+        fail(f'{script}: '
              f"{(got.stderr.strip() or f'status {got.returncode}').splitlines()[-1].removeprefix('error: ')}")
     print(got.stderr, end='', file=sys.stderr)
-    return json.loads(got.stdout.splitlines()[-1])
+    return json.loads(got.stdout.splitlines()[-1]) if document else got.stdout
 
 
-def median(values):
-    return statistics.median(list(values)[1:])  # without round 0
+def speed(rates, **others):
+    """tokens/s by round -> a row's tok_s and tok_s_rounds, and key=others: the ratio to theirs in the same round."""
+    return {'tok_s': median(rates), 'tok_s_rounds': rates} | {
+        key: median(a / b for a, b in zip(rates, theirs)) for key, theirs in others.items() if theirs}
 
 # -----------------------------------------------------------------------------
 # --mode=decode and quality: the model, in a format
@@ -232,8 +249,6 @@ def listed(knob, known):
 
 
 if mode in ('decode', 'quality'):
-    check_knobs(config, ('prompt_tokens new_tokens', int, 1, math.inf), ('draft_n', int, 1, FEW - 1),
-                ('temperature', float, 0, math.inf), may_be_none='temperature')
     formats, drafters = listed('formats', FORMATS), list(dict.fromkeys(['none'] + listed('drafters', DRAFTERS)))
     batches = numbered('batches') or [1]
     if shape not in SHAPES and not os.path.isdir(shape):
@@ -246,8 +261,6 @@ if mode in ('decode', 'quality'):
         fail(f'llama2c ({llama2c}) is measured with --peers=True')
     if peers and device != 'cpu':
         fail(f'peers are measured on --device=cpu, not on {device}')
-    if temperature is None:
-        temperature = 0.0 if shape in SHAPES else 0.8
 
 
 def build(shape, format):
@@ -275,16 +288,12 @@ def build(shape, format):
     return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled'))
 
 
-def same_tokens(folder, tokenizer, file):
-    if from_meta(load_meta(folder)).meta() != tokenizer.meta():
-        fail(f'{folder} has another tokenizer than {file} was trained with: prepare it as it was')
-
-
 def open_model(file):
     """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
     model, state = (load_model if file.endswith('.pt') else load)(file, device)
     tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
-    same_tokens(data, tokenizer, file)
+    if from_meta(load_meta(data)).meta() != tokenizer.meta():
+        fail(f'{data} has another tokenizer than {file} was trained with: prepare it as it was')
     return model, tokenizer, data
 
 
@@ -301,20 +310,22 @@ def bytes_per_pass(model):
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
+def quality(model, tokenizer, data, dtype):
+    """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
+    c = model.config
+    result = evaluate(model, Loader(data, 'val', 16, c.block_size, device=device).eval_batches(), tokenizer.token_bytes,
+                      dtype and (lambda batch: KVCache(c, batch, dtype=dtype, device=device)))
+    return {'val_loss': result['loss'], 'val_bpb': result['bpb'],
+            'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
+
+
 def measure_quality():
     _, tokenizer, data = open_model(os.path.join(shape, 'best.pt'))
     rows = []
     for f in formats:
         model = build(shape, f).model
-        c = model.config
-        loader = Loader(data, 'val', 16, c.block_size, device=device)
-        for dtype in (torch.float32, torch.int8):
-            make_cache = lambda batch: KVCache(c, batch, dtype=dtype, device=device)
-            result = evaluate(model, loader.eval_batches(), tokenizer.token_bytes, make_cache)
-            one = make_cache(1)
-            rows.append({'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
-                         'val_loss': result['loss'], 'val_bpb': result['bpb'],
-                         'kv_bytes_per_token': one.nbytes() / one.size})
+        rows += [{'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
+                 | quality(model, tokenizer, data, dtype) for dtype in (torch.float32, torch.int8)]
     report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
             ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows, rows=rows)
 
@@ -336,16 +347,18 @@ def decode(engine, drafter='none', batch=1):
 
 
 @torch.inference_mode()
-def pass_seconds(engine, cache):
+def pass_seconds(engine):
     """-> {n: seconds} of a cached pass, up to the most probable tokens, over n tokens of one sequence."""
-    before, times = cache.lengths, {n: [] for n in LENGTHS}
+    cache, times = KVCache(engine.config, 1, prompt_tokens + max(LENGTHS), device=device), {n: [] for n in LENGTHS}
+    engine.prefill(cache, [prompts[0][:engine.config.block_size - max(LENGTHS)]])
+    before = cache.lengths
     ids = torch.tensor([prompts[0][:1] * max(LENGTHS)], device=device)
     for n in LENGTHS * 5:
         clock = time.perf_counter()
         engine.model.logits(engine.model.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()
         times[n].append(time.perf_counter() - clock)
         cache.rewind(before)
-    return {n: statistics.median(t) for n, t in times.items()}
+    return {n: median(t) for n, t in times.items()}
 
 
 @torch.inference_mode()
@@ -394,9 +407,7 @@ def memory_taken(path):
     -> {'memory_bytes': how much this process grows by loading the file at path and decoding with it, 'file_bytes',
     'cache_bytes'}.
     """
-    def resident():
-        with open('/proc/self/statm') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     small = for_decoding(convert(GPT(GPTConfig(
         block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
     Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
@@ -446,14 +457,10 @@ def measure_decode():
     for f in formats:
         if not any(f == key[0] for key in runs):
             fail(f'format {f} decodes one sequence at a time: add 1 to batches ({config["batches"]})')
-    costs, slow, rates = {f: [] for f in engines}, [], []
-    caches = {f: KVCache(c, 1, prompt_tokens + max(LENGTHS), device=device)
-              for f in engines if not f.endswith('compiled')}
-    for f, cache in caches.items():
-        engines[f].prefill(cache, [prompts[0][:c.block_size - max(LENGTHS)]])
+    costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
     # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
     big = torch.ones(2**27, device=device)
-    for r in range(rounds + 1):                 # round 0 warms up
+    for r in range(rounds + 1):
         for (f, drafter, batch), run in runs.items():
             text, stats = decode(engines[f], drafter, batch)
             known = texts.setdefault(f, [])     # by row; the plain runs come first
@@ -461,10 +468,12 @@ def measure_decode():
             parted.extend([f'format {f}, drafter {drafter}, batch {batch}, {w}' for w in wrong if w])
             known += text[len(known):]
             run.append(stats)
-        for f, cache in caches.items():
-            costs[f].append(pass_seconds(engines[f], cache))
+        for f, cost in costs.items():
+            cost.append(pass_seconds(engines[f]))
         slow += [without_cache(plain, texts['f32'][0])] if recompute else []
         rates.append(bandwidth(big))
+        for warm in (*runs.values(), *costs.values(), slow, rates) if not r else ():
+            warm.clear()                        # round 0 only warms up
         print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
 
     empty = dict.fromkeys([
@@ -475,40 +484,34 @@ def measure_decode():
     empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
     for (f, drafter, batch), run in runs.items():
-        tok_s, size = [s['tok_s'] for s in run], bytes_per_pass(engines[f].model)
+        size = bytes_per_pass(engines[f].model)
         gb_s = size * median(s['passes_s'] for s in run) / 1e9
-        accepted = [sum(n) for n in zip(*(s['accepted'] for s in run[1:]))]
+        accepted = [sum(n) for n in zip(*(s['accepted'] for s in run))]
         rows.append(empty | {
             'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
-            'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
-            'ratio_plain_f32': median(a / b for a, b in zip(tok_s, yardstick)),
-            'ratio_recompute': median(a / b for a, b in zip(tok_s, slow)) if slow else None,
+            **speed([s['tok_s'] for s in run], ratio_plain_f32=yardstick, ratio_recompute=slow),
             'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
             'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
-            'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if costs[f] else None,
-            'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run[1:]) / sum(accepted),
+            'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if f in costs else None,
+            'tokens_per_verify': 1.0 if drafter == 'none' else sum(s['tokens'] for s in run) / sum(accepted),
             'accepted': None if drafter == 'none' else accepted,
             'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
     if slow:
-        rows.append(empty | {
-            'decoder': 'no cache', 'format': 'f32', 'tok_s': median(slow), 'tok_s_rounds': slow[1:],
-            'ratio_recompute': 1.0, 'ratio_plain_f32': median(a / b for a, b in zip(slow, yardstick))})
-    plain = engines = caches = cache = big = None   # the other processes get the memory
+        rows.append(empty | {'decoder': 'no cache', 'format': 'f32'}
+                    | speed(slow, ratio_plain_f32=yardstick, ratio_recompute=slow))
+    plain = engines = big = None                # the other processes get the memory
     if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
         with tempfile.TemporaryDirectory() as folder:
             export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
             rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | start(
                 'bench.py', child=f'{folder}/int8.safetensors', prompt_tokens=prompt_tokens, new_tokens=new_tokens,
                 temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads()))
-    if others['rows']:
-        ours = [rate for row in others['rows'] for rate in row['ours']]
-        rows.append(empty | {
-            'decoder': 'picochat alone', 'format': 'f32', 'tok_s': statistics.median(ours), 'tok_s_rounds': ours,
-            'ratio_plain_f32': 1.0, 'params': others['params']})
-    for row in others['rows']:
-        rows.append(empty | {k: row[k] for k in ('decoder', 'format', 'tok_s_rounds', 'params')} | {
-            'tok_s': statistics.median(row['tok_s_rounds']),
-            'ratio_plain_f32': statistics.median(a / b for a, b in zip(row['tok_s_rounds'], row['ours']))})
+    ours = [rate for row in others['rows'] for rate in row['ours']]
+    if ours:
+        rows.append(empty | {'decoder': 'picochat alone', 'format': 'f32', 'params': others['params']}
+                    | speed(ours, ratio_plain_f32=ours))
+    rows += [empty | {k: row[k] for k in ('decoder', 'format', 'params')}
+             | speed(row['tok_s_rounds'], ratio_plain_f32=row['ours']) for row in others['rows']]
 
     for row in rows:
         if row['memory_ratio']:
@@ -575,9 +578,9 @@ def teachers_of_config(c):
     return models, 0
 
 
-def write_random(folder, vocab, tokens=2**20):
+def write_random(folder, vocab):
     """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
-    ids = np.random.default_rng(seed).integers(vocab, size=tokens)
+    ids = np.random.default_rng(seed).integers(vocab, size=2**20)
     with contextlib.redirect_stdout(None):
         write_dataset(folder, CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab)),
                       ids, ids[:2 * block_size + 1], 'random')
@@ -667,56 +670,44 @@ def nanogpt_rate(folder, c, compiled):
                  n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout, block_size=c.block_size,
                  batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=steps + 4,
                  device=device, dtype=dtype, compile=compiled)
-    got = subprocess.run([sys.executable, os.path.abspath(os.path.join(peers, 'train.py')),
-                          *(f'--{k}={v}' for k, v in knobs.items())], cwd=folder, capture_output=True, text=True)
-    times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', got.stdout, re.M)[5:]]
-    if got.returncode or not times:
-        fail(f"{peers}/train.py ended with status {got.returncode} after {len(times)} steps: "
-             f"{' '.join((got.stderr or got.stdout).split())[-200:]}")
-    return {'tok_s': accumulation * batch_size * c.block_size / statistics.median(times)}
+    said = start(os.path.abspath(os.path.join(peers, 'train.py')), folder, document=False, **knobs)
+    ms = median(map(float, re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', said, re.M)[5:]))
+    return 1000 * accumulation * batch_size * c.block_size / ms
 
 
 def measure_train():
     c = shape_of_config()
     tokens = accumulation * batch_size * c.block_size
-    ways = {'eager': {}} | ({'compiled': {}, 'dynamic': {'dynamic': True}} if compile else {})
     if peers:
-        odd = [k for k, usual in (('n_kv_head', c.n_head), ('head_dim', c.n_embd // c.n_head),
-                                  ('n_hidden', 4 * c.n_embd), ('multi_token_n', 0), ('draft_n', 0))
-               if getattr(c, k) != usual]
-        odd += [k for k in ('teacher', 'quant_bits') if config[k]]
+        odd = [k for k in ('n_kv_head', 'head_dim', 'n_hidden', 'multi_token_n', 'draft_n', 'teacher', 'quant_bits')
+               if config[k]]
         if odd or c.vocab_size > 65536 or not os.path.isfile(os.path.join(str(peers), 'train.py')):
             fail(f"peers ({peers}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
                  f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
     with tempfile.TemporaryDirectory() as folder:
         write_random(f'{folder}/data/random', c.vocab_size)
         model, trained, optimizers, step = set_up(c, batch_size, f'{folder}/data/random')
-        forwards = {
-            way: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how) if way != 'eager' else trained
-            for way, how in ways.items()}
-        runs, gemm = {way: [] for way in ways}, 0.0
+        compiled = lambda **how: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how)
+        forwards = {'eager': trained} | (
+            {'compiled': compiled(), 'dynamic': compiled(dynamic=True)} if compile else {})
+        runs, gemm = {way: [] for way in forwards}, 0.0
         for r in range(rounds + 1):             # round 0 warms up, and compiles
             for way, forward in forwards.items():
                 if way == 'dynamic' and not r:
                     step(forward, c.block_size // 2 + 1, accumulation)
                 parts = [step(forward, c.block_size, accumulation) for _ in range(steps)]
-                seconds = {part: sum(p[part] for p in parts) for part in parts[0]}
-                runs[way].append({'tok_s': steps * tokens / sum(seconds.values()),
-                                  'ms': {part: 1000 * t / steps for part, t in seconds.items()}})
+                ms = {part: 1000 * sum(p[part] for p in parts) / steps for part in parts[0]}
+                runs[way] += [{'tok_s': 1000 * tokens / sum(ms.values()), 'ms': ms}] if r else []
             gemm = max(gemm, gemm_rate(c))
             print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
         flops, params = flops_of(model, getattr(trained, 'teachers', ())), model.params()['total']
         model = trained = optimizers = step = forward = forwards = None     # the other processes get the memory
         gc.collect()
-        if device.startswith('cuda'):
-            torch.cuda.empty_cache()
-        others = {(who, way): []
-                  for way in ways if way != 'dynamic'
-                  for who in ('train.py', 'nanoGPT')} if peers else {}
+        torch.cuda.empty_cache()
+        others = {(who, way): [] for way in runs if way != 'dynamic' for who in ('train.py', 'nanoGPT') if peers}
         # nanoGPT looks for the vocabulary's size in meta.pkl, and for configurator.py in the folder that it runs in
         if peers:
-            with open(f'{folder}/data/random/meta.pkl', 'wb') as f:
-                pickle.dump({'vocab_size': c.vocab_size}, f)
+            atomic_write(f'{folder}/data/random/meta.pkl', lambda f: pickle.dump({'vocab_size': c.vocab_size}, f))
             shutil.copy(os.path.join(peers, 'configurator.py'), folder)
         ours = {k: config[k] for k in TRAIN_NAMES} | dict(
             dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5,
@@ -724,27 +715,19 @@ def measure_train():
         for r in range(rounds if peers else 0):
             for (who, way), run in others.items():
                 run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT'
-                           else start('train.py', **ours | {'compile': way == 'compiled'}))
+                           else start('train.py', **ours | {'compile': way == 'compiled'})['tok_s'])
             print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
     rows, eager = [], [r['tok_s'] for r in runs['eager']]
-    empty = dict.fromkeys(
-        ['run', 'way', 'dtype', 'tok_s', 'tok_s_rounds', 'ratio', 'ms', 'utilisation']) | {'dtype': dtype}
     for way, run in runs.items():
-        tok_s = [r['tok_s'] for r in run]
-        rows.append(empty | {
-            'run': 'steps', 'way': way, 'tok_s': median(tok_s), 'tok_s_rounds': tok_s[1:],
-            'ratio': median(a / b for a, b in zip(tok_s, eager)),
-            'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']},
-            'utilisation': flops * median(tok_s) / gemm})
+        row = {'run': 'steps', 'way': way, 'dtype': dtype} | speed([r['tok_s'] for r in run], ratio=eager)
+        rows.append(row | {'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']},
+                           'utilisation': flops * row['tok_s'] / gemm})
     for (who, way), run in others.items():
-        tok_s = [r['tok_s'] for r in run]
-        rows.append(empty | {
-            'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype,
-            'tok_s': statistics.median(tok_s), 'tok_s_rounds': tok_s,
-            'ratio': statistics.median(b['tok_s'] / a for a, b in zip(tok_s, others['train.py', way]))})
+        rows.append({'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype,
+                     **speed(run), 'ratio': median(a / b for a, b in zip(others['train.py', way], run)),
+                     'ms': None, 'utilisation': None})
     report([('run', 'run'), ('way', 'way'), ('dtype', 'dtype'), ('tok/s', 'tok_s', ',.0f'), ('ratio', 'ratio', '.2f'),
-            *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f')
-              for part in ('data', 'forward', 'backward', 'optimizer')),
+            *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f') for part in rows[0]['ms']),
             ('% GEMM', 'utilisation', '.0f', 0.01)],
            rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
 
@@ -806,7 +789,7 @@ def training_bytes(c, batch, fake=True):
     """
     What an eager step on batch rows takes, found by taking it: on fake tensors, so that nothing needs to fit anywhere
     and nothing is multiplied. -> bytes by part, weights, gradients, optimizer, averages, teacher, activations (what a
-    forward keeps for backward), logits (one chunk of them in float32), and at the peak.
+    forward keeps for backward), logits (one chunk of them in float32), and at the peak; and cache, see above.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Living() as living:
         model, trained, optimizers, step = set_up(c, batch)
@@ -827,10 +810,7 @@ def training_bytes(c, batch, fake=True):
                 'averages': count(parameters) * (ema > 0), 'teacher': sum(count(t.parameters()) for t in teachers),
                 'activations': kept[-1],
                 'logits': 4 * c.vocab_size * min(batch * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
-                'peak': living.peak}
-
-
-PARTS = ('weights', 'gradients', 'optimizer', 'averages', 'teacher', 'activations', 'logits')
+                'peak': living.peak, 'cache': batch * c.block_size * model.kv_bytes_per_token()}
 
 
 def measure_memory():
@@ -842,28 +822,24 @@ def measure_memory():
     groups, teachers = model.params(), getattr(trained, 'teachers', ())
     spoken = ('parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n)
               + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers))
-    cache = c.block_size * model.kv_bytes_per_token()
     if plan:
-        return plan_training(c, groups, spoken, flops_of(model, teachers), cache)
+        return plan_training(c, groups, spoken, flops_of(model, teachers))
     rows = []
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
     for batch in numbered('batches') or [batch_size]:
         parts = training_bytes(c, batch)
-        knobs = {k: config[k] for k in TRAIN_NAMES} | dict(
-            mode='memory', child='memory', vocab_size=c.vocab_size, batch_size=batch,
-            total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size,
-            device=device, dtype=dtype, threads=threads)
+        knobs = config | dict(
+            child='memory', vocab_size=c.vocab_size, batch_size=batch, device=device, dtype=dtype,
+            total_batch_size=max(1, accumulation * batch_size // batch) * batch * c.block_size)
         got = {way: start('bench.py', **knobs | {'compile': way == 'compiled'})['peak']
-               for way in (('eager', 'compiled') if compile else ('eager',))
-               if measured}
+               for way in ('eager', 'compiled')[:1 + compile] if measured}
         rows.append({'batch': batch} | parts | {'eager': None, 'compiled': None} | got
-                    | {'ratio': parts['peak'] / got['eager'] if got else None,
-                       'cache': batch * cache})
+                    | {'ratio': parts['peak'] / got['eager'] if got else None})
     print(f'{spoken}; MiB:')
-    report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in (*PARTS, 'peak')),
+    report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in parts),
             ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
-            ('peak / eager', 'ratio', '.3f'), ('cache', 'cache', ',.1f', 2**20)],
+            ('peak / eager', 'ratio', '.3f')],
            rows, dtype=dtype, params=groups, rows=rows)
 
 # -----------------------------------------------------------------------------
@@ -886,11 +862,8 @@ def proposals(target, c):
     return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
 
 
-def plan_training(c, groups, spoken, flops, cache):
-    """
-    What the config's training would take on a GPU; or shapes for target_params and what theirs would. cache: bytes that
-    a sequence takes when it is decoded.
-    """
+def plan_training(c, groups, spoken, flops):
+    """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
     check_knobs(config, ('gpu', GPUS))
     peak, memory = GPUS[gpu]
     share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
@@ -937,8 +910,8 @@ def plan_training(c, groups, spoken, flops, cache):
             # 1 % (d12 with its teacher, 128 rows).
             a, b = rows[-2:]
             parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch'])
-                     for part in (*PARTS, 'peak')}
-        rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room, 'cache': batch * cache})
+                     for part in parts}
+        rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room})
         batch *= 2
     low = 0
     # The peak grows by as much or more for each further row: a straight line between the last two batches errs on the
@@ -956,7 +929,7 @@ def plan_training(c, groups, spoken, flops, cache):
           + (f", {cost['dollars']:,.2f} dollars" if price else ''))
     print('GB:')
     report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'),
-            *((part, part, ',.2f', 1e9) for part in (*PARTS, 'peak', 'cache'))],
+            *((part, part, ',.2f', 1e9) for part in parts)],
            rows, params=groups, gpu=gpu, utilisation=share, assumed=not utilisation,
            largest_batch=low, **cost, rows=rows)
 
@@ -968,12 +941,11 @@ def plot():
     if not paths:
         fail(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         fail('mode=plot draws with matplotlib: pip install matplotlib')
-    matplotlib.use('Agg')                                           # no screen is needed
-    import matplotlib.pyplot as plt
-    rows, (figure, axes) = [], plt.subplots(figsize=(8, 5))
+    rows, figure = [], matplotlib.figure.Figure(figsize=(8, 5))
+    axes = figure.subplots()
     for path in paths:
         with open(path, newline='') as f:
             read = list(csv.DictReader(f))
@@ -996,21 +968,15 @@ def plot():
 # -----------------------------------------------------------------------------
 # --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
 
-if mode == 'ladder':
-    check_knobs(config, ('prompt_tokens new_tokens rounds', int, 1, math.inf), ('draft_n', int, 1, FEW - 1),
-                ('temperature', float, 0, math.inf), may_be_none='temperature')
-    temperature = 0.8 if temperature is None else temperature
-    if not re.fullmatch(r'\d+(,\d+)*', seeds):
-        fail(f'seeds ({seeds}) must be numbers, like 1337,1338,1339')
-
-
 def read_rungs():
     """
     The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds; a line without a
     name is preparation.
     """
+    if not re.fullmatch(r'\d+(,\d+)*', seeds):
+        fail(f'seeds ({seeds}) must be numbers, like 1337,1338,1339')
     out = []
-    for line in filter(None, (line.strip() for line in rungs.splitlines())):
+    for line in filter(None, map(str.strip, rungs.splitlines())):
         name, bar, command = (part.strip() for part in line.partition('|'))
         if not bar or any(part.split()[:1] != ['python'] for part in command.split('&&')):
             fail(f'rungs: a line is "name | python SCRIPT ... && python SCRIPT ...", and {line!r} is not')
@@ -1044,51 +1010,39 @@ def build_rung(name, seed, command, folders):
     -> its row: the model's file, and what it cost in tokens that it read, seconds and FLOPs, with what the rung cost
     that it starts from, and in FLOPs its labels.
     """
-    log = os.path.join(os.path.dirname(ladder),
-                       re.sub(r'\W+', '-', f"{name or 'prepare'} {seed or ''}".strip()) + '.log')
-    os.makedirs(os.path.dirname(log) or '.', exist_ok=True)
+    called = f"{name or 'prepare'} {seed or ''}".strip()
+    log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log')
     row = dict.fromkeys(BUILT, 0) | {'name': name, 'seed': seed, 'command': command, 'file': None}
     for part in command.split('&&'):
-        print(f"[{name or 'prepare'}{'' if seed is None else f', seed {seed}'}] {part.strip()} > {log}",
-              file=sys.stderr, flush=True)
+        print(f'[{called}] {part.strip()} > {log}', file=sys.stderr, flush=True)
         with open(log, 'w') as out:
             got = subprocess.run([sys.executable, *shlex.split(part)[1:]],
                                  stdout=out, stderr=subprocess.PIPE, text=True)
         if got.returncode:
             fail(f"rung {name!r}: {part.strip()!r} ended with status {got.returncode}: "
                  f"{(got.stderr.strip() or 'no word').splitlines()[-1]}; what it printed is in {log}")
-        with open(log) as out:
-            last = (out.read().splitlines() or [''])[-1]
+        last = (open(log).read().splitlines() or [''])[-1]
         said = json.loads(last) if last.startswith('{') else {}     # a prepare.py ends without a document
         for folder, below in folders.items():
             found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
             if (found and folder != said.get('out_dir')
                     and (found[1] != 'teacher' or below['file'].endswith('labels.bin'))):
-                row |= {k: row[k] + below[k]
-                        for k in (('train_flops',) if found[1] == 'teacher'
-                                  else ('train_tokens', 'train_seconds', 'train_flops'))}
-        row |= {'train_tokens': row['train_tokens'] + (said['tokens'] if 'iters' in said else 0),
-                'train_seconds': row['train_seconds'] + (said.get('seconds') or 0.0),
-                'train_flops': row['train_flops'] + (said.get('flops') or 0)}
+                for k in ('flops',) if found[1] == 'teacher' else ('tokens', 'seconds', 'flops'):
+                    row[f'train_{k}'] += below[f'train_{k}']
+        for k in ('tokens', 'seconds', 'flops') if 'iters' in said else ('seconds', 'flops'):
+            row[f'train_{k}'] += said.get(k) or 0
         row['file'] = said.get('file') or (
             os.path.join(said['out_dir'], 'best.pt') if 'out_dir' in said else row['file'])
     return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
 
 
 def measure_rung(file, int8):
-    """
-    -> a rung's parameters, bytes, and loss on the whole validation split, on its integers if it has them, and with an
-    int8 cache if it decodes with one.
-    """
+    """-> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one."""
     model, tokenizer, data = open_model(file)
-    c = model.config
     with torch.device('meta'):
-        params = GPT(c).params()
-    result = evaluate(model, Loader(data, 'val', 16, c.block_size, device=device).eval_batches(), tokenizer.token_bytes,
-                      (lambda batch: KVCache(c, batch, dtype=torch.int8, device=device)) if int8 else None)
-    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file),
-            'int8_cache': int8, 'kv_bytes_per_token': model.kv_bytes_per_token(int8),
-            'val_loss': result['loss'], 'val_bpb': result['bpb']}
+        params = GPT(model.config).params()
+    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
+            **quality(model, tokenizer, data, torch.int8 if int8 else None)}
 
 
 def time_rungs(rows):
@@ -1119,19 +1073,16 @@ def time_rungs(rows):
         print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
     torch.set_num_threads(usual)
     for (row, key, *_, drafter, seen), (*_, before) in zip(runs, [runs[0], *runs]):
-        row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen)
-        if drafter != 'none':                   # the run before it is its plain one
-            # When compiled, the number of drafts is fixed, and in float the sums have another order: texts may differ.
-            if key.endswith('compiled'):
-                continue
+        row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen[1:])
+        # When compiled, the number of drafts is fixed, and in float the sums have another order: texts may differ.
+        if drafter != 'none' and not key.endswith('compiled'):      # the run before it is its plain one
             row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
             row['speculation_exact'] = [text for text, _ in seen] == [text for text, _ in before]
     if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
         for row in rows:
-            row['memory_bytes'] = start(
-                'bench.py', child=row['file'], prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                temperature=temperature, seed=seed, device=device, threads=usual,
-                int8_cache=row['file'] if row['int8_cache'] else '')['memory_bytes']
+            row['memory_bytes'] = start('bench.py', **config | dict(
+                mode='decode', child=row['file'], int8_cache=row['file'] if row['int8_cache'] else '',
+                temperature=temperature, device=device))['memory_bytes']
 
 
 def welch(a, b):
@@ -1141,10 +1092,10 @@ def welch(a, b):
     """
     if min(len(a), len(b)) < 2:
         return None
-    va, vb = (statistics.variance(x) / len(x) for x in (a, b))
+    va, vb = (variance(x) / len(x) for x in (a, b))
     if not va + vb:
-        return float(statistics.mean(a) == statistics.mean(b))
-    t = (statistics.mean(a) - statistics.mean(b)) / math.sqrt(va + vb)
+        return float(mean(a) == mean(b))
+    t = (mean(a) - mean(b)) / math.sqrt(va + vb)
     df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
     area = lambda end: end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
     return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
@@ -1154,10 +1105,9 @@ def draw_ladder(names, path):
     """Bytes, and tokens/s, against bits per byte, as a picture; controls are crosses."""
     if not importlib.util.find_spec('matplotlib'):
         return print('no picture: pip install matplotlib', file=sys.stderr)
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    import matplotlib.figure
+    figure = matplotlib.figure.Figure(figsize=(12, 5))
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, key, label in zip(axes, ('bytes', 'tok_s'), ('bytes of the file', 'tokens/s, one sequence, plain')):
         for name, rows in names.items():
             points = [(row[key], row['val_bpb']) for row in rows if row.get(key)]
@@ -1172,9 +1122,7 @@ def draw_ladder(names, path):
 
 
 def measure_ladder():
-    def recorded(path):
-        with open(path) as f:
-            return json.load(f)
+    recorded = lambda path: json.load(open(path))
 
     def write(building=None):
         document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows + list(above.values())}
@@ -1183,13 +1131,13 @@ def measure_ladder():
     if check and not os.path.exists(check):
         fail(f'check ({check}) is not there: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
-    old, rows = recorded(check)['rows'] if check else [], []
+    rows, (old, wanted) = [], (recorded(check)['rows'], []) if check else ([], read_rungs())
     if check and recorded(check)['machine'] != machine:
         print(f"note: {check} is of another machine: {recorded(check)['machine']}", file=sys.stderr)
-    there = [row['name'] for row in old] if check else [name for name, *_ in read_rungs()]
+    there = [row['name'] for row in old] + [name for name, *_ in wanted]
     for knob in ('timed', 'compiled', 'int8_cache'):
-        for name in config[knob].split(','):
-            if name not in ('', *there) and (knob, name) not in (('timed', 'all'), ('timed', 'none')):
+        for name in config[knob].split(',') if config[knob] or knob == 'timed' else ():
+            if name not in there and (knob, name) not in (('timed', 'all'), ('timed', 'none')):
                 fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
     for row in old:
         if row['name'] and not os.path.exists(row['file']):
@@ -1203,7 +1151,7 @@ def measure_ladder():
     above = {row['command']: row for row in last['rows']}       # each is kept until this run gets to it
     # of several files in a folder the first: its rung made the folder
     folders = lambda: {os.path.dirname(row['file']): row for row in reversed(rows) if row['file']}
-    for name, rung_seed, command in () if check else read_rungs():
+    for name, rung_seed, command in wanted:
         row = known[command] | {'name': name, 'seed': rung_seed} if command in known else None
         mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
         intact = row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
@@ -1229,27 +1177,25 @@ def measure_ladder():
         write()
     above.clear()
     shown = [row for row in rows if row['name']]
-    for row in shown:                           # timings of an earlier run do not compare with these
-        for key in [k for k in row if k.startswith('tok') or k in ('speculation_exact', 'memory_bytes')]:
-            del row[key]
-    if timed != 'none':
-        names = [row['name'] for row in shown] if timed == 'all' else timed.split(',')
-        # of a rung with several seeds the first one is timed
-        time_rungs([next(row for row in shown if row['name'] == name) for name in dict.fromkeys(names)])
-    if not check:
-        write()
-
     names, first = {}, shown[0]
     for row in shown:
         names.setdefault(row['name'], []).append(row)
+        # timings of an earlier run do not compare with these
+        for key in [k for k in row if k.startswith('tok') or k in ('speculation_exact', 'memory_bytes')]:
+            del row[key]
+    if timed != 'none':                         # of a rung with several seeds the first one is timed
+        time_rungs([names[name][0] for name in (names if timed == 'all' else dict.fromkeys(timed.split(',')))])
+    if not check:
+        write()
+
     control = next((rows for name, rows in names.items() if 'control' in name), None)
     lines = []
     for same in names.values():
         row, losses, yardstick = same[0], [r['val_loss'] for r in same], first.get('tok_s')
         lines.append(row | {
             'smaller': first['bytes'] / row['bytes'],
-            'val_loss': statistics.mean(losses), 'deviation': statistics.stdev(losses) if len(same) > 1 else None,
-            'val_bpb': statistics.mean(r['val_bpb'] for r in same),
+            'val_loss': mean(losses), 'deviation': stdev(losses) if len(same) > 1 else None,
+            'val_bpb': mean(r['val_bpb'] for r in same),
             'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None}
             | {f'x_{key}': row[key] / yardstick
                for key in ('tok_s', 'tok_s_speculative')
@@ -1282,17 +1228,6 @@ def measure_ladder():
 # -----------------------------------------------------------------------------
 # the mode
 
-if mode in ('train', 'memory'):
-    check_knobs(config,
-                ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
-                ('vocab_size total_batch_size', int, 0, math.inf), ('price tokens_per_param', float, 0, math.inf),
-                ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
-    if dtype == 'auto':
-        dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
-    compile = compile and (plan or can_compile(device))
-    accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
-    if device.startswith('cuda'):
-        torch.set_float32_matmul_precision('high')                  # as train.py does
 modes = {'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory,
          'plot': plot, 'ladder': measure_ladder}
 if mode not in modes:

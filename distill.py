@@ -355,6 +355,7 @@ def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
             raise SystemExit(f"error: the teacher {name} has a vocabulary of {teacher.config.vocab_size:,} "
                              f"and a context of {teacher.config.block_size}, which must be "
                              f"{tokenizer.vocab_size:,} and at least block_size ({block_size})")
+        teacher.config.block_size = block_size  # it attends to no more, which flops_per_token counts
         teachers.append(teacher)
     return teachers
 

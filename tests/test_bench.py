@@ -540,6 +540,7 @@ def test_ladders_that_cannot_stand(climb):
     refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
     for knob in ('timed', 'compiled', 'int8_cache'):
         refused(climb(f'--{knob}=wide,thin'), f"{knob}.*'thin', which is no rung")
+    refused(climb('--timed='), 'timed')
     refused(climb('--seeds=one'), 'seeds')
     meta = f'{climb.folder}/toy/meta.json'
     document = json.load(open(meta))

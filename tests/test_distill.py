@@ -395,6 +395,10 @@ def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
            '--method=topk', f'--k={V}', '--block_size=16')
     labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
     assert abs(beside['val_loss'] - labelled['val_loss']) < 0.02
+    # a teacher with a longer context attends to no more than the student
+    model = load_teacher(f'nanochat:{folder}')[0]
+    model.config.block_size = 16
+    assert beside['flops'] - labelled['flops'] == beside['tokens'] * model.flops_per_token(training=False)
     refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'),
             'does not say which dataset')
     refused(run('train.py', 'config/distill_d12_mqa.py', f'--out_dir={tmp_path}/x', '--teacher=nanochat:nowhere'),
