@@ -82,7 +82,7 @@ from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
 from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Noise
 from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, atomic_write, can_compile, check_device, check_knobs, compile_step,
-                   evaluate, fast_bf16, load_checkpoint, load_model, make_optimizers)
+                   evaluate, fast_bf16, load_checkpoint, load_model, make_config, make_optimizers)
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
@@ -547,10 +547,8 @@ def shape_of_config():
         size = 65536
     elif not size:
         fail(f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096')
-    try:
-        return GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config} | {'vocab_size': size})
-    except AssertionError as e:
-        fail(e)
+    return make_config({k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config} | {'vocab_size': size},
+                       'the config')
 
 
 def teachers_of_config(c):

@@ -181,13 +181,13 @@ def teachers_on(batch, teachers, loader):
     first = batch * B * S + (T - S) * (batch > 0)
     # y (N,): the places of the tokens that are predicted
     y = (first + 1 + torch.arange(B * S + (T - S) * (batch == 0), device=x.device)).clamp(max=loader.n_tokens - 1)
-    asked = [says(t, y, loader) for t in teachers]                               # (N,) each
-    near = [(t, here) for t, here in zip(teachers, asked) if here.any()]
-    states = [teacher.trunk(x) for teacher, _ in near]
+    asked = torch.stack([says(t, y, loader) for t in teachers])                  # (teachers, N)
+    near = [t for t, here in zip(teachers, asked) if here.any()]
+    states = [t.trunk(x) for t in near]
     settled = [s[:, T - S:].flatten(0, 1) for s in states]                       # (N, n_embd) each
     if batch == 0:                              # nothing comes before the first window: it settles its start, too
         settled = [torch.cat((s[0, :T - S], rest)) for s, rest in zip(states, settled)]
-    return first, [t for t, _ in near], settled, torch.stack([here for _, here in near])
+    return first, near, settled, asked[asked.any(dim=1)]
 
 
 @torch.no_grad()
@@ -197,6 +197,7 @@ def fit_temperature(teachers, loader, batches=16):
     so many batches spread over it: teachers that have read their own text often are too sure of what they have not
     read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
     """
+    count_said(teachers, loader)                # ends here if nobody has a say on some token
     total = math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
     grid, nats = [round(0.8 + 0.05 * i, 2) for i in range(25)], torch.zeros(25, dtype=torch.float64)
     for batch in range(0, total, math.ceil(total / batches)):
@@ -211,40 +212,37 @@ def fit_temperature(teachers, loader, batches=16):
 
 
 @torch.no_grad()
-def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337,
-                 calibration=1.0, say=print):
+def write_labels(folder, teachers, loader, about, method='sample', k=12, temperature=1.0, seed=1337, calibration=1.0):
     """
     Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it
     a folder is not a set of labels. They are of the teachers' distributions at temperature * calibration, for a student
     at temperature; what calibration is, fit_temperature says. Goes on with a labels.bin.part that it finds, and ends
     with the same bytes. Returns meta.
     """
-    T, S, n = loader.block_size, stride(loader), loader.n_tokens
-    vocab_size, device = teachers[0].config.vocab_size, loader.device
+    T, S, n, V = loader.block_size, stride(loader), loader.n_tokens, teachers[0].config.vocab_size
     said = count_said(teachers, loader)
-    record, part = label_type(method, k, vocab_size), os.path.join(folder, 'labels.bin.part')
+    record, part = label_type(method, k, V), os.path.join(folder, 'labels.bin.part')
     meta = about | {'method': method, 'k': k, 'temperature': temperature, 'calibration': calibration, 'seed': seed,
-                    'vocab_size': vocab_size, 'block_size': T, 'batch_size': loader.batch_size,
-                    'tokens': n, 'data': loader.meta['sha256']['train.bin'],
-                    'flops': T / S * sum(count * t.flops_per_token(training=False)
-                                         for t, count in zip(teachers, said))}
+                    'vocab_size': V, 'block_size': T, 'batch_size': loader.batch_size, 'tokens': n,
+                    'data': loader.meta['sha256']['train.bin'],
+                    'flops': T / S * sum(count * t.flops_per_token(training=False) for t, count in zip(teachers, said))}
     os.makedirs(folder, exist_ok=True)
     begun = os.path.join(folder, 'begun.json')
     if os.path.exists(begun) and json.load(open(begun)) != meta:
         raise SystemExit(f"error: {folder} holds half-written labels of another kind ({begun} says which): "
                          "remove the folder, or give another --out_dir")
     atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
-    done = os.path.getsize(part) // record.itemsize if os.path.exists(part) else 0
     step = loader.batch_size * S                # tokens that a batch of windows settles; the first settles T - S more
-    batch = max(0, done - (T - S)) // step
     clock = time.perf_counter()
-    with open(part, 'ab') as f:
+    with open(part, 'ab') as f:                 # its end is where f stands
+        done = f.tell() // record.itemsize
+        batch = max(0, done - (T - S)) // step
         f.seek(f.truncate(record.itemsize * (batch * step + (T - S) * (batch > 0))))
         while f.tell() < record.itemsize * n:
-            generator = torch.Generator(device).manual_seed(hash((seed, batch)))
+            generator = torch.Generator(loader.device).manual_seed(hash((seed, batch)))
             first, near, states, asked = teachers_on(batch, teachers, loader)
             out = np.empty(asked.size(1), record)
-            for rows in torch.arange(len(out)).split(max(1, 2**25 // vocab_size)):  # 128 MiB of logits at a time
+            for rows in torch.arange(len(out)).split(max(1, 2**25 // V)):       # 128 MiB of logits at a time
                 log_p = teacher_log_probs(near, [s[rows] for s in states], temperature * calibration, asked[:, rows])
                 ids, p = choose_labels(log_p, method, k, generator)
                 out['entropy'][rows], out['ids'][rows] = (-(log_p.exp() * log_p).sum(dim=-1)).cpu(), ids.cpu()
@@ -255,10 +253,9 @@ def write_labels(folder, teachers, loader, about, method='sample', k=12, tempera
             batch += 1
             if batch % 50 == 0:
                 seen = f.tell() // record.itemsize
-                say(f'{seen:,} of {n:,} tokens, {(seen - done) / (time.perf_counter() - clock):,.0f} tokens/s')
+                print(f'{seen:,} of {n:,} tokens, {(seen - done) / (time.perf_counter() - clock):,.0f} tokens/s')
     os.replace(part, os.path.join(folder, 'labels.bin'))
-    atomic_write(os.path.join(folder, 'meta.json'), lambda f: f.write(json.dumps(meta).encode()))
-    os.remove(begun)
+    os.replace(begun, os.path.join(folder, 'meta.json'))
     return meta
 
 
@@ -268,8 +265,7 @@ class Labels:
     batch(starts, block_size) -> what Distiller takes.
     """
     def __init__(self, folder, loader, device='cpu'):
-        with open(os.path.join(folder, 'meta.json')) as f:
-            self.meta = m = json.load(f)
+        self.meta = m = json.loads(read_text(os.path.join(folder, 'meta.json')))
         # the loader has fewer tokens than the labels if it holds out a part
         if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:
             raise SystemExit(f"error: the labels in {folder} were written for other tokens than this dataset has: "
@@ -508,10 +504,10 @@ class GPT2(nn.Module):
         """States (..., n_embd) -> logits (..., vocab_size) in float32."""
         return self.lm_head(x).float()
 
-    def flops_per_token(self, training=False):
+    def flops_per_token(self, training=True):
         """As GPT's, for which see there."""
-        c, tables = self.config, ('transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight')
-        weights = sum(p.numel() for name, p in self.named_parameters() if name not in tables) + c.vocab_size * c.n_embd
+        c, t = self.config, self.transformer
+        weights = sum(p.numel() for part in (t.h, t.ln_f) for p in part.parameters()) + c.vocab_size * c.n_embd
         return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_embd * c.block_size)
 
 
@@ -536,8 +532,7 @@ def load_gpt2(path, device='cpu'):
     try:
         if hf:
             c = json.loads(read_text(os.path.join(path, 'config.json')))
-            state = (import_safetensors().load_file(file) if name.endswith('safetensors')
-                     else load_tensors(file, mmap=True))
+            state = load_tensors(file, mmap=True) if name.endswith('.bin') else import_safetensors().load_file(file)
             state = {f"{'' if k.startswith(('transformer.', 'lm_head.')) else 'transformer.'}{k}": v
                      for k, v in state.items()}
             # these weights are stored as (in, out)
@@ -673,8 +668,9 @@ if __name__ == '__main__':
                                  f"not {teacher}")
             folder = to_picochat or export_hf(model, tokenizer, to_hf)
             if to_picochat:
+                # a fold stays one
                 save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0,
-                                dataset=dataset or trained_on, knobs={})
+                                dataset=dataset or trained_on, knobs={'hold_out': getattr(model, 'hold_out', '')})
         size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
         print(json.dumps({'file': folder, 'bytes': size, 'tokens': 0,
                           'seconds': round(time.perf_counter() - began, 2)}))
@@ -685,12 +681,12 @@ if __name__ == '__main__':
     if os.path.exists(os.path.join(out_dir, 'meta.json')):
         raise SystemExit(f"error: {out_dir} already holds labels: give another --out_dir, or remove it")
     first, _, trained_on = load_teacher(teacher.split('+')[0])
-    if not (dataset or trained_on):
-        raise SystemExit(f"error: {teacher} does not say which dataset to label: give --dataset=")
-    loader = Loader(os.path.join('data', dataset or trained_on), 'train', batch_size,
-                    block_size or first.config.block_size, device=device)
+    dataset, block_size = dataset or trained_on, block_size or first.config.block_size
     first = None                                # frees its memory
-    teachers = load_teachers(teacher, from_meta(loader.meta), loader.block_size, device, dataset or trained_on)
+    if not dataset:
+        raise SystemExit(f"error: {teacher} does not say which dataset to label: give --dataset=")
+    loader = Loader(os.path.join('data', dataset), 'train', batch_size, block_size, device=device)
+    teachers = load_teachers(teacher, from_meta(loader.meta), block_size, device, dataset)
     if calibrate and not all(t.hold_out for t in teachers):
         raise SystemExit("error: calibrate=True needs teachers that have not seen the text, "
                          f"trained with --hold_out=, all of {teacher}")
@@ -708,5 +704,4 @@ if __name__ == '__main__':
     seconds = time.perf_counter() - began
     print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, "
           f"{loader.n_tokens / seconds:,.0f} tokens/s")
-    print(json.dumps({'file': path, 'bytes': os.path.getsize(path), 'tokens': loader.n_tokens,
-                      'seconds': round(seconds, 2), **meta}))
+    print(json.dumps({'file': path, 'bytes': os.path.getsize(path), 'seconds': round(seconds, 2), **meta}))

@@ -382,9 +382,7 @@ class Engine:
         longest, before = max(map(len, prompts)), cache.lengths
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         # padded on the right: no real token ever sees the padding
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for b, p in enumerate(prompts):
-            ids[b, :len(p)] = torch.tensor(p, dtype=torch.long)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p, dtype=torch.long) for p in prompts], batch_first=True)
         last = None
         for start in range(0, longest, PREFILL_CHUNK):
             x = self.model.trunk(ids[:, start:start + PREFILL_CHUNK].to(self.device), cache)
@@ -436,20 +434,16 @@ class Engine:
         if self.compile and len(prompts) * num_samples == 1 and draft in (None, draft_head, draft_multi_token):
             room = min(1 << (room - 1).bit_length(), block_size)    # few sizes, since each is compiled anew
             static = self.compiled(draft, draft_n, pick)
-        cache, shared = None, 0
         # a conversation goes on: what of the prompt the last cache holds is not read again
+        text, cache = self.held if reuse else ([], None)
         if reuse:
-            # stopped before the first pass is through, it holds no text that is known
-            (text, cache), self.held = self.held, ([], None)
-            if cache:
-                # the last token is in the cache only if it was drafted: reading it again makes all drafters alike
-                pairs = list(zip(text[:-1], prompts[0][:-1]))
-                shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-                cache.rewind([shared])
-                cache.grow(room)
-        if cache is None:
-            cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
-        stats['reused'] = shared
+            self.held = ([], None)      # stopped before the first pass is through, it holds no text that is known
+        cache = cache or KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
+        # the last token is in the cache only if it was drafted: reading it again makes all drafters alike
+        pairs = list(zip(text[:-1], prompts[0][:-1]))
+        stats['reused'] = shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        cache.rewind([shared] * len(prompts))
+        cache.grow(room)
         # the last token of the prompt is the first to be decoded
         x = self.prefill(cache, [p[shared:-1] for p in prompts]) if longest - 1 > shared else None
         rows = list(range(len(prompts) * num_samples))      # the rows still going; place b of the batch is row rows[b]

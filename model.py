@@ -316,24 +316,24 @@ class GPT(nn.Module):
 
     def params(self):
         """Parameters by group; a tied lm_head counts once, as embedding."""
-        group = {'embedding': 0, 'trunk': 0, 'head': 0, 'multi_token': 0, 'draft': 0}
+        groups = {'transformer.wte': 'embedding', 'transformer': 'trunk', 'lm_head': 'head',
+                  'multi_token': 'multi_token', 'draft': 'draft'}
+        count = dict.fromkeys(groups.values(), 0)
         for name, p in self.named_parameters():
-            key = ('embedding' if 'wte' in name else
-                   'head' if name.startswith('lm_head') else
-                   'multi_token' if name.startswith('multi_token') else
-                   'draft' if name.startswith('draft') else 'trunk')
-            group[key] += p.numel()
-        return group | {'total': sum(group.values())}
+            count[next(group for start, group in groups.items() if name.startswith(start))] += p.numel()
+        return count | {'total': sum(count.values())}
 
     def flops_per_token(self, training=True):
         """
         FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
-        costs twice forward (PaLM, arXiv 2204.02311, appendix B).
+        costs twice forward (PaLM, arXiv 2204.02311, appendix B). Training, the distributions that a draft head must
+        meet are computed besides, forward only.
         """
         c, n = self.config, self.params()
-        weights = (n['trunk'] + c.vocab_size * c.n_embd * (1 + c.multi_token_n + c.draft_n)
-                   + n['multi_token'] + n['draft'] * c.draft_n)
-        return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size)
+        logits = c.vocab_size * c.n_embd
+        weights = n['trunk'] + logits * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * c.draft_n
+        forward = 2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size
+        return 3 * forward + 2 * logits * c.draft_n if training else forward
 
     def kv_bytes_per_token(self, int8=False):
         """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""
@@ -418,16 +418,13 @@ def check_knobs(config, *rules, may_be_none=''):
     """
     for names, kind, *span in rules:
         for name in names.split():
-            value = config[name]
-            if not span:
-                if value not in kind:
-                    raise SystemExit(f"error: {name} ({value}) must be one of "
-                                     f"{', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
-                continue
-            least, most = span
+            value, (least, most) = config[name], span or (None, None)
             if value is None and name in may_be_none.split():
                 continue
-            if not (type(value) in (int, kind) and least <= value <= most):
+            if not span and value not in kind:
+                raise SystemExit(f"error: {name} ({value}) must be one of "
+                                 f"{', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
+            if span and not (type(value) in (int, kind) and least <= value <= most):
                 raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} "
                                  f"of at least {least}{'' if most == math.inf else f' and at most {most}'}")
 
@@ -725,6 +722,18 @@ def load_tensors(path, device='cpu', mmap=False):
     return state
 
 
+def make_config(shape, source):
+    """A shape as a dict, and where it is from -> GPTConfig. One line says what does not fit."""
+    unknown = set(shape) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise SystemExit(f"error: {source} was written by another version: its shape has {sorted(unknown)}, "
+                         "which this model does not know: use the version that wrote it")
+    try:
+        return GPTConfig(**shape)
+    except AssertionError as e:
+        raise SystemExit(f'error: {e}')
+
+
 def load_checkpoint(path, device='cpu'):
     """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
     if os.path.isdir(path):
@@ -737,10 +746,7 @@ def load_checkpoint(path, device='cpu'):
         found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
         raise SystemExit(f"error: {path} is not a picochat checkpoint: "
                          f"expected the keys picochat, config, tokenizer and model, found {found}")
-    unknown = set(state['config']) - set(GPTConfig.__dataclass_fields__)
-    if unknown:
-        raise SystemExit(f"error: {path} was written by another version: its shape has {sorted(unknown)}, "
-                         "which this model does not know: use the version that wrote it")
+    make_config(state['config'], path)
     return state
 
 

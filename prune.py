@@ -460,7 +460,7 @@ if __name__ == '__main__':
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
     check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99),
-                ('keep_params', float, 0.01, 1), ('vocab_keep kv_heads seed', int, 0, math.inf),
+                ('keep_params', float, 0.01, 1), ('vocab_keep kv_heads', int, 0, math.inf), ('seed', int, 0, 2**63 - 1),
                 ('calibration_batches', int, 1, math.inf), ('importance', IMPORTANCE), ('kv_merge', MERGE),
                 ('layer_importance', ('loss', *IMPORTANCE)))
     if layers is not None and not re.fullmatch(r'\d+(,\d+)*,?', str(layers)):
@@ -507,9 +507,9 @@ if __name__ == '__main__':
                             ('heads', head_prune_ratio)):
             have = getattr(model.config, KINDS[kind])
             model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
-            if kind == 'heads' and kv_heads:
-                model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads,
-                                              measure(model, batches, 'l1')[1], kv_merge))
+        if kv_heads:
+            moments = measure(model, batches, 'l1')[1]
+            model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments, kv_merge))
         for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
             print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
                   f"loss on the calibration batches {loss:.4f}", flush=True)
@@ -520,30 +520,28 @@ if __name__ == '__main__':
                     knobs=knobs | {'quant_bits': 0, 'hold_out': fold})
     model = load_model(path, device)[0]     # what is measured is the file
     sides = (whole, source, old_dir, old), (model, path, data_dir, tokenizer)
-    table, speeds = [], ([], [])
+    speeds, result = ([], []), {'file': path}
     for turn in range(3):                   # interleaved; the fastest of each counts: neighbours can only slow it down
         for (side, *_), seen in zip(sides, speeds):
             engine, n = Engine(side), min(100, side.config.block_size - 1)
             engine.complete([[0]], n, temperature=0.8, seed=seed)
             seen.append(n / engine.stats['seconds'])
-    for (side, file, folder, tokens), seen in zip(sides, speeds):
-        # over the whole split
-        result = evaluate(side, Loader(folder, 'val', 16, side.config.block_size, device=device).eval_batches(),
-                          tokens.token_bytes)
-        table.append({'val_loss': result['loss'], 'bpb': result['bpb'],
-                      'params': side.params()['total'], 'bytes': os.path.getsize(file),
-                      'kv_bytes_per_token': side.kv_bytes_per_token(), 'tok_s': max(seen)})
-    shapes = [', '.join(f'{name} {getattr(m.config, name)}'
-                        for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size'))
-              for m in (whole, model)]
-    print(f"before: {shapes[0]}\nafter:  {shapes[1]}\n{'':36}{'before':>14}{'after':>14}")
+    for when, (side, file, folder, tokens), seen in zip(('before', 'after'), sides, speeds):
+        validation = Loader(folder, 'val', 16, side.config.block_size, device=device).eval_batches()
+        measured = evaluate(side, validation, tokens.token_bytes)
+        result |= {f'val_loss_{when}': measured['loss'], f'bpb_{when}': measured['bpb'],
+                   f'params_{when}': side.params()['total'], f'bytes_{when}': os.path.getsize(file),
+                   f'kv_bytes_per_token_{when}': side.kv_bytes_per_token(), f'tok_s_{when}': max(seen)}
+        print(f'{when}:'.ljust(7), ', '.join(f'{name} {getattr(side.config, name)}' for name in (
+            'n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')))
+    print(f"{'':36}{'before':>14}{'after':>14}")
     for key, label, digits in (('val_loss', 'loss, nats a token', 4), ('bpb', 'bits per byte', 4),
                                ('params', 'parameters', 0), ('bytes', 'bytes of file', 0),
                                ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
                                ('tok_s', 'tokens/s, one sequence', 0)):
-        print(f'{label:36}' + ''.join(f'{side[key]:14,.{digits}f}' for side in table))
+        print(f"{label:36}{result[f'{key}_before']:14,.{digits}f}{result[f'{key}_after']:14,.{digits}f}")
     # half a teacher recovered more at the usual rates (README); that 0.2 nats are little is a guess
-    little = table[1]['val_loss'] - table[0]['val_loss'] < 0.2 and knobs.get('init_from') == 'scratch'
+    little = result['val_loss_after'] - result['val_loss_before'] < 0.2 and knobs.get('init_from') == 'scratch'
     rates = ''.join(f' --{rate}={knobs[rate] / (5 if little else 1):g}'
                     for rate in ('muon_lr', 'adam_lr') if rate in knobs)
     print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: "
@@ -552,7 +550,4 @@ if __name__ == '__main__':
           + (f' --hold_out={fold}' if fold else '' if vocab_keep else f' --teacher={out_dir}'))
     if vocab_keep:
         print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
-    print(json.dumps({'file': path,
-                      **{f'{key}_{when}': side[key]
-                         for key in table[0] for when, side in zip(('before', 'after'), table)},
-                      'bytes': table[1]['bytes'], 'shape': asdict(model.config)}))
+    print(json.dumps(result | {'bytes': result['bytes_after'], 'shape': asdict(model.config)}))

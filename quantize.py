@@ -30,7 +30,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, atomic_write, check_device, check_knobs, evaluate, load_model, rope_tables
+from model import (GPT, atomic_write, check_device, check_knobs, evaluate, load_model, make_config,
+                   rope_tables)
 
 GROUP = 32              # columns that share a step at 4 bits: 0.53 bytes a weight; 0.52 with 64, 0.51 with 128
 TABLES = ('transformer.wte', 'lm_head')
@@ -328,12 +329,8 @@ def for_decoding(model, pack=None, draft_vocab=0):
     byte a weight in memory, see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only
     (a BPE learns the most frequent first), and reads only their rows of a large vocabulary; 0: all.
     """
-    # python bench.py --shape=d12 --new_tokens=48 --formats=..., on 2 cores; both CPUs have AVX-512 with VNNI
-    # A: an EPYC with bf16 arithmetic, B: a Xeon without
-    #                      f32   f32-packed   bf16-packed   f16-packed   int8   int8-packed   int4-bf16   int8-compiled
-    #   A: tokens/s       21.2         38.2          67.6         72.5   84.2          97.2        99.1           161.6
-    #      5 tokens to 1  1.71         1.42          1.18         3.53   1.68          1.54        1.55
-    #   B: tokens/s       47.6         40.7          54.5                89.0          94.9                       163.4
+    # README, "How fast it is", has d12 on an EPYC with bfloat16 arithmetic. On a Xeon without it (AVX-512, VNNI), in
+    # tokens/s: f32 47.6, f32-packed 40.7, bf16-packed 54.5, int8 89.0, int8-packed 94.9, int8-compiled 163.4
     if draft_vocab and hasattr(model, 'draft'):
         head, n = model.lm_head, draft_vocab
         if isinstance(head, IntLinear):
@@ -408,16 +405,15 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
 
     def fit(names, run):
         """Rounds the matrices with these names for what they read while run() runs."""
-        sums, hooks = dict.fromkeys(names, 0.0), []
+        sums = dict.fromkeys(names, 0.0)
         for name in names:
             def add(module, args, name=name):
                 xq, xs = round_rows(args[0].float())
                 x = (xq * xs).flatten(0, -2)                                     # (tokens, cols)
                 sums[name] = sums[name] + x.T @ x
-            hooks.append(fitted.get_submodule(name).register_forward_pre_hook(add))
+            fitted.get_submodule(name).register_forward_pre_hook(add)            # goes when its module is replaced
         run()
-        for name, hook in zip(names, hooks):
-            hook.remove()
+        for name in names:
             fitted.set_submodule(name, IntLinear(
                 *gptq_weight(model.get_submodule(name).weight, sums[name], bits, group), group))
 
@@ -467,14 +463,12 @@ def file_state(model):
 
 def export(path, model, tokenizer_meta, dataset=None):
     """Writes a converted model with shape, tokenizer and the name of its dataset to path; returns the file's bytes."""
-    tensors = {k: v.cpu().contiguous() for k, v in file_state(model).items()}
+    header, data = {}, bytearray()
     # 4-byte tensors first keeps all of them aligned
-    tensors = dict(sorted(tensors.items(), key=lambda kv: -kv[1].element_size()))
-    data = b''.join(t.numpy().tobytes() for t in tensors.values())
-    header, end = {}, 0
-    for name, t in tensors.items():
-        start, end = end, end + t.nbytes
-        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
+    for name, t in sorted(file_state(model).items(), key=lambda kv: -kv[1].element_size()):
+        start = len(data)
+        data += t.cpu().numpy().tobytes()
+        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, len(data)]}
     header['__metadata__'] = {
         'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding),
         'tokenizer': json.dumps(tokenizer_meta), 'dataset': json.dumps(dataset)}
@@ -520,7 +514,7 @@ def load(path, device='cpu'):
     for name, t in header.items():
         start, end = t['data_offsets']
         state[name] = torch.frombuffer(bytearray(data[start:end]), dtype=kinds[t['dtype']]).view(t['shape']).to(device)
-    config = GPTConfig(**json.loads(meta['config']))
+    config = make_config(json.loads(meta['config']), path)
     with torch.device('meta'):                               # the float model never takes any memory
         model = convert(GPT(config), **json.loads(meta['rounding']))
     if config.tie_weights:

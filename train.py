@@ -28,8 +28,8 @@ from data.tokenizer import from_meta
 from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
 from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate,
-                   fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_optimizers, memory_limit,
-                   out_of_memory, save_checkpoint, shard, share)
+                   fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_config, make_optimizers,
+                   memory_limit, out_of_memory, save_checkpoint, shard, share)
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -141,10 +141,11 @@ if device == 'auto':
 if world_size > 1:
     if device == 'cuda':
         device = f'cuda:{local_rank}'
-        torch.cuda.set_device(device)
     # gloo is for the CPU, where evaluate adds up its totals
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
 check_device(device)
+if device.startswith('cuda:'):
+    torch.cuda.set_device(device)               # what is waited for below is the current device
 device_type = device.split(':')[0]
 if dtype == 'auto':
     dtype = 'bfloat16' if fast_bf16(device) else 'float32'
@@ -186,9 +187,8 @@ total_batch_size = total_batch_size or (0 if auto or init_from == 'resume' else 
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
-start_step, best = 0, {'loss': math.inf}
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
-resumed = source = None
+resumed, source = {}, {}                        # checkpoints: to go on with, to take weights from
 if init_from == 'resume':
     resumed = source = load_checkpoint(ckpt_path)       # into the CPU's memory: the model that takes it may be sharded
     if 'optimizers' not in resumed:
@@ -200,12 +200,12 @@ if init_from == 'resume':
                          f"not {total_batch_size}: resume with the same, "
                          f"or start from it with --init_from={ckpt_path}")
     differ = [f'{k} is {resumed["knobs"].get(k)!r} there and {config[k]!r} here'
-              for k in [*vars(gpt_config), 'hold_out', 'train_only', 'dataset']
+              for k in [*vars(gpt_config), 'hold_out', 'train_only', 'dataset',
+                        'quant_bits', 'quant_group', 'tables_bits', 'qat_start']
               if k in config and k != 'dropout' and resumed['knobs'].get(k, config[k]) != config[k]]
     if differ:
         raise SystemExit(f"error: {ckpt_path} was trained in another way: {'; '.join(differ)}: "
                          "resume with the same knobs")
-    start_step, best = resumed['step'], resumed['best']
     config['init_from'] = resumed['knobs']['init_from']     # where its weights are from
 elif init_from != 'scratch':
     source = load_checkpoint(init_from)
@@ -226,13 +226,12 @@ if source:
         raise SystemExit(f"error: {ckpt_path if resumed else init_from} was trained with another tokenizer, "
                          f"on {source['dataset']}, than {data_dir} has: "
                          "give that dataset, or prepare this one with the same tokenizer")
-    new = {'block_size': block_size, 'dropout': dropout}
+    new = {'block_size': block_size, 'dropout': dropout,
+           'draft_n': draft_n or source['config']['draft_n']}   # the cell is the same however often it is applied
     for head in ('multi_token', 'draft'):
         if not source['config'][f'{head}_n']:
             new |= {k: v for k, v in vars(gpt_config).items() if k.startswith(head)}
-    if draft_n:                                 # the cell is the same however often it is applied
-        new['draft_n'] = draft_n
-    gpt_config = GPTConfig(**source['config'] | new)
+    gpt_config = make_config(source['config'] | new, init_from)
 torch.manual_seed(seed)
 model = GPT(gpt_config)
 if source:
@@ -248,7 +247,7 @@ model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
 # the weights and their moving averages; where a checkpoint has no averages, its weights are their start
 averages = {name: (p, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad} if ema else {}
-for name, average in (resumed or {}).get('ema', {}).items() if ema else ():
+for name, average in resumed.get('ema', {}).items() if ema else ():
     averages[name][1].copy_(share(average, averages[name][0]))
 n_params = model.params()
 say(f"model: {n_params['total']:,} parameters "
@@ -333,8 +332,7 @@ def fits(rows):
         if not out_of_memory(e):
             raise
         fit = False
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    model.zero_grad()
     if compile:
         torch.compiler.reset()                  # or a second shape would be compiled for any size
     return agree(fit) > 0
@@ -391,23 +389,13 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
 if resumed:
     for optimizer, state in zip(optimizers, resumed['optimizers']):
         load_optimizer(optimizer, state)        # but the rates are this run's knobs
-for part in ('model', 'optimizers', 'ema') if source else ():
+for part in ('model', 'optimizers', 'ema'):
     source.pop(part, None)                      # frees their memory: they are in the model and the optimizers now
+step, saved, best = resumed.get('step', 0), resumed.get('step'), resumed.get('best', {'loss': math.inf})
+seconds, val_loss_before = resumed.get('seconds', 0.0), resumed.get('val_loss_before')
 
 # -----------------------------------------------------------------------------
 # what happens now and then
-
-def schedule(step):
-    """The rates' factor: linear warm-up, level, linear to zero over the last decay_frac."""
-    return min((step + 1) / max(1, warmup_iters), 1.0, (max_iters - step) / max(1, decay_frac * max_iters))
-
-
-def save(step):
-    save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
-                    best=best, seconds=seconds, val_loss_before=val_loss_before, dataset=dataset,
-                    total_batch_size=total_batch_size, knobs=config,
-                    ema={name: a for name, (_, a) in averages.items()})
-
 
 @contextlib.contextmanager
 def averaged():
@@ -454,19 +442,18 @@ def show_sample(step):
     say(f"----- sample at step {step} -----\n{tokenizer.decode(prompt[1:] + ids)}\n-----")
 
 
-stopping = False
-def stop(signum, frame):
-    global stopping
-    stopping = True
-signal.signal(signal.SIGINT, stop)
-signal.signal(signal.SIGTERM, stop)
+stopping = []                                   # the signals that asked for it
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda signum, frame: stopping.append(signum))
 
 
 columns = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
 log_path = os.path.join(out_dir, 'log.csv')
 if main_process:                                # the log goes back to where the checkpoint is
     lines = open(log_path).read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
-    lines = [','.join(columns)] + [line for line in lines if int(line.split(',')[0]) <= start_step]
+    # without what comes later, and without a line that a power cut left half written
+    lines = [','.join(columns)] + [line for line in lines if line.count(',') == len(columns) - 1
+                                   and line.split(',')[0].isdigit() and int(line.split(',')[0]) <= step]
     atomic_write(log_path, lambda f: f.write('\n'.join(lines + ['']).encode()))
     log = csv.DictWriter(open(log_path, 'a', buffering=1, newline=''), columns, lineterminator='\n')
 if wandb_log and main_process:
@@ -476,10 +463,10 @@ if wandb_log and main_process:
 # the loop
 
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf
-if start_step >= qat_step:
+if not qat_step:
     prepare(model, quant_bits, quant_group, tables_bits)
 # The frozen model writes as many rows as 64 batches have of them: drafts are made after the model's own words.
-# Its weights are rounded here if the rounding has begun.
+# Its weights are rounded here if they are from the first step on, also in a run that goes on later.
 if own_samples:
     n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
     starts = [start for step in range(64) for start in loader.starts(step)[:n]]
@@ -488,20 +475,20 @@ if own_samples:
     written = Engine(model).complete(prompts, block_size + 1 - cut, seed=seed)
     own = torch.tensor([p + w for p, w in zip(prompts, written)], device=device)        # (64 n, block_size + 1)
     model.train()
-before = resumed or {}
-step, seconds, saved = start_step, before.get('seconds', 0.0), before.get('step')
-step_times, losses_due, rate, result = [], [], 0, None
+if step >= qat_step:
+    prepare(model, quant_bits, quant_group, tables_bits)
+step_times, losses_due, rate, result = [], [], 0, {'loss': None, 'bpb': None}
 began = time.perf_counter()
-val_loss_before = before.get('val_loss_before')     # what fine-tuning starts from
 if source and not resumed and eval_interval:
-    val_loss_before = measure(0)['loss']
+    val_loss_before = measure(0)['loss']        # what fine-tuning starts from
 clock = time.perf_counter()
 while step < max_iters:
     if step == qat_step:
         prepare(model, quant_bits, quant_group, tables_bits)
         best = {'loss': math.inf}               # from here on losses are those of the rounded weights
     torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step: there is no random state to save
-    factor = schedule(step)
+    # the rates' factor: linear warm-up, level, linear to zero over the last decay_frac
+    factor = min((step + 1) / max(1, warmup_iters), 1.0, (max_iters - step) / max(1, decay_frac * max_iters))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * factor
@@ -557,7 +544,10 @@ while step < max_iters:
         if wandb_log:
             wandb.log(row, step=step)
     if saves:
-        save(step)
+        save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
+                        best=best, seconds=seconds, val_loss_before=val_loss_before, dataset=dataset,
+                        total_batch_size=total_batch_size, knobs=config,
+                        ema={name: a for name, (_, a) in averages.items()})
         saved = step
     if sample_interval and step % sample_interval == 0:
         show_sample(step)
@@ -566,9 +556,8 @@ while step < max_iters:
         break
     clock = time.perf_counter()
 
-if step >= max_iters and result is None:        # a run resumed at its end has nothing left to do but to say so
+if step >= max_iters and result['loss'] is None:    # a run resumed at its end has nothing left to do but to say so
     result = validate(step)
-result = result or {'loss': None, 'bpb': None}  # stopped before the first evaluation
 say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size,
                 'seconds': round(seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
                 'tok_s': round(rate), 'batch_size': batch_size, 'params': n_params['total'],

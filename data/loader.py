@@ -183,7 +183,7 @@ def stdlib_files(root=''):
     are not UTF-8.
     """
     root = root or sysconfig.get_paths()['stdlib']
-    found = []
+    files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [d for d in folders if d.isidentifier() and d not in ('test', 'tests', 'idle_test', '__pycache__')]
         for name in names:
@@ -192,18 +192,16 @@ def stdlib_files(root=''):
             if (extension == '.py' and stem.isidentifier() and not stem.startswith('_sysconfigdata')
                     and os.path.isfile(path)):
                 parts = os.path.relpath(path, root)[:-len('.py')].split(os.sep)
-                found.append(('.'.join(parts[:-1] if len(parts) > 1 and parts[-1] == '__init__' else parts), path))
-    files = []
-    for module, path in sorted(found):
-        try:
-            with open(path, encoding='utf-8') as f:
-                files.append((module, f.read()))
-        except UnicodeDecodeError:  # old Pythons have files in other encodings
-            continue
+                module = '.'.join(parts[:-1] if len(parts) > 1 and parts[-1] == '__init__' else parts)
+                try:
+                    with open(path, encoding='utf-8') as f:
+                        files.append((module, f.read()))
+                except UnicodeDecodeError:  # old Pythons have files in other encodings
+                    continue
     if not files:
         raise SystemExit(f'error: no .py files in {root}: this Python may have its library in a zip; '
                          'use another one, or --root=FOLDER')
-    return files
+    return sorted(files, key=lambda file: file[0])
 
 
 def stdlib_held_out(module):

@@ -363,7 +363,9 @@ def test_folds_go_the_whole_way(toy, tmp_path):
           '--max_iters=4', '--eval_interval=4')
     assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated',
                          '--calibrate=True')['calibration'] <= 2
-    refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x'), 'nobody can label token 0')
+    for calibrate in (False, True):
+        refused(run('distill.py', f'--teacher={folds[1]}', f'--out_dir={tmp_path}/x', f'--calibrate={calibrate}'),
+                'nobody can label token 0')
     refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={both}', f'--out_dir={tmp_path}/x'),
             'was trained with hold_out: write labels')
     refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={tmp_path}/labels', '--hold_out=1/2',

@@ -4,6 +4,7 @@ as it was.
 """
 import copy
 import json
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -311,6 +312,10 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         with pytest.raises(SystemExit, match=expected) as e:
             Q.load(bad)
         assert '\n' not in str(e.value)
+    model.config = make_dataclass('Later', [('smear', int, 0)], bases=(GPTConfig,))(**vars(model.config), smear=1)
+    Q.export(path, model, {})
+    with pytest.raises(SystemExit, match=r"was written by another version: its shape has \['smear'\]"):
+        Q.load(path)
 
 
 def test_the_script(tmp_path):
