@@ -5,10 +5,10 @@
 #     python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20             # 1.1B tokens, 2 GB
 #     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=h100 --price=2    # what it will take
 #     python train.py config/distill_d12_mqa.py
-# The plan says 5.0 hours on an H100, if 40 % of its FLOP/s are reached. The run has not been made to its end yet, so no
+# The plan says 5.3 hours on an H100, if 40 % of its FLOP/s are reached. The run has not been made to its end yet, so no
 # loss of it is known.
 #
-# The teacher is 56 % of the arithmetic. Labels written once (26 bytes a token) make every further epoch cost what one
+# The teacher is 53 % of the arithmetic. Labels written once (26 bytes a token) make every further epoch cost what one
 # without a teacher costs:
 #     python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --out_dir=labels-d32 --block_size=1024
 #     python train.py config/distill_d12_mqa.py --teacher=labels-d32

@@ -569,7 +569,7 @@ def test_compiled_equals_eager(toy, tmp_path):
 
 
 def test_chats_are_compiled_once(tmp_path, monkeypatch):
-    """Conversations of any length come in rows of one: a step has one graph, and one more once its weights are rounded."""
+    """Conversations come in rows of one length: a step has one graph, and one more once its weights are rounded."""
     tokenizer = train_bpe([toy_text()], 280)
     chats = [tokenizer.render_chat([{'role': 'user', 'content': 'the' * n}, {'role': 'assistant', 'content': 'cat' * n}])
              for n in range(1, 5)] * 6
