@@ -54,10 +54,11 @@ def round_weight(w, bits=8, group=GROUP, search=True):
     x = w / scale
     if bits == 8:
         return x.round().clamp(-top, top).to(torch.int8), scale.squeeze(1), None
-    x = F.pad(x, (0, -cols % group)).view(rows, -1, group)                       # (rows, groups, group)
-    step = choose_step(x, search)
-    v = round_to(x, step).view(rows, -1)[:, :cols]
-    return v.to(torch.int8), scale.squeeze(1), step.squeeze(-1).to(torch.int8)
+    groups = F.pad(x, (0, -cols % group)).view(rows, -1, group)                  # (rows, groups, group)
+    step = choose_step(groups, search).squeeze(-1)
+    # not round_to(groups, step) without its padding: inductor of torch 2.13 miscompiles that for 244 columns
+    v = round_to(x, step.repeat_interleave(group, dim=1)[:, :cols])
+    return v.to(torch.int8), scale.squeeze(1), step.to(torch.int8)
 
 
 def round_to(x, step):
