@@ -20,7 +20,7 @@ _learn = f'{_train} {_labels}'
 _pruned = '--init_from=out-eighth-stdlib-bpe/best.pt'
 _on = f'{_learn} --max_iters=1200 --init_from=out-eighth-distilled-1337/best.pt'
 _round = 'python quantize.py --out_dir'
-_int4 = f'{_round}=out-qat4-stdlib-bpe --bits=4'
+_int4 = f'{_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4'
 # The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 2,920
 # steps of it are as many FLOPs as the labels and 600 steps of the student.
 rungs = f'''
@@ -35,8 +35,8 @@ student int8                 | {_round}=out-eighth-distilled-1337
 student int4 rtn             | {_round}=out-eighth-distilled-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
 student int4 gptq            | {_round}=out-eighth-distilled-1337 --bits=4 --method=gptq
 student on in float          | {_on} --out_dir=out-float-on-stdlib-bpe
-student int4 qat             | {_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_int4}
-student int4 qat and cache   | {_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_int4}
+student int4 qat             | {_int4}
+student int4 qat and cache   | {_int4}
 teacher int8                 | {_round}=out-stdlib-bpe
 control: equal FLOPs         | {_train} --max_iters=2920 --seed=1337 --out_dir=out-control-flops --teacher=
 student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
