@@ -361,6 +361,8 @@ def test_folds_go_the_whole_way(toy, tmp_path):
                                    * load_teacher(folds[0])[0].flops_per_token(training=False)) - 1) < 1e-6
     train(tmp_path / 'student', f'--dataset={toy}', f'--teacher={tmp_path}/labels',
           '--max_iters=4', '--eval_interval=4')
+    script(f'--teacher={folds[0]}', f'--to_picochat={tmp_path}/copy')           # a copy of a fold is a fold
+    assert load_teacher(f'{tmp_path}/copy')[0].hold_out == '1/2'
     assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated',
                          '--calibrate=True')['calibration'] <= 2
     for calibrate in (False, True):

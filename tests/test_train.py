@@ -197,6 +197,11 @@ def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
 # -----------------------------------------------------------------------------
 # equalities
 
+def test_a_resumed_run_keeps_its_tokens_a_step(toy, tmp_path):
+    train(tmp_path, toy, '--total_batch_size=128', '--max_iters=2')
+    assert train(tmp_path, toy, '--init_from=resume', '--max_iters=4')['tokens'] == 4 * 128
+
+
 def test_wandb(toy, tmp_path, monkeypatch):
     """Offline: what log.csv has is what wandb is told."""
     wandb = pytest.importorskip('wandb')
