@@ -11,7 +11,7 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54  # hours, dollars
     python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size
-    python bench.py --mode=plot --logs='out-a/log.csv,out-b/log.csv' --png=losses.png       # curves of losses
+    python bench.py --mode=plot out-*/log.csv                    # curves of losses, to losses.png
     python bench.py --mode=ladder config/ladder_quick.py         # builds models, then measures all of them in one run
     python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json       # what has changed?
 
@@ -81,8 +81,8 @@ from data.loader import Loader, load_meta, write_dataset
 from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
 from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Noise
-from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, atomic_write, can_compile, check_device, check_knobs, compile_step,
-                   evaluate, fast_bf16, load_checkpoint, load_model, make_config, make_optimizers)
+from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, atomic_write, can_compile, check_device, check_knobs,
+                   compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_config, make_optimizers)
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
@@ -94,10 +94,9 @@ FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed',
            'int8', 'int8-packed', 'int8-compiled',
            'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
-# (FLOP/s in bfloat16, summed in float32, without sparsity; bytes of memory). Recalled, not checked against the sources:
-# NVIDIA's data sheets (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
-GPUS = {'a100-40': (312e12, 40e9), 'a100-80': (312e12, 80e9), 'h100': (989e12, 80e9), 'h200': (989e12, 141e9),
-        'rtx3090': (71e12, 24e9), 'rtx4090': (165.2e12, 24e9)}
+# name in PEAK_FLOPS, bytes of memory
+GPUS = {'a100-40': ('A100', 40e9), 'a100-80': ('A100', 80e9), 'h100': ('H100', 80e9), 'h200': ('H200', 141e9),
+        'rtx3090': ('RTX 3090', 24e9), 'rtx4090': ('RTX 4090', 24e9)}
 # shares of a GPU: of its FLOP/s, where none was measured; of its memory, as CUDA and gaps between tensors take some
 ASSUMED_UTILISATION, USABLE = 0.4, 0.9
 # a shard of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 of them are 1.1B tokens of 65,536 kinds and 2 GB
@@ -110,7 +109,7 @@ shape = 'tiny'              # tiny or d12, with random weights; or the out_dir o
 formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; -compiled: its --compile=True, a minute each; see FORMATS
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
-batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory the config's batch_size
+batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory a quarter, half and all of the config's batch_size
 draft_n = 4                 # at most so many drafts at a time
 prompt_tokens = 64          # random ids; a trained model writes its own prompts
 new_tokens = 128
@@ -153,6 +152,9 @@ TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]
 TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
 if {'--mode=train', '--mode=memory'} & set(sys.argv):
     exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
+csvs = [arg for arg in sys.argv if arg.endswith('.csv') and not arg.startswith('-')]
+if csvs:                    # a shell has put the files' names in the place of out-*/log.csv
+    sys.argv = [arg for arg in sys.argv if arg not in csvs] + [f"--logs={','.join(csvs)}"]
 exec(open('configurator.py').read())
 
 
@@ -709,7 +711,7 @@ def measure_train():
             shutil.copy(os.path.join(peers, 'configurator.py'), folder)
         ours = {k: config[k] for k in TRAIN_NAMES} | dict(
             dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5,
-            eval_interval=0, save_interval=0, sample_interval=0, log_interval=steps + 5, device=device, dtype=dtype)
+            eval_interval=0, save_interval=0, sample_interval=0, log_interval=1, device=device, dtype=dtype)
         for r in range(rounds if peers else 0):
             for (who, way), run in others.items():
                 run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT'
@@ -825,7 +827,7 @@ def measure_memory():
     rows = []
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
-    for batch in numbered('batches') or [batch_size]:
+    for batch in numbered('batches') or sorted({max(1, batch_size // 4), max(1, batch_size // 2), batch_size}):
         parts = training_bytes(c, batch)
         knobs = config | dict(
             child='memory', vocab_size=c.vocab_size, batch_size=batch, device=device, dtype=dtype,
@@ -863,7 +865,7 @@ def proposals(target, c):
 def plan_training(c, groups, spoken, flops):
     """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
     check_knobs(config, ('gpu', GPUS))
-    peak, memory = GPUS[gpu]
+    peak, memory = PEAK_FLOPS[GPUS[gpu][0]], GPUS[gpu][1]
     share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
     source = (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, '
               + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='))
@@ -1046,7 +1048,8 @@ def measure_rung(file, int8):
 def time_rungs(rows):
     """
     Adds tokens/s to the rows, plain and speculative, eager and maybe compiled, as sample.py runs them, interleaved, in
-    every round on another text of the validation split; and whether the texts are the same with and without drafts.
+    every round on another text of the validation split; and whether the texts are the same with drafts, and what share
+    of them is when compiled.
     """
     runs, usual = [], torch.get_num_threads()
     for row in rows:
@@ -1070,12 +1073,16 @@ def time_rungs(rows):
             seen.append((text, engine.stats))
         print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
     torch.set_num_threads(usual)
-    for (row, key, *_, drafter, seen), (*_, before) in zip(runs, [runs[0], *runs]):
+    for row, key, *_, seen in runs:
         row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen[1:])
-        # When compiled, the number of drafts is fixed, and in float the sums have another order: texts may differ.
-        if drafter != 'none' and not key.endswith('compiled'):      # the run before it is its plain one
+        texts = [text for text, _ in seen]
+        if key == 'tok_s':                      # a row's plain run comes first
+            plain = texts
+        elif key == 'tok_s_speculative':
             row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
-            row['speculation_exact'] = [text for text, _ in seen] == [text for text, _ in before]
+            row['speculation_exact'] = texts == plain
+        else:       # compiled, what is float has its sums in another order, and at a tie a text may part from the plain
+            row[key.replace('tok_s', 'same_texts')] = mean(a == b for a, b in zip(texts, plain))
     if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
         for row in rows:
             row['memory_bytes'] = start('bench.py', **config | dict(
@@ -1179,7 +1186,7 @@ def measure_ladder():
     for row in shown:
         names.setdefault(row['name'], []).append(row)
         # timings of an earlier run do not compare with these
-        for key in [k for k in row if k.startswith('tok') or k in ('speculation_exact', 'memory_bytes')]:
+        for key in [k for k in row if k.startswith(('tok', 'same')) or k in ('speculation_exact', 'memory_bytes')]:
             del row[key]
     if timed != 'none':                         # of a rung with several seeds the first one is timed
         time_rungs([names[name][0] for name in (names if timed == 'all' else dict.fromkeys(timed.split(',')))])

@@ -403,6 +403,17 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
 # -----------------------------------------------------------------------------
 # what this machine can do, and whether the knobs make sense: checks that the scripts share
 
+# FLOP/s in bfloat16, summed in float32, without sparsity. Recalled, not checked against the sources: NVIDIA's data sheets
+# (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
+PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'RTX 3090': 71e12, 'RTX 4090': 165.2e12}
+
+
+def peak_flops(device):
+    """The data sheet's FLOP/s of this device by its name, None if it is no GPU that is known here."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
 def check_device(device):
     """Ends the script with one line if PyTorch cannot use this device here."""
     try:
@@ -708,8 +719,9 @@ def load_tensors(path, device='cpu', mmap=False):
     they are used. One line refuses a file that is damaged, or holds more than that.
     """
     if not zipfile.is_zipfile(path):
-        raise SystemExit(f"error: {path} ({os.path.getsize(path)} bytes) is not a whole checkpoint: "
-                         "it is truncated or of another kind; use another copy")
+        raise SystemExit(f"error: {path} is not a whole checkpoint: expected a zip archive, as torch.save writes it, "
+                         f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
+                         "use another copy")
     try:
         with zipfile.ZipFile(path) as z:
             damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
@@ -718,7 +730,8 @@ def load_tensors(path, device='cpu', mmap=False):
         raise SystemExit(f"error: {path} was refused ({type(e).__name__}): "
                          "a checkpoint holds tensors and plain types only; use another copy")
     if damaged:
-        raise SystemExit(f"error: {path} is damaged at {damaged}: use another copy")
+        raise SystemExit(f"error: {path} is damaged: expected the checksum that was saved with {damaged}, found another: "
+                         "use another copy")
     return state
 
 

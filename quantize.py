@@ -554,7 +554,7 @@ if __name__ == '__main__':
     weights = 'best.pt'             # the float checkpoint in out_dir
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
-    method = 'auto'                 # rtn: to nearest; clip: with steps searched; gptq: fitted to calibration data; qat: as the weights were trained
+    method = 'auto'                 # rtn: to nearest; clip: with steps searched, of which 8 bits have none; gptq: fitted to calibration data; qat: as the weights were trained
                                     # auto: qat if they were trained with quant_bits=bits; else gptq at 4 bits,
                                     # and rtn at 8, where nothing is left to gain
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32

@@ -29,7 +29,7 @@ from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
 from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate,
                    fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_config, make_optimizers,
-                   memory_limit, out_of_memory, save_checkpoint, shard, share)
+                   memory_limit, out_of_memory, peak_flops, save_checkpoint, shard, share)
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -282,7 +282,7 @@ if train_only:
     weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}
 # per token; what labels cost is in their meta.json
 flops = model.flops_per_token() + sum(t.flops_per_token(training=False) for t in getattr(trained, 'teachers', ()))
-own = None
+own, peak = None, peak_flops(device)
 
 # -----------------------------------------------------------------------------
 # a step, and how many rows of it fit
@@ -481,7 +481,7 @@ step_times, losses_due, rate, result = [], [], 0, {'loss': None, 'bpb': None}
 began = time.perf_counter()
 if source and not resumed and eval_interval:
     val_loss_before = measure(0)['loss']        # what fine-tuning starts from
-clock = time.perf_counter()
+clock, first, timed = time.perf_counter(), step, step       # timed: the step up to which times are known
 while step < max_iters:
     if step == qat_step:
         prepare(model, quant_bits, quant_group, tables_bits)
@@ -503,6 +503,7 @@ while step < max_iters:
     logs, saves = (bool(every) and step % every == 0 or leaving for every in (log_interval, save_interval))
     # being asked to stop brings no evaluation forward: SIGTERM is urgent
     evals = bool(eval_interval) and step % eval_interval == 0 or step == max_iters
+    shows = bool(sample_interval) and step % sample_interval == 0
     if logs or evals or saves:                  # losses are looked at only now and then, and before anything is kept
         read = [(s, {k: v.item() for k, v in parts.items()}) for s, parts in losses_due]
         wrong = [(s, f'the loss became {parts}') for s, parts in read if not all(map(math.isfinite, parts.values()))]
@@ -517,17 +518,21 @@ while step < max_iters:
                              f"at step {at:.0f}; {kept} with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})")
         means = {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
         losses_due = []
-    if device_type != 'cpu':
-        torch.accelerator.synchronize()         # the clock must not run ahead of the device
-    now = time.perf_counter()
-    seconds, step_times = seconds + now - clock, step_times[-200:] + [now - clock]
-    typical = sorted(step_times)[len(step_times) // 2]
-    rate = total_batch_size / typical
+    # the clock, too, for which the device must be waited for; apart from that it is never idle. The first step compiles
+    looks = logs or evals or saves or shows or timed == first
+    if looks:
+        if device_type != 'cpu':
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        seconds, step_times = seconds + now - clock, step_times[-20:] + [(now - clock) / (step - timed)]
+        typical, timed = sorted(step_times)[(len(step_times) - 1) // 2], step
+        rate = total_batch_size / typical
     if logs:
         eta = typical * (max_iters - step)
         say(f"step {step}/{max_iters} | "
             f"loss {' + '.join(f'{k} {v:.4f}' if len(means) > 1 else f'{v:.4f}' for k, v in means.items())} | "
             f"lr x{factor:.3f} | {1000 * typical:.0f} ms | {rate:,.0f} tok/s | "
+            f"{f'MFU {100 * flops * rate / (peak * world_size):.0f} % | ' if peak and not train_only else ''}"
             f"ETA {int(eta // 60)}:{int(eta % 60):02d}")
     if evals:
         result = validate(step)
@@ -549,12 +554,13 @@ while step < max_iters:
                         total_batch_size=total_batch_size, knobs=config,
                         ema={name: a for name, (_, a) in averages.items()})
         saved = step
-    if sample_interval and step % sample_interval == 0:
+    if shows:
         show_sample(step)
     if leaving and step < max_iters:
         say(f"stopped at step {step}; saved {ckpt_path}: go on with --init_from=resume")
         break
-    clock = time.perf_counter()
+    if looks:                                   # what was done in between is not training
+        clock = time.perf_counter()
 
 if step >= max_iters and result['loss'] is None:    # a run resumed at its end has nothing left to do but to say so
     result = validate(step)

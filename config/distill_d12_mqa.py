@@ -12,6 +12,7 @@
 # without a teacher costs:
 #     python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --out_dir=labels-d32 --block_size=1024
 #     python train.py config/distill_d12_mqa.py --teacher=labels-d32
+# The control, on the text alone: --teacher= --out_dir=out-d12-control
 # A step of that shape, without the teacher's weights and without data:
 #     python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32
 # On a laptop: config/distill_stdlib_bpe.py.

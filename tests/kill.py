@@ -1,6 +1,7 @@
 """
 Kills train.py at random moments, a hundred times, and looks at what is left: after each kill ckpt.pt and best.pt must
-be whole, no step that was reported as saved may be lost, and the next run must go on from there.
+be whole, no step that was reported as saved may be lost, and the next run must go on from there. In the end every
+step's loss must be that of a run that nobody killed.
 
 $ python tests/kill.py --trials=100         half a minute; the last line is a JSON document.
                                             Not on Windows: it forks, to import torch once
@@ -79,8 +80,17 @@ with tempfile.TemporaryDirectory() as folder:
         mid_save, half = mid_save + bool(now.items() - half.items()), now
         early += not lines
     with open(f'{folder}/out/log.csv') as f:    # a resumed run takes back the steps that no checkpoint holds
-        steps = [int(row['step']) for row in csv.DictReader(f)]
-    assert steps == sorted(set(steps)), f'log.csv has steps twice: {steps}'
+        rows = list(csv.DictReader(f))
+        losses = {int(row['step']): row['train_loss'] for row in rows}
+    assert len(rows) == len(losses), f'log.csv has steps twice: {[row["step"] for row in rows]}'
+    # an uninterrupted run to there has seen the same data: its losses are the same
+    pid, out = start(args + ['--init_from=scratch', f'--out_dir={folder}/whole'])
+    next(line for line in out if line.startswith(f'step {saved + 1}/'))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with open(f'{folder}/whole/log.csv') as f:
+        whole = {int(row['step']): row['train_loss'] for row in csv.DictReader(f)}
+    assert all(losses[step] == whole[step] for step in range(1, saved + 1)), 'a resumed run saw other data'
 print(f'{trials} kills, {mid_save} of them while a file was being written, {early} before the second step; '
       f'the last checkpoint is of step {saved:,}; nothing was lost')
 print(json.dumps({'trials': trials, 'mid_save': mid_save, 'early': early, 'step': saved}))

@@ -310,8 +310,9 @@ def test_train_mode(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='Linux alone can set the peak back')
 def test_memory_mode():
-    document, _ = bench('--mode=memory', *TOY, '--teacher=labels-absent', '--batches=2')
-    row, = document['rows']
+    document, _ = bench('--mode=memory', *TOY, '--teacher=labels-absent', '--batch_size=2')
+    half, row = document['rows']                    # of 2 rows a quarter and a half are one
+    assert half['batch'] == 1 and half['peak'] < row['peak']
     assert (row['batch'] == 2 and row['eager'] % 4096 == 0 and row['compiled'] is None
             and row['ratio'] == pytest.approx(row['peak'] / row['eager'], rel=1e-5))
     assert row['cache'] == 2 * 64 * 2 * 64 * 4 and row['weights'] == 4 * (49152 + 128000) + 8 * 64 * 64
@@ -327,6 +328,10 @@ def test_plot(tmp_path, monkeypatch):
     refused(run('bench.py', '--mode=plot', '--logs=nowhere/*.csv'), r'logs \(nowhere/\*.csv\) match no file')
     pytest.importorskip('matplotlib')
     document, _ = bench('--mode=plot', f'--logs={tmp_path}/*.csv', f'--png={tmp_path}/losses.png')
+    assert document['file'] == f'{tmp_path}/losses.png'
+    shutil.copy(logs, tmp_path / 'again.csv')       # a shell has spelt out --mode=plot out-*/log.csv
+    assert len(bench('--mode=plot', logs, tmp_path / 'again.csv', f'--png={tmp_path}/losses.png')[0]['rows']) == 2
+    document, _ = bench('--mode=plot', f'--logs={logs}', f'--png={tmp_path}/losses.png')
     assert (document['rows'] == [{'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2,
                                   'best_val_loss': 2.125}]
             and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG')

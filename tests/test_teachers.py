@@ -7,6 +7,7 @@ beside the repository, if at all.
 import json
 import os
 import pickle
+import re
 import sys
 from dataclasses import replace
 
@@ -17,13 +18,13 @@ import torch.nn.functional as F
 
 import quantize as Q
 from data.loader import write_dataset
-from data.tokenizer import (GPT2_PATTERN, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer, merges_of,
-                            train_bpe)
+from data.tokenizer import (GPT2_PATTERN, CharTokenizer, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer,
+                            merges_of, train_bpe)
 from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
 from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
 from test_loader import server  # noqa: F401, a fixture
 from test_model import randomise
-from test_train import run
+from test_train import TINY, run
 
 GOLDEN = '../shared/data/nanochat_e0'
 TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9,
@@ -269,6 +270,20 @@ def test_random_teachers():
     assert tokenizer is None and dataset is None and logits.shape == (1, 5, 65536) and logits.std() > 0.1
     for bad in ('random:d3', 'random:32', 'random:'):
         refused('random:d32', load_teacher, bad)
+
+
+def test_a_random_teacher_teaches(tmp_path):
+    """The step of the ten-dollar run, small: its FLOPs are those of the student's training and the teacher's forward."""
+    tokenizer = CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(65536))
+    write_dataset(str(tmp_path / 'data'), tokenizer, np.arange(2000), np.arange(40), source='toy')
+    got = run('train.py', *TINY, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/out', '--teacher=random:d2',
+              '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--max_iters=2', '--eval_interval=0')
+    assert got.status == 0, got.err
+    done = json.loads(got.out.splitlines()[-1])
+    student, teacher = load_model(f'{tmp_path}/out/best.pt')[0], random_teacher('d2', 'meta')
+    teacher.config.block_size = 16
+    assert re.search(r'step 2/2 \| loss ce [\d.]+ \+ kl [\d.]+ \+ multi_token [\d.]+ \+ draft [\d.]+ ', got.out)
+    assert done['flops'] == done['tokens'] * (student.flops_per_token() + teacher.flops_per_token(training=False))
 
 
 def test_load_teacher(tmp_path, bpe):

@@ -143,13 +143,13 @@ def poisoned(at):
 
 
 def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
-    """A GPT.forward for a machine on which n rows fit."""
-    forward = GPT.forward
+    """A GPT.trunk for a machine on which n rows fit."""
+    trunk = GPT.trunk
 
-    def limited(self, idx, *targets):
+    def limited(self, idx, *cache):
         if len(idx) > n:
             raise error
-        return forward(self, idx, *targets)
+        return trunk(self, idx, *cache)
     return limited
 
 
@@ -159,7 +159,7 @@ def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     import model
     model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
-    GPT.forward = room(rows)
+    GPT.trunk = room(rows)
     GPT.forward = poisoned(nan_at if rank == 1 else None)
     batch = data.loader.Loader.batch
 
@@ -218,6 +218,24 @@ def test_wandb(toy, tmp_path, monkeypatch):
     assert [{k: str(v) for k, v in row.items()} for row in told] == [
         {k: v for k, v in row.items() if v} for row in log(tmp_path / 'run')]
     assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
+
+
+def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
+    """The clock is read at the first step and then with each line: steps in between do not wait for a device."""
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA H100 80GB HBM3')
+    assert model_file.peak_flops('cuda:0') == 989e12 and model_file.peak_flops('cpu') is None
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA T4')
+    assert model_file.peak_flops('cuda') is None
+    monkeypatch.setattr(model_file, 'peak_flops', lambda device: 1e6)       # a slow one
+    got = run('train.py', *TINY, toy, f'--out_dir={tmp_path}', '--log_interval=3', '--sample_interval=4')
+    flops = GPT(GPTConfig(block_size=16, vocab_size=json.load(open(f"{toy[10:]}/meta.json"))['vocab_size'], n_layer=2,
+                          n_head=2, n_embd=16)).flops_per_token()
+    lines = re.findall(r'step (\d+)/8 .* ([\d,]+) tok/s \| MFU (\d+) %', got.out)
+    assert [int(step) for step, _, _ in lines] == [3, 6, 8]
+    for _, rate, mfu in lines:
+        assert int(mfu) == pytest.approx(100 * flops * int(rate.replace(',', '')) / 1e6, rel=0.01)
+    done = json.loads(got.out.splitlines()[-1])
+    assert 0 < done['seconds'] < done['wall_seconds']
 
 
 @pytest.mark.parametrize('args', [
@@ -436,13 +454,16 @@ def test_the_average_of_the_weights(toy, tmp_path, interrupt):
 @pytest.mark.parametrize('args, rows', [
     ([], 5),
     (['--total_batch_size=192', '--dropout=0.3', '--quant_bits=8', '--qat_start=0.5', '--ema=0.9',
-      '--multi_token_n=1'], 4)], ids=['any', 'divisor'])
+      '--multi_token_n=1'], 4),
+    (['--teacher={}/t'], 5)], ids=['any', 'divisor', 'teacher'])
 def test_auto_equals_the_number_that_it_finds(toy, tmp_path, monkeypatch, interrupt, args, rows):
     """
     A search leaves no trace, at the start or in the middle of a run. Five rows fit; of 12 in a step, four are as many
     as divide them.
     """
-    monkeypatch.setattr(GPT, 'forward', room(5))
+    train(tmp_path / 't', toy, '--max_iters=1')
+    args = [arg.replace('{}', str(tmp_path)) for arg in args]
+    monkeypatch.setattr(GPT, 'trunk', room(5))
     train(tmp_path / 'number', toy, *args, f'--batch_size={rows}')
     interrupt(2, signal.SIGTERM)
     found = train(tmp_path / 'auto', toy, *args, '--batch_size=auto')
@@ -458,11 +479,11 @@ def test_auto_equals_the_number_that_it_finds(toy, tmp_path, monkeypatch, interr
 
 
 def test_auto_finds_every_limit_once(toy, tmp_path, monkeypatch):
-    forward = GPT.forward
+    trunk = GPT.trunk
 
     def search(n, out_dir, *args):
-        monkeypatch.setattr(GPT, 'forward', forward)
-        monkeypatch.setattr(GPT, 'forward', room(n))        # room wraps what is there
+        monkeypatch.setattr(GPT, 'trunk', trunk)
+        monkeypatch.setattr(GPT, 'trunk', room(n))        # room wraps what is there
         return train(tmp_path / str(out_dir), toy, '--max_iters=1', '--eval_interval=0', '--batch_size=auto',
                      *args)['batch_size']
 
@@ -477,12 +498,12 @@ def test_auto_finds_every_limit_once(toy, tmp_path, monkeypatch):
 
 
 def test_auto_takes_nothing_else_for_out_of_memory(toy, tmp_path, monkeypatch):
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, 'forward', room(0))
+    trunk = GPT.trunk
+    monkeypatch.setattr(GPT, 'trunk', room(0))
     args = ['train.py', *TINY, toy, '--batch_size=auto', f'--out_dir={tmp_path}/out']
     refused(run(*args), 'not even one row of block_size .16. .*smaller')
-    monkeypatch.setattr(GPT, 'forward', forward)
-    monkeypatch.setattr(GPT, 'forward', room(3, RuntimeError('an illegal memory access')))
+    monkeypatch.setattr(GPT, 'trunk', trunk)
+    monkeypatch.setattr(GPT, 'trunk', room(3, RuntimeError('an illegal memory access')))
     with pytest.raises(RuntimeError, match='illegal'):
         run(*args)
     monkeypatch.setattr('platform.system', lambda: 'Darwin')
@@ -590,6 +611,12 @@ def test_chats_are_compiled_once(tmp_path, monkeypatch):
     train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
           '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
     assert len(graphs) == 2
+    # a search for the batch size compiles for any number of rows, once more
+    monkeypatch.setattr(GPT, 'trunk', room(5))
+    graphs.clear()
+    found = train(tmp_path / 'auto', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True',
+                  '--batch_size=auto', '--max_iters=2')
+    assert found['batch_size'] == 5 and graphs
 
 
 @pytest.mark.parametrize('name, value', [('CXX', 'no-such-compiler'), ('PATH', '')])
