@@ -518,6 +518,22 @@ def test_exported_model_equals_ours(tmp_path, bpe, shape, capsys):
             and tokenizer.encode(TEXTS[0]) == bpe.encode(TEXTS[0]))
 
 
+def test_an_exported_nanochat_equals_it_but_for_its_tables(tmp_path):
+    """Transformers computes RoPE's tables in float32, and nanochat rounded them to bfloat16."""
+    transformers = pytest.importorskip('transformers')
+    if not os.path.isdir(GOLDEN):
+        pytest.skip('no nanochat files here')
+    model, tokenizer = load_nanochat(GOLDEN)
+    export_hf(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    golden = torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
+    with torch.no_grad():
+        logits = theirs(golden['x']).logits
+        assert 1e-3 < (logits - golden['logits']).abs().max() < 0.1
+        model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
+        assert (logits - model(golden['x'])).abs().max() < 1e-4
+
+
 def test_exported_files(tmp_path, bpe):
     safetensors = pytest.importorskip('safetensors.torch')
     model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
