@@ -4,7 +4,7 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=d12                    # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
-    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers and llama2.c, if they are there
+    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers, llama2.c and nanochat (--nanochat=)
     python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
     python bench.py --mode=train config/train_stdlib_bpe.py      # training: tokens/s, and milliseconds by part
     python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside a copy of nanoGPT
@@ -119,6 +119,7 @@ recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
 peers = None                # True: measure transformers (pip install transformers) and llama2.c, too; in mode=train the folder of a copy of nanoGPT
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
+nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
@@ -259,8 +260,8 @@ if mode in ('decode', 'quality'):
         fail(f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir')
     if any(f.endswith('compiled') for f in formats) and not can_compile(device):
         fail(f'formats ({",".join(formats)}) need a C++ compiler: leave those with -compiled out')
-    if llama2c and not peers:
-        fail(f'llama2c ({llama2c}) is measured with --peers=True')
+    if (llama2c or nanochat) and not peers:
+        fail(f'llama2c ({llama2c}) and nanochat ({nanochat}) are measured with --peers=True')
     if peers and device != 'cpu':
         fail(f'peers are measured on --device=cpu, not on {device}')
 
@@ -449,7 +450,7 @@ def measure_decode():
         their_shape = {k: getattr(c, k) for k in (
             'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size', 'tie_weights')}
         others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                       rounds=rounds, llama2c=llama2c, seed=seed, threads=torch.get_num_threads())
+                       rounds=rounds, llama2c=llama2c, nanochat=nanochat, seed=seed, threads=torch.get_num_threads())
 
     engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
     # an engine that compiles does not do so for several sequences, nor for these two drafters: no rows for those

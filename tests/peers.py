@@ -1,13 +1,14 @@
 """
-Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate, and
-llama2.c.
+Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate,
+llama2.c, and nanochat's.
 
     python tests/peers.py                                   # the tiny shape of bench.py; pip install transformers first
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
+    python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
 
-A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two. All
-decode greedily and without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first
+A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
+nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first
 token, which flatters it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of
 ours beside it.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ prompt_tokens = 64
 new_tokens = 128
 rounds = 5
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
+nanochat = ''               # folder of a copy of github.com/karpathy/nanochat
 seed = 1337
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 peer = ''                   # private: the decoder and format that a child process measures
@@ -101,8 +104,26 @@ def transformers_rate(dtype):
             'params': sum(p.numel() for p in model.parameters())}
 
 
+def nanochat_rate():
+    """nanochat's Engine, float32, after the first token."""
+    sys.path.insert(0, nanochat)
+    # it is for checkpoints, and would ask for tokenizers that token ids need not have
+    sys.modules['nanochat.checkpoint_manager'] = SimpleNamespace(load_model=None)
+    from nanochat.engine import Engine
+    from nanochat.gpt import GPT, GPTConfig
+    model = GPT(GPTConfig(sequence_len=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+                          n_kv_head=c.n_kv_head, n_embd=c.n_embd))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    nothing_ends = SimpleNamespace(encode_special=lambda name: -1, get_bos_token_id=lambda: -1)
+    for _ in range(2):                                               # the first run warms up
+        times = [time.perf_counter()
+                 for _ in Engine(model, nothing_ends).generate(prompt, max_tokens=new_tokens, temperature=0)]
+    return {'tok_s': (new_tokens - 1) / (times[-1] - times[0]), 'params': sum(p.numel() for p in model.parameters())}
+
+
 if peer:
-    print(json.dumps(picochat_rate() if peer == 'picochat-f32'
+    print(json.dumps(picochat_rate() if peer == 'picochat-f32' else nanochat_rate() if peer == 'nanochat-f32'
                      else transformers_rate(torch.bfloat16 if peer == 'transformers-bf16' else torch.float32)))
     sys.exit()
 
@@ -176,6 +197,11 @@ if llama2c:
     others |= {('llama2.c', 'f32'): os.path.join(folder, 'run'), ('llama2.c', 'int8'): os.path.join(folder, 'runq')}
 else:
     print('llama2.c is absent: build its run and runq, and give --llama2c=FOLDER', file=sys.stderr)
+if nanochat:
+    if not os.path.isfile(f'{nanochat}/nanochat/engine.py') or c.n_hidden != 4 * c.n_embd or c.tie_weights:
+        fail(f'nanochat ({nanochat}) must be a copy of github.com/karpathy/nanochat, git checkout 790f3be, and '
+             f'n_hidden ({c.n_hidden}) 4 * n_embd ({c.n_embd}), as it has no other, with two vocabulary tables')
+    others['nanochat', 'f32'] = None
 for binary in filter(None, others.values()):
     if not os.access(binary, os.X_OK):
         fail(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of github.com/karpathy/llama2.c, '

@@ -143,6 +143,28 @@ def test_peers(tmp_path):
     assert (tmp_path / 'runq.args').read_text().split()[-4:] == ['-t', '0', '-n', '18']
 
 
+def test_nanochat_as_a_peer(tmp_path):
+    """A nanochat that only counts: it gets our shape and prompt, and as many tokens are asked of it."""
+    (tmp_path / 'nanochat').mkdir()
+    (tmp_path / 'nanochat' / 'gpt.py').write_text(
+        'import torch\nclass GPTConfig:\n    def __init__(self, **shape): self.shape = shape\n'
+        'class GPT(torch.nn.Module):\n    def __init__(self, c):\n        super().__init__()\n'
+        '        assert c.shape == dict(sequence_len=256, vocab_size=65, n_layer=3, n_head=4, n_kv_head=1, n_embd=192)\n'
+        '        self.w = torch.nn.Parameter(torch.zeros(7))\n')
+    (tmp_path / 'nanochat' / 'engine.py').write_text(
+        'from nanochat.checkpoint_manager import load_model\nimport time\nclass Engine:\n'
+        '    def __init__(self, model, tokenizer): assert tokenizer.get_bos_token_id() == -1\n'
+        '    def generate(self, tokens, max_tokens, temperature):\n        assert len(tokens) == 8 and temperature == 0\n'
+        '        for i in range(max_tokens):\n            yield [0], [1]\n            time.sleep(0.01)\n')
+    args = ['--n_kv_head=1', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1', f'--nanochat={tmp_path}']
+    got = run('tests/peers.py', *args)
+    assert got.status == 1 and 'n_hidden (384) 4 * n_embd (192)' in got.err.splitlines()[-1]
+    got = run('tests/peers.py', *args, '--n_hidden=768')
+    assert got.status == 0, got.err
+    row = json.loads(got.out.splitlines()[-1])['rows'][-1]
+    assert row['decoder'] == 'nanochat' and row['params'] == 7 and 0 < row['tok_s_rounds'][0] < 100
+
+
 def test_quality(tmp_path):
     """
     Through a float32 cache the loss is that of the whole forward; through an int8 one it is another, close by, at
