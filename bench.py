@@ -4,7 +4,8 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=d12                    # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
-    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers, llama2.c and nanochat (--nanochat=)
+    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers and llama2.c, if they are there
+    python bench.py --shape=d12 --peers=True --nanochat=FOLDER   # and nanochat
     python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
     python bench.py --mode=train config/train_stdlib_bpe.py      # training: tokens/s, and milliseconds by part
     python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside a copy of nanoGPT
@@ -153,7 +154,7 @@ TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]
 TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
 if {'--mode=train', '--mode=memory'} & set(sys.argv):
     exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
-csvs = [arg for arg in sys.argv if arg.endswith('.csv') and not arg.startswith('-')]
+csvs = [arg for arg in sys.argv if arg.endswith('.csv') and arg[0] != '-'] if '--mode=plot' in sys.argv else []
 if csvs:                    # a shell has put the files' names in the place of out-*/log.csv
     sys.argv = [arg for arg in sys.argv if arg not in csvs] + [f"--logs={','.join(csvs)}"]
 exec(open('configurator.py').read())

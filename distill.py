@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.loader import Loader, download, held_out, read_text
+from data.loader import Loader, copy_to, download, held_out, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import (GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16,
                    load_model, load_tensors, rope_tables, save_checkpoint)
@@ -285,7 +285,7 @@ class Labels:
         ids = torch.from_numpy(rows['ids'].astype(np.int64))
         weight = (torch.from_numpy(rows['p'].astype(np.float32)) if 'p' in rows.dtype.names
                   else torch.full(ids.shape, 1 / ids.size(-1)))
-        return tuple(t.to(self.device) for t in (ids, weight, torch.from_numpy(rows['entropy'].astype(np.float32))))
+        return copy_to(self.device, ids, weight, torch.from_numpy(rows['entropy'].astype(np.float32)))
 
 # -----------------------------------------------------------------------------
 # teachers: whoever made them, they offer config.block_size, config.vocab_size,

@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -403,15 +404,16 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
 # -----------------------------------------------------------------------------
 # what this machine can do, and whether the knobs make sense: checks that the scripts share
 
-# FLOP/s in bfloat16, summed in float32, without sparsity. Recalled, not checked against the sources: NVIDIA's data sheets
-# (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
+# FLOP/s in bfloat16, summed in float32, without sparsity. Recalled, not checked against the sources: NVIDIA's data
+# sheets (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
 PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'RTX 3090': 71e12, 'RTX 4090': 165.2e12}
 
 
 def peak_flops(device):
     """The data sheet's FLOP/s of this device by its name, None if it is no GPU that is known here."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items()
+                 if re.search(rf'\b{known}\b(?!.*(PCIe|Laptop))', name)), None)
 
 
 def check_device(device):
@@ -730,8 +732,8 @@ def load_tensors(path, device='cpu', mmap=False):
         raise SystemExit(f"error: {path} was refused ({type(e).__name__}): "
                          "a checkpoint holds tensors and plain types only; use another copy")
     if damaged:
-        raise SystemExit(f"error: {path} is damaged: expected the checksum that was saved with {damaged}, found another: "
-                         "use another copy")
+        raise SystemExit(f"error: {path} is damaged: expected the checksum that was saved with {damaged}, "
+                         "found another: use another copy")
     return state
 
 

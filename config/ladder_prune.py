@@ -38,7 +38,8 @@ def _grid(percent):
     """Each score at once, after 5 % and after 1 % of the tokens."""
     return [*(f'{percent} % {score} | {_cut} {_shapes[percent]} {how} --save_dir=out-prune-{percent}-{score}'
               for score, how in _scores.items()),
-            *(_after(f'{percent} % {score}', f'{percent}-{score}', share, share == 5 and score in ('obs', 'l1') and percent == '50')
+            *(_after(f'{percent} % {score}', f'{percent}-{score}', share,
+                     each_seed=(percent, share) == ('50', 5) and score in ('obs', 'l1'))
               for share in (5, 1) for score in _scores)]
 
 

@@ -522,6 +522,11 @@ class Loader:
         learn = inside if self.mask is None else inside & (self.mask[at] != 0)
         x = torch.from_numpy(np.ascontiguousarray(rows[:, :-1]))  # (B, T)
         y = torch.from_numpy(np.where(learn[:, 1:], rows[:, 1:], -1))  # (B, T)
-        if torch.device(self.device).type == 'cuda':  # from pinned memory the copy overlaps with what the GPU is doing
-            return x.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
-        return x.to(self.device), y.to(self.device)
+        return copy_to(self.device, x, y)
+
+
+def copy_to(device, *tensors):
+    """The tensors on that device. To a GPU they go from pinned memory: that overlaps with what it is doing."""
+    if str(device).startswith('cuda'):
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(t.to(device) for t in tensors)

@@ -83,6 +83,7 @@ with tempfile.TemporaryDirectory() as folder:
         rows = list(csv.DictReader(f))
         losses = {int(row['step']): row['train_loss'] for row in rows}
     assert len(rows) == len(losses), f'log.csv has steps twice: {[row["step"] for row in rows]}'
+    assert saved, 'every kill came before the first save'
     # an uninterrupted run to there has seen the same data: its losses are the same
     pid, out = start(args + ['--init_from=scratch', f'--out_dir={folder}/whole'])
     next(line for line in out if line.startswith(f'step {saved + 1}/'))

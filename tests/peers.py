@@ -8,9 +8,9 @@ llama2.c, and nanochat's.
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
 
 A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
-nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first
-token, which flatters it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of
-ours beside it.
+nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
+without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first token, which flatters
+it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of ours beside it.
 """
 import importlib.util
 import json

@@ -149,12 +149,14 @@ def test_nanochat_as_a_peer(tmp_path):
     (tmp_path / 'nanochat' / 'gpt.py').write_text(
         'import torch\nclass GPTConfig:\n    def __init__(self, **shape): self.shape = shape\n'
         'class GPT(torch.nn.Module):\n    def __init__(self, c):\n        super().__init__()\n'
-        '        assert c.shape == dict(sequence_len=256, vocab_size=65, n_layer=3, n_head=4, n_kv_head=1, n_embd=192)\n'
+        '        assert c.shape == dict(\n'
+        '            sequence_len=256, vocab_size=65, n_layer=3, n_head=4, n_kv_head=1, n_embd=192)\n'
         '        self.w = torch.nn.Parameter(torch.zeros(7))\n')
     (tmp_path / 'nanochat' / 'engine.py').write_text(
         'from nanochat.checkpoint_manager import load_model\nimport time\nclass Engine:\n'
         '    def __init__(self, model, tokenizer): assert tokenizer.get_bos_token_id() == -1\n'
-        '    def generate(self, tokens, max_tokens, temperature):\n        assert len(tokens) == 8 and temperature == 0\n'
+        '    def generate(self, tokens, max_tokens, temperature):\n'
+        '        assert len(tokens) == 8 and temperature == 0\n'
         '        for i in range(max_tokens):\n            yield [0], [1]\n            time.sleep(0.01)\n')
     args = ['--n_kv_head=1', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1', f'--nanochat={tmp_path}']
     got = run('tests/peers.py', *args)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import quantize as Q
 from data.loader import write_dataset
-from data.tokenizer import (GPT2_PATTERN, CharTokenizer, byte_characters, fingerprint, hf_tokenizer, load_gpt2_tokenizer,
-                            merges_of, train_bpe)
+from data.tokenizer import (GPT2_PATTERN, CharTokenizer, byte_characters, fingerprint, hf_tokenizer,
+                            load_gpt2_tokenizer, merges_of, train_bpe)
 from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
 from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
 from test_loader import server  # noqa: F401, a fixture
@@ -273,7 +273,7 @@ def test_random_teachers():
 
 
 def test_a_random_teacher_teaches(tmp_path):
-    """The step of the ten-dollar run, small: its FLOPs are those of the student's training and the teacher's forward."""
+    """The step of the ten-dollar run, small: its FLOPs are the student's for training and the teacher's forward."""
     tokenizer = CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(65536))
     write_dataset(str(tmp_path / 'data'), tokenizer, np.arange(2000), np.arange(40), source='toy')
     got = run('train.py', *TINY, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/out', '--teacher=random:d2',

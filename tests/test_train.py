@@ -221,11 +221,11 @@ def test_wandb(toy, tmp_path, monkeypatch):
 
 
 def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
-    """The clock is read at the first step and then with each line: steps in between do not wait for a device."""
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA H100 80GB HBM3')
-    assert model_file.peak_flops('cuda:0') == 989e12 and model_file.peak_flops('cpu') is None
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA T4')
-    assert model_file.peak_flops('cuda') is None
+    """Lines have MFU, from the same rate as tok/s; evaluation and samples are not in seconds."""
+    for name, peak in {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA H100 PCIe': None,
+                       'NVIDIA GeForce RTX 4090': 165.2e12, 'NVIDIA RTX A1000 Laptop GPU': None}.items():
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+        assert model_file.peak_flops('cuda:0') == peak and model_file.peak_flops('cpu') is None
     monkeypatch.setattr(model_file, 'peak_flops', lambda device: 1e6)       # a slow one
     got = run('train.py', *TINY, toy, f'--out_dir={tmp_path}', '--log_interval=3', '--sample_interval=4')
     flops = GPT(GPTConfig(block_size=16, vocab_size=json.load(open(f"{toy[10:]}/meta.json"))['vocab_size'], n_layer=2,
@@ -611,12 +611,12 @@ def test_chats_are_compiled_once(tmp_path, monkeypatch):
     train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
           '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
     assert len(graphs) == 2
-    # a search for the batch size compiles for any number of rows, once more
+    # a search for the batch size compiles each size that it tries, and meets the limit there, too
     monkeypatch.setattr(GPT, 'trunk', room(5))
     graphs.clear()
     found = train(tmp_path / 'auto', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True',
                   '--batch_size=auto', '--max_iters=2')
-    assert found['batch_size'] == 5 and graphs
+    assert found['batch_size'] == 5 and len(graphs) > 1
 
 
 @pytest.mark.parametrize('name, value', [('CXX', 'no-such-compiler'), ('PATH', '')])
