@@ -3,7 +3,7 @@
 #     python bench.py --mode=ladder config/ladder_prune.py
 # A score alone: what is left keeps its weights. obs, and taylor refit: it is fitted by least squares, and channels are
 # cut along principal axes. +1 and +5: after so many per cent of the teacher's training tokens, learnt from its labels
-# at its own rates, 1,024 tokens a step.
+# with a quarter of its tokens a step, and of its rates.
 # After ladder_stdlib.py it takes that one's teacher, labels and student.
 # 2 CPU cores: two hours (estimated; README has what was run). The rungs that matter most come first.
 mode = 'ladder'
@@ -19,7 +19,8 @@ _shapes = {'25': '--neuron_prune_ratio=0.5',
 _alone = '--refit=False --rotate=False'
 _scores = {'obs': '--importance=obs',
            **{score: f'--importance={score} {_alone}' for score in ('l1', 'taylor', 'activation', 'random')}}
-_learn = 'python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --batch_size=4 --save_interval=0'
+_train = 'python train.py config/distill_stdlib_bpe.py --teacher=labels-stdlib-bpe --save_interval=0'
+_learn = f'{_train} --batch_size=4 --muon_lr=0.005 --adam_lr=0.00125'
 _scratch = ('--n_layer=6 --n_head=6 --n_kv_head=6 --n_embd=256 --head_dim=64 --n_hidden=768 '
             '--tie_weights=False')
 
@@ -27,7 +28,7 @@ _scratch = ('--n_layer=6 --n_head=6 --n_kv_head=6 --n_embd=256 --head_dim=64 --n
 def _after(name, folder, share=5, each_seed=False):
     """
     The line that lets what is in out-prune-FOLDER recover, with so many per cent of the tokens of the teacher's 1,400
-    steps, of which each had four times as many.
+    steps, each of which had four times as many.
     """
     each, tail = ('--seed={seed} ', '-{seed}') if each_seed else ('', '')
     return (f'{name} +{share} | {_learn} {each}--init_from=out-prune-{folder}/best.pt --max_iters={56 * share} '
@@ -50,7 +51,7 @@ rungs = '\n'.join([
     *_grid('50'),
     f'50 % taylor refit | {_cut} {_shapes["50"]} --importance=taylor --save_dir=out-prune-50-taylor-refit',
     # the half's shape from random weights, with five times the tokens
-    f'50 % control: from scratch +25 | {_learn} {_scratch} --max_iters=1400 --out_dir=out-prune-scratch',
+    f'50 % control: from scratch +25 | {_train} {_scratch} --max_iters=350 --out_dir=out-prune-scratch',
     # all query heads on one key/value head
     *(f'MQA {merge} | {_cut} --kv_heads=1 --kv_merge={merge} --save_dir=out-prune-mqa-{merge}'
       for merge in ('aligned', 'plain', 'first')),

@@ -449,7 +449,7 @@ def climb(tmp_path):
     return f
 
 
-def test_a_ladder_is_built_once_measured_and_checked(climb):
+def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     got, at = climb('--timed=all'), climb.folder
     assert got.status == 0, got.err
     rows = json.loads(got.out.splitlines()[-1])['rows']
@@ -468,6 +468,14 @@ def test_a_ladder_is_built_once_measured_and_checked(climb):
     assert (rows[0]['tok_s'] > 0 and 'tok_s_speculative' not in rows[0] and rows[3]['tok_s_speculative'] > 0
             and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3])
     assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
+
+    # compiled rounds are the same function, so without a compiler their texts are the plain ones
+    monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
+    monkeypatch.setattr(M, 'can_compile', lambda device: True)
+    got = climb('--timed=narrow,int4', '--compiled=narrow,int4')
+    rows = json.loads(got.out.splitlines()[-1])['rows']
+    assert (rows[3]['same_texts_compiled'] == rows[4]['same_texts_compiled'] == 1
+            and 0 <= rows[3]['same_texts_speculative_compiled'] <= 1 and rows[4]['tok_s_compiled'] > 0)
 
     # with another cache it is another loss; nothing is built twice
     got = climb('--int8_cache=int4')

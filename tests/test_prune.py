@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import prune as P
-from data.loader import load_meta, write_texts
+from data.loader import Loader, load_meta, write_texts
 from data.tokenizer import CharTokenizer, bpe_parts, cut_tokenizer, from_meta, recode, train_bpe
 from engine import Engine
 from model import GPT, GPTConfig, evaluate, load_model, make_optimizers, save_checkpoint
@@ -446,6 +446,22 @@ def test_impossible_requests_are_refused_in_one_line():
         with pytest.raises(ValueError, match=word) as e:
             request()
         assert '\n' not in str(e.value)
+
+
+def test_the_script_cuts_channels_then_neurons_then_heads(tmp_path):
+    """Each cut is measured on what the one before has left."""
+    write_texts(f'{tmp_path}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
+    model = make(vocab_size=290, block_size=32)
+    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(),
+                    dataset=f'{tmp_path}/data')
+    got = run('prune.py', f'--out_dir={tmp_path}/out', '--channel_prune_ratio=0.5', '--neuron_prune_ratio=0.5',
+              '--head_prune_ratio=0.5', '--calibration_batches=1')
+    assert got.status == 0, got.err
+    seen = [Loader(f'{tmp_path}/data', 'train', 16, 32, 1337).batch(0)]
+    for kind, keep in (('channels', 16), ('neurons', 12), ('heads', 2)):
+        model = P.shrink(model, kind, keep, seen, seed=1337)
+    state = load_model(f'{tmp_path}/out-pruned/best.pt')[0].state_dict()
+    assert all(torch.allclose(state[name], w, atol=1e-5) for name, w in model.state_dict().items())
 
 
 def test_the_script(tmp_path):
