@@ -8,7 +8,7 @@
 # 2 CPU cores: two hours (estimated; README has what was run). The rungs that matter most come first.
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
-seeds = '1337,1338,1339'        # of the recoveries that are set against others
+seeds = '1337,1338,1339'        # of the half's recovery
 timed = ('teacher,MQA aligned,depth: 3 layers of 6,width: as many parameters,'
          'drafting: whole,drafting: halved neurons,drafting: halved neurons +5')
 
@@ -40,7 +40,7 @@ def _grid(percent):
     return [*(f'{percent} % {score} | {_cut} {_shapes[percent]} {how} --save_dir=out-prune-{percent}-{score}'
               for score, how in _scores.items()),
             *(_after(f'{percent} % {score}', f'{percent}-{score}', share,
-                     each_seed=(percent, share) == ('50', 5) and score in ('obs', 'l1'))
+                     each_seed=(percent, share, score) == ('50', 5, 'obs'))
               for share in (5, 1) for score in _scores)]
 
 
@@ -67,7 +67,7 @@ rungs = '\n'.join([
     '--save_dir=out-eighth-stdlib-bpe',
     ' | python train.py config/distill_stdlib_bpe.py --seed=1337 --init_from=out-eighth-stdlib-bpe/best.pt '
     '--teacher=labels-stdlib-bpe --out_dir=out-eighth-distilled-1337',
-    ('drafting: whole | python train.py config/draft_stdlib_bpe.py --max_iters=500 '
+    ('drafting: whole | python train.py config/draft_stdlib_bpe.py --max_iters=300 '
      '--init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe '
      '&& python quantize.py --out_dir=out-draft-stdlib-bpe'),
     ('drafting: halved neurons | python prune.py --out_dir=out-draft-stdlib-bpe --neuron_prune_ratio=0.5 '

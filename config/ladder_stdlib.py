@@ -39,7 +39,7 @@ student int4 qat             | {_int4}
 student int4 qat and cache   | {_int4}
 teacher int8                 | {_round}=out-stdlib-bpe
 control: equal FLOPs         | {_train} --max_iters=2920 --seed=1337 --out_dir=out-control-flops --teacher=
-student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=500 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
+student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
 control: its shape, random   | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
 half of the teacher          | {_prune} --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=obs --save_dir=out-prune-50-obs
 half distilled 5 %           | {_learn} --save_interval=0 --batch_size=4 --muon_lr=0.005 --adam_lr=0.00125 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=280 --out_dir=out-prune-50-obs-5-1337
