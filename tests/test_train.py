@@ -172,7 +172,7 @@ def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
     answers.put((rank, got.status, got.out, got.err))
 
 
-def two(*args, rows=(99, 99), stop_in=None, nan_at=None):
+def two(*args, rows=(math.inf, math.inf), stop_in=None, nan_at=None):
     """
     train.py in two processes on gloo, forked where torch has been imported already; rows fit on each; the second one
     gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
