@@ -5,7 +5,8 @@
 # cut along principal axes. +1 and +5: after so many per cent of the teacher's training tokens, learnt from its labels
 # with a quarter of its tokens a step, and of its rates.
 # After ladder_stdlib.py it takes that one's teacher, labels and student.
-# 2 CPU cores: two hours (estimated; README has what was run). The rungs that matter most come first.
+# 2 CPU cores: two hours, with two processes of one thread each, after the teacher and its labels (README has the
+# results of 2026-11-26). The rungs that matter most come first.
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
 seeds = '1337,1338,1339'        # of the half's recovery
@@ -49,13 +50,12 @@ rungs = '\n'.join([
     'teacher | python train.py config/train_stdlib_bpe.py',
     ' | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe',
     *_grid('50'),
-    f'50 % taylor refit | {_cut} {_shapes["50"]} --importance=taylor --save_dir=out-prune-50-taylor-refit',
     # the half's shape from random weights, with five times the tokens
     f'50 % control: from scratch +25 | {_train} {_scratch} --max_iters=350 --out_dir=out-prune-scratch',
     # all query heads on one key/value head
     *(f'MQA {merge} | {_cut} --kv_heads=1 --kv_merge={merge} --save_dir=out-prune-mqa-{merge}'
       for merge in ('aligned', 'plain', 'first')),
-    *(_after(f'MQA {merge}', f'mqa-{merge}') for merge in ('aligned', 'plain', 'first')),
+    _after('MQA aligned', 'mqa-aligned'),
     # as many parameters, from fewer layers or from narrower ones
     f'depth: 3 layers of 6 | {_cut} --layers=3 --save_dir=out-prune-depth',
     (f'width: as many parameters | {_cut} --neuron_prune_ratio=0.3516 --channel_prune_ratio=0.25 '
@@ -74,7 +74,8 @@ rungs = '\n'.join([
      '--save_dir=out-prune-drafting && python quantize.py --out_dir=out-prune-drafting'),
     (f'drafting: halved neurons +5 | {_learn} --init_from=out-prune-drafting/best.pt --max_iters=280 '
      '--out_dir=out-prune-drafting-5 && python quantize.py --out_dir=out-prune-drafting-5'),
-    # what to cut chosen by measured loss instead of by this file
+    # not run on that day: Taylor's order with the refit, and what to cut chosen by measured loss instead of by this file
+    f'50 % taylor refit | {_cut} {_shapes["50"]} --importance=taylor --save_dir=out-prune-50-taylor-refit',
     f'50 % measured | {_cut} --keep_params=0.5 --save_dir=out-prune-measured',
     _after('50 % measured', 'measured'),
 ])
