@@ -768,6 +768,7 @@ def load_checkpoint(path, device='cpu'):
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint dict."""
     state = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**state['config']))
+    with torch.device(device):                  # made there: tensors without memory (bench.py --mode=memory) cannot move
+        model = GPT(GPTConfig(**state['config']))
     model.load_state_dict(state['model'])
-    return model.to(device).eval(), state
+    return model.eval(), state

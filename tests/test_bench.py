@@ -342,6 +342,13 @@ def test_memory_mode():
     assert row['cache'] == 2 * 64 * 2 * 64 * 4 and row['weights'] == 4 * (49152 + 128000) + 8 * 64 * 64
 
 
+def test_memory_of_a_teacher_on_disk(tmp_path):
+    teacher = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=1, n_head=1, n_embd=32))
+    save_checkpoint(f'{tmp_path}/best.pt', teacher, CharTokenizer('ab').meta(), dataset='toy')
+    document, _ = bench('--mode=memory', *TOY, f'--teacher={tmp_path}', '--batches=1', '--measured=False')
+    assert document['rows'][0]['teacher'] == 4 * teacher.params()['total']
+
+
 def test_plot(tmp_path, monkeypatch):
     logs = tmp_path / 'log.csv'
     logs.write_text('step,tokens,seconds,train_loss,val_loss,val_bpb,lr_factor,tok_s\n'
