@@ -572,6 +572,8 @@ say(json.dumps({'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_
                 'best_val_loss': best['loss'] if 'step' in best else None, 'best_step': best.get('step'),
                 'val_loss_before': val_loss_before}))
 if world_size > 1:
-    # a process that exits while gloo still lets go of the last tensors is aborted
     dist.barrier()
     dist.destroy_process_group()
+    if wandb_log and main_process:
+        wandb.finish()
+    os._exit(0)         # at once: where a gloo thread frees its last tensor while Python shuts down, the process aborts
