@@ -10,6 +10,7 @@ Ctrl+C (or SIGTERM) saves and stops. out_dir receives ckpt.pt (the last state, t
 with the lowest validation loss), log.csv, and the answers of batch_size='auto' in batch_size.json. The last line on
 stdout is one JSON document.
 """
+import atexit
 import contextlib
 import csv
 import json
@@ -576,4 +577,5 @@ if world_size > 1:
     dist.destroy_process_group()
     if wandb_log and main_process:
         wandb.finish()
-    os._exit(0)         # at once: where a gloo thread frees its last tensor while Python shuts down, the process aborts
+    # a gloo thread that frees its last tensor while Python shuts down aborts the process: it ends before that
+    atexit.register(os._exit, 0)
