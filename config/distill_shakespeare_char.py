@@ -3,7 +3,8 @@
 # which is the same in everything but the teacher:
 #     python train.py config/distill_shakespeare_char.py
 #     python train.py config/distill_shakespeare_char.py --teacher= --out_dir=out-control-shakespeare
-# 2 CPU cores: 14 minutes. Validation loss: 1.4484 nats, the control 1.4631 (one seed).
+# 2 CPU cores: 17 minutes on one thread. Validation loss: 1.4240 nats, the control 1.4746, and
+# 1.4631 with --dropout=0.1 (one seed).
 out_dir = 'out-distill-shakespeare'
 dataset = 'shakespeare_char'
 teacher = 'labels-shakespeare'
@@ -13,7 +14,7 @@ n_layer, n_head, n_embd, n_hidden = 3, 4, 192, 384
 block_size = 256
 batch_size = 16             # 4,096 tokens a step
 max_iters = 3200            # 13.1M tokens
-dropout = 0.1
+dropout = 0.0               # the labels do its work: with 0.1 it ended at 1.4484
 weight_decay = 0.1
 muon_lr = 0.02
 adam_lr = 0.005

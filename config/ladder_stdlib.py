@@ -16,31 +16,30 @@ _eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --
 _its_shape = '--n_layer=6 --n_head=2 --n_embd=128 --head_dim=64 --n_kv_head=1 --n_hidden=244 --tie_weights=False'
 _train = 'python train.py config/distill_stdlib_bpe.py'
 _labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
-_learn = f'{_train} {_labels}'
 _pruned = '--init_from=out-eighth-stdlib-bpe/best.pt'
-_on = f'{_learn} --max_iters=1200 --init_from=out-eighth-distilled-1337/best.pt'
+_long = '--max_iters=5000 --eval_interval=1000'
 _round = 'python quantize.py --out_dir'
-_int4 = f'{_on} --quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4'
-# The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 2,920
-# steps of it are as many FLOPs as the labels and 600 steps of the student.
+_int4 = (f'{_train} {_labels} --max_iters=2000 --muon_lr=0.01 --adam_lr=0.0025 --eval_interval=1000 --init_from=out-long-stdlib-bpe/best.pt '
+         f'--quant_bits=4 --out_dir=out-qat4-stdlib-bpe && {_round}=out-qat4-stdlib-bpe --bits=4')
+# The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 6,400
+# steps of it are as many FLOPs as the labels and the long student's training.
 rungs = f'''
                              | python data/stdlib_bpe/prepare.py
 teacher                      | python train.py config/train_stdlib_bpe.py
                              | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
-control: text alone          | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
 an eighth of the teacher     | {_prune} {_eighth} --save_dir=out-eighth-stdlib-bpe
-student: the eighth distilled | {_train} --seed={{seed}} {_pruned} {_labels} --out_dir=out-eighth-distilled-{{seed}}
-control: the eighth, on text | {_train} --seed={{seed}} {_pruned} --out_dir=out-eighth-text-{{seed}} --teacher=
-student int8                 | {_round}=out-eighth-distilled-1337
-student int4 rtn             | {_round}=out-eighth-distilled-1337 --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
-student int4 gptq            | {_round}=out-eighth-distilled-1337 --bits=4 --method=gptq
-student on in float          | {_on} --out_dir=out-float-on-stdlib-bpe
+control: text alone, 600     | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
+student, 600 steps           | {_train} --seed={{seed}} {_pruned} {_labels} --out_dir=out-eighth-distilled-{{seed}}
+control: the eighth, on text, 600 | {_train} --seed={{seed}} {_pruned} --out_dir=out-eighth-text-{{seed}} --teacher=
+control: its shape, random, 600 | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
+student, 5,000 steps         | {_train} {_labels} {_long} {_pruned} --out_dir=out-long-stdlib-bpe
+control: the eighth, on text | {_train} {_long} {_pruned} --out_dir=out-long-text --teacher=
+control: equal FLOPs         | {_train} --max_iters=6400 --eval_interval=1000 --seed=1337 --out_dir=out-control-flops --teacher=
+student int8                 | {_round}=out-long-stdlib-bpe
+student int4 rtn             | {_round}=out-long-stdlib-bpe --bits=4 --method=rtn --save_dir=out-rtn4-stdlib-bpe
+student int4 gptq            | {_round}=out-long-stdlib-bpe --bits=4 --method=gptq
 student int4 qat             | {_int4}
 student int4 qat and cache   | {_int4}
 teacher int8                 | {_round}=out-stdlib-bpe
-control: equal FLOPs         | {_train} --max_iters=2920 --seed=1337 --out_dir=out-control-flops --teacher=
-student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
-control: its shape, random   | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
-half of the teacher          | {_prune} --neuron_prune_ratio=0.5 --channel_prune_ratio=0.3334 --importance=obs --save_dir=out-prune-50-obs
-half distilled 5 %           | {_learn} --save_interval=0 --batch_size=4 --muon_lr=0.005 --adam_lr=0.00125 --seed=1337 --init_from=out-prune-50-obs/best.pt --max_iters=280 --out_dir=out-prune-50-obs-5-1337
+student int8 drafting        | python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-long-stdlib-bpe/best.pt --out_dir=out-draft-long && {_round}=out-draft-long
 '''
