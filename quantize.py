@@ -373,7 +373,8 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     from its columns as they are by then.
     """
     if w.device.type == 'mps':                  # which has no float64
-        return tuple(t.to(w.device) for t in gptq_weight(w.cpu(), hessian.cpu(), bits, group, damping))
+        return tuple(t if t is None else t.to(w.device)
+                     for t in gptq_weight(w.cpu(), hessian.cpu(), bits, group, damping))
     _, scale, step = round_weight(w, bits, group)
     x, v, hessian = (w / scale[:, None]).double(), torch.empty_like(w, dtype=torch.int8), hessian.double()
     # without the damping, inputs that are always zero would stop the Cholesky decomposition

@@ -1,6 +1,6 @@
-# The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights, which then train on: from
-# its labels, or on the text. Beside that the controls, then integers, and a head that drafts. Each line is the command
-# that builds it.
+# The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights, which then train on,
+# from its labels or on the text. Beside that the controls, then integers, and a head that drafts. Each line is the
+# command that builds it.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
 # 2 CPU cores: some three and a half hours (estimated from rungs that ran on one thread each), nearly all of it training.
 # A run that is stopped goes on at the rung where it was. README has the results, under "The BPE path".
