@@ -115,7 +115,7 @@ class Distiller(nn.Module):
         both = chunked(nats, self.student.config.vocab_size, x.flatten(0, 1), targets.flatten(),
                        *(part.flatten(0, 1) for part in soft))
         ce, kl = both.sum(dim=0) / (targets >= 0).sum().clamp(min=1)
-        return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets)
+        return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets, idx)
 
 # -----------------------------------------------------------------------------
 # soft labels on disk

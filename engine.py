@@ -205,7 +205,8 @@ def gumbel(keys, vocab_size):
     (k, i).
     """
     h = mix((keys.unsqueeze(-1) + 0x9e3779b9 * torch.arange(1, vocab_size + 1, device=keys.device)) & 0xffffffff)
-    u = ((h >> 8).float() + 0.5) * 2.0 ** -24                       # 24 bits: strictly between 0 and 1 in float32
+    # 24 bits; the clamp is for the largest, which float32 would round up to 1, whose noise is infinite
+    u = (((h >> 8).float() + 0.5) * 2.0 ** -24).clamp(max=1 - 2.0 ** -24)
     return -torch.log(-torch.log(u))
 
 
@@ -317,7 +318,7 @@ class Depth:
         n, k, kk, t, kt = self.sums
         spread = n * kk - k * k
         if spread <= 1e-3 * n * n:                                   # no line yet: alternate
-            return max(1, self.most // (1 + (int(n + 0.5) % 2)))
+            return self.most // (1 + int(n + 0.5) % 2)
         slope = max(0.0, (n * kt - k * t) / spread)
         base = max(1e-9, (t - slope * k) / n)
         a = min(0.99, self.kept / self.offered)
@@ -338,8 +339,8 @@ class Engine:
     """
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
     tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
-    prefill_seconds, first_seconds (to the first token), drafted, kept, and accepted: how many passes kept 0, 1, 2, ...
-    drafts.
+    prefill_seconds, first_seconds (to the first token), drafted, kept, and accepted: how many passes of a row kept 0,
+    1, 2, ... drafts.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
@@ -510,7 +511,7 @@ class Engine:
             for b, n in enumerate(cache.lengths):
                 if n == block_size:                                 # slide: read the later half again and go on from it
                     fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
-                    x[b] = self.prefill(fresh, [ids[b][-(block_size // 2):-1]])[0]
+                    x[b] = self.prefill(fresh, [ids[b][-max(2, block_size // 2):-1]])[0]
                     cache.replace(b, fresh)
                     self.held, reuse = ([], None), False            # it no longer holds the text from its beginning
 
@@ -578,4 +579,6 @@ class Chat:
                                           stop=self.special, reuse=True, **how)
         finally:
             answer = [token for token in self.engine.held[0][len(prompt):] if token not in self.special]
+            while any(s in t.decode(answer) for s in how.get('stop_strings', ())):
+                answer.pop()                    # the stop, and what one pass drew behind it, was not said
             self.exchanges.append([*question, *answer, t.special('<|assistant_end|>')])

@@ -272,12 +272,12 @@ class GPT(nn.Module):
             return self.cross_entropy(x, targets), self.logits(x), heads
         if targets is None:
             return self.logits(x)
-        return {'ce': self.cross_entropy(x, targets)} | self.head_losses(x, targets)
+        return {'ce': self.cross_entropy(x, targets)} | self.head_losses(x, targets, idx)
 
-    def head_losses(self, x, targets):
+    def head_losses(self, x, targets, idx):
         """
-        The trunk's states x (B, T, n_embd) and targets (B, T) -> {'multi_token': ..., 'draft': ...}, nats per unmasked
-        target, for the heads that exist.
+        The trunk's states x (B, T, n_embd), targets and the trunk's input, (B, T) both -> {'multi_token': ...,
+        'draft': ...}, nats per unmasked target, for the heads that exist.
         """
         losses, c = {}, self.config
         # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
@@ -285,7 +285,7 @@ class GPT(nn.Module):
             losses['multi_token'] = sum(
                 self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i))
                 for i in range(c.multi_token_n)) / c.multi_token_n
-        # unrolled as it is used, fed the text's tokens. A draft counts when it is the model's own draw, so the model's
+        # unrolled as it is used, fed the text's tokens, masked ones too. A draft counts when it is the model's own draw, so the model's
         # own distribution is what the cell must meet: KL(model || cell), which asks nothing of the model
         if c.draft_n:
             losses['draft'], state = 0.0, x
@@ -295,7 +295,7 @@ class GPT(nn.Module):
                     own = F.log_softmax(self.logits(own), dim=-1)
                 return (own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
             for i in range(c.draft_n):
-                state = self.draft_state(state, shift(targets, i).clamp(min=0))
+                state = self.draft_state(state, shift(idx, 1 + i, 0))
                 own = shift(x.detach(), 1 + i, 0.0)
                 keep = (shift(targets, 1 + i) >= 0).flatten()
                 loss = chunked(nats, c.vocab_size, state.flatten(0, 1), own.flatten(0, 1)) * keep
@@ -413,7 +413,7 @@ def peak_flops(device):
     """The data sheet's FLOP/s of this device by its name, None if it is no GPU that is known here."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     return next((peak for known, peak in PEAK_FLOPS.items()
-                 if re.search(rf'\b{known}\b(?!.*(PCIe|Laptop))', name)), None)
+                 if re.search(rf'\b{known}\b(?! (Ti|D)\b)(?!.*(PCIe|NVL|Laptop))', name)), None)
 
 
 def check_device(device):
@@ -438,8 +438,10 @@ def check_knobs(config, *rules, may_be_none=''):
                 raise SystemExit(f"error: {name} ({value}) must be one of "
                                  f"{', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
             if span and not (type(value) in (int, kind) and least <= value <= most):
-                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'} "
-                                 f"of at least {least}{'' if most == math.inf else f' and at most {most}'}")
+                bounds = [f'at {word} {bound}' for word, bound in (('least', least), ('most', most))
+                          if abs(bound) < math.inf]
+                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'}"
+                                 f"{' of ' * bool(bounds)}{' and '.join(bounds)}")
 
 
 def out_of_memory(e):
@@ -671,9 +673,9 @@ def atomic_write(path, write):
     write(file) into a temporary file beside path, fsync, rename: a crash at any moment leaves the old file or the new
     one, never half of one. A full disk ends in one line, with the old file untouched.
     """
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     tmp = f'{path}.tmp'
     try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         with open(tmp, 'wb') as f:
             write(f)
             f.flush()
@@ -684,7 +686,7 @@ def atomic_write(path, write):
             os.remove(tmp)
         kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
         raise SystemExit(f"error: could not save {path}: {str(e).splitlines()[0]}; {kept}: "
-                         "free some disk space and resume")
+                         "free some disk space, or name another folder")
     if os.name == 'posix':                      # the rename itself must reach the disk too
         folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
         os.fsync(folder)

@@ -17,7 +17,7 @@ import torch
 
 from data.loader import read_text
 from data.tokenizer import from_meta
-from engine import DRAFTERS, HEADS, Chat, Engine
+from engine import DRAFTERS, FEW, HEADS, Chat, Engine
 from model import GPT, can_compile, check_device, check_knobs, load_model
 from quantize import for_decoding, int_share, load
 
@@ -41,14 +41,17 @@ int8_cache = False          # keys and values as integers: a quarter of the cach
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
-show_stats = False
+show_stats = False          # of the last prompt or question
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
+for stream in (sys.stdin, sys.stdout):          # a byte that is no text, or a character the terminal has not, ends nothing
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='replace')
 check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf),
-            ('draft_n', int, 0, 15), ('seed', int, -math.inf, math.inf),
+            ('draft_n', int, 0, FEW - 1), ('seed', int, -math.inf, math.inf),
             ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1),
             ('drafter', DRAFTERS), ('weights', ('auto', 'float', 'int8', 'int4')), may_be_none='top_k top_p min_p')
 check_device(device)

@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature,
     kl = lambda a, b: F.kl_div(b.log(), a, reduction='none').sum(-1)
     apart = {'forward_kl': kl(p, q), 'reverse_kl': kl(q, p), 'jsd': (kl(p, m) + kl(q, m)) / 2}[kind]
     plain = {'kl': temperature ** 2 * apart[y >= 0].mean(),
-             'ce': F.cross_entropy(student(idx)[y >= 0], y[y >= 0])} | student.head_losses(student.trunk(idx), y)
+             'ce': F.cross_entropy(student(idx)[y >= 0], y[y >= 0])} | student.head_losses(student.trunk(idx), y, idx)
     sum(plain.values()).backward()
     assert losses.keys() == plain.keys() and losses['kl'] > 1e-3
     for name in losses:
@@ -137,10 +137,10 @@ def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():
     model = random_model(draft_n=3)
     idx, y = batch()
     x = model.trunk(idx)
-    right = model.head_losses(x, y)['draft']
+    right = model.head_losses(x, y, idx)['draft']
     model.draft_state = lambda state, tokens: next(
-        shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(y, n - 1).clamp(min=0)))
-    assert right > 0.01 and model.head_losses(x, y)['draft'].abs() < 1e-6
+        shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(idx, n, 0)))
+    assert right > 0.01 and model.head_losses(x, y, idx)['draft'].abs() < 1e-6
 
 
 # -----------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_gumbel_is_gumbel():
     assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))
     g = g.flatten(0, 1)
     assert len(g[:, 0].unique()) > 4990 and g.isfinite().all()
+    assert Noise(1337, 65536)([0], [36], 1).isfinite().all()            # id 45874 has the largest hash there is
     # the distribution function is exp(-exp(-x))
     for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):
         p = math.exp(-math.exp(-x))

@@ -115,15 +115,15 @@ def test_every_head_learns_from_the_right_targets():
                  for b in range(2) for t in range(11 - (j - 1)) if targets[b, t + j - 1] >= 0]
         by_hand += F.cross_entropy(torch.stack([p for p, _ in pairs]), torch.stack([y for _, y in pairs])) / 2
     assert torch.allclose(losses['multi_token'], by_hand, atol=1e-5)
-    # the draft cell, one position at a time: fed the true next tokens, compared with the model's own distribution
-    # once it has read them
+    # the draft cell, one position at a time: fed the true next tokens, those too that are masked as targets, compared
+    # with the model's own distribution once it has read them
     state, own, total = model.trunk(idx), model(idx).log_softmax(-1), {1: [], 2: [], 3: []}
     for b in range(2):
         for t in range(11):
             s = state[b:b + 1, t:t + 1]
             for j in (1, 2, 3):
                 if t + j < 11:
-                    s = model.draft_state(s, targets[b:b + 1, t + j - 1:t + j].clamp(min=0))
+                    s = model.draft_state(s, x[b:b + 1, t + j:t + j + 1])
                     if targets[b, t + j] >= 0:
                         cell = model.logits(s)[0, 0].log_softmax(-1)
                         total[j].append((own[b, t + j].exp() * (own[b, t + j] - cell)).sum())

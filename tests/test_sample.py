@@ -208,11 +208,15 @@ def test_chat_equals_decoding_from_scratch(chat_dir, weights):
 
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_no_drafter_changes_a_chat(chat_dir, temperature):
+    """Nor what is kept of an answer that a stop string ends, and with it the answers to come."""
     how = dict(temperature=temperature, max_new_tokens=20, weights='int8')
     plain = chat(chat_dir, *LINES, **how)
     assert plain[0] == reference(chat_dir, 'int8', LINES, temperature=temperature)
+    stopped = chat(chat_dir, *LINES, **how, stop='n')
+    assert stopped != plain and 'n' not in stopped[0]
     for drafter in ('head', 'mtp', 'ngram', 'random'):
         assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5) == plain, drafter
+        assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5, stop='n') == stopped, drafter
 
 
 def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):

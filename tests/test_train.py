@@ -223,7 +223,7 @@ def test_wandb(toy, tmp_path, monkeypatch):
 def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
     """Lines have MFU, from the same rate as tok/s; evaluation and samples are not in seconds."""
     for name, peak in {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA H100 PCIe': None,
-                       'NVIDIA GeForce RTX 4090': 165.2e12, 'NVIDIA RTX A1000 Laptop GPU': None}.items():
+                       'NVIDIA H100 NVL': None, 'NVIDIA GeForce RTX 4090': 165.2e12, 'NVIDIA RTX A1000 Laptop GPU': None}.items():
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
         assert model_file.peak_flops('cuda:0') == peak and model_file.peak_flops('cpu') is None
     monkeypatch.setattr(model_file, 'peak_flops', lambda device: 1e6)       # a slow one
@@ -674,7 +674,7 @@ def test_a_full_disk_ends_in_one_line(toy, tmp_path):
             filler.unlink(missing_ok=True)
             filler.write_bytes(bytes(shutil.disk_usage(tmp_path).free - left))
             refused(run('train.py', *TINY, toy, '--eval_interval=0', '--save_interval=3', '--init_from=resume',
-                        '--log_interval=1', f'--out_dir={tmp_path}/run'), f'{message}: free some disk space and resume')
+                        '--log_interval=1', f'--out_dir={tmp_path}/run'), f'{message}: free some disk space')
         assert {path: was for path, was in content(tmp_path).items() if path.endswith(('.pt', '.tmp'))} == before
         os.remove(filler)
         assert train(tmp_path / 'run', toy, '--init_from=resume')['iters'] == 8
