@@ -101,7 +101,7 @@ class KVCache:
         return t[:, :, :self.mask.size(-1)]
 
     def put_both(self, layer, k, v):
-        """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds of both, (B, n_kv_head, S, head_dim)."""
+        """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
         if not self.int8:
             return self.put('k', layer, k), self.put('v', layer, v)
         (k, k_scale), (v, v_scale) = round_rows(k), round_rows(v)

@@ -285,8 +285,9 @@ class GPT(nn.Module):
             losses['multi_token'] = sum(
                 self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i))
                 for i in range(c.multi_token_n)) / c.multi_token_n
-        # unrolled as it is used, fed the text's tokens, masked ones too. A draft counts when it is the model's own draw, so the model's
-        # own distribution is what the cell must meet: KL(model || cell), which asks nothing of the model
+        # unrolled as it is used, fed the text's tokens, masked ones too. A draft counts when it is the model's own
+        # draw, so the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of
+        # the model
         if c.draft_n:
             losses['draft'], state = 0.0, x
 
@@ -770,7 +771,7 @@ def load_checkpoint(path, device='cpu'):
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint dict."""
     state = load_checkpoint(path, device)
-    with torch.device(device):                  # made there: tensors without memory (bench.py --mode=memory) cannot move
+    with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
         model = GPT(GPTConfig(**state['config']))
     model.load_state_dict(state['model'])
     return model.eval(), state
