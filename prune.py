@@ -4,7 +4,7 @@ stays keeps its weights.
 
     python prune.py --out_dir=out-quickstart --neuron_prune_ratio=0.5       # -> out-quickstart-pruned/best.pt
     python prune.py --out_dir=out-quickstart --keep_params=0.5              # splits the cut by what each kind costs
-    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt    # recovers
+    python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --out_dir=out-quickstart-recovered
 
 You will see the loss, the size and the speed before and after, then one line of JSON. The functions turn indices into
 a new state dict and GPTConfig, and change nothing in place:

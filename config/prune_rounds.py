@@ -7,5 +7,4 @@
 #     python train.py config/distill_stdlib_bpe.py --init_from=out-round2/best.pt --out_dir=out-round2-distilled --max_iters=100
 # train.py takes the shape from the checkpoint that it starts from, whatever its config says.
 keep_params = 0.7
-importance = 'taylor'
 calibration_batches = 16    # 256 windows
