@@ -2,13 +2,10 @@
 Measures and plans, a mode for each: decoding, quality, training speed, memory, curves of losses, ladders of models.
 
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
-    python bench.py --mode=decode --shape=d12                    # 12 layers, 768, MQA, vocabulary 65,536: minutes
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
-    python bench.py --mode=decode --peers=True --llama2c=FOLDER  # beside transformers and llama2.c, if they are there
-    python bench.py --shape=d12 --peers=True --nanochat=FOLDER   # and nanochat
+    python bench.py --shape=d12 --peers=True --llama2c=FOLDER --nanochat=FOLDER     # beside other programs: minutes
     python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
-    python bench.py --mode=train config/train_stdlib_bpe.py      # training: tokens/s, and milliseconds by part
-    python bench.py --mode=train config/train_shakespeare_cpu.py --peers=FOLDER             # beside a copy of nanoGPT
+    python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --peers=FOLDER: beside nanoGPT
     python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54  # hours, dollars
     python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size
@@ -20,33 +17,24 @@ train and memory take the knobs and configs of train.py (python train.py --help)
 A ladder builds only what no ladder.json has recorded, and replaces no folder that a ladder has not made.
 
 You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each
-again; medians.
+again; medians; ratios are of the same round. Other programs run in processes of their own.
 
 decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
-    x plain     tokens/s over the yardstick's in the same round; x nocache: over a whole forward for every token
-    first ms    from the prompt to its first token
-    GB/s        weights that a pass of trunk and lm_head reads (of wte its row; what drafters read is not counted)
-                times passes/s
-    % memory    that, of the rate at which these threads read 512 MiB; a small model's weights come from a cache,
-                so it may exceed 100
+    x plain     tokens/s over the yardstick's; x nocache: over a whole forward for every token
+    GB/s        weights that a pass of trunk and lm_head reads (of wte its row; not what drafters read) times passes/s
+    % memory    that, of the rate at which these threads read 512 MiB; beyond 100 where weights come from a cache
     rows        a cached pass over 2, 4, 5, 8 tokens of a sequence, over a pass over 1: what it costs to check drafts
     tok/verify  tokens that a pass settled, per sequence
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4); if one does not,
-the numbers are printed all the same, but the status is 1. Peers run in processes of their own, each right after a fresh
-one of ours, to which their ratio is (tests/peers.py).
+the numbers are printed all the same, but the status is 1.
 
-train: steps as train.py takes them, on random tokens. eager; compiled; dynamic: compiled for any length, as a first
-step on shorter rows shows; its ratio to compiled is what fixed shapes are worth. ratio: tokens/s over eager's in the
-same round. % GEMM: FLOPs that the step needs (flops_per_token, a teacher's forward included), over those of the fastest
-matrix product of the same run in the same dtype. Beside nanoGPT both train.py run in processes of their own; ratio is
-ours over theirs, compiled or not. On a CPU nanoGPT trains in float32 whatever dtype says: give --dtype=float32 for like
-and like.
+train: steps as train.py takes them, on random tokens. dynamic: compiled for any length, as a first step on shorter rows
+shows. % GEMM: FLOPs that the step needs, over those of the fastest matrix product of the same run in the same dtype.
+On a CPU nanoGPT trains in float32 whatever dtype says: give --dtype=float32 for like and like.
 
-memory: the estimate (peak) is found by taking an eager step on tensors that have shapes but no memory, and counting
-those that exist at a time. Measured is what a fresh process takes beyond what libraries and compiler took in a first
-pass (Linux; torch.cuda's own count on a GPU), with MALLOC_MMAP_THRESHOLD_ set so that glibc gives back at once what is
-freed: left to itself it keeps gaps between tensors, which can double a small model's process. cache: of as many
-sequences that decode, float32.
+memory: the estimate (peak) counts the tensors that exist at a time in an eager step, taken on tensors that have shapes
+but no memory. Measured is what a fresh process takes beyond what libraries and compiler took in a first pass (Linux;
+torch.cuda's own count on a GPU), glibc giving back at once what is freed. cache: of as many sequences that decode.
 """
 import contextlib
 import csv
@@ -83,7 +71,7 @@ from data.tokenizer import CharTokenizer, from_meta
 from distill import Distiller, load_teacher
 from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Noise
 from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, atomic_write, can_compile, check_device, check_knobs,
-                   compile_step, evaluate, fast_bf16, load_checkpoint, load_model, make_config, make_optimizers)
+                   compile_step, evaluate, fast_bf16, load_checkpoint, make_config, make_optimizers, update)
 from quantize import PackedInt8Linear, convert, export, for_decoding, load, prepare
 
 SHAPES = {
@@ -95,9 +83,8 @@ FORMATS = ('f32', 'f32-packed', 'f32-compiled', 'bf16-packed', 'f16-packed',
            'int8', 'int8-packed', 'int8-compiled',
            'int4', 'int4-packed', 'int4-compiled', 'int4-bf16', 'int4-bf16-compiled')
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
-# name in PEAK_FLOPS, bytes of memory
 GPUS = {'a100-40': ('A100', 40e9), 'a100-80': ('A100', 80e9), 'h100': ('H100', 80e9), 'h200': ('H200', 141e9),
-        'rtx3090': ('RTX 3090', 24e9), 'rtx4090': ('RTX 4090', 24e9)}
+        'rtx3090': ('RTX 3090', 24e9), 'rtx4090': ('RTX 4090', 24e9)}          # name in PEAK_FLOPS, bytes of memory
 # shares of a GPU: of its FLOP/s, where none was measured; of its memory, as CUDA and gaps between tensors take some
 ASSUMED_UTILISATION, USABLE = 0.4, 0.9
 # a shard of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 of them are 1.1B tokens of 65,536 kinds and 2 GB
@@ -107,10 +94,10 @@ SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
 mode = 'decode'             # decode, quality, train, memory, plot, ladder
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; -compiled: its --compile=True, a minute each; see FORMATS
+formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; others: see FORMATS
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
-batches = ''                # sequences together, like 1,4,16; empty: 1, and in mode=memory a quarter, half and all of the config's batch_size
+batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
 draft_n = 4                 # at most so many drafts at a time
 prompt_tokens = 64          # random ids; a trained model writes its own prompts
 new_tokens = 128
@@ -118,25 +105,25 @@ rounds = 5                  # of mode=train, too
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
-peers = None                # True: measure transformers (pip install transformers) and llama2.c, too; in mode=train the folder of a copy of nanoGPT
+peers = None                # True: transformers and llama2.c, too; in mode=train: the folder of a copy of nanoGPT
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
-measured = True             # memory: beside the estimate the measured peak of each batch, with and without torch.compile
+measured = True             # memory: the measured peak of each batch, too, with and without torch.compile
 # --mode=memory --plan=True: nothing is run
 plan = False
 gpu = 'h100'                # a100-40, a100-80, h100, h200, rtx3090, rtx4090
 price = 0.0                 # dollars a GPU hour
-utilisation = 0.0           # share of the GPU's peak FLOP/s, as measured there (bench.py --mode=train); 0: 0.4 is assumed
+utilisation = 0.0           # share of the GPU's peak FLOP/s, measured there by --mode=train; 0: 0.4 is assumed
 target_params = ''          # like 38M: proposes shapes of about so many parameters
 tokens_per_param = 20.0     # how long they are trained (Chinchilla, arXiv 2203.15556)
 # plot
 logs = 'out*/log.csv'       # files, with * as in a shell, several joined by a comma
 png = 'losses.png'
 # ladder
-rungs = ''                  # a line each, "name | python SCRIPT ... && ...": what builds it, the last says which file it is; no name: preparation
+rungs = ''                  # a line each, "name | python SCRIPT ... && ...", which builds it; no name: preparation
 seeds = '1337'              # a line with {seed} in it is built for each of these
 ladder = 'out-ladder/ladder.json'   # the record, to go on from; the picture and what the scripts print lie beside it
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
@@ -178,6 +165,7 @@ machine = {'cpu': (re.findall(r'model name\s*: (.*)', cpuinfo) or [platform.proc
 if device.startswith('cuda'):
     machine['gpu'] = torch.cuda.get_device_name(device)
 machine |= {'threads': torch.get_num_threads(), 'torch': torch.__version__}
+tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status')
 
 if mode in ('train', 'memory'):
     if 'n_layer' not in config:
@@ -198,22 +186,25 @@ else:
     if temperature is None:
         temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8
 
+# -----------------------------------------------------------------------------
+# what several modes need
 
 def report(columns, lines, **document):
     """
     columns: (heading, key of a line or function of it, format, divisor), of which the last two may be absent -> a table
-    of lines, and everything else as one line of JSON, numbers to seven digits. None is '-'; a column of nothing else is
-    left out; without a format it is text, to the left.
+    of lines, and one line of JSON, whose rows are the lines unless the document has others. None is '-'; a column of
+    nothing else is left out; without a format it is text, to the left.
     """
-    def cell(line, key, form='', by=None):
-        value = key(line) if callable(key) else line.get(key)
-        return '-' if value is None else f'{value / by if by else value:{form}}'
-    table = [(len(how) == 1, [heading, *(cell(line, *how) for line in lines)]) for heading, *how in columns]
-    table = [[c.ljust(max(map(len, cells))) if left else c.rjust(max(map(len, cells))) for c in cells]
-             for left, cells in table if set(cells[1:]) != {'-'}]
+    table = []
+    for heading, key, *how in columns:
+        form, by = [*how, None][:2] if how else ('', None)
+        values = [key(line) if callable(key) else line.get(key) for line in lines]
+        cells = [heading] + ['-' if v is None else f'{v / by if by else v:{form}}' for v in values]
+        if any(v is not None for v in values):
+            pad = str.rjust if how else str.ljust
+            table.append([pad(cell, max(map(len, cells))) for cell in cells])
     print('\n'.join('  '.join(line) for line in zip(*table)))
-    document = {'mode': mode, 'machine': machine, **document}
-    print(json.dumps(json.loads(json.dumps(document), parse_float=lambda x: float(f'{float(x):.7g}'))))
+    print(json.dumps({'mode': mode, 'machine': machine, 'rows': lines} | document))
 
 
 def numbered(knob):
@@ -222,16 +213,20 @@ def numbered(knob):
     return sorted({int(n) for n in config[knob].split(',') if n})
 
 
+def in_rounds(of=''):
+    """Yields 0, for a round that only warms up, then 1 to rounds; stderr hears when one is over."""
+    for r in range(rounds + 1):
+        yield r
+        print(of + (f'round {r} of {rounds}' if r else 'warm'), file=sys.stderr, flush=True)
+
+
 def start(script, cwd=None, document=True, **knobs):
-    """
-    Runs a script with these knobs in a process of its own -> the JSON document that its output ends with, or all of the
-    output; if it fails, its last line is ours.
-    """
+    """A script with these knobs, in a process of its own -> the JSON that ends its output, or all of the output."""
     got = subprocess.run([sys.executable, script, *(f'--{k}={v}' for k, v in knobs.items())],
                          capture_output=True, text=True, cwd=cwd)
     if got.returncode:
-        fail(f'{script}: '
-             f"{(got.stderr.strip() or f'status {got.returncode}').splitlines()[-1].removeprefix('error: ')}")
+        said = (got.stderr.strip() or f'status {got.returncode}').splitlines()[-1]
+        fail(f"{script}: {said.removeprefix('error: ')}")
     print(got.stderr, end='', file=sys.stderr)
     return json.loads(got.stdout.splitlines()[-1]) if document else got.stdout
 
@@ -240,6 +235,18 @@ def speed(rates, **others):
     """tokens/s by round -> a row's tok_s and tok_s_rounds, and key=others: the ratio to theirs in the same round."""
     return {'tok_s': median(rates), 'tok_s_rounds': rates} | {
         key: median(a / b for a, b in zip(rates, theirs)) for key, theirs in others.items() if theirs}
+
+
+def timed_call(f):
+    """-> seconds"""
+    clock = time.perf_counter()
+    f()
+    return time.perf_counter() - clock
+
+
+def resident(key='VmRSS'):
+    """Bytes of memory that this process has, or VmHWM: had at most (Linux)."""
+    return 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
 
 # -----------------------------------------------------------------------------
 # --mode=decode and quality: the model, in a format
@@ -267,11 +274,17 @@ if mode in ('decode', 'quality'):
         fail(f'peers are measured on --device=cpu, not on {device}')
 
 
+def open_model(file):
+    """A checkpoint, or a file of integers -> the model, its tokenizer, the folder of its data."""
+    model, state = load(file, device)
+    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
+    if from_meta(load_meta(data)).meta() != tokenizer.meta():
+        fail(f'{data} has another tokenizer than {file} was trained with: prepare it as it was')
+    return model, tokenizer, data
+
+
 def build(shape, format):
-    """
-    -> an Engine. Random weights are the same in every format, with the heads that the drafters need; a trained model
-    has its own.
-    """
+    """-> an Engine. Random weights are the same in every format; heads are there that the drafters need."""
     weights, _, how = format.partition('-')
     if shape in SHAPES:
         noise = torch.Generator().manual_seed(seed)
@@ -281,10 +294,9 @@ def build(shape, format):
         model = model.to(device)
     else:
         best, integers = os.path.join(shape, 'best.pt'), os.path.join(shape, f'{weights}.safetensors')
-        if os.path.exists(integers) and os.path.getmtime(integers) >= os.path.getmtime(best):
-            model = load(integers, device)[0]
-        else:                                   # an older file of integers may be of an earlier training
-            model = load_model(best, device)[0]
+        # an older file of integers may be of an earlier training
+        newer = os.path.exists(integers) and os.path.getmtime(integers) >= os.path.getmtime(best)
+        model = load(integers if newer else best, device)[0]
     if weights in ('int8', 'int4') and not hasattr(model, 'rounding'):
         model = convert(model, int(weights[3:]))
     pack = {'f32-packed': torch.float32, 'bf16-packed': torch.bfloat16, 'f16-packed': torch.float16,
@@ -292,25 +304,12 @@ def build(shape, format):
     return Engine(for_decoding(model, pack) if how else model, compile=how.endswith('compiled'))
 
 
-def open_model(file):
-    """A checkpoint or a file of integers -> the model, its tokenizer, the folder of its data."""
-    model, state = (load_model if file.endswith('.pt') else load)(file, device)
-    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
-    if from_meta(load_meta(data)).meta() != tokenizer.meta():
-        fail(f'{data} has another tokenizer than {file} was trained with: prepare it as it was')
-    return model, tokenizer, data
-
-
 def bytes_per_pass(model):
-    """
-    Bytes of weights that one pass of trunk and lm_head over one token reads: all their tensors, packed ones too, and a
-    row of wte.
-    """
+    """Of weights, in one pass of trunk and lm_head over one token: all their tensors, packed ones too, a row of wte."""
     def nbytes(*parts):
-        tensors = [t for part in parts for m in part.modules()
+        return sum(t.nbytes for part in parts for m in part.modules()
                    for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())
-                   if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+                   if isinstance(t, torch.Tensor))
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
@@ -331,23 +330,47 @@ def measure_quality():
         rows += [{'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
                  | quality(model, tokenizer, data, dtype) for dtype in (torch.float32, torch.int8)]
     report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
-            ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows, rows=rows)
+            ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
 
 # -----------------------------------------------------------------------------
-# --mode=decode: what is timed
+# decoding, of ladders too
+
+def must_fit(config, whose):
+    if prompt_tokens + new_tokens > config.block_size:
+        fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of '
+             f'{config.block_size} that {whose} has: lower them')
+
+
+def decode(engine, prompts, seed, drafter):
+    """-> the texts, and the engine's stats with its passes/s."""
+    text = engine.complete(prompts, new_tokens, temperature=temperature, seed=seed, drafter=drafter, draft_n=draft_n)
+    s = engine.stats
+    return text, s | {'passes_s': s['tok_s'] * s['passes'] / s['tokens']}
+
+
+def memory_taken(path):
+    """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
+    small = for_decoding(convert(GPT(GPTConfig(
+        block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
+    Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
+    before, dtype = resident(), torch.int8 if int8_cache == path else torch.float32
+    engine = Engine(for_decoding(load(path, device)[0]), cache_dtype=dtype)
+    for step in engine.generate([[1] * prompt_tokens], new_tokens, temperature=temperature, seed=seed):
+        grown = resident() - before
+    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens, dtype).nbytes()
+    return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
+
+
+def memory_alone(path, int8=False):
+    """The same of a fresh process."""
+    return start('bench.py', **config | dict(
+        mode='decode', child=path, int8_cache=path if int8 else '', temperature=temperature, device=device,
+        threads=torch.get_num_threads()))
+
+# -----------------------------------------------------------------------------
+# --mode=decode
 
 prompts, texts, parted = [], {}, []             # of each sequence; of each format, by sequence; what is wrong
-
-
-def decode(engine, drafter='none', batch=1):
-    """
-    -> texts of the first batch prompts, and the engine's stats with its tokens/s and passes/s once the prompt is read.
-    """
-    text = engine.complete(prompts[:batch], new_tokens, temperature=temperature, seed=seed,
-                           drafter=drafter, draft_n=draft_n)
-    s = engine.stats
-    seconds = s['seconds'] - s['prefill_seconds']
-    return text, s | {'tok_s': s['tokens'] / seconds, 'passes_s': s['passes'] / seconds}
 
 
 @torch.inference_mode()
@@ -356,11 +379,9 @@ def pass_seconds(engine):
     cache, times = KVCache(engine.config, 1, prompt_tokens + max(LENGTHS), device=device), {n: [] for n in LENGTHS}
     engine.prefill(cache, [prompts[0][:engine.config.block_size - max(LENGTHS)]])
     before = cache.lengths
-    ids = torch.tensor([prompts[0][:1] * max(LENGTHS)], device=device)
+    ids, m = torch.tensor([prompts[0][:1] * max(LENGTHS)], device=device), engine.model
     for n in LENGTHS * 5:
-        clock = time.perf_counter()
-        engine.model.logits(engine.model.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()
-        times[n].append(time.perf_counter() - clock)
+        times[n].append(timed_call(lambda: m.logits(m.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()))
         cache.rewind(before)
     return {n: median(t) for n, t in times.items()}
 
@@ -368,33 +389,21 @@ def pass_seconds(engine):
 @torch.inference_mode()
 def without_cache(engine, text):
     """-> tokens/s with a forward over everything so far for each token, at up to 16 places spread over the text."""
-    ids, n = torch.tensor([prompts[0] + text], device=device), min(16, len(text))
-    clock = time.perf_counter()
-    for i in range(n):
-        x = engine.model.trunk(ids[:, :prompt_tokens + i * len(text) // n])
-        engine.model.logits(x[:, -1:]).argmax(dim=-1).tolist()
-    return n / (time.perf_counter() - clock)
+    ids, n, m = torch.tensor([prompts[0] + text], device=device), min(16, len(text)), engine.model
+    ends = [prompt_tokens + i * len(text) // n for i in range(n)]
+    return n / timed_call(lambda: [m.logits(m.trunk(ids[:, :end])[:, -1:]).argmax(dim=-1).tolist() for end in ends])
 
 
 def bandwidth(big):
-    """
-    -> bytes/s at which these threads read memory: the faster of a sum and a matrix-vector product, as neither is
-    everywhere.
-    """
-    times, m = [], big.view(-1, 8192)
-    for read in (big.sum, lambda: m @ m[0]):
-        clock = time.perf_counter()
-        read().amax().item()                    # .item() waits for a GPU
-        times.append(time.perf_counter() - clock)
-    return big.nbytes / min(times)
+    """-> bytes/s at which these threads read memory, by a sum or a matrix-vector product: neither is always faster."""
+    m = big.view(-1, 8192)
+    return big.nbytes / min(timed_call(lambda: read().amax().item())       # .item() waits for a GPU
+                            for read in (big.sum, lambda: m @ m[0]))
 
 
 @torch.inference_mode()
 def difference(engine, row, expected, got):
-    """
-    What is wrong with a row's text, or None if it is the expected one, or parts from it where two tokens' scores are
-    within 1e-4.
-    """
+    """What is wrong with a row's text; None if it is the expected one, or parts from it at a tie."""
     if got == expected:
         return None
     n = next(i for i in range(new_tokens) if got[i] != expected[i])
@@ -406,32 +415,12 @@ def difference(engine, row, expected, got):
             if gap > 1e-4 else None)
 
 
-def memory_taken(path):
-    """
-    -> {'memory_bytes': how much this process grows by loading the file at path and decoding with it, 'file_bytes',
-    'cache_bytes'}.
-    """
-    resident = lambda: int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    small = for_decoding(convert(GPT(GPTConfig(
-        block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64))))
-    Engine(small).complete([[1] * 4], 8)                            # what the libraries take for themselves is taken
-    before = resident()
-    dtype = torch.int8 if int8_cache == path else torch.float32
-    engine = Engine(for_decoding((load_model if path.endswith('.pt') else load)(path)[0]), cache_dtype=dtype)
-    for step in engine.generate([[1] * prompt_tokens], new_tokens, temperature=temperature, seed=seed):
-        grown = resident() - before
-    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens, dtype).nbytes()
-    return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
-
-
 def measure_decode():
     if child:
         return print(json.dumps(memory_taken(child)))
     plain = build(shape, 'f32')
     c, params = plain.config, plain.model.params()['total']
-    if prompt_tokens + new_tokens > c.block_size:
-        fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: '
-             'lower them')
+    must_fit(c, shape)
     for drafter in drafters:
         if drafter in HEADS and not hasattr(plain.model, HEADS[drafter]):
             fail(f'drafter ({drafter}) needs a model with a {HEADS[drafter]} head, which {shape} has not: '
@@ -444,29 +433,31 @@ def measure_decode():
         first = from_meta(load_checkpoint(os.path.join(shape, 'best.pt'))['tokenizer']).bos or 0
         prompts[:] = [[first] + text for text in plain.complete(
             [[first]], prompt_tokens - 1, temperature=0.8, num_samples=max(batches), seed=seed + 1)]
-    if peers and c.head_dim != c.n_embd // c.n_head:
-        fail(f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}')
-    others = {'rows': []}
+    others = []
     if peers:                                   # first, as they may refuse
+        if c.head_dim != c.n_embd // c.n_head:
+            fail(f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}')
         their_shape = {k: getattr(c, k) for k in (
             'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size', 'tie_weights')}
-        others = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                       rounds=rounds, llama2c=llama2c, nanochat=nanochat, seed=seed, threads=torch.get_num_threads())
+        got = start('tests/peers.py', **their_shape, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds,
+                    llama2c=llama2c, nanochat=nanochat, seed=seed, threads=torch.get_num_threads())
+        ours = [rate for row in got['rows'] for rate in row['ours']]
+        alone = {'decoder': 'picochat alone', 'format': 'f32', 'params': got['params'], 'tok_s_rounds': ours}
+        others = [{k: row[k] for k in ('decoder', 'format', 'params')}
+                  | speed(row['tok_s_rounds'], ratio_plain_f32=row.get('ours', ours))
+                  for row in (alone, *got['rows']) if ours]
 
     engines = {'f32': plain} | {f: build(shape, f) for f in formats if f != 'f32'}
-    # an engine that compiles does not do so for several sequences, nor for these two drafters: no rows for those
-    runs = {key: [] for key in [('f32', 'none', 1)] + [
-        (f, d, b) for f in formats for d in drafters for b in batches
-        if not (f.endswith('compiled') and (b > 1 or d in ('ngram', 'random')))]}
-    for f in formats:
-        if not any(f == key[0] for key in runs):
-            fail(f'format {f} decodes one sequence at a time: add 1 to batches ({config["batches"]})')
+    # an engine that compiles does so for one sequence, and not for these two drafters
+    runs = {('f32', 'none', 1): []} | {
+        (f, d, b): [] for f in formats for d in drafters for b in ([1] if f.endswith('compiled') else batches)
+        if not (f.endswith('compiled') and d in ('ngram', 'random'))}
     costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
     # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
     big = torch.ones(2**27, device=device)
-    for r in range(rounds + 1):
+    for r in in_rounds():
         for (f, drafter, batch), run in runs.items():
-            text, stats = decode(engines[f], drafter, batch)
+            text, stats = decode(engines[f], prompts[:batch], seed, drafter)
             known = texts.setdefault(f, [])     # by row; the plain runs come first
             wrong = [difference(engines[f], row, *pair) for row, pair in enumerate(zip(known, text))]
             parted.extend([f'format {f}, drafter {drafter}, batch {batch}, {w}' for w in wrong if w])
@@ -476,22 +467,15 @@ def measure_decode():
             cost.append(pass_seconds(engines[f]))
         slow += [without_cache(plain, texts['f32'][0])] if recompute else []
         rates.append(bandwidth(big))
-        for warm in (*runs.values(), *costs.values(), slow, rates) if not r else ():
-            warm.clear()                        # round 0 only warms up
-        print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
+    for seen in (*runs.values(), *costs.values(), slow, rates):
+        del seen[:1]                            # round 0
 
-    empty = dict.fromkeys([
-        'decoder', 'shape', 'format', 'drafter', 'batch',
-        'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute', 'first_token_ms', 'gb_s', 'share_of_bandwidth',
-        'rows_cost', 'tokens_per_verify', 'accepted', 'kv_bytes_per_token', 'weight_bytes', 'params',
-        'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
-    empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
     for (f, drafter, batch), run in runs.items():
         size = bytes_per_pass(engines[f].model)
         gb_s = size * median(s['passes_s'] for s in run) / 1e9
         accepted = [sum(n) for n in zip(*(s['accepted'] for s in run))]
-        rows.append(empty | {
+        rows.append({
             'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
             **speed([s['tok_s'] for s in run], ratio_plain_f32=yardstick, ratio_recompute=slow),
             'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
@@ -501,27 +485,21 @@ def measure_decode():
             'accepted': None if drafter == 'none' else accepted,
             'kv_bytes_per_token': plain.model.kv_bytes_per_token(), 'weight_bytes': size})
     if slow:
-        rows.append(empty | {'decoder': 'no cache', 'format': 'f32'}
+        rows.append({'decoder': 'no cache', 'format': 'f32'}
                     | speed(slow, ratio_plain_f32=yardstick, ratio_recompute=slow))
-    plain = engines = big = None                # the other processes get the memory
-    if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
+    plain = engines = big = None                # the other process gets the memory
+    if tells_memory:
         with tempfile.TemporaryDirectory() as folder:
             export(f'{folder}/int8.safetensors', convert(build(shape, 'f32').model), {})
-            rows.append(empty | {'decoder': 'picochat alone', 'format': 'int8-packed'} | start(
-                'bench.py', child=f'{folder}/int8.safetensors', prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                temperature=temperature, seed=seed, device=device, threads=torch.get_num_threads()))
-    ours = [rate for row in others['rows'] for rate in row['ours']]
-    if ours:
-        rows.append(empty | {'decoder': 'picochat alone', 'format': 'f32', 'params': others['params']}
-                    | speed(ours, ratio_plain_f32=ours))
-    rows += [empty | {k: row[k] for k in ('decoder', 'format', 'params')}
-             | speed(row['tok_s_rounds'], ratio_plain_f32=row['ours']) for row in others['rows']]
-
-    for row in rows:
-        if row['memory_ratio']:
-            print(f"int8-packed takes {row['memory_bytes'] / 2**20:,.1f} MiB of memory, "
-                  f"{row['memory_ratio']:.2f} times its file and cache "
-                  f"({row['file_bytes'] / 2**20:,.1f} + {row['cache_bytes'] / 2**20:,.1f})")
+            alone = memory_alone(f'{folder}/int8.safetensors')
+        rows.append({'decoder': 'picochat alone', 'format': 'int8-packed'} | alone)
+        print(f"int8-packed takes {alone['memory_bytes'] / 2**20:,.1f} MiB of memory, "
+              f"{alone['memory_ratio']:.2f} times its file and cache "
+              f"({alone['file_bytes'] / 2**20:,.1f} + {alone['cache_bytes'] / 2**20:,.1f})")
+    # what a row does not have is None
+    empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
+    rows = [empty | row for row in rows + others]
     report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'),
             ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
             ('x nocache', 'ratio_recompute', ',.2f'), ('first ms', 'first_token_ms', ',.1f'),
@@ -529,7 +507,7 @@ def measure_decode():
             ('rows ' + ' '.join(map(str, LENGTHS[1:])),
              lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())),
             ('tok/verify', 'tokens_per_verify', '.2f')],
-           rows, bandwidth_gb_s=median(rates) / 1e9, rows=rows)
+           rows, bandwidth_gb_s=median(rates) / 1e9)
     if parted:
         fail('another text than the plain row: ' + '; '.join(parted))
 
@@ -537,36 +515,28 @@ def measure_decode():
 # --mode=train and memory: the training that a config describes, on random tokens
 
 def shape_of_config():
-    """
-    The config's GPTConfig; its vocabulary is vocab_size, or the dataset's, or that of a teacher nanochat:... or
-    random:...
-    """
+    """The config's GPTConfig; its vocabulary is vocab_size, or the dataset's, or nanochat's if that teaches."""
     if init_from != 'scratch' or train_only:
         fail(f'a whole training from random weights is measured: init_from ({init_from}) and train_only ({train_only}) '
              'cannot be; give the shape, --init_from=scratch and --train_only=')
     folder, size = os.path.join('data', dataset), vocab_size
     if not size and os.path.exists(os.path.join(folder, 'meta.json')):
         size = load_meta(folder)['vocab_size']
-    elif not size and teacher.startswith(('nanochat:', 'random:')):
-        size = 65536
-    elif not size:
+    size = size or 65536 * teacher.startswith(('nanochat:', 'random:'))
+    if not size:
         fail(f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096')
     return make_config({k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config} | {'vocab_size': size},
                        'the config')
 
 
 def teachers_of_config(c):
-    """
-    -> the teachers' models, with random weights where nanochat's files are not there, and the samples a token if the
-    teacher is a folder of labels.
-    """
-    if not teacher:
-        return [], 0
-    meta = os.path.join(teacher, 'meta.json')
-    if os.path.exists(meta) or teacher.startswith('labels') and not os.path.exists(teacher):
-        return [], json.load(open(meta))['k'] if os.path.exists(meta) else 12        # what distill.py writes
-    models = []
-    for name in teacher.split('+'):
+    """-> the teachers' models, nanochat's with random weights where it is absent; of labels, the samples a token."""
+    meta, models = os.path.join(teacher, 'meta.json'), []
+    if teacher.startswith('labels') and not os.path.exists(teacher):
+        return [], 12                           # what distill.py writes
+    if teacher and os.path.exists(meta):
+        return [], json.load(open(meta))['k']
+    for name in teacher.split('+') if teacher else ():
         absent = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)', name)
         if absent and not os.path.isdir(name.removeprefix('nanochat:')):
             name = f'random:{absent[1]}'
@@ -590,8 +560,8 @@ def write_random(folder, vocab):
 
 def set_up(c, batch, folder=None):
     """
-    -> the model, its module from (x, y, ...) to losses, the optimizers, and step(forward, T, accumulation): a step as
-    train.py takes it, on rows of T tokens of folder (without one, of zeros) -> its seconds by part.
+    -> the model, what makes losses of (x, y, ...), the optimizers, and step(forward, T, accumulation), which takes a
+    step as train.py does, on rows of T tokens of folder (without one, of zeros) -> its seconds by part.
     """
     torch.manual_seed(seed)
     with torch.device(device):
@@ -611,70 +581,90 @@ def set_up(c, batch, folder=None):
         return time.perf_counter()
 
     def step(forward, T, accumulation):
-        parts = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
+        took, last = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0), clock()
+
+        def lap(part):
+            nonlocal last
+            now = clock()
+            took[part], last = took[part] + now - last, now
         for _ in range(accumulation):
-            times = [clock()]
             x, y = (t[:, :T].contiguous() for t in (
                 loader.batch(next(number)) if folder else torch.zeros(2, batch, T, dtype=torch.long, device=device)))
             soft = (x[..., None].expand(-1, -1, k).contiguous(), torch.full((*x.shape, k), 1 / k, device=device),
                     torch.zeros(x.shape, device=device)) if k else ()
-            times.append(clock())
+            lap('data')
             with autocast:
                 loss = sum(forward(x, y, *soft).values())
-                times.append(clock())
+                lap('forward')
                 loss.backward()
-            times.append(clock())
-            for part, a, b in zip(parts, times, times[1:]):
-                parts[part] += b - a
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            lap('backward')
+        update(model, optimizers, grad_clip)
         for p, a in zip(model.parameters(), averages):
             a.lerp_(p.detach(), 1 - ema)
-        parts['optimizer'] = clock() - times[-1]
-        return parts
+        lap('optimizer')
+        return took
 
     return model.train(), Distiller(model, teachers, divergence, temperature) if teacher else model, optimizers, step
-
-
-def flops_of(model, teachers):
-    return model.flops_per_token() + sum(t.flops_per_token(training=False) for t in teachers)
 
 # -----------------------------------------------------------------------------
 # --mode=train
 
 @torch.inference_mode()
 def gemm_rate(c):
-    """
-    -> FLOP/s of the fastest of some matrix products in the training's dtype: a large square one, and those of an MLP.
-    """
+    """-> FLOP/s of the fastest of some products in the training's dtype: a large square one, and those of an MLP."""
     big, best = 2048 if device == 'cpu' else 8192, 0.0
     for m, k, n in ((big, big, big),
                     (batch_size * c.block_size, c.n_embd, c.n_hidden),
                     (batch_size * c.block_size, c.n_hidden, c.n_embd)):
         a, b = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
         for _ in range(3):
-            clock = time.perf_counter()
-            F.linear(a, b)[0, 0].item()                             # .item() waits for a GPU
-            best = max(best, 2 * m * k * n / (time.perf_counter() - clock))
+            best = max(best, 2 * m * k * n / timed_call(lambda: F.linear(a, b)[0, 0].item()))    # it waits for a GPU
     return best
 
 
-def nanogpt_rate(folder, c, compiled):
+def time_steps(c, folder):
+    """-> {way: ms by part of each round's mean step}, FLOP/s of a matrix product, FLOPs a token, parameters."""
+    model, trained, _, step = set_up(c, batch_size, folder)
+    compiled = lambda **how: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how)
+    forwards = {'eager': trained} | ({'compiled': compiled(), 'dynamic': compiled(dynamic=True)} if compile else {})
+    runs, gemm = {way: [] for way in forwards}, 0.0
+    for r in in_rounds():
+        for way, forward in forwards.items():
+            if way == 'dynamic' and not r:
+                step(forward, c.block_size // 2 + 1, accumulation)
+            parts = [step(forward, c.block_size, accumulation) for _ in range(steps)]
+            runs[way].append({part: 1000 * sum(p[part] for p in parts) / steps for part in parts[0]})
+        gemm = max(gemm, gemm_rate(c))
+    return {way: run[1:] for way, run in runs.items()}, gemm, trained.flops_per_token(), model.params()['total']
+
+
+def time_scripts(c, folder, ways):
     """
-    tokens/s of nanoGPT's own train.py on this shape, by the median of the times it prints, the first five left out. It
-    runs in folder, which holds its data.
+    -> {(who, way): tokens/s of each round} of our train.py and nanoGPT's, on data/random in folder. nanoGPT's are by
+    the times that it prints, the first five left out; it runs in folder, where it looks for two files.
     """
-    knobs = dict(dataset='random', out_dir='out',
-                 eval_interval=10**9, eval_iters=1, log_interval=1, always_save_checkpoint=False,
-                 n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, dropout=c.dropout, block_size=c.block_size,
-                 batch_size=batch_size, gradient_accumulation_steps=accumulation, max_iters=steps + 4,
-                 device=device, dtype=dtype, compile=compiled)
-    said = start(os.path.abspath(os.path.join(peers, 'train.py')), folder, document=False, **knobs)
-    ms = median(map(float, re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', said, re.M)[5:]))
-    return 1000 * accumulation * batch_size * c.block_size / ms
+    data = f'{folder}/data/random'
+    atomic_write(f'{data}/meta.pkl', lambda f: pickle.dump({'vocab_size': c.vocab_size}, f))
+    shutil.copy(os.path.join(peers, 'configurator.py'), folder)
+    both = dict(log_interval=1, device=device, dtype=dtype)
+    ours = {k: config[k] for k in TRAIN_NAMES} | both | dict(
+        dataset=data, out_dir=f'{folder}/ours', max_iters=steps + 5,
+        eval_interval=0, save_interval=0, sample_interval=0)
+    theirs = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_embd', 'dropout', 'block_size')} | both | dict(
+        dataset='random', out_dir='out', max_iters=steps + 4, eval_interval=10**9, eval_iters=1,
+        always_save_checkpoint=False, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    runs = {(who, way): [] for way in ways for who in ('train.py', 'nanoGPT')}
+    for r in range(rounds):
+        for (who, way), rates in runs.items():
+            compiled = {'compile': way == 'compiled'}
+            if who == 'train.py':
+                rates.append(start('train.py', **ours | compiled)['tok_s'])
+            else:
+                said = start(os.path.abspath(f'{peers}/train.py'), folder, document=False, **theirs | compiled)
+                ms = median(map(float, re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', said, re.M)[5:]))
+                rates.append(1000 * accumulation * batch_size * c.block_size / ms)
+        print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
+    return runs
 
 
 def measure_train():
@@ -688,86 +678,52 @@ def measure_train():
                  f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
     with tempfile.TemporaryDirectory() as folder:
         write_random(f'{folder}/data/random', c.vocab_size)
-        model, trained, optimizers, step = set_up(c, batch_size, f'{folder}/data/random')
-        compiled = lambda **how: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how)
-        forwards = {'eager': trained} | (
-            {'compiled': compiled(), 'dynamic': compiled(dynamic=True)} if compile else {})
-        runs, gemm = {way: [] for way in forwards}, 0.0
-        for r in range(rounds + 1):             # round 0 warms up, and compiles
-            for way, forward in forwards.items():
-                if way == 'dynamic' and not r:
-                    step(forward, c.block_size // 2 + 1, accumulation)
-                parts = [step(forward, c.block_size, accumulation) for _ in range(steps)]
-                ms = {part: 1000 * sum(p[part] for p in parts) / steps for part in parts[0]}
-                runs[way] += [{'tok_s': 1000 * tokens / sum(ms.values()), 'ms': ms}] if r else []
-            gemm = max(gemm, gemm_rate(c))
-            print(f'round {r} of {rounds}' if r else 'warm', file=sys.stderr)
-        flops, params = flops_of(model, getattr(trained, 'teachers', ())), model.params()['total']
-        model = trained = optimizers = step = forward = forwards = None     # the other processes get the memory
+        runs, gemm, flops, params = time_steps(c, f'{folder}/data/random')
         gc.collect()
-        torch.cuda.empty_cache()
-        others = {(who, way): [] for way in runs if way != 'dynamic' for who in ('train.py', 'nanoGPT') if peers}
-        # nanoGPT looks for the vocabulary's size in meta.pkl, and for configurator.py in the folder that it runs in
-        if peers:
-            atomic_write(f'{folder}/data/random/meta.pkl', lambda f: pickle.dump({'vocab_size': c.vocab_size}, f))
-            shutil.copy(os.path.join(peers, 'configurator.py'), folder)
-        ours = {k: config[k] for k in TRAIN_NAMES} | dict(
-            dataset=f'{folder}/data/random', out_dir=f'{folder}/ours', max_iters=steps + 5,
-            eval_interval=0, save_interval=0, sample_interval=0, log_interval=1, device=device, dtype=dtype)
-        for r in range(rounds if peers else 0):
-            for (who, way), run in others.items():
-                run.append(nanogpt_rate(folder, c, way == 'compiled') if who == 'nanoGPT'
-                           else start('train.py', **ours | {'compile': way == 'compiled'})['tok_s'])
-            print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
-    rows, eager = [], [r['tok_s'] for r in runs['eager']]
-    for way, run in runs.items():
-        row = {'run': 'steps', 'way': way, 'dtype': dtype} | speed([r['tok_s'] for r in run], ratio=eager)
-        rows.append(row | {'ms': {part: median(r['ms'][part] for r in run) for part in run[0]['ms']},
-                           'utilisation': flops * row['tok_s'] / gemm})
+        torch.cuda.empty_cache()                # the other processes get the memory
+        others = time_scripts(c, folder, [way for way in runs if way != 'dynamic']) if peers else {}
+    rates = {way: [1000 * tokens / sum(ms.values()) for ms in run] for way, run in runs.items()}
+    rows = [{'run': 'steps', 'way': way, 'dtype': dtype} | speed(rates[way], ratio=rates['eager'])
+            | {'ms': {part: median(ms[part] for ms in run) for part in run[0]},
+               'utilisation': flops * median(rates[way]) / gemm} for way, run in runs.items()]
     for (who, way), run in others.items():
-        rows.append({'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype,
-                     **speed(run), 'ratio': median(a / b for a, b in zip(others['train.py', way], run)),
-                     'ms': None, 'utilisation': None})
+        rows.append({'run': who, 'way': way, 'dtype': 'float32' if who == 'nanoGPT' and device == 'cpu' else dtype}
+                    | speed(run) | {'ratio': median(a / b for a, b in zip(others['train.py', way], run)),
+                                    'ms': None, 'utilisation': None})
     report([('run', 'run'), ('way', 'way'), ('dtype', 'dtype'), ('tok/s', 'tok_s', ',.0f'), ('ratio', 'ratio', '.2f'),
             *((f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f') for part in rows[0]['ms']),
             ('% GEMM', 'utilisation', '.0f', 0.01)],
-           rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12, rows=rows)
+           rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12)
 
 # -----------------------------------------------------------------------------
 # --mode=memory: the estimate beside what it takes
 
 def peak_of_training(c):
-    """
-    -> bytes that this process grows by at most in three steps of the config. A first pass over the same steps, all of
-    it then forgotten, takes what the libraries and the compiler take for themselves.
-    """
+    """-> bytes by which three steps make this process grow, once libraries and compiler have taken theirs."""
+    def three_steps(folder):
+        model, trained, _, step = set_up(c, batch_size, folder)
+        forward = compile_step(trained, batch_size * c.block_size, c.vocab_size) if compile else trained
+        for _ in range(3):
+            step(forward, c.block_size, min(accumulation, 2))
     cuda = device.startswith('cuda')
-    resident = lambda key: 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
     with tempfile.TemporaryDirectory() as folder:
         write_random(folder, c.vocab_size)
-        for _ in range(2):
-            model = trained = step = forward = None
-            gc.collect()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            else:
-                ctypes.CDLL(None).malloc_trim(0)                    # what is free goes back to the system
-                with open('/proc/self/clear_refs', 'w') as f:
-                    f.write('5')                                    # from here on the peak is counted anew (man 5 proc)
-            before = torch.cuda.memory_allocated() if cuda else resident('VmRSS')
-            model, trained, _, step = set_up(c, batch_size, folder)
-            forward = compile_step(trained, batch_size * c.block_size, c.vocab_size) if compile else trained
-            for _ in range(3):
-                step(forward, c.block_size, min(accumulation, 2))
-            peak = torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')
-    return peak - before
+        three_steps(folder)
+        gc.collect()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back to the system
+            with open('/proc/self/clear_refs', 'w') as f:
+                f.write('5')                                        # from here on the peak is counted anew (man 5 proc)
+            before = resident()
+        three_steps(folder)
+    return (torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')) - before
 
 
 class Living(TorchDispatchMode):
-    """
-    Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake tensors, which have shapes
-    but no memory, count as those that they stand for.
-    """
+    """Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake ones count as true."""
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
@@ -789,9 +745,8 @@ class Living(TorchDispatchMode):
 
 def training_bytes(c, batch, fake=True):
     """
-    What an eager step on batch rows takes, found by taking it: on fake tensors, so that nothing needs to fit anywhere
-    and nothing is multiplied. -> bytes by part, weights, gradients, optimizer, averages, teacher, activations (what a
-    forward keeps for backward), logits (one chunk of them in float32), and at the peak; and cache, see above.
+    -> bytes of an eager step on batch rows, found by taking it, on fake tensors: nothing needs to fit anywhere, nothing
+    is multiplied. activations: what a forward keeps for backward; logits: one chunk of them in float32.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Living() as living:
         model, trained, optimizers, step = set_up(c, batch)
@@ -806,10 +761,10 @@ def training_bytes(c, batch, fake=True):
             # A step has the same tokens, whatever the batch. Two passes are enough: further ones take no more memory.
             step(forward, c.block_size, min(2, max(1, accumulation * batch_size // batch)))
         count = lambda tensors: sum(t.nbytes for t in tensors)
-        teachers, parameters = getattr(trained, 'teachers', ()), list(model.parameters())
-        return {'weights': count(parameters) + count(model.buffers()), 'gradients': count(parameters),
+        weights, teachers = count(model.parameters()), getattr(trained, 'teachers', ())
+        return {'weights': weights + count(model.buffers()), 'gradients': weights,
                 'optimizer': sum(count(state.values()) for o in optimizers for state in o.state.values()),
-                'averages': count(parameters) * (ema > 0), 'teacher': sum(count(t.parameters()) for t in teachers),
+                'averages': weights * (ema > 0), 'teacher': sum(count(t.parameters()) for t in teachers),
                 'activations': kept[-1],
                 'logits': 4 * c.vocab_size * min(batch * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
                 'peak': living.peak, 'cache': batch * c.block_size * model.kv_bytes_per_token()}
@@ -819,13 +774,15 @@ def measure_memory():
     c = shape_of_config()
     if child:
         return print(json.dumps({'peak': peak_of_training(c)}))
+    if target_params and plan:
+        return plan_shapes(c)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, trained, *_ = set_up(c, 1)
     groups, teachers = model.params(), getattr(trained, 'teachers', ())
     spoken = ('parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n)
               + ''.join(f"; of a teacher {sum(p.numel() for p in t.parameters()):,}" for t in teachers))
     if plan:
-        return plan_training(c, groups, spoken, flops_of(model, teachers))
+        return plan_training(c, groups, spoken, trained.flops_per_token())
     rows = []
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
@@ -842,79 +799,76 @@ def measure_memory():
     report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in parts),
             ('measured: eager', 'eager', ',.1f', 2**20), ('compiled', 'compiled', ',.1f', 2**20),
             ('peak / eager', 'ratio', '.3f')],
-           rows, dtype=dtype, params=groups, rows=rows)
+           rows, dtype=dtype, params=groups)
 
 # -----------------------------------------------------------------------------
-# --mode=memory --plan=True
+# --mode=memory --plan=True: what a training would take on a GPU
 
-def proposals(target, c):
+if mode == 'memory' and plan:
+    check_knobs(config, ('gpu', GPUS))
+    counted_on = dict(gpu=gpu, utilisation=utilisation or ASSUMED_UTILISATION, assumed=not utilisation)
+    gpu_flops, gpu_bytes = PEAK_FLOPS[GPUS[gpu][0]], GPUS[gpu][1]
+    source = (f"{100 * counted_on['utilisation']:.0f} % of {gpu_flops / 1e12:.0f} TFLOP/s, "
+              + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='))
+
+
+def bill(tokens, flops):
+    """For so many tokens, at so many FLOPs each."""
+    rate = counted_on['utilisation'] * gpu_flops / flops
+    hours = tokens / rate / 3600
+    return {'tokens': tokens, 'flops_per_token': flops, 'tok_s': rate,
+            'hours': hours, 'dollars': hours * price if price else None}
+
+
+def plan_shapes(c):
     """
-    Shapes of about target parameters -> [(GPTConfig, parameters)], the nearest first: for each depth the width of 64
+    Shapes of about target_params, the nearest first, and what training them takes: for each depth the width of 64
     channels a head, 32 to 192 channels a layer.
     """
-    found = []
+    found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
+    if not found:
+        fail(f'target_params ({target_params}) must be a number of parameters, like 38M')
+    target, rows = float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]], []
+    tables = (1 if tie_weights else 2) * c.vocab_size
     for depth in range(1, 97):
-        tables = (1 if tie_weights else 2) * c.vocab_size
         # 12 * depth * width^2 + tables * width = target, solved for the width, which is rounded to whole heads
         width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
-        if 32 * depth <= width <= 192 * depth:
-            shape = GPTConfig(c.block_size, c.vocab_size, depth, width // 64, n_embd=width, tie_weights=tie_weights)
-            with torch.device('meta'):
-                found.append((shape, GPT(shape)))
-    return sorted(found, key=lambda pair: abs(pair[1].params()['total'] - target))[:5]
+        if not 32 * depth <= width <= 192 * depth:
+            continue
+        with torch.device('meta'):
+            model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=tie_weights))
+        n = model.params()['total']
+        tokens = round(tokens_per_param * n)
+        shards = math.ceil(tokens / SHARD_TOKENS)
+        rows.append({'n_layer': depth, 'n_embd': width, 'n_head': width // 64, 'params': n,
+                     'shards': shards, 'download_bytes': shards * SHARD_BYTES,
+                     'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
+                     'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))}
+                    | bill(tokens, model.flops_per_token()))
+    if not rows:
+        fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: '
+             'its tables alone take more; give a smaller --vocab_size')
+    print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
+          f'{gpu}, {source}')
+    report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
+            ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
+            ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
+            ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
+           sorted(rows, key=lambda row: abs(row['params'] - target))[:5], **counted_on)
 
 
 def plan_training(c, groups, spoken, flops):
-    """What the config's training would take on a GPU; or shapes for target_params and what theirs would."""
-    check_knobs(config, ('gpu', GPUS))
-    peak, memory = PEAK_FLOPS[GPUS[gpu][0]], GPUS[gpu][1]
-    share, room = utilisation or ASSUMED_UTILISATION, USABLE * memory
-    source = (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, '
-              + ('given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='))
-
-    def bill(tokens, flops):
-        hours = tokens * flops / (share * peak) / 3600
-        return {'tokens': tokens, 'flops_per_token': flops, 'tok_s': share * peak / flops,
-                'hours': hours, 'dollars': hours * price if price else None}
-
-    if target_params:
-        found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
-        if not found:
-            fail(f'target_params ({target_params}) must be a number of parameters, like 38M')
-        rows = []
-        for shape, model in proposals(float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]], c):
-            n = model.params()['total']
-            tokens = round(tokens_per_param * n)
-            shards = math.ceil(tokens / SHARD_TOKENS)
-            rows.append({
-                'n_layer': shape.n_layer, 'n_embd': shape.n_embd, 'n_head': shape.n_head, 'params': n,
-                'shards': shards, 'download_bytes': shards * SHARD_BYTES,
-                'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
-                'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))}
-                | bill(tokens, model.flops_per_token()))
-        if not rows:
-            fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: '
-                 'its tables alone take more; give a smaller --vocab_size')
-        print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
-              f'{gpu}, {source}')
-        report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
-                ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
-                ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
-                ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
-               rows, gpu=gpu, utilisation=share, assumed=not utilisation, rows=rows)
-        return
-    rows, batch = [], 1
+    """What fits of the config's training, and what all of it would take."""
+    rows, room = [], USABLE * gpu_bytes
     while not rows or rows[-1]['fits']:                             # 1, 2, 4, ... until one does not fit
+        batch = 2 ** len(rows)
         if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
             parts = training_bytes(c, batch)
         else:
             # So many chunks of logits would take minutes. By now everything grows in proportion to the batch, to within
-            # 1 % (d12 with its teacher, 128 rows).
-            a, b = rows[-2:]
-            parts = {part: b[part] + (b[part] - a[part]) * (batch - b['batch']) // (b['batch'] - a['batch'])
-                     for part in parts}
+            # 1 % (d12 with its teacher, 128 rows): twice as many rows more take twice as much more.
+            parts = {part: 3 * rows[-1][part] - 2 * rows[-2][part] for part in parts}
         rows.append({'batch': batch} | parts | {'fits': parts['peak'] <= room})
-        batch *= 2
     low = 0
     # The peak grows by as much or more for each further row: a straight line between the last two batches errs on the
     # safe side.
@@ -923,7 +877,7 @@ def plan_training(c, groups, spoken, flops):
         low = a['batch'] + int((room - a['peak']) / (b['peak'] - a['peak']) * a['batch'])
     cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
     print(spoken)
-    print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
+    print(f"{gpu}: {gpu_bytes / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
           f"the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion"
           if low else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
     print(f"{cost['tokens']:,} tokens of {flops:,} FLOPs; {source}: "
@@ -932,8 +886,7 @@ def plan_training(c, groups, spoken, flops):
     print('GB:')
     report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'),
             *((part, part, ',.2f', 1e9) for part in parts)],
-           rows, params=groups, gpu=gpu, utilisation=share, assumed=not utilisation,
-           largest_batch=low, **cost, rows=rows)
+           rows, params=groups, largest_batch=low, **counted_on, **cost)
 
 # -----------------------------------------------------------------------------
 # --mode=plot
@@ -942,39 +895,35 @@ def plot():
     paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
     if not paths:
         fail(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
-    try:
-        import matplotlib.figure
-    except ImportError:
+    if not importlib.util.find_spec('matplotlib'):
         fail('mode=plot draws with matplotlib: pip install matplotlib')
-    rows, figure = [], matplotlib.figure.Figure(figsize=(8, 5))
+    import matplotlib.figure
+    figure, rows = matplotlib.figure.Figure(figsize=(8, 5)), []
     axes = figure.subplots()
     for path in paths:
         with open(path, newline='') as f:
             read = list(csv.DictReader(f))
         if not read or not {'tokens', 'train_loss', 'val_loss'} <= set(read[0]):
             fail(f'{path} is not a log.csv of train.py: it has no tokens, train_loss and val_loss')
-        xy = {key: [(int(r['tokens']), float(r[key])) for r in read if r[key]] for key in ('train_loss', 'val_loss')}
-        curve, = axes.plot(*zip(*xy['train_loss']), alpha=0.4, linewidth=1)
-        if xy['val_loss']:
-            axes.plot(*zip(*xy['val_loss']), color=curve.get_color(), marker='o', markersize=3,
+        training, validation = ([(int(r['tokens']), float(r[key])) for r in read if r[key]]
+                                for key in ('train_loss', 'val_loss'))
+        curve, = axes.plot(*zip(*training), alpha=0.4, linewidth=1)
+        if validation:
+            axes.plot(*zip(*validation), color=curve.get_color(), marker='o', markersize=3,
                       label=os.path.dirname(path) or path)
         rows.append({'log': path, 'steps': int(read[-1]['step']), 'tokens': int(read[-1]['tokens']),
-                     'train_loss': xy['train_loss'][-1][1],
-                     'best_val_loss': min((y for _, y in xy['val_loss']), default=None)})
+                     'train_loss': training[-1][1], 'best_val_loss': min((y for _, y in validation), default=None)})
     axes.set(xlabel='tokens', ylabel='nats a token')
     axes.legend(title='validation; thin: training')
     atomic_write(png, lambda f: figure.savefig(f, dpi=150, format='png'))
     report([('log', 'log'), ('steps', 'steps', ',d'), ('training', 'train_loss', '.4f'),
-            ('best validation', 'best_val_loss', '.4f')], rows, file=png, rows=rows)
+            ('best validation', 'best_val_loss', '.4f')], rows, file=png)
 
 # -----------------------------------------------------------------------------
 # --mode=ladder: builds rungs with the other scripts, then measures them all in one run, each beside its controls
 
 def read_rungs():
-    """
-    The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds; a line without a
-    name is preparation.
-    """
+    """The knob's lines -> [(name, seed or None, command)], a line with {seed} once for each of seeds."""
     if not re.fullmatch(r'\d+(,\d+)*', seeds):
         fail(f'seeds ({seeds}) must be numbers, like 1337,1338,1339')
     out = []
@@ -989,11 +938,8 @@ def read_rungs():
     return out
 
 
-BUILT = ('name', 'seed', 'command', 'file', 'mtime', 'train_tokens', 'train_seconds', 'train_flops')
-
-
 def occupied(command):
-    """The first folder that the command would write models or labels into, and that has some; None if there is none."""
+    """The first folder that the command would write models or labels into and that has some, or None."""
     for part in command.split('&&'):
         script, *words = shlex.split(part)[1:]
         told = ({k: v for word in words if word.endswith('.py') for k, v in runpy.run_path(word).items()}
@@ -1008,13 +954,13 @@ def occupied(command):
 
 def build_rung(name, seed, command, folders):
     """
-    Runs a rung's commands; what they print goes to a file beside the ladder. folders: {folder: row} of the rungs below.
-    -> its row: the model's file, and what it cost in tokens that it read, seconds and FLOPs, with what the rung cost
-    that it starts from, and in FLOPs its labels.
+    Runs a rung's commands; what they print goes to a file beside the ladder. -> its row: the model's file and what it
+    cost, with what that one of folders {folder: row} cost that it starts from, and the FLOPs of its labels.
     """
     called = f"{name or 'prepare'} {seed or ''}".strip()
     log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log')
-    row = dict.fromkeys(BUILT, 0) | {'name': name, 'seed': seed, 'command': command, 'file': None}
+    row = {'name': name, 'seed': seed, 'command': command, 'file': None, 'mtime': 0,
+           'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0}
     for part in command.split('&&'):
         print(f'[{called}] {part.strip()} > {log}', file=sys.stderr, flush=True)
         with open(log, 'w') as out:
@@ -1038,6 +984,11 @@ def build_rung(name, seed, command, folders):
     return row | ({'mtime': os.path.getmtime(row['file'])} if row['file'] else {})
 
 
+def untimed(row):
+    """Timings of another run do not compare with those of this one."""
+    return {k: v for k, v in row.items() if not k.startswith(('tok', 'same', 'spec', 'memory'))}
+
+
 def measure_rung(file, int8):
     """-> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one."""
     model, tokenizer, data = open_model(file)
@@ -1047,56 +998,86 @@ def measure_rung(file, int8):
             **quality(model, tokenizer, data, torch.int8 if int8 else None)}
 
 
+def write_ladder(rows, building=None):
+    """building: the command that runs now: what is in its folder is not somebody else's if it is stopped."""
+    document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows}
+    atomic_write(ladder, lambda f: f.write(json.dumps(document, indent=1).encode()))
+
+
+def build_ladder(wanted):
+    """-> the rungs' rows. Built is what no ladder has recorded as it is, and what is older than what it is made of."""
+    last = json.load(open(ladder)) if os.path.exists(ladder) else {'rows': []}
+    above, rows = {row['command']: row for row in last['rows']}, []     # each is kept until this run gets to it
+    # a rung may stand in the record of another ladder, too
+    records = [json.load(open(path)) for path in glob.glob('out-ladder*/ladder.json')] + [last]
+    known = {row['command']: row for record in records for row in record['rows']}
+    for name, rung_seed, command in wanted:
+        # of several files in a folder the first: its rung made the folder
+        folders = {os.path.dirname(row['file']): row for row in reversed(rows) if row['file']}
+        row = known.get(command)
+        intact = row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
+        stale = intact and any(
+            below['mtime'] > row['mtime'] and re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
+            for folder, below in folders.items())
+        if not intact and command != last.get('building') and occupied(command):
+            fail(f'rung {name!r} would replace what is in {occupied(command)}, and is not as a ladder made it: '
+                 'move that away, or give the rung another folder')
+        if stale and row['file'].endswith('labels.bin'):
+            shutil.rmtree(os.path.dirname(row['file']))             # distill.py replaces no labels
+        if stale or not intact:
+            write_ladder([*rows, *above.values()], command)
+            row = build_rung(name, rung_seed, command, folders)
+        if name and not row['file']:
+            fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
+        row = untimed(row) | {'name': name, 'seed': rung_seed}
+        int8 = name in int8_cache.split(',')
+        if name and row.get('int8_cache') != int8:
+            row |= measure_rung(row['file'], int8)
+        rows.append(row)
+        known[command] = row                    # another rung may be the same file, say with another cache
+        above.pop(command, None)
+        write_ladder([*rows, *above.values()])
+    return rows
+
+
 def time_rungs(rows):
     """
-    Adds tokens/s to the rows, plain and speculative, eager and maybe compiled, as sample.py runs them, interleaved, in
-    every round on another text of the validation split; and whether the texts are the same with drafts, and what share
-    of them is when compiled.
+    Adds tokens/s, plain and drafting, eager and maybe compiled, as sample.py runs them, interleaved, in every round on
+    another text of the validation split; whether the texts are the same, with drafts and compiled; and memory.
     """
     runs, usual = [], torch.get_num_threads()
     for row in rows:
         model, _, data = open_model(row['file'])
-        if prompt_tokens + new_tokens > model.config.block_size:
-            fail(f"prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit {row['name']}'s context "
-                 f"of {model.config.block_size}: lower them")
-        texts = Loader(data, 'val', 1, model.config.block_size)
-        drafter = next((d for d, head in HEADS.items() if hasattr(model, head)), None)
+        must_fit(model.config, row['name'])
+        text = Loader(data, 'val', 1, model.config.block_size)
+        drafters = ['none'] + [d for d, head in HEADS.items() if hasattr(model, head)][:1]
         model = for_decoding(model)
         for how in ('', '_compiled') if row['name'] in compiled.split(',') and can_compile(device) else ('',):
             engine = Engine(model, bool(how), torch.int8 if row['int8_cache'] else torch.float32)
-            runs += [(row, f'tok_s{kind}{how}', engine, texts, d, [])
-                     for kind, d in (('', 'none'), ('_speculative', drafter))
-                     if d]
-    for r in range(rounds + 1):                 # round 0 warms up, and compiles
-        for row, key, engine, texts, drafter, seen in runs:
+            runs += [(row, f'tok_s{kind}{how}', engine, text, drafter, [])
+                     for kind, drafter in zip(('', '_speculative'), drafters)]
+    for r in in_rounds('timing, '):
+        for row, key, engine, text, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
-            text = engine.complete(texts.rows([1024 * r])[0][:, :prompt_tokens].tolist(), new_tokens,
-                                   temperature=temperature, seed=seed + r, drafter=drafter, draft_n=draft_n)
-            seen.append((text, engine.stats))
-        print(f'timing, round {r} of {rounds}' if r else 'timing, warm', file=sys.stderr, flush=True)
+            prompt = text.rows([1024 * r])[0][:, :prompt_tokens].tolist()
+            seen.append(decode(engine, prompt, seed + r, drafter))
     torch.set_num_threads(usual)
     for row, key, *_, seen in runs:
-        row[key] = median(s['tokens'] / (s['seconds'] - s['prefill_seconds']) for _, s in seen[1:])
-        texts = [text for text, _ in seen]
+        texts, stats = zip(*seen)
+        row[key] = median(s['tok_s'] for s in stats[1:])
         if key == 'tok_s':                      # a row's plain run comes first
             plain = texts
         elif key == 'tok_s_speculative':
-            row['tokens_per_verify'] = sum(s['tokens'] for _, s in seen) / sum(sum(s['accepted']) for _, s in seen)
+            row['tokens_per_verify'] = sum(s['tokens'] for s in stats) / sum(sum(s['accepted']) for s in stats)
             row['speculation_exact'] = texts == plain
         else:       # compiled, what is float has its sums in another order, and at a tie a text may part from the plain
             row[key.replace('tok_s', 'same_texts')] = mean(a == b for a, b in zip(texts, plain))
-    if memory and device == 'cpu' and os.path.exists('/proc/self/statm'):
-        for row in rows:
-            row['memory_bytes'] = start('bench.py', **config | dict(
-                mode='decode', child=row['file'], int8_cache=row['file'] if row['int8_cache'] else '',
-                temperature=temperature, device=device))['memory_bytes']
+    for row in rows if tells_memory else ():
+        row['memory_bytes'] = memory_alone(row['file'], row['int8_cache'])['memory_bytes']
 
 
 def welch(a, b):
-    """
-    Two lists of losses -> the p of Welch's two-sided t-test that their means are equal, None if one has a single value.
-    The integral of Student's density, by angles.
-    """
+    """Two lists of losses -> p of Welch's two-sided t-test, by angles; None if one of them has a single value."""
     if min(len(a), len(b)) < 2:
         return None
     va, vb = (variance(x) / len(x) for x in (a, b))
@@ -1129,94 +1110,49 @@ def draw_ladder(names, path):
 
 
 def measure_ladder():
-    recorded = lambda path: json.load(open(path))
-
-    def write(building=None):
-        document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows + list(above.values())}
-        atomic_write(ladder, lambda f: f.write(json.dumps(document, indent=1).encode()))
-
     if check and not os.path.exists(check):
         fail(f'check ({check}) is not there: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
-    rows, (old, wanted) = [], (recorded(check)['rows'], []) if check else ([], read_rungs())
-    if check and recorded(check)['machine'] != machine:
-        print(f"note: {check} is of another machine: {recorded(check)['machine']}", file=sys.stderr)
-    there = [row['name'] for row in old] + [name for name, *_ in wanted]
-    for knob in ('timed', 'compiled', 'int8_cache'):
-        for name in config[knob].split(',') if config[knob] or knob == 'timed' else ():
-            if name not in there and (knob, name) not in (('timed', 'all'), ('timed', 'none')):
+    recorded, wanted = (json.load(open(check)), []) if check else ({'machine': machine, 'rows': []}, read_rungs())
+    if recorded['machine'] != machine:
+        print(f"note: {check} is of another machine: {recorded['machine']}", file=sys.stderr)
+    there = {row['name'] for row in recorded['rows']}.union(name for name, *_ in wanted) - {''}
+    for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):
+        for name in config[knob].split(',') if config[knob] not in words else ():
+            if name not in there:
                 fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
+    rows, old = build_ladder(wanted), [row for row in recorded['rows'] if row['name']]
     for row in old:
-        if row['name'] and not os.path.exists(row['file']):
+        if not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
-        rows.append({k: row[k] for k in BUILT}
-                    | (measure_rung(row['file'], row.get('int8_cache', False)) if row['name'] else {}))
-    # a rung may stand in the record of another ladder, too
-    records = [] if check else [*glob.glob('out-ladder*/ladder.json'), *filter(os.path.exists, [ladder])]
-    known = {row['command']: row for path in records for row in recorded(path)['rows']}
-    last = recorded(ladder) if ladder in records else {'rows': []}
-    above = {row['command']: row for row in last['rows']}       # each is kept until this run gets to it
-    # of several files in a folder the first: its rung made the folder
-    folders = lambda: {os.path.dirname(row['file']): row for row in reversed(rows) if row['file']}
-    for name, rung_seed, command in wanted:
-        row = known[command] | {'name': name, 'seed': rung_seed} if command in known else None
-        mentions = lambda folder: re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
-        intact = row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
-        # stale: what it is made from has been made again since
-        stale = intact and any(mentions(folder) and below['mtime'] > row['mtime']
-                               for folder, below in folders().items())
-        if not intact and command != last.get('building') and occupied(command):
-            fail(f'rung {name!r} would replace what is in {occupied(command)}, and is not as a ladder made it: '
-                 'move that away, or give the rung another folder')
-        if not intact or stale:
-            if stale and row['file'].endswith('labels.bin'):
-                shutil.rmtree(os.path.dirname(row['file']))     # distill.py replaces no labels
-            write(command)
-            row = build_rung(name, rung_seed, command, folders())
-        if name and not row['file']:
-            fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
-        rows.append(row)
-        int8 = name in int8_cache.split(',')
-        known[command] = row                    # another rung may be the same file, say with another cache
-        if name and row.get('int8_cache') != int8:
-            row |= measure_rung(row['file'], int8)
-        above.pop(command, None)
-        write()
-    above.clear()
-    shown = [row for row in rows if row['name']]
-    names, first = {}, shown[0]
+        rows.append(untimed(row) | measure_rung(row['file'], row.get('int8_cache', False)))
+    shown, names = [row for row in rows if row['name']], {}
     for row in shown:
         names.setdefault(row['name'], []).append(row)
-        # timings of an earlier run do not compare with these
-        for key in [k for k in row if k.startswith(('tok', 'same')) or k in ('speculation_exact', 'memory_bytes')]:
-            del row[key]
     if timed != 'none':                         # of a rung with several seeds the first one is timed
         time_rungs([names[name][0] for name in (names if timed == 'all' else dict.fromkeys(timed.split(',')))])
-    if not check:
-        write()
-
-    control = next((rows for name, rows in names.items() if 'control' in name), None)
-    lines = []
-    for same in names.values():
-        row, losses, yardstick = same[0], [r['val_loss'] for r in same], first.get('tok_s')
-        lines.append(row | {
-            'smaller': first['bytes'] / row['bytes'],
-            'val_loss': mean(losses), 'deviation': stdev(losses) if len(same) > 1 else None,
-            'val_bpb': mean(r['val_bpb'] for r in same),
-            'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None}
-            | {f'x_{key}': row[key] / yardstick
-               for key in ('tok_s', 'tok_s_speculative')
-               if yardstick and key in row})
     if check:
         changes = [f"{new['name']}{'' if new['seed'] is None else ' ' + str(new['seed'])}: "
                    f"{key} was {before[key]:.6g} and is {new[key]:.6g}"
-                   for before, new in zip((row for row in old if row['name']), shown)
+                   for before, new in zip(old, rows)
                    for key, noise in (('bytes', 0), ('val_loss', 1e-4), ('tokens_per_verify', 0.1),
                                       ('tok_s', 0.3), ('tok_s_speculative', 0.3))
                    if before.get(key) and new.get(key) and abs(new[key] / before[key] - 1) > noise]
         print('\n'.join(changes or ['nothing changed beyond noise']))
     else:
+        write_ladder(rows)
         draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
+
+    lines, first = [], shown[0]
+    control = next((same for name, same in names.items() if 'control' in name), None)
+    for same in names.values():
+        row, losses = same[0], [row['val_loss'] for row in same]
+        lines.append(row | {
+            'smaller': first['bytes'] / row['bytes'], 'val_bpb': mean(row['val_bpb'] for row in same),
+            'val_loss': mean(losses), 'deviation': stdev(losses) if len(same) > 1 else None,
+            'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None}
+            | {f'x_{key}': row[key] / first['tok_s'] for key in ('tok_s', 'tok_s_speculative')
+               if key in row and 'tok_s' in first})
     report([('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'),
             ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
             ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'),

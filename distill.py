@@ -92,6 +92,10 @@ class Distiller(nn.Module):
         self.student, self.divergence, self.temperature = student, DIVERGENCES[divergence], temperature
         self.teachers = list(teachers)          # a plain list: nn.Module does not look for parameters in it
 
+    def flops_per_token(self):
+        return (self.student.flops_per_token()
+                + sum(teacher.flops_per_token(training=False) for teacher in self.teachers))
+
     def forward(self, idx, targets, *labels):
         T = self.temperature
         x = self.student.trunk(idx)

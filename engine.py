@@ -339,8 +339,8 @@ class Engine:
     """
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
     tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
-    prefill_seconds, first_seconds (to the first token), drafted, kept, and accepted: how many passes of a row kept 0,
-    1, 2, ... drafts.
+    prefill_seconds, first_seconds (to the first token), tok_s (once the prompts are read), drafted, kept, and accepted:
+    how many passes of a row kept 0, 1, 2, ... drafts.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
@@ -500,6 +500,7 @@ class Engine:
             stats['tokens'] += sum(map(len, new))
             stats['seconds'] = time.perf_counter() - clock
             stats.setdefault('first_seconds', stats['seconds'])
+            stats['tok_s'] = stats['tokens'] / max(1e-9, stats['seconds'] - stats['prefill_seconds'])
             yield list(zip(rows, new))
             going = [b for b, t in enumerate(new) if t[-1] not in stop and len(ids[b]) < limit[b]]
             if not going:

@@ -618,6 +618,15 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_s
     return optimizers
 
 
+def update(model, optimizers, grad_clip=0.0):
+    """A step of the optimizers, with the gradients that are there; grad_clip: the most that their norm may be, 0: any."""
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def load_optimizer(optimizer, state):
     """
     A saved state (of whole tensors) into optimizer, whose parameters may be sharded. Its rates and the like stay its

@@ -490,9 +490,11 @@ def checksum(header, data):
 
 def load(path, device='cpu'):
     """
-    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}.
-    One line names what is wrong with a damaged or foreign file.
+    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}; of a .pt what load_model
+    gives. One line names what is wrong with a damaged or foreign file.
     """
+    if path.endswith('.pt'):
+        return load_model(path, device)
     if not os.path.isfile(path):
         raise SystemExit(f"error: no quantised model at {path}: make one with python quantize.py "
                          f"--out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")

@@ -18,7 +18,7 @@ import torch
 from data.loader import read_text
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, HEADS, Chat, Engine
-from model import GPT, can_compile, check_device, check_knobs, load_model
+from model import GPT, can_compile, check_device, check_knobs
 from quantize import for_decoding, int_share, load
 
 # -----------------------------------------------------------------------------
@@ -64,7 +64,7 @@ if weights == 'auto':                           # the newest: integers may be le
     weights = max((name for name in files if os.path.exists(files[name])),
                   key=lambda name: os.path.getmtime(files[name]), default='float')
 path = files[weights]
-model, state = (load_model if weights == 'float' else load)(path, device)
+model, state = load(path, device)
 tokenizer = from_meta(state['tokenizer'])
 if chat and '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
     raise SystemExit("error: chat=True needs a model with special tokens like <|assistant_end|>, "
@@ -185,11 +185,11 @@ else:
     complete(prompt, ids)
 
 if show_stats:
-    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'accepted': []} | engine.stats
+    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'tok_s': 0.0, 'accepted': []} | engine.stats
     kv = model.kv_bytes_per_token(engine.cache_dtype == torch.int8)
     numbers = {'tokens': s['tokens'],
                'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tokens'] / max(1e-9, s['seconds'] - s['prefill_seconds']), 1),
+               'tok_s': round(s['tok_s'], 1),
                'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
                'weights': weights, 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
                'int_share': share, 'kv_bytes_per_token': kv, 'device': device}

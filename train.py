@@ -30,7 +30,7 @@ from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
 from engine import Engine
 from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate,
                    fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_config, make_optimizers,
-                   memory_limit, out_of_memory, peak_flops, save_checkpoint, shard, share)
+                   memory_limit, out_of_memory, peak_flops, save_checkpoint, shard, share, update)
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -281,8 +281,7 @@ autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat
 weight = {'ce': 1 - alpha if teacher else 1.0, 'kl': alpha, 'multi_token': multi_token_weight, 'draft': draft_weight}
 if train_only:
     weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}
-# per token; what labels cost is in their meta.json
-flops = model.flops_per_token() + sum(t.flops_per_token(training=False) for t in getattr(trained, 'teachers', ()))
+flops = trained.flops_per_token()               # what labels cost is in their meta.json
 own, peak = None, peak_flops(device)
 
 # -----------------------------------------------------------------------------
@@ -308,14 +307,6 @@ def backward(run, step, micro=0, accumulation=1):
     return {k: v.detach() for k, v in losses.items()}
 
 
-def update():
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
 def fits(rows):
     """
     Whether two real steps of this many rows run on every process.
@@ -327,7 +318,7 @@ def fits(rows):
         for _ in range(2):                      # the first one makes the optimizers' states
             for micro in range(min(2, accumulation)):
                 backward(alone, 0, micro, accumulation)
-            update()
+            update(model, optimizers, grad_clip)
         fit = True
     except Exception as e:
         if not out_of_memory(e):
@@ -495,7 +486,7 @@ while step < max_iters:
             group['lr'] = group['peak_lr'] * factor
     for micro in range(accumulation):
         losses_due.append((step, backward(forward, step, micro, accumulation)))
-    update()
+    update(model, optimizers, grad_clip)
     step += 1
     # the decay starts at 2/11 and grows with the steps, or the first weights would be remembered for too long
     for p, a in averages.values():

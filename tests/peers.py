@@ -78,8 +78,7 @@ def picochat_rate():
     engine = Engine(model)
     for _ in range(2):                                               # the first run warms up
         engine.complete([prompt], new_tokens, temperature=0)
-    s = engine.stats
-    return {'tok_s': s['tokens'] / (s['seconds'] - s['prefill_seconds']), 'params': model.params()['total']}
+    return {'tok_s': engine.stats['tok_s'], 'params': model.params()['total']}
 
 
 def transformers_rate(dtype):
