@@ -166,6 +166,10 @@ def count_said(teachers, loader):
     """On how many of the loader's tokens each teacher has a say. One line if nobody has a say on some."""
     if not any(getattr(t, 'hold_out', '') for t in teachers):
         return [loader.n_tokens] * len(teachers)
+    for t in teachers:
+        if getattr(t, 'hold_out', '') and getattr(t, 'data', None) not in (None, loader.meta['sha256']['train.bin']):
+            raise SystemExit(f"error: a teacher held out {t.hold_out} of a text that has been prepared anew since, and "
+                             "has other tokens now: train it again")
     said = torch.stack([says(t, torch.arange(loader.n_tokens), loader) for t in teachers])      # (teachers, n_tokens)
     if not said.any(dim=0).all():
         first = said.any(dim=0).int().argmin().item()
@@ -208,7 +212,10 @@ def fit_temperature(teachers, loader, batches=16):
         first, near, states, asked = teachers_on(batch, teachers, loader)
         y = torch.from_numpy(loader.tokens[first + 1:first + 1 + asked.size(1)].astype(np.int64)).to(asked.device)
         # with a large vocabulary only some of the tokens, evenly spaced
-        rows = torch.arange(len(y))[::max(1, len(y) * teachers[0].config.vocab_size // 2**25)]
+        rows = torch.arange(len(y))
+        if loader.mask is not None:             # of chats only what is learnt
+            rows = rows[torch.from_numpy(loader.mask[first + 1:first + 1 + len(y)] != 0)]
+        rows = rows[::max(1, len(rows) * teachers[0].config.vocab_size // 2**25)]
         for i, t in enumerate(grid):
             nats[i] -= (teacher_log_probs(near, [s[rows] for s in states], t, asked[:, rows])
                         .gather(1, y[rows, None]).sum().cpu())
@@ -270,6 +277,9 @@ class Labels:
     """
     def __init__(self, folder, loader, device='cpu'):
         self.meta = m = json.loads(read_text(os.path.join(folder, 'meta.json')))
+        if 'data' not in m or not os.path.exists(os.path.join(folder, 'labels.bin')):
+            raise SystemExit(f"error: {folder} holds no whole labels: write some, "
+                             "python distill.py --teacher=... --out_dir=ANOTHER")
         # the loader has fewer tokens than the labels if it holds out a part
         if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:
             raise SystemExit(f"error: the labels in {folder} were written for other tokens than this dataset has: "
@@ -334,7 +344,7 @@ def load_teacher(spec, device='cpu'):
     else:
         model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
         tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
-        model.hold_out = state.get('knobs', {}).get('hold_out', '')
+        model.hold_out, model.data = state.get('knobs', {}).get('hold_out', ''), state.get('data')
     return model.requires_grad_(False), tokenizer, dataset
 
 
@@ -347,7 +357,8 @@ def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
     for name in spec.split('+'):
         teacher, theirs, trained_on = load_teacher(name, device)
         # of another text than dataset it has held out nothing
-        teacher.hold_out = getattr(teacher, 'hold_out', '') if trained_on == dataset else ''
+        same = trained_on and dataset and os.path.normpath(trained_on) == os.path.normpath(dataset)
+        teacher.hold_out = getattr(teacher, 'hold_out', '') if same else ''
         if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
             raise SystemExit(f"error: the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) "
                              f"than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
@@ -670,11 +681,14 @@ if __name__ == '__main__':
             if to_hf and not (isinstance(model, GPT) and getattr(tokenizer, 'kind', '') == 'bpe'):
                 raise SystemExit(f"error: to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, "
                                  f"not {teacher}")
+            if to_picochat and os.path.exists(os.path.join(to_picochat, 'best.pt')):
+                raise SystemExit(f"error: to_picochat ({to_picochat}) already holds a best.pt: give another folder")
             folder = to_picochat or export_hf(model, tokenizer, to_hf)
             if to_picochat:
                 # a fold stays one
                 save_checkpoint(os.path.join(folder, 'best.pt'), model, tokenizer.meta(), step=0,
-                                dataset=dataset or trained_on, knobs={'hold_out': getattr(model, 'hold_out', '')})
+                                dataset=dataset or trained_on, data=getattr(model, 'data', None),
+                                knobs={'hold_out': getattr(model, 'hold_out', '')})
         size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
         print(json.dumps({'file': folder, 'bytes': size, 'tokens': 0,
                           'seconds': round(time.perf_counter() - began, 2)}))
@@ -702,8 +716,12 @@ if __name__ == '__main__':
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
         calibration = fit_temperature(teachers, loader) if calibrate else 1.0
-        meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype},
-                            method, k, temperature, seed, calibration)
+        try:
+            meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype},
+                                method, k, temperature, seed, calibration)
+        except OSError as e:
+            raise SystemExit(f"error: could not write in {out_dir}: {e.strerror}; what is there is kept: "
+                             "free some disk space and run the same command again")
     path = os.path.join(out_dir, 'labels.bin')
     seconds = time.perf_counter() - began
     print(f"{path}: {os.path.getsize(path):,} bytes for {loader.n_tokens:,} tokens, "

@@ -187,6 +187,7 @@ tokens_per_forward = rows * block_size * world_size
 total_batch_size = total_batch_size or (0 if auto or init_from == 'resume' else tokens_per_forward)
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
+data_hash = loader.meta['sha256']['train.bin']  # of the text, for checkpoints
 
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 resumed, source = {}, {}                        # checkpoints: to go on with, to take weights from
@@ -207,12 +208,23 @@ if init_from == 'resume':
     if differ:
         raise SystemExit(f"error: {ckpt_path} was trained in another way: {'; '.join(differ)}: "
                          "resume with the same knobs")
+    if resumed.get('data', data_hash) != data_hash:
+        raise SystemExit(f"error: {data_dir} has been prepared anew since {ckpt_path} was saved, from another text: "
+                         f"start from it with --init_from={ckpt_path} and another --out_dir, or anew")
     config['init_from'] = resumed['knobs']['init_from']     # where its weights are from
 elif init_from != 'scratch':
     source = load_checkpoint(init_from)
-elif os.path.exists(ckpt_path):
-    say(f"note: {ckpt_path} will be replaced at the first save (--init_from=resume would go on with it), "
-        "and best.pt at the first evaluation")
+if not resumed:
+    there = [path for path in (ckpt_path, best_path) if os.path.exists(path)]
+    read = [init_from, *(name if name.endswith('.pt') else os.path.join(name, 'best.pt')
+                         for name in teacher.split('+') if name)]
+    for path in there:
+        if os.path.realpath(path) in map(os.path.realpath, read):
+            raise SystemExit(f"error: out_dir ({out_dir}) would replace {path}, which this run learns from: "
+                             "give another --out_dir")
+    if there:
+        say(f"note: {' and '.join(there)} will be replaced"
+            f"{' (--init_from=resume would go on)' * (ckpt_path in there)}")
 if total_batch_size % tokens_per_forward:
     raise SystemExit(f"error: total_batch_size ({total_batch_size}) must be a multiple of "
                      f"batch_size*block_size*processes ({rows}*{block_size}*{world_size}={tokens_per_forward}): "
@@ -421,7 +433,8 @@ def validate(step):
         result = measure(step)
         if result['loss'] < best['loss'] or train_only:     # with a frozen trunk the newest head counts as the best
             best = {**result, 'step': step}
-            save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset, knobs=config)
+            save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset, data=data_hash,
+                            knobs=config)
     return result
 
 
@@ -469,6 +482,8 @@ if own_samples:
     model.train()
 if step >= qat_step:
     prepare(model, quant_bits, quant_group, tables_bits)
+    if step < max_iters and best.get('step', 0) <= qat_step:    # fewer max_iters have moved qat_step
+        best = {'loss': math.inf}
 step_times, losses_due, rate, result = [], [], 0, {'loss': None, 'bpb': None}
 began = time.perf_counter()
 if source and not resumed and eval_interval:
@@ -543,7 +558,7 @@ while step < max_iters:
     if saves:
         save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
                         best=best, seconds=seconds, val_loss_before=val_loss_before, dataset=dataset,
-                        total_batch_size=total_batch_size, knobs=config,
+                        data=data_hash, total_batch_size=total_batch_size, knobs=config,
                         ema={name: a for name, (_, a) in averages.items()})
         saved = step
     if shows:

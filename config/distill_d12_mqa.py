@@ -8,7 +8,7 @@
 # The plan says 5.3 hours on an H100, if 40 % of its FLOP/s are reached. The run has not been made to its end yet, so no
 # loss of it is known.
 #
-# The teacher is 53 % of the arithmetic. Labels written once (26 bytes a token) make every further epoch cost what one
+# The teacher is 52 % of the arithmetic. Labels written once (26 bytes a token) make every further epoch cost what one
 # without a teacher costs:
 #     python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --out_dir=labels-d32 --block_size=1024
 #     python train.py config/distill_d12_mqa.py --teacher=labels-d32

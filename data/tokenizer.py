@@ -444,7 +444,7 @@ def load_gpt2_tokenizer(folder):
         merges = [m.split(' ') if isinstance(m, str) else m for m in t['model'].get('merges', [])]
         cutter = t.get('pre_tokenizer') or {}
         usual = (t.get('normalizer') is None and cutter.get('type') == 'ByteLevel'
-                 and cutter.get('add_prefix_space') is False and cutter.get('use_regex') is True)
+                 and cutter.get('add_prefix_space') is False and cutter.get('use_regex', True) is True)
     elif all(map(os.path.exists, pair)):
         path, vocab = pair[0], json.loads(_read(pair[0]))
         merges = [line.split(' ') for line in _read(pair[1]).split('\n') if line and not line.startswith('#version')]

@@ -245,6 +245,8 @@ def test_calibration_finds_how_sure_a_teacher_may_be(toy, tmp_path):
     labels = Labels(str(tmp_path), loader).table
     assert torch.allclose(torch.from_numpy(labels['p'][7].astype('float32')),
                           p[labels['ids'][7].astype('int64')], atol=1e-3)
+    loader.mask = loader.tokens == p.argmax().item()        # of chats what is not learnt does not count
+    assert fit_temperature(teachers, loader, batches=10**6) == 0.8
 
 
 def test_labels_killed_between_their_last_batch_and_their_name_go_on(toy, tmp_path, monkeypatch):
@@ -367,6 +369,15 @@ def test_folds_go_the_whole_way(toy, tmp_path):
           '--max_iters=4', '--eval_interval=4')
     script(f'--teacher={folds[0]}', f'--to_picochat={tmp_path}/copy')           # a copy of a fold is a fold
     assert load_teacher(f'{tmp_path}/copy')[0].hold_out == '1/2'
+    refused(run('distill.py', f'--teacher={folds[1]}', f'--to_picochat={tmp_path}/copy'), 'already holds a best.pt')
+    refused(run('distill.py', f'--teacher={folds[1]}', f'--dataset={toy}/', f'--out_dir={tmp_path}/x'),
+            'nobody can label token 0')         # a fold of this very dataset, however it is spelled
+    stale = load_checkpoint(f'{folds[0]}/best.pt') | {'data': 'of another text'}
+    os.mkdir(tmp_path / 'stale')
+    torch.save(stale, tmp_path / 'stale' / 'best.pt')
+    refused(run('distill.py', f'--teacher={tmp_path}/stale+{folds[1]}', f'--out_dir={tmp_path}/x'), 'prepared anew')
+    refused(run('train.py', *TINY, f'--dataset={toy}', f'--teacher={toy}', f'--out_dir={tmp_path}/x'),
+            'holds no whole labels')
     assert 0.8 <= script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated',
                          '--calibrate=True')['calibration'] <= 2
     for calibrate in (False, True):

@@ -319,6 +319,13 @@ def test_graham(prepare, server, tmp_path):
     assert server.asked == [] and texts_of(tmp_path) == [train, val]
 
 
+@pytest.mark.parametrize('value', ['0', '-1', 'none', '1'])
+def test_graham_checks_what_is_held_out(prepare, tmp_path, value):
+    with pytest.raises(SystemExit, match='val_fraction .* must lie between 0 and 1'):
+        prepare('graham_char', f'--input={tmp_path}', f'--out_dir={tmp_path}/out', f'--val_fraction={value}')
+    assert not os.listdir(tmp_path)
+
+
 def test_graham_goes_on_where_it_stopped(prepare, server, tmp_path):
     site(server, ['taste', 'wealth', 'nerds', 'hackers', 'gone', 'moved', 'cut'])
     whole = server.pages['/cut.html']['body']
@@ -491,6 +498,17 @@ def test_fineweb_edu(prepare, shards, server, tmp_path):
             and sorted(os.listdir(tmp_path / 'fetched')) == ['meta.json', 'train.bin', 'val.bin'])
     assert [path for path, _ in server.asked] == ['/shard_00000.parquet', '/shard_00001.parquet',
                                                   '/shard_00009.parquet', '/shard_00009.parquet']
+
+
+def test_fineweb_edu_mixes_no_sources(prepare, shards, server, tmp_path):
+    """What a run from elsewhere has left in the folder is not taken for these shards."""
+    server.pages['/shard_00000.parquet'] = {'body': (tmp_path / 'shard_00001.parquet').read_bytes()}
+    how = f'--tokenizer={tmp_path}', '--shards=1', '--val_shard=9', f'--out_dir={tmp_path}/out'
+    with pytest.raises(SystemExit, match='shard_00009.parquet answered 404'):
+        prepare('fineweb_edu', *how, f'--url={server.url}')
+    prepare('fineweb_edu', *how, f'--input={tmp_path}')
+    assert texts_of(tmp_path / 'out')[0] == '<|bos|>' + '<|bos|>'.join(shards[0])
+    assert str(tmp_path) in (tmp_path / 'out' / 'meta.json').read_text()
 
 
 @pytest.mark.parametrize('flags, message', [

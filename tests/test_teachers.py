@@ -447,7 +447,15 @@ def test_gpt2_tokenizer(tmp_path):
     tok = train_bpe(TEXTS, 330, GPT2_PATTERN, ['<|endoftext|>'])
     write_gpt2_tokenizer(tmp_path, tok)
     assert fingerprint(load_gpt2_tokenizer(tmp_path)) == fingerprint(tok)
+    # the one file that the hub has of gpt2, older than the key use_regex
+    vocab = json.loads((tmp_path / 'vocab.json').read_text())
     lines = (tmp_path / 'merges.txt').read_text(encoding='utf-8').split('\n')
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'one' / 'tokenizer.json').write_text(json.dumps({
+        'added_tokens': [{'id': vocab.pop('<|endoftext|>'), 'content': '<|endoftext|>'}], 'normalizer': None,
+        'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
+        'model': {'vocab': vocab, 'merges': lines[1:-1]}}))
+    assert fingerprint(load_gpt2_tokenizer(tmp_path / 'one')) == fingerprint(tok)
     (tmp_path / 'merges.txt').write_text('\n'.join(lines[:1] + lines[2:3] + lines[1:2] + lines[3:]), encoding='utf-8')
     with pytest.raises(ValueError, match="GPT-2's manner"):
         load_gpt2_tokenizer(tmp_path)

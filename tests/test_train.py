@@ -223,7 +223,8 @@ def test_wandb(toy, tmp_path, monkeypatch):
 def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
     """Lines have MFU, from the same rate as tok/s; evaluation and samples are not in seconds."""
     for name, peak in {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA H100 PCIe': None,
-                       'NVIDIA H100 NVL': None, 'NVIDIA GeForce RTX 4090': 165.2e12, 'NVIDIA RTX A1000 Laptop GPU': None}.items():
+                       'NVIDIA H100 NVL': None, 'NVIDIA GeForce RTX 4090': 165.2e12,
+                       'NVIDIA RTX A1000 Laptop GPU': None}.items():
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
         assert model_file.peak_flops('cuda:0') == peak and model_file.peak_flops('cpu') is None
     monkeypatch.setattr(model_file, 'peak_flops', lambda device: 1e6)       # a slow one
@@ -269,11 +270,37 @@ def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
     assert {k: again[k] for k in same} == {k: whole[k] for k in same} and again['seconds'] == resumed['seconds']
 
 
-def test_best_is_of_the_weights_that_will_run(toy, tmp_path):
+def test_best_is_of_the_weights_that_will_run(toy, tmp_path, interrupt):
     """Nothing is learnt here, so the first evaluation is the best one; the first after the rounding began, that is."""
     still = [toy, '--muon_lr=0', '--adam_lr=0']
     assert train(tmp_path / 'a', *still)['best_step'] == 2
     assert train(tmp_path / 'b', *still, '--quant_bits=8', '--qat_start=0.5')['best_step'] == 6
+    # fewer steps than it was begun with: the rounding, which was to begin after 6, begins at once
+    interrupt(4, signal.SIGTERM)
+    still += ['--quant_bits=8', '--qat_start=0.65']
+    assert train(tmp_path / 'c', *still)['best_step'] == 2
+    interrupt(None, None)
+    assert train(tmp_path / 'c', *still, '--max_iters=6', '--init_from=resume')['best_step'] == 6
+
+
+def test_a_run_does_not_replace_what_it_learns_from(toy, tmp_path):
+    train(tmp_path / 'run', toy, '--max_iters=2')
+    before = content(tmp_path)
+    for args in (f'--init_from={tmp_path}/run/best.pt', f'--init_from={tmp_path}/run/ckpt.pt',
+                 f'--teacher={tmp_path}/run', f'--teacher={tmp_path}/run/../run/best.pt'):
+        refused(run('train.py', *TINY, toy, args, f'--out_dir={tmp_path}/run'),
+                'would replace .*run/(best|ckpt).pt, which this run learns from: give another --out_dir')
+    assert content(tmp_path) == before
+    (tmp_path / 'run' / 'ckpt.pt').unlink()
+    again = run('train.py', *TINY, toy, '--max_iters=2', f'--out_dir={tmp_path}/run')
+    assert 'run/best.pt will be replaced' in again.out and 'resume' not in again.out
+
+
+def test_a_run_goes_on_with_its_own_text_only(toy, tmp_path):
+    train(tmp_path, toy, '--max_iters=2')
+    state = load_checkpoint(f'{tmp_path}/ckpt.pt')
+    torch.save(state | {'data': 'of another text'}, tmp_path / 'ckpt.pt')
+    refused(run('train.py', *TINY, toy, '--init_from=resume', f'--out_dir={tmp_path}'), 'prepared anew since .*ckpt.pt')
 
 
 def test_resuming_takes_this_runs_rates(toy, tmp_path):

@@ -12,6 +12,7 @@ tokenizer is nanochat's tokenizer.pkl or the folder that holds it, or that of a 
 for validation, as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
 """
 
+import hashlib
 import os
 import sys
 
@@ -45,17 +46,21 @@ try:
 except (OSError, ValueError, KeyError) as e:
     sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; '
              'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
+if words.bos is None:
+    sys.exit(f'error: the tokenizer at tokenizer ({tokenizer}) has no <|bos|> or <|endoftext|> to stand before a '
+             'document: give another')
 dtype = np.dtype('uint16' if words.vocab_size <= 65536 else 'uint32')
+# in the names of what is left by a run that was stopped: another tokenizer or source makes other tokens
+made_of = hashlib.sha256(f'{fingerprint(words)} {input or url}'.encode()).hexdigest()[:8]
 
 
 def tokens_of(shard, most=None):
     """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
-    # the name says which tokenizer they are of: another one makes other tokens
-    path = os.path.join(out_dir, f"shard_{shard:05d}.{fingerprint(words)[:8]}{f'.{most}' if most else ''}.tokens")
+    path = os.path.join(out_dir, f"shard_{shard:05d}.{made_of}{f'.{most}' if most else ''}.tokens")
     if os.path.exists(path):
         return path
     name = f'shard_{shard:05d}.parquet'
-    parquet = os.path.join(input, name) if input else download(f'{url}/{name}', os.path.join(out_dir, name))
+    parquet = os.path.join(input, name) if input else download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}'))
     if not os.path.exists(parquet):
         sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
     left = most or float('inf')
@@ -94,6 +99,6 @@ class Joined:
 
 train = [tokens_of(shard) for shard in range(shards)]
 val = tokens_of(val_shard, val_docs)
-write_dataset(out_dir, words, Joined(train), Joined([val]), f'FineWeb-Edu, shards 0 to {shards - 1} of {url}')
+write_dataset(out_dir, words, Joined(train), Joined([val]), f'FineWeb-Edu, shards 0 to {shards - 1} of {input or url}')
 for path in [*train, val]:
     os.remove(path)

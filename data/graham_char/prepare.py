@@ -31,6 +31,8 @@ pause = 1.0  # seconds before each request; it is one man's site
 val_fraction = 0.1  # of the characters are held out
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
+if type(val_fraction) is not float or not 0 < val_fraction < 1:
+    sys.exit(f'error: val_fraction ({val_fraction}) must lie between 0 and 1')
 
 
 # -----------------------------------------------------------------------------
