@@ -619,7 +619,7 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_s
 
 
 def update(model, optimizers, grad_clip=0.0):
-    """A step of the optimizers, with the gradients that are there; grad_clip: the most that their norm may be, 0: any."""
+    """A step of the optimizers with the gradients that are there, whose norm may be grad_clip at most (0: anything)."""
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -60,7 +60,8 @@ def tokens_of(shard, most=None):
     if os.path.exists(path):
         return path
     name = f'shard_{shard:05d}.parquet'
-    parquet = os.path.join(input, name) if input else download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}'))
+    parquet = (os.path.join(input, name) if input
+               else download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}')))
     if not os.path.exists(parquet):
         sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
     left = most or float('inf')
