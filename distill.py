@@ -80,6 +80,14 @@ def teacher_log_probs(teachers, states, temperature, asked=None):
             - asked.sum(dim=0).log()[:, None])
 
 
+def in_bfloat16(teacher):
+    """Its matrices in bfloat16, in place: autocast would make the same of them anew, from float32, for every pass."""
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear):       # a new parameter: an embedding that is tied to it stays as it is
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    return teacher
+
+
 class Distiller(nn.Module):
     """
     forward(idx, targets) -> the student's losses and 'kl', its distance from the teachers, in nats per unmasked token
@@ -714,6 +722,8 @@ if __name__ == '__main__':
         for t in teachers:
             t.trunk = torch.compile(t.trunk)
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
+    if dtype == 'bfloat16':
+        teachers = [in_bfloat16(t) for t in teachers]
     with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
         calibration = fit_temperature(teachers, loader) if calibrate else 1.0
         try:

@@ -340,12 +340,12 @@ class Engine:
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
     tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
     prefill_seconds, first_seconds (to the first token), tok_s (once the prompts are read), drafted, kept, and accepted:
-    how many passes of a row kept 0, 1, 2, ... drafts.
+    how many passes of a row kept 0, 1, 2, ... drafts. Compiled for a GPU, it makes one generation at a time.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
         self.compile, self.cache_dtype = compile, cache_dtype
-        self.stats, self.steps, self.held = {}, {}, ([], None)
+        self.stats, self.steps, self.held, self.fixed = {}, {}, ([], None), None
 
     def compiled(self, draft, n, pick):
         """
@@ -367,12 +367,22 @@ class Engine:
                 tokens = torch.cat((last, draft(model, x, last, None, noise[:, :n], pick)), dim=1)
                 states = model.trunk(tokens, cache)
                 return tokens, pick(model.logits(states), noise), states
-            # reduce-overhead asks for CUDA graphs; not tried on a GPU yet
+            # reduce-overhead asks for CUDA graphs: a round is launched as one, instead of some hundred kernels
             how = dict(options={'cpp_wrapper': True}) if self.device.type == 'cpu' else dict(mode='reduce-overhead')
             # drafters, temperatures and cache sizes all compile this same function
             torch._dynamo.config.recompile_limit = 64
             self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, **how)
         return self.steps[key]
+
+    def graph_cache(self):
+        """The one cache of compiled rounds on a GPU, as long as the context: a CUDA graph knows tensors by address."""
+        if not self.fixed:
+            self.fixed = KVCache(self.config, 1, None, self.cache_dtype, self.device)
+            for tensors in self.fixed.store.values():
+                for t in tensors:
+                    torch._dynamo.mark_static_address(t)
+        self.held = ([], None)                  # whatever text it held is overwritten
+        return self.fixed
 
     @torch.inference_mode()
     def prefill(self, cache, prompts):
@@ -433,13 +443,15 @@ class Engine:
         static, room = None, min(longest + max_new_tokens + draft_n, block_size)
         pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if self.compile and len(prompts) * num_samples == 1 and draft in (None, draft_head, draft_multi_token):
-            room = min(1 << (room - 1).bit_length(), block_size)    # few sizes, since each is compiled anew
+            # few sizes, since each is compiled anew; on a GPU one
+            room = block_size if self.device.type == 'cuda' else min(1 << (room - 1).bit_length(), block_size)
             static = self.compiled(draft, draft_n, pick)
         # a conversation goes on: what of the prompt the last cache holds is not read again
         text, cache = self.held if reuse else ([], None)
         if reuse:
             self.held = ([], None)      # stopped before the first pass is through, it holds no text that is known
-        cache = cache or KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
+        cache = cache or (self.graph_cache() if static and self.device.type == 'cuda' else
+                          KVCache(self.config, len(prompts), room, self.cache_dtype, self.device))
         # the last token is in the cache only if it was drafted: reading it again makes all drafters alike
         pairs = list(zip(text[:-1], prompts[0][:-1]))
         stats['reused'] = shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))

@@ -37,6 +37,7 @@ MUON_STEPS = {
     5: ((3.4445, -4.7750, 2.0315),) * 5,
     3: ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))}
 LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
+GPU_CHUNKS = 8                      # so many of them in one, compiled for a GPU: fewer pieces to compile and to launch
 
 
 @dataclass
@@ -289,18 +290,21 @@ class GPT(nn.Module):
         # draw, so the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of
         # the model
         if c.draft_n:
-            losses['draft'], state = 0.0, x
-
-            def nats(state, own):
-                with torch.no_grad():
-                    own = F.log_softmax(self.logits(own), dim=-1)
-                return (own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
+            states, state = [], x
             for i in range(c.draft_n):
                 state = self.draft_state(state, shift(idx, 1 + i, 0))
-                own = shift(x.detach(), 1 + i, 0.0)
-                keep = (shift(targets, 1 + i) >= 0).flatten()
-                loss = chunked(nats, c.vocab_size, state.flatten(0, 1), own.flatten(0, 1)) * keep
-                losses['draft'] = losses['draft'] + loss.sum() / keep.sum().clamp(min=1) / c.draft_n
+                # moved to where the state stands that it must be like: the model's logits serve all steps of the cell
+                states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
+
+            def nats(x, *states):
+                with torch.no_grad():
+                    own = F.log_softmax(self.logits(x), dim=-1)
+                return torch.stack([(own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
+                                    for state in states], dim=-1)                # (N, draft_n)
+            loss = chunked(nats, c.draft_n * c.vocab_size, x.detach().flatten(0, 1), *states)
+            step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
+            keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
+            losses['draft'] = ((loss * keep).sum(dim=0) / keep.sum(dim=0).clamp(min=1)).mean()
         return losses
 
     def cross_entropy(self, x, targets, reduction='mean'):
@@ -329,13 +333,13 @@ class GPT(nn.Module):
         """
         FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
         costs twice forward (PaLM, arXiv 2204.02311, appendix B). Training, the distributions that a draft head must
-        meet are computed besides, forward only.
+        meet are computed besides, once, forward only.
         """
         c, n = self.config, self.params()
         logits = c.vocab_size * c.n_embd
         weights = n['trunk'] + logits * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * c.draft_n
         forward = 2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size
-        return 3 * forward + 2 * logits * c.draft_n if training else forward
+        return 3 * forward + 2 * logits * (c.draft_n > 0) if training else forward
 
     def kv_bytes_per_token(self, int8=False):
         """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""
@@ -353,9 +357,12 @@ def shift(x, n, fill=-1):
 def chunked(f, vocab_size, *rows):
     """
     f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES,
-    and computed again in backward instead of kept: memory no longer grows with N * vocab_size.
+    (compiled for a GPU GPU_CHUNKS times as much), and computed again in backward instead of kept: memory no longer
+    grows with N * vocab_size.
     """
     n = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+    if rows[0].device.type == 'cuda' and torch.compiler.is_compiling():
+        n *= GPU_CHUNKS
     if rows[0].size(0) <= n:
         return f(*rows)
     return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(r.split(n) for r in rows))])
@@ -498,6 +505,8 @@ def memory_limit(device, portion=0.9):
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.empty_cache()
+        index = torch.device(device).index      # a number: the fraction below is of no mere 'cuda'
+        device = torch.cuda.current_device() if index is None else index
         free, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction(
             (torch.cuda.memory_reserved(device) + portion * free) / total, device)

@@ -54,11 +54,13 @@ def round_weight(w, bits=8, group=GROUP, search=True):
     x = w / scale
     if bits == 8:
         return x.round().clamp(-top, top).to(torch.int8), scale.squeeze(1), None
-    groups = F.pad(x, (0, -cols % group)).view(rows, -1, group)                  # (rows, groups, group)
-    step = choose_step(groups, search).squeeze(-1)
-    # not round_to(groups, step) without its padding: inductor of torch 2.13 miscompiles that for 244 columns
-    v = round_to(x, step.repeat_interleave(group, dim=1)[:, :cols])
-    return v.to(torch.int8), scale.squeeze(1), step.to(torch.int8)
+    # whole groups, and the columns that are left, apart: padded with zeros, inductor of torch 2.11 and 2.13 gets the last
+    # group wrong
+    whole = cols - cols % group
+    parts = [part for part in (x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]) if part.numel()]
+    steps = [choose_step(part, search) for part in parts]                        # (rows, groups, 1), (rows, 1, 1)
+    v = torch.cat([round_to(part, step).flatten(1) for part, step in zip(parts, steps)], dim=1)
+    return v.to(torch.int8), scale.squeeze(1), torch.cat(steps, dim=1).squeeze(2).to(torch.int8)
 
 
 def round_to(x, step):
@@ -304,19 +306,21 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
 
 class PackedLinear(nn.Module):
     """
-    A float Linear for a CPU, dtype float32, bfloat16 or float16: the first two in oneDNN's own layout, which is read
-    faster when several tokens pass at once; float16 as it is, for which F.linear has a kernel that is fast for one
-    token, and slow for several.
+    A float Linear, its weights in float32, bfloat16 or float16. On a CPU the first two are in oneDNN's own layout, which
+    is read faster when several tokens pass at once; float16 is as it is, for which F.linear has a kernel that is fast
+    for one token, and slow for several. On a GPU all are as they are.
     """
     def __init__(self, weight, dtype):
         super().__init__()
-        self.dtype, weight = dtype, weight.detach().to(dtype)
-        self.packed = weight if dtype == torch.float16 else torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.dtype, self.packed = dtype, weight.detach().to(dtype)
+        self.mkldnn = (weight.device.type == 'cpu' and dtype != torch.float16 and torch.backends.mkldnn.is_available())
+        if self.mkldnn:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
 
     def forward(self, x):
         x = x.to(self.dtype)
-        y = (F.linear(x, self.packed) if self.dtype == torch.float16
-             else torch.ops.mkldnn._linear_pointwise(x, self.packed, None, 'none', [], ''))
+        y = (torch.ops.mkldnn._linear_pointwise(x, self.packed, None, 'none', [], '') if self.mkldnn
+             else F.linear(x, self.packed))
         return y.float()
 
 
@@ -325,8 +329,8 @@ def for_decoding(model, pack=None, draft_vocab=0):
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
     input, c_q, c_k and c_v, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
     a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed. pack packs the other
-    matrices for a CPU, whose results then differ a little. Of a float model: torch.bfloat16 pays where the CPU has
-    arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
+    matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there is arithmetic for it,
+    torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
     byte a weight in memory, see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only
     (a BPE learns the most frequent first), and reads only their rows of a large vocabulary; 0: all.
     """
@@ -357,8 +361,7 @@ def for_decoding(model, pack=None, draft_vocab=0):
         elif isinstance(module, IntLinear):
             module = IntLinear(module.integers(), module.scale)
             model.set_submodule(name, PackedInt8Linear(module) if PackedInt8Linear.pays(module) else module)
-        elif (isinstance(module, nn.Linear) and pack
-                and model.cos.device.type == 'cpu' and torch.backends.mkldnn.is_available()):
+        elif isinstance(module, nn.Linear) and pack:
             model.set_submodule(name, PackedLinear(module.weight, pack))
     return model
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.loader import Loader, load_meta
 from data.tokenizer import from_meta
-from distill import DIVERGENCES, Distiller, Labels, find_nanochat, load_teachers
+from distill import DIVERGENCES, Distiller, Labels, find_nanochat, in_bfloat16, load_teachers
 from engine import Engine
 from model import (GPT, GPTConfig, atomic_write, can_compile, check_device, check_knobs, compile_step, evaluate,
                    fast_bf16, largest_that_fits, load_checkpoint, load_optimizer, make_config, make_optimizers,
@@ -284,6 +284,8 @@ elif teacher:
                          "which it gives only for what it has not seen")
     if fsdp:                                    # a GPT-2 is small enough to stay whole
         teachers = [shard(t, device_type) if isinstance(t, GPT) else t.to(device) for t in teachers]
+    elif dtype == 'bfloat16':
+        teachers = [in_bfloat16(t) for t in teachers]
     trained = Distiller(model, teachers, divergence, temperature)
 forward = alone = (compile_step(trained, math.inf if auto else rows * block_size, tokenizer.vocab_size)
                    if compile else trained)

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, '.')
 from engine import Engine
-from model import GPT, GPTConfig, check_knobs
+from model import GPT, GPTConfig, check_device, check_knobs
 
 # -----------------------------------------------------------------------------
 n_layer = 3
@@ -46,6 +46,7 @@ rounds = 5
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of github.com/karpathy/nanochat
 seed = 1337
+device = 'cpu'              # or cuda, where llama2.c does not run
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 peer = ''                   # private: the decoder and format that a child process measures
 # -----------------------------------------------------------------------------
@@ -64,6 +65,7 @@ except AssertionError as e:
     fail(e)
 hidden = max(64, round(c.n_hidden * 2 / 3 / 64) * 64)    # a multiple of the groups of 64 that llama2.c quantises in
 prompt = torch.randint(c.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+check_device(device)
 if threads:
     torch.set_num_threads(threads)
 
@@ -72,7 +74,7 @@ if threads:
 
 def picochat_rate():
     """Ours: float32, a cache, eager."""
-    model = GPT(c)
+    model = GPT(c).to(device)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     engine = Engine(model)
@@ -87,14 +89,14 @@ def transformers_rate(dtype):
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
         num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
-        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(dtype).eval()
+        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(device, dtype).eval()
 
     class Clock:                                        # generate() calls put with the prompt, then with every token
         def __init__(self): self.times = []
         def put(self, ids): self.times.append(time.perf_counter())
         def end(self): pass
 
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=device)
     for clock in (Clock(), Clock()):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
                        streamer=clock)
@@ -111,7 +113,7 @@ def nanochat_rate():
     from nanochat.engine import Engine
     from nanochat.gpt import GPT, GPTConfig
     model = GPT(GPTConfig(sequence_len=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-                          n_kv_head=c.n_kv_head, n_embd=c.n_embd))
+                          n_kv_head=c.n_kv_head, n_embd=c.n_embd)).to(device)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     nothing_ends = SimpleNamespace(encode_special=lambda name: -1, get_bos_token_id=lambda: -1)
@@ -191,6 +193,8 @@ if importlib.util.find_spec('transformers'):
     others |= {('transformers', 'f32'): None, ('transformers', 'bf16'): None}
 else:
     print('transformers is absent: pip install transformers', file=sys.stderr)
+if llama2c and device != 'cpu':
+    fail(f'llama2c ({llama2c}) runs on --device=cpu, not on {device}')
 if llama2c:
     folder = llama2c if os.path.isdir(llama2c) else os.path.dirname(llama2c)
     others |= {('llama2.c', 'f32'): os.path.join(folder, 'run'), ('llama2.c', 'int8'): os.path.join(folder, 'runq')}

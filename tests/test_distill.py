@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import model as model_file
 from data.loader import Loader, held_out
-from distill import DIVERGENCES, Distiller, Labels, choose_labels, fit_temperature, load_teacher, write_labels
+from distill import (DIVERGENCES, Distiller, Labels, choose_labels, fit_temperature, in_bfloat16, load_teacher,
+                     write_labels)
 from model import GPT, GPTConfig, load_checkpoint, shift
 from test_train import (TINY, interrupt, largest_difference, make_dataset, refused,  # noqa: F401, a fixture
                         run, toy_text, train)
@@ -127,6 +128,17 @@ def test_a_teacher_teaches_nothing_to_itself():
         loss = Distiller(model, [model, model], kind)(*batch())['kl']
         loss.backward()
         assert loss.abs() < 1e-6 and all(p.grad.abs().max() < 1e-5 for p in model.parameters())
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_a_teacher_whose_matrices_are_in_bfloat16_teaches_the_same(tied):
+    student, teacher = random_model(), random_model(1, tie_weights=tied)
+    idx, _ = batch()
+    with torch.autocast('cpu', torch.bfloat16):
+        before = Distiller(student, [teacher])(idx, idx)['kl'].item()
+        after = Distiller(student, [in_bfloat16(teacher)])(idx, idx)['kl'].item()
+    assert before == after > 0 and teacher.lm_head.weight.dtype == torch.bfloat16
+    assert teacher.transformer.wte.weight.dtype == torch.float32
 
 
 def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():

@@ -33,9 +33,9 @@ from engine import Engine
 from model import GPT, GPTConfig, fast_bf16, load_checkpoint, load_model
 from quantize import prepare
 
-TINY = ['--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16',
-        '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2', '--save_interval=0',
-        '--sample_interval=0']
+TINY = ['--device=cpu', '--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16',
+        '--block_size=16', '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2',
+        '--save_interval=0', '--sample_interval=0']
 
 
 def toy_text(lines=120):

@@ -1,0 +1,156 @@
+"""
+On a GPU: what it computes equals what the CPU does, rounds compiled into CUDA graphs give the eager text, and the
+scripts run there. Skipped where there is none.
+"""
+import copy
+import json
+import os
+
+import pytest
+import torch
+
+import quantize as Q
+from engine import Engine, Noise
+from model import GPT, GPTConfig, memory_limit, out_of_memory
+from test_engine import CHAR, with_heads
+from test_train import make_dataset, run, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    torch.set_float32_matmul_precision('highest')           # train.py, in this process, lowers it
+
+
+def on_gpu(model):
+    return copy.deepcopy(model).to('cuda')
+
+
+@torch.no_grad()
+def nearly(model, prompt, plain, other):
+    """
+    Whether other is plain, or parts from it where the scores that were drawn from (temperature 0.8, seed 9) are as
+    near as one activation, rounded to the next integer, can bring them.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), None)
+    if at is None:
+        return plain == other
+    score = model(torch.tensor([prompt + plain[:at]], device='cuda'))[0, -1]
+    score += 0.8 * Noise(9, len(score), 'cuda')([0], [len(prompt) + at], 1)[0, 0]
+    return abs(score[plain[at]] - score[other[at]]) < 0.1
+
+
+@pytest.mark.parametrize('K', [64, 1100, 36])                   # 36 is no multiple of 8: products in float32
+@pytest.mark.parametrize('M', [1, 5, 17, 40])
+def test_products_of_integers_are_exact(M, K):
+    g = torch.Generator().manual_seed(M + K)
+    x, w = (torch.randint(-127, 128, (n, K), generator=g) for n in (M, 96))
+    got = Q.int_matmul(x.float().cuda(), w.to(torch.int8).cuda())
+    assert torch.equal(got.cpu().long(), x @ w.T)
+
+
+@pytest.mark.parametrize('bits', [0, 8, 4])
+@pytest.mark.parametrize('kv', [4, 2, 1])
+def test_logits_are_the_cpus(kv, bits):
+    model = with_heads(CHAR, kv)
+    model = Q.convert(model, bits) if bits else model
+    ids = torch.randint(96, (3, 90))
+    with torch.no_grad():
+        mine, its = model(ids), on_gpu(model)(ids.cuda()).cpu()
+    # an activation at the edge between two integers may be rounded to the other one
+    assert (mine - its).abs().mean() < 1e-4 * (1 + 10 * bits) and (mine - its).abs().max() < (0.3 if bits else 1e-3)
+
+
+@pytest.mark.parametrize('drafter', ['head', 'mtp', 'ngram', 'random'])
+def test_speculation_never_changes_the_text(drafter):
+    model = on_gpu(Q.for_decoding(Q.convert(with_heads(CHAR, 1))))
+    prompts, how = [CHAR.encode('To be'), CHAR.encode('or not to be'), [3]], dict(temperature=0.8, seed=5)
+    assert (Engine(model).complete(prompts, 100, drafter=drafter, draft_n=4, **how)
+            == Engine(model).complete(prompts, 100, **how))
+
+
+@pytest.mark.parametrize('drafter, dtype', [
+    ('none', torch.float32), ('head', torch.float32), ('mtp', torch.float32), ('head', torch.int8)])
+def test_compiled_rounds_are_cuda_graphs_with_nearly_the_same_text(drafter, dtype):
+    skips = torch._dynamo.utils.counters['inductor']
+    before = skips['cudagraph_skips']
+    model = on_gpu(Q.convert(with_heads(CHAR, 1, block_size=96)))
+    how = dict(temperature=0.8, seed=9)
+    drafting = how | dict(drafter=drafter, draft_n=4)
+    compiled, plain = (Engine(model, compile=how, cache_dtype=dtype) for how in (True, False))
+    for p in [CHAR.encode('To be'), CHAR.encode('x')] * 2:
+        expected, = plain.complete([p], 80, **how)
+        assert nearly(model, p, expected, compiled.complete([p], 80, **drafting)[0])
+        assert nearly(model, p, expected[:60], compiled.complete([p], 60, reuse=True, **drafting)[0])
+        again = p + compiled.held[0][len(p):]               # the conversation goes on from what the cache holds
+        assert nearly(model, again, plain.complete([again], 20, **how)[0],
+                      compiled.complete([again], 20, reuse=True, **drafting)[0])
+        assert compiled.stats['reused'] > len(p)
+    assert len(compiled.steps) == 1 and skips['cudagraph_skips'] == before
+
+
+def test_packed_floats_are_the_same_product():
+    linear = torch.nn.Linear(64, 48, bias=False, device='cuda')
+    x = torch.randn(2, 5, 64, device='cuda')
+    assert torch.allclose(Q.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
+    assert torch.allclose(Q.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
+
+
+def test_memory_runs_out_where_it_should():
+    with memory_limit('cuda') as free:
+        with pytest.raises(RuntimeError) as e:
+            torch.empty(free + 2**30, dtype=torch.uint8, device='cuda')
+        assert out_of_memory(e.value)
+    torch.empty(2**28, dtype=torch.uint8, device='cuda')
+
+
+def test_training_and_resuming(tmp_path):
+    data = make_dataset(tmp_path / 'data')
+    cpu, gpu = (train(tmp_path / name, data, f'--device={name}') for name in ('cpu', 'cuda:0'))
+    assert abs(cpu['val_loss'] - gpu['val_loss']) < 1e-3
+    train(tmp_path / 'half', data, '--device=cuda', '--max_iters=4', '--decay_frac=0', '--muon_steps=3')
+    whole = train(tmp_path / 'whole', data, '--device=cuda', '--decay_frac=0', '--muon_steps=3')
+    resumed = train(tmp_path / 'half', data, '--device=cuda', '--decay_frac=0', '--muon_steps=3', '--init_from=resume')
+    assert abs(resumed['val_loss'] - whole['val_loss']) < 1e-4
+
+
+def test_the_scripts_run_there(tmp_path):
+    data, out = make_dataset(tmp_path / 'data'), f'--out_dir={tmp_path}/out'
+    got = train(tmp_path / 'out', data, '--device=cuda', '--compile=True', '--dtype=bfloat16', '--quant_bits=8',
+                '--draft_n=2', '--multi_token_n=1', '--batch_size=auto', '--total_batch_size=256')
+    assert got['batch_size'] == 16
+    for script, *knobs in (('quantize.py',), ('quantize.py', '--bits=4', '--method=gptq'),
+                           ('prune.py', '--neuron_prune_ratio=0.5', '--importance=obs')):
+        done = run(script, out, '--device=cuda', *knobs)
+        assert done.status == 0 and json.loads(done.out.splitlines()[-1]), done.err
+    said = [run('sample.py', out, '--device=cuda', '--start=the', '--weights=int8', '--max_new_tokens=10',
+                f'--compile={how}', '--drafter=head') for how in (False, True)]
+    assert said[0].out == said[1].out and len(said[0].out) > 3, said[0].err
+    labels = run('distill.py', f'--teacher={tmp_path}/out', f'--out_dir={tmp_path}/labels', '--device=cuda')
+    assert labels.status == 0 and os.path.exists(tmp_path / 'labels' / 'labels.bin'), labels.err
+    student = train(tmp_path / 'student', data, '--device=cuda', f'--teacher={tmp_path}/labels', '--n_embd=8')
+    beside = train(tmp_path / 'beside', data, '--device=cuda', f'--teacher={tmp_path}/out', '--n_embd=8')
+    assert student['val_loss'] < 4 and beside['val_loss'] < 4
+
+
+def test_a_step_compiled_in_few_large_chunks_is_the_eager_one():
+    """GPU_CHUNKS changes how many tokens' logits exist at a time, and nothing else."""
+    from distill import Distiller
+    from model import compile_step
+    shape = dict(block_size=512, vocab_size=8192, n_layer=1, n_head=2, n_embd=64)
+    torch.manual_seed(0)
+    student, teacher = (GPT(GPTConfig(**shape, draft_n=n)).cuda() for n in (2, 0))
+    for m in (student, teacher):
+        torch.nn.init.normal_(m.lm_head.weight, std=0.1)
+    ids, step = torch.randint(8192, (40, 512), device='cuda'), Distiller(student, [teacher])
+    grads = []
+    for f in (step, compile_step(step, ids.numel(), 8192)):
+        losses = f(ids, ids)
+        sum(losses.values()).backward()
+        grads.append((losses, [p.grad for p in student.parameters()]))
+        student.zero_grad()
+    for (a, b) in zip(*(losses.values() for losses, _ in grads)):
+        assert abs(a - b) < 1e-4
+    for a, b in zip(grads[0][1], grads[1][1]):
+        assert torch.allclose(a, b, atol=1e-3 * a.abs().max())
