@@ -511,6 +511,16 @@ def test_fineweb_edu_mixes_no_sources(prepare, shards, server, tmp_path):
     assert str(tmp_path) in (tmp_path / 'out' / 'meta.json').read_text()
 
 
+@pytest.mark.parametrize('keep', [3, 0.5])              # bytes, or a share of them: a parquet's index is at its end
+def test_a_damaged_shard_is_named_in_one_line(prepare, shards, tmp_path, keep):
+    path = tmp_path / 'shard_00000.parquet'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep if keep == 3 else int(keep * len(whole))])
+    with pytest.raises(SystemExit, match='error: no tokens could be made of .*shard_00000.parquet: [^\n]*$'):
+        prepare('fineweb_edu', f'--tokenizer={tmp_path}', f'--input={tmp_path}', f'--out_dir={tmp_path}/out')
+    assert not any(name.endswith('.tokens') for name in os.listdir(tmp_path / 'out'))
+
+
 @pytest.mark.parametrize('flags, message', [
     (['--tokenizer=nowhere'], 'error: no tokenizer at tokenizer .nowhere.'),
     (['--shards=0'], 'error: shards .0.'), (['--val_docs=0'], 'error: val_docs .0.'),

@@ -3,13 +3,14 @@ FineWeb-Edu in the teacher's own tokens: nanochat's parquet shards of about 250M
 for the run on one GPU.
 
 $ pip install pyarrow
-$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=20
-    20 shards: some 1.1B tokens, 2 GB to download, 2.2 GB to keep
+$ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=15
+    15 shards: some 0.8B tokens, 1.5 GB to download, 1.7 GB to keep
 $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER
     shard_*.parquet that you have: no download
 
-tokenizer is nanochat's tokenizer.pkl or the folder that holds it, or that of a gpt2 of Hugging Face. Every document starts with <|bos|>. The last shard is
-for validation, as nanochat has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
+tokenizer is nanochat's tokenizer.pkl or the folder that holds it, or that of a gpt2 of Hugging Face. Every document
+starts with <|bos|>. The last shard is for validation, as nanochat has it, its first val_docs documents. Stopped, it
+goes on with the shard it was at.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from data.tokenizer import fingerprint, load_tokenizer
 # -----------------------------------------------------------------------------
 out_dir = 'data/fineweb_edu'
 tokenizer = ''  # tokenizer.pkl, or its folder: python distill.py --fetch=d32 --out_dir=teachers/d32 brings one
-shards = 20  # for training, from the first on
+shards = 15  # for training, from the first on
 val_shard = 1822  # the last one
 val_docs = 20000  # of it
 input = ''  # a folder with the shards; empty: download them into out_dir
@@ -54,6 +55,18 @@ dtype = np.dtype('uint16' if words.vocab_size <= 65536 else 'uint32')
 made_of = hashlib.sha256(f'{fingerprint(words)} {input or url}'.encode()).hexdigest()[:8]
 
 
+def write_tokens(f, groups, most):
+    """The documents of groups of a parquet file, the first so many of them (None: all), into f."""
+    left = most or float('inf')
+    for group in groups:
+        texts = group.column('text').to_pylist()[:int(min(left, 1024))]
+        left -= len(texts)
+        for ids in words.encode_batch(texts):
+            np.array([words.bos] + ids, dtype).tofile(f)
+        if left <= 0:
+            break
+
+
 def tokens_of(shard, most=None):
     """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
     path = os.path.join(out_dir, f"shard_{shard:05d}.{made_of}{f'.{most}' if most else ''}.tokens")
@@ -64,16 +77,14 @@ def tokens_of(shard, most=None):
                else download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}')))
     if not os.path.exists(parquet):
         sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
-    left = most or float('inf')
     os.makedirs(out_dir, exist_ok=True)
-    with open(path + '.part', 'wb') as f:
-        for group in pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text']):
-            texts = group.column('text').to_pylist()[:int(min(left, 1024))]
-            left -= len(texts)
-            for ids in words.encode_batch(texts):
-                np.array([words.bos] + ids, dtype).tofile(f)
-            if left <= 0:
-                break
+    try:
+        groups = pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text'])
+        with open(path + '.part', 'wb') as f:
+            write_tokens(f, groups, most)
+    except (pyarrow.ArrowException, OSError) as e:
+        sys.exit(f'error: no tokens could be made of {parquet}: {str(e).splitlines()[0]}; '
+                 'use another copy, or free some disk space')
     os.replace(path + '.part', path)
     if not input:
         os.remove(parquet)  # its tokens are what is needed
