@@ -13,6 +13,7 @@ decoded beside it.
 """
 import codecs
 import functools
+import math
 import time
 
 import torch
@@ -254,6 +255,23 @@ def draw(logits, noise, temperature, top_k=None, top_p=None, min_p=None):
         logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), float('-inf'))
     return (logits + noise).argmax(dim=-1)
 
+@torch.no_grad()
+def parting(model, prompt, plain, other, temperature=0.0, row=0, seed=0):
+    """
+    Two continuations of prompt (token lists), drawn as that row of that seed -> None if they are equal; else the place
+    where they part, and how far apart the scores of the two tokens are there, by a whole forward: 0 is a tie.
+    """
+    if plain == other:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), None)
+    if at is None:                              # one text ends early: never a tie
+        return min(len(plain), len(other)), math.inf
+    score = model(torch.tensor([prompt + plain[:at]], device=model.cos.device))[0, -1]
+    if temperature:
+        score = score + temperature * Noise(seed, len(score), score.device)([row], [len(prompt) + at], 1)[0, 0]
+    gap = (score[plain[at]] - score[other[at]]).abs().item()
+    return at, math.inf if math.isnan(gap) else gap
+
 # -----------------------------------------------------------------------------
 # drafters: (model, x, last, ids, noise, pick) -> up to k tokens for every row, (B, k) int64, that may come next
 # ids is every row's text, last (B, 1) the end of it, x (B, 1, n_embd) the trunk's state from which last was drawn;
@@ -415,7 +433,8 @@ class Engine:
         drafter ('head', 'mtp', 'ngram', 'random' or a function) makes decoding speculative: up to draft_n tokens (15 at
         most) are guessed, one pass reads them all, the target makes its own draw at every position, and drafts are kept
         exactly as long as they equal these draws; then the target's draw is taken. So the text is the target's own,
-        token for token, at any temperature and with any drafter (drafter-invariant sampling, arXiv 2408.07978).
+        token for token, at any temperature and with any drafter (drafter-invariant sampling, arXiv 2408.07978; what
+        compiling adds to that, by its roundings, README says).
         adapt=False always drafts draft_n.
 
         reuse=True (one prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the
@@ -448,6 +467,8 @@ class Engine:
             static = self.compiled(draft, draft_n, pick)
         # a conversation goes on: what of the prompt the last cache holds is not read again
         text, cache = self.held if reuse else ([], None)
+        if static and self.device.type == 'cuda' and cache is not self.fixed:
+            text, cache = [], None              # kept by other drafters: no graph knows it
         if reuse:
             self.held = ([], None)      # stopped before the first pass is through, it holds no text that is known
         cache = cache or (self.graph_cache() if static and self.device.type == 'cuda' else

@@ -301,7 +301,7 @@ class GPT(nn.Module):
                     own = F.log_softmax(self.logits(x), dim=-1)
                 return torch.stack([(own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
                                     for state in states], dim=-1)                # (N, draft_n)
-            loss = chunked(nats, c.draft_n * c.vocab_size, x.detach().flatten(0, 1), *states)
+            loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
             step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
             keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
             losses['draft'] = ((loss * keep).sum(dim=0) / keep.sum(dim=0).clamp(min=1)).mean()
@@ -354,18 +354,19 @@ def shift(x, n, fill=-1):
     return F.pad(x[:, n:], (0, n) if x.ndim == 2 else (0, 0, 0, n), value=fill)
 
 
-def chunked(f, vocab_size, *rows):
+def chunked(f, vocab_size, *rows, times=1):
     """
     f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES,
     (compiled for a GPU GPU_CHUNKS times as much), and computed again in backward instead of kept: memory no longer
-    grows with N * vocab_size.
+    grows with N * vocab_size. times: how many logits f makes of a row.
     """
     n = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
     if rows[0].device.type == 'cuda' and torch.compiler.is_compiling():
         n *= GPU_CHUNKS
     if rows[0].size(0) <= n:
         return f(*rows)
-    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in zip(*(r.split(n) for r in rows))])
+    parts = zip(*(r.split(max(1, n // times)) for r in rows))
+    return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])
 
 
 def compile_step(module, tokens, vocab_size, **how):

@@ -3,7 +3,7 @@
 #     python distill.py --fetch=d32 --out_dir=teachers/d32                                # 7.2 GB, with its tokenizer
 #     pip install pyarrow
 #     python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=15             # 0.8B tokens, 1.5 GB
-#     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=h100 --price=2    # what it will take
+#     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=h100 --price=2 --utilisation=0.302
 #     python train.py config/distill_d12_mqa.py
 # Steps of it ran on an H100 of 80 GB at 43,511 tokens/s and 21 GiB (2026-11-27, random weights in the teacher): all of
 # it would take 5.0 hours. It has not been made to its end yet, so no loss of it is known.

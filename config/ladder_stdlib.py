@@ -18,8 +18,9 @@ _train = 'python train.py config/distill_stdlib_bpe.py'
 _labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
 _pruned = '--init_from=out-eighth-stdlib-bpe/best.pt'
 _round = 'python quantize.py --out_dir'
-_int4 = (f'{_train} --max_iters=1200 --muon_lr=0.005 --adam_lr=0.00125 --init_from=out-long-text/best.pt --quant_bits=4 '
-         f'--out_dir=out-qat4-text --teacher= && {_round}=out-qat4-text --bits=4')
+_int4 = f'{_train} --max_iters=1200 --muon_lr=0.005 --adam_lr=0.00125 --init_from=out-long-03/best.pt --quant_bits=4'
+_qat = f'{_int4} {_labels} --alpha=0.3 --out_dir=out-qat4-03 && {_round}=out-qat4-03 --bits=4'
+_draft = 'python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-long-03/best.pt'
 # The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 6,400
 # steps of it are as many FLOPs as the labels and 5,000 steps of the eighth.
 rungs = f'''
@@ -31,13 +32,14 @@ control: text alone 600 steps | {_train} --seed={{seed}} --out_dir=out-control-s
 the eighth from labels 600    | {_train} --seed={{seed}} {_pruned} {_labels} --out_dir=out-eighth-distilled-{{seed}}
 the eighth on text 600        | {_train} --seed={{seed}} {_pruned} --out_dir=out-eighth-text-{{seed}} --teacher=
 control: its shape random 600 | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
-the eighth from labels 5000   | {_train} {_labels} --max_iters=5000 --eval_interval=1000 {_pruned} --out_dir=out-long-stdlib-bpe
-student: on text 5000         | {_train} --max_iters=5000 --eval_interval=1000 {_pruned} --out_dir=out-long-text --teacher=
+the eighth on text 5000       | {_train} --max_iters=5000 --eval_interval=1000 {_pruned} --out_dir=out-long-text --teacher=
+student: labels at 0.3 5000   | {_train} {_labels} --alpha=0.3 --max_iters=5000 {_pruned} --out_dir=out-long-03
 control: equal FLOPs          | {_train} --max_iters=6400 --eval_interval=1000 --seed=1337 --out_dir=out-control-flops --teacher=
-student int8                  | {_round}=out-long-text
-student int4 gptq             | {_round}=out-long-text --bits=4 --method=gptq
-student int4 qat              | {_int4}
-student int4 qat and cache    | {_int4}
+student int8                  | {_round}=out-long-03
+student int4 gptq             | {_round}=out-long-03 --bits=4 --method=gptq
+student int4 qat on text      | {_int4} --out_dir=out-qat4-03-text --teacher= && {_round}=out-qat4-03-text --bits=4
+student int4 qat              | {_qat}
+student int4 qat and cache    | {_qat}
 teacher int8                  | {_round}=out-stdlib-bpe
-int8 drafting from labels 600 | python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-eighth-distilled-1337/best.pt --out_dir=out-draft-stdlib-bpe && {_round}=out-draft-stdlib-bpe
+student int8 drafting         | {_draft} --out_dir=out-draft-03 && {_round}=out-draft-03
 '''

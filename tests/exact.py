@@ -10,14 +10,13 @@ a text parts from the plain one, the two tokens' scores must lie within 1e-4 of 
 are counted. The last line is JSON; the status is 1 if any text is wrong.
 """
 import json
-import math
 import os
 import sys
 
 import torch
 
 sys.path.insert(0, '.')
-from engine import Engine, Noise
+from engine import Engine, parting
 from model import GPT, GPTConfig, load_model
 from quantize import convert, for_decoding
 
@@ -49,19 +48,6 @@ def models(kind):
         yield name, model if kind == 'float32' else convert(model, int(kind[3:]))
 
 
-@torch.no_grad()
-def gap(model, prompt, plain, other, row, temperature, run):
-    """Difference of the two scores where the texts part, by a full forward: 0 would be an exact tie."""
-    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), min(len(plain), len(other)))
-    if at == min(len(plain), len(other)):
-        return math.inf                                     # one text ends early: never a tie
-    scores = model(torch.tensor([prompt + plain[:at]]))[0, -1]
-    if temperature:
-        scores = scores + temperature * Noise(run, scores.numel())([row], [len(prompt) + at], 1)[0, 0]
-    difference = (scores[plain[at]] - scores[other[at]]).abs().item()
-    return math.inf if math.isnan(difference) else difference
-
-
 results = {}
 for kind in ('float32', 'int8', 'int4'):
     done, parted, widest, run = 0, 0, 0.0, 0
@@ -83,8 +69,8 @@ for kind in ('float32', 'int8', 'int4'):
                     done += sum(map(len, texts))
                     for row, (a, b) in enumerate(zip(plain, texts)):
                         if a != b:
-                            parted, widest = parted + 1, max(
-                                widest, gap(model, prompts[row], a, b, row, temperature, run))
+                            gap = parting(model, prompts[row], a, b, temperature, row, run)[1]
+                            parted, widest = parted + 1, max(widest, gap)
                             print(f'{kind}, {name}, T={temperature}, {drafter} k={k}, row {row}: parts')
     results[kind] = {'tokens': done, 'partings': parted, 'widest_gap': widest,
                      'wrong': int(widest > 1e-4) if kind == 'float32' else parted}

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from data.loader import Loader, held_out
-from distill import (DIVERGENCES, Distiller, Labels, choose_labels, fit_temperature, in_bfloat16, load_teacher,
+from distill import (DIVERGENCES, GPT2, Distiller, Labels, choose_labels, fit_temperature, in_bfloat16, load_teacher,
                      write_labels)
 from model import GPT, GPTConfig, load_checkpoint, shift
 from test_train import (TINY, interrupt, largest_difference, make_dataset, refused,  # noqa: F401, a fixture
@@ -130,9 +131,13 @@ def test_a_teacher_teaches_nothing_to_itself():
         assert loss.abs() < 1e-6 and all(p.grad.abs().max() < 1e-5 for p in model.parameters())
 
 
-@pytest.mark.parametrize('tied', [False, True])
+@pytest.mark.parametrize('tied', [False, True, 'GPT-2'])
 def test_a_teacher_whose_matrices_are_in_bfloat16_teaches_the_same(tied):
-    student, teacher = random_model(), random_model(1, tie_weights=tied)
+    student = random_model()
+    teacher = random_model(1, tie_weights=tied is True)
+    if tied == 'GPT-2':
+        teacher = GPT2(SimpleNamespace(bias=True, eps=1e-5, gelu='tanh', **SMALL))
+        teacher.lm_head.weight = teacher.transformer.wte.weight
     idx, _ = batch()
     with torch.autocast('cpu', torch.bfloat16):
         before = Distiller(student, [teacher])(idx, idx)['kl'].item()
