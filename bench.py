@@ -968,12 +968,12 @@ def occupied(command):
 def build_rung(name, seed, command, folders):
     """
     Runs a rung's commands; what they print goes to a file beside the ladder. -> its row: the model's file and what it
-    cost, with what that one of folders {folder: row} cost that it starts from, and the FLOPs of its labels.
+    cost, with what that one of folders {folder: row} cost that it starts from; apart, the FLOPs of labels, by folder.
     """
     called = f"{name or 'prepare'} {seed or ''}".strip()
     log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log')
     row = {'name': name, 'seed': seed, 'command': command, 'file': None, 'mtime': 0,
-           'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0}
+           'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
     for part in command.split('&&'):
         print(f'[{called}] {part.strip()} > {log}', file=sys.stderr, flush=True)
         with open(log, 'w') as out:
@@ -986,10 +986,14 @@ def build_rung(name, seed, command, folders):
         said = json.loads(last) if last.startswith('{') else {}     # a prepare.py ends without a document
         for folder, below in folders.items():
             found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
-            if (found and folder != said.get('out_dir')
-                    and (found[1] != 'teacher' or below['file'].endswith('labels.bin'))):
-                for k in ('flops',) if found[1] == 'teacher' else ('tokens', 'seconds', 'flops'):
+            if not found or folder == said.get('out_dir'):
+                continue
+            if found[1] != 'teacher':
+                row['labels'] |= below.get('labels', {})
+                for k in ('tokens', 'seconds', 'flops'):
                     row[f'train_{k}'] += below[f'train_{k}']
+            elif below['file'].endswith('labels.bin'):
+                row['labels'][folder] = below['train_flops']        # once, however many trainings they serve
         for k in ('tokens', 'seconds', 'flops') if 'iters' in said else ('seconds', 'flops'):
             row[f'train_{k}'] += said.get(k) or 0
         row['file'] = said.get('file') or (
@@ -1156,11 +1160,12 @@ def measure_ladder():
         write_ladder(rows)
         draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
 
+    all_flops = lambda row: {'train_flops': row['train_flops'] + sum(row.get('labels', {}).values())}
     lines, first = [], shown[0]
     control = next((same for name, same in names.items() if 'control' in name), None)
     for same in names.values():
         row, losses = same[0], [row['val_loss'] for row in same]
-        lines.append(row | {
+        lines.append(row | all_flops(row) | {
             'smaller': first['bytes'] / row['bytes'], 'val_bpb': mean(row['val_bpb'] for row in same),
             'val_loss': mean(losses), 'deviation': stdev(losses) if len(same) > 1 else None,
             'p': welch(losses, [r['val_loss'] for r in control]) if control and control is not same else None}
@@ -1175,7 +1180,7 @@ def measure_ladder():
             ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
             ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'),
             ('PFLOPs', 'train_flops', ',.1f', 1e15)],
-           lines, rows=[{k: v for k, v in row.items() if k != 'mtime'} for row in shown])
+           lines, rows=[{k: v for k, v in row.items() if k != 'mtime'} | all_flops(row) for row in shown])
     wrong = [row['name'] for row in shown
              if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
     if wrong:

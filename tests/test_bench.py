@@ -546,15 +546,16 @@ open(folder + '/labels.bin', 'w').write('labels')
 print(json.dumps({'file': folder + '/labels.bin', 'tokens': 9, 'seconds': 1.0, 'flops': 7}))
 ''')
     lines = '''            | python T/label.py --out_dir=T/labels --teacher=T/w
-student     | python T/make.py T/narrow/best.pt --out_dir=T/n 30 --teacher=T/labels'''
+student     | python T/make.py T/narrow/best.pt --out_dir=T/n 30 --teacher=T/labels
+goes on     | python T/make.py T/narrow/best.pt --out_dir=T/m 5 --init_from=T/n/best.pt --teacher=T/labels'''
     narrow = next(line for line in CONFIG.splitlines() if line.startswith('narrow'))
     rows = json.loads(climb(old=narrow, new=lines).out.splitlines()[-1])['rows']
     assert {r['name']: r['train_flops'] for r in rows if r['name']} == {
-        'wide': 1000, 'a control': 300, 'student': 307, 'int4': 1000}
+        'wide': 1000, 'a control': 300, 'student': 307, 'goes on': 357, 'int4': 1000}
     (at / 'labels' / 'mine').write_text('')
     (at / 'w' / 'mine').write_text('')
     os.remove(at / 'w' / 'best.pt')
-    assert climb(old=narrow, new=lines).status == 0 and climb.calls() == ['w', 'c1', 'c2', 'n', 'w', 'n']
+    assert climb(old=narrow, new=lines).status == 0 and climb.calls() == ['w', 'c1', 'c2', 'n', 'm', 'w', 'n', 'm']
     assert os.listdir(at / 'labels') == ['labels.bin'] and (at / 'w' / 'mine').exists()
 
 
