@@ -586,8 +586,11 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         buffers = [self.state[p]['momentum'] for p in params]
         tall = [p.size(0) > p.size(1) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - group['momentum'])
-        grads = torch._foreach_lerp(grads, buffers, group['momentum'])   # Nesterov
+        m = group['momentum']                   # by products and sums: torch 2.11 cannot _foreach_lerp sharded tensors
+        torch._foreach_mul_(buffers, m)
+        torch._foreach_add_(buffers, grads, alpha=1 - m)
+        grads = torch._foreach_mul(grads, 1 - m)                         # Nesterov
+        torch._foreach_add_(grads, buffers, alpha=m)
         # all made wide, so that X @ X.mT is the small side
         wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])
         updates = [share((u.mT if t else u).to(p.dtype), p)
