@@ -146,9 +146,13 @@ def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
     """A GPT.trunk for a machine on which n rows fit."""
     trunk = GPT.trunk
 
-    def limited(self, idx, *cache):
-        if len(idx) > n:
+    @torch.compiler.disable                     # torch 2.11 cannot compile a raise
+    def check(rows):
+        if rows > n:
             raise error
+
+    def limited(self, idx, *cache):
+        check(len(idx))
         return trunk(self, idx, *cache)
     return limited
 
