@@ -1077,10 +1077,10 @@ def time_rungs(rows):
         for row, key, engine, text, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
             prompt = text.rows([1024 * r])[0][:, :prompt_tokens].tolist()
-            seen.append(decode(engine, prompt, seed + r, drafter))
+            seen.append((*decode(engine, prompt, seed + r, drafter), prompt[0], seed + r))
     torch.set_num_threads(usual)
-    for row, key, *_, seen in runs:
-        texts, stats = zip(*seen)
+    for row, key, engine, *_, seen in runs:
+        texts, stats, prompts, seeds = zip(*seen)
         row[key] = median(s['tok_s'] for s in stats[1:])
         if key == 'tok_s':                      # a row's plain run comes first
             plain = texts
@@ -1088,7 +1088,10 @@ def time_rungs(rows):
             row['tokens_per_verify'] = sum(s['tokens'] for s in stats) / sum(sum(s['accepted']) for s in stats)
             row['speculation_exact'] = texts == plain
         else:       # compiled, what is float has its sums in another order, and at a tie a text may part from the plain
-            row[key.replace('tok_s', 'same_texts')] = mean(a == b for a, b in zip(texts, plain))
+            parts = [parting(engine.model, p, a, b, temperature, 0, s)
+                     for p, (a,), (b,), s in zip(prompts, plain, texts, seeds)]
+            row[key.replace('tok_s', 'same_texts')] = mean(part is None for part in parts)
+            row['same_texts_gap'] = max(row.get('same_texts_gap', 0), *(part[1] if part else 0 for part in parts))
     for row in rows if tells_memory else ():
         row['memory_bytes'] = memory_alone(row['file'], row['int8_cache'])['memory_bytes']
 
@@ -1185,6 +1188,9 @@ def measure_ladder():
              if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False]
     if wrong:
         fail(f"{', '.join(wrong)}: another text with drafts than without, on integers")
+    wrong = [f"{row['name']} {row['same_texts_gap']:.2g}" for row in shown if row.get('same_texts_gap', 0) > 1]
+    if wrong:
+        fail(f"another text compiled, by scores that far apart: {', '.join(wrong)}")
 
 # -----------------------------------------------------------------------------
 # the mode

@@ -385,11 +385,13 @@ class Engine:
                 tokens = torch.cat((last, draft(model, x, last, None, noise[:, :n], pick)), dim=1)
                 states = model.trunk(tokens, cache)
                 return tokens, pick(model.logits(states), noise), states
-            # reduce-overhead asks for CUDA graphs: a round is launched as one, instead of some hundred kernels
-            how = dict(options={'cpp_wrapper': True}) if self.device.type == 'cpu' else dict(mode='reduce-overhead')
+            # On a GPU a round is launched as one CUDA graph, instead of some hundred kernels. Without inplace_buffers:
+            # inductor of torch 2.13 lets a drafted pass's states be overwritten while they are read.
+            options = {'cpp_wrapper' if self.device.type == 'cpu' else 'triton.cudagraphs': True,
+                       'inplace_buffers': False}
             # drafters, temperatures and cache sizes all compile this same function
             torch._dynamo.config.recompile_limit = 64
-            self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, **how)
+            self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, options=options)
         return self.steps[key]
 
     def graph_cache(self):
