@@ -627,7 +627,10 @@ def gemm_rate(c):
 
 
 def time_steps(c, folder):
-    """-> {way: ms by part of each round's mean step}, FLOP/s of a matrix product, FLOPs a token, parameters."""
+    """
+    -> {way: ms by part of each round's mean step}, FLOP/s of a matrix product, on a GPU {way: bytes at its peak}, FLOPs a
+    token, parameters.
+    """
     model, trained, _, step = set_up(c, batch_size, folder)
     compiled = lambda **how: compile_step(trained, batch_size * c.block_size, c.vocab_size, **how)
     forwards = {'eager': trained} | ({'compiled': compiled()} if compile else {}) | (
