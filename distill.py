@@ -720,7 +720,7 @@ if __name__ == '__main__':
         raise SystemExit(f"error: k ({k}) must be at most the vocabulary ({teachers[0].config.vocab_size:,})")
     if compile and can_compile(device):
         for t in teachers:
-            t.trunk = torch.compile(t.trunk)
+            t.trunk, t.logits = torch.compile(t.trunk), torch.compile(t.logits)
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     if dtype == 'bfloat16':
         teachers = [in_bfloat16(t) for t in teachers]

@@ -1,45 +1,39 @@
-# The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights, which then train on,
-# from its labels or on the text. Beside that the controls, then integers, and a head that drafts. Each line is the
-# command that builds it.
+# The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights, which then train on from
+# its labels. Beside that the controls, then integers, and a head that drafts. Each line is the command that builds it.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
-# 2 CPU cores: some three and a half hours (estimated from rungs that ran on one thread each), nearly all of it training.
-# A run that is stopped goes on at the rung where it was. README has the results, under "The BPE path".
+# 2 CPU cores: at most 90 minutes, nearly all of it training. A run that is stopped goes on at the rung where it was.
+# README has the results, under "The BPE path".
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
-seeds = '1337,1338,1339'        # of the trainings of 600 steps
 draft_n = 4
 compiled = 'teacher,student int8,student int4 qat,student int4 qat and cache'
 int8_cache = 'student int4 qat and cache'
 
-_prune = 'python prune.py --out_dir=out-stdlib-bpe'
-_eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667'
-_its_shape = '--n_layer=6 --n_head=2 --n_embd=128 --head_dim=64 --n_kv_head=1 --n_hidden=244 --tie_weights=False'
+# Steps of 4,096 tokens. equal: as many FLOPs as the labels and the student's steps take.
+_teacher, _student, _equal, _int4, _draft = 1000, 1400, 3500, 600, 150
+# README's longer run:                      1400, 5000, 6400, 1200, 300
+
 _train = 'python train.py config/distill_stdlib_bpe.py'
-_labels = '--teacher=labels-stdlib-bpe'         # named, so that their cost is counted
-_pruned = '--init_from=out-eighth-stdlib-bpe/best.pt'
+_labels = '--teacher=labels-bpe --alpha=0.3'
+_eighth = '--neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667'
+_pruned = f'--init_from=out-bpe-eighth/best.pt --max_iters={_student}'
+_slow = f'--max_iters={_int4} --muon_lr=0.005 --adam_lr=0.00125'       # a quarter of the rates
 _round = 'python quantize.py --out_dir'
-_int4 = f'{_train} --max_iters=1200 --muon_lr=0.005 --adam_lr=0.00125 --init_from=out-long-03/best.pt --quant_bits=4'
-_qat = f'{_int4} {_labels} --alpha=0.3 --out_dir=out-qat4-03 && {_round}=out-qat4-03 --bits=4'
-_draft = 'python train.py config/draft_stdlib_bpe.py --max_iters=300 --init_from=out-long-03/best.pt'
-# The controls from random weights are 4 layers of 160 with tied tables: of this size the better shape for that. 6,400
-# steps of it are as many FLOPs as the labels and 5,000 steps of the eighth.
+_qat = (f'{_train} {_labels} {_slow} --init_from=out-bpe-student/best.pt --quant_bits=4 --out_dir=out-bpe-int4 '
+        f'&& {_round}=out-bpe-int4 --bits=4')
+# The control from random weights is 4 layers of 160 with tied tables: of this size the better shape for that.
 rungs = f'''
-                              | python data/stdlib_bpe/prepare.py
-teacher                       | python train.py config/train_stdlib_bpe.py
-                              | python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
-an eighth of the teacher      | {_prune} {_eighth} --save_dir=out-eighth-stdlib-bpe
-control: text alone 600 steps | {_train} --seed={{seed}} --out_dir=out-control-stdlib-bpe-{{seed}} --teacher=
-the eighth from labels 600    | {_train} --seed={{seed}} {_pruned} {_labels} --out_dir=out-eighth-distilled-{{seed}}
-the eighth on text 600        | {_train} --seed={{seed}} {_pruned} --out_dir=out-eighth-text-{{seed}} --teacher=
-control: its shape random 600 | {_train} {_its_shape} --seed=1337 --out_dir=out-control-eighth --teacher=
-the eighth on text 5000       | {_train} --max_iters=5000 --eval_interval=1000 {_pruned} --out_dir=out-long-text --teacher=
-student: labels at 0.3 5000   | {_train} {_labels} --alpha=0.3 --max_iters=5000 {_pruned} --out_dir=out-long-03
-control: equal FLOPs          | {_train} --max_iters=6400 --eval_interval=1000 --seed=1337 --out_dir=out-control-flops --teacher=
-student int8                  | {_round}=out-long-03
-student int4 gptq             | {_round}=out-long-03 --bits=4 --method=gptq
-student int4 qat on text      | {_int4} --out_dir=out-qat4-03-text --teacher= && {_round}=out-qat4-03-text --bits=4
-student int4 qat              | {_qat}
-student int4 qat and cache    | {_qat}
-teacher int8                  | {_round}=out-stdlib-bpe
-student int8 drafting         | {_draft} --out_dir=out-draft-03 && {_round}=out-draft-03
+                           | python data/stdlib_bpe/prepare.py
+teacher                    | python train.py config/train_stdlib_bpe.py --max_iters={_teacher} --eval_interval=0 --muon_steps=3 --out_dir=out-bpe-teacher
+teacher int8               | {_round}=out-bpe-teacher
+                           | python distill.py --teacher=out-bpe-teacher --out_dir=labels-bpe
+an eighth of the teacher   | python prune.py --out_dir=out-bpe-teacher {_eighth} --save_dir=out-bpe-eighth
+control: that, on the text | {_train} --teacher= {_pruned} --out_dir=out-bpe-text
+student: that, from labels | {_train} {_labels} {_pruned} --out_dir=out-bpe-student
+control: equal FLOPs       | {_train} --teacher= --max_iters={_equal} --out_dir=out-bpe-equal
+student int8               | {_round}=out-bpe-student
+student int4 gptq          | {_round}=out-bpe-student --bits=4 --method=gptq
+student int4 qat           | {_qat}
+student int4 qat and cache | {_qat}
+student int8 drafting      | python train.py config/draft_stdlib_bpe.py --max_iters={_draft} --init_from=out-bpe-student/best.pt --out_dir=out-bpe-draft && {_round}=out-bpe-draft
 '''
