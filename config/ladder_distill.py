@@ -2,7 +2,6 @@
 # the same batches and rates.
 #     python bench.py --mode=ladder config/ladder_distill.py
 # Labels are the teachers', written once. "Beside" means that the teacher runs along, which costs more than the student.
-# After ladder_stdlib.py it takes that one's teacher, labels and pruned eighth.
 # 2 CPU cores: some three and a half hours as one process of one thread, of which the second teacher takes nearly two.
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'

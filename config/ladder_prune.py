@@ -4,7 +4,7 @@
 # A score alone: what is left keeps its weights. obs, and taylor refit: it is fitted by least squares, and channels are
 # cut along principal axes. +1 and +5: after so many per cent of the teacher's training tokens, learnt from its labels
 # with a quarter of its tokens a step, and of its rates.
-# After ladder_stdlib.py it takes that one's teacher, labels and student.
+# After ladder_distill.py it takes that one's teacher, labels and pruned eighth.
 # 2 CPU cores: two hours, with two processes of one thread each, after the teacher and its labels (README has the
 # results of 2026-11-26). The rungs that matter most come first.
 mode = 'ladder'
