@@ -7,7 +7,6 @@ ladder = 'out-ladder-shakespeare/ladder.json'
 compiled = 'control: float,int8'
 draft_n = 6
 temperature = 1.0
-threads = 1
 _train = 'python train.py config/qat_shakespeare_char.py'
 _round = 'python quantize.py --out_dir'
 rungs = f'''
