@@ -2,7 +2,7 @@
 # the same batches and rates.
 #     python bench.py --mode=ladder config/ladder_distill.py
 # Labels are the teachers', written once. "Beside" means that the teacher runs along, which costs more than the student.
-# 2 CPU cores: some three and a half hours as one process of one thread, of which the second teacher takes nearly two.
+# 2 CPU cores: some three and a half hours as one process of one thread, of which the second teacher and its labels take one and a half.
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'
 seeds = '1337,1338,1339'        # of the rows that are set against others

@@ -5,8 +5,8 @@
 # cut along principal axes. +1 and +5: after so many per cent of the teacher's training tokens, learnt from its labels
 # with a quarter of its tokens a step, and of its rates.
 # After ladder_distill.py it takes that one's teacher, labels and pruned eighth.
-# 2 CPU cores: two hours, with two processes of one thread each, after the teacher and its labels (README has the
-# results of 2026-11-26). The rungs that matter most come first.
+# 2 CPU cores: two hours, as two processes of one thread each, after the teacher and its labels (README has the
+# results). The rungs that matter most come first.
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
 seeds = '1337,1338,1339'        # of the half's recovery
@@ -74,7 +74,7 @@ rungs = '\n'.join([
      '--save_dir=out-prune-drafting && python quantize.py --out_dir=out-prune-drafting'),
     (f'drafting: halved neurons +5 | {_learn} --init_from=out-prune-drafting/best.pt --max_iters=280 '
      '--out_dir=out-prune-drafting-5 && python quantize.py --out_dir=out-prune-drafting-5'),
-    # not run on that day: Taylor's order with the refit, and what to cut chosen by measured loss instead of by this file
+    # not run yet: Taylor's order with the refit, and what to cut chosen by measured loss instead of by this file
     f'50 % taylor refit | {_cut} {_shapes["50"]} --importance=taylor --save_dir=out-prune-50-taylor-refit',
     f'50 % measured | {_cut} --keep_params=0.5 --save_dir=out-prune-measured',
     _after('50 % measured', 'measured'),
