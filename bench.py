@@ -50,7 +50,6 @@ import os
 import pickle
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -67,9 +66,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.loader import Loader, load_meta, write_dataset
+from data.loader import Loader, data_of, load_meta, write_dataset
 from data.tokenizer import CharTokenizer, from_meta
-from distill import Distiller, in_bfloat16, load_teacher
+from distill import DIVERGENCES, Distiller, in_bfloat16, load_teacher
 from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, parting
 from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, atomic_write, can_compile, check_device, check_knobs,
                    compile_step, evaluate, fast_bf16, load_checkpoint, make_config, make_optimizers, peak_flops, update)
@@ -177,12 +176,19 @@ if mode in ('train', 'memory'):
         fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
     check_knobs(config,
                 ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
-                ('vocab_size total_batch_size', int, 0, math.inf), ('price tokens_per_param', float, 0, math.inf),
-                ('utilisation dropout', float, 0, 1), may_be_none='n_kv_head head_dim n_hidden')
+                ('vocab_size total_batch_size multi_token_n draft_n', int, 0, math.inf),
+                ('price tokens_per_param', float, 0, math.inf), ('utilisation dropout', float, 0, 1),
+                ('ema', float, 0, 0.999999), ('temperature', float, 1e-3, math.inf), ('quant_bits', (0, 8, 4)),
+                ('tables_bits', (8, 4)), ('quant_group', (32, 64, 128)), ('muon_steps', (5, 3)),
+                ('divergence', DIVERGENCES), ('dtype', ('auto', 'float32', 'bfloat16')),
+                may_be_none='n_kv_head head_dim n_hidden')
     if dtype == 'auto':
         dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
     compile = compile and (plan or can_compile(device))
-    accumulation = max(1, round(total_batch_size / (batch_size * block_size)))
+    tokens_per_step = total_batch_size or batch_size * block_size
+    accumulation = max(1, round(tokens_per_step / (batch_size * block_size)))
+    # the peak of a process is Linux's to tell, or CUDA's
+    measured = measured and (device.startswith('cuda') or os.path.exists('/proc/self/clear_refs'))
     if device.startswith('cuda'):
         torch.set_float32_matmul_precision('high')                  # as train.py does
 else:
@@ -275,17 +281,16 @@ if mode in ('decode', 'quality'):
         fail(f'formats ({",".join(formats)}) need a C++ compiler: leave those with -compiled out')
     if 'bf16-compiled' in formats and device == 'cpu':
         fail(f'formats ({",".join(formats)}): bf16-compiled is for a GPU, there is no compiling oneDNN\'s layout')
+    if device != 'cpu' and any(f.startswith('int4-bf16') for f in formats):
+        fail(f'formats ({",".join(formats)}): int4-bf16 is a layout for CPUs')
     if (llama2c or nanochat) and not peers:
         fail(f'llama2c ({llama2c}) and nanochat ({nanochat}) are measured with --peers=True')
 
 
 def open_model(file):
-    """A checkpoint, or a file of integers -> the model, its tokenizer, the folder of its data."""
+    """A checkpoint, or a file of integers -> the model, the folder of its data, its tokenizer."""
     model, state = load(file, device)
-    tokenizer, data = from_meta(state['tokenizer']), os.path.join('data', state['dataset'])
-    if from_meta(load_meta(data)).meta() != tokenizer.meta():
-        fail(f'{data} has another tokenizer than {file} was trained with: prepare it as it was')
-    return model, tokenizer, data
+    return model, *data_of(state, file)
 
 
 def build(shape, format):
@@ -318,7 +323,7 @@ def bytes_per_pass(model):
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
-def quality(model, tokenizer, data, dtype):
+def quality(model, data, tokenizer, dtype):
     """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
     c = model.config
     result = evaluate(model, Loader(data, 'val', 16, c.block_size, device=device).eval_batches(), tokenizer.token_bytes,
@@ -328,12 +333,12 @@ def quality(model, tokenizer, data, dtype):
 
 
 def measure_quality():
-    _, tokenizer, data = open_model(os.path.join(shape, 'best.pt'))
+    _, data, tokenizer = open_model(os.path.join(shape, 'best.pt'))
     rows = []
     for f in formats:
         model = build(shape, f).model
         rows += [{'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
-                 | quality(model, tokenizer, data, dtype) for dtype in (torch.float32, torch.int8)]
+                 | quality(model, data, tokenizer, dtype) for dtype in (torch.float32, torch.int8)]
     report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
             ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
 
@@ -533,17 +538,15 @@ def shape_of_config():
 
 
 def teachers_of_config(c):
-    """-> the teachers' models, nanochat's with random weights where it is absent; of labels, the samples a token."""
+    """-> the teachers' models, of nanochat's d32 and its like with random weights; of labels, the samples a token."""
     meta, models = os.path.join(teacher, 'meta.json'), []
     if teacher.startswith('labels') and not os.path.exists(teacher):
         return [], 12                           # what distill.py writes
     if teacher and os.path.exists(meta):
         return [], json.load(open(meta))['k']
     for name in teacher.split('+') if teacher else ():
-        absent = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)', name)
-        if absent and not os.path.isdir(name.removeprefix('nanochat:')):
-            name = f'random:{absent[1]}'
-        model = load_teacher(name, device)[0]
+        named = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)/?', name)       # no gigabytes are read to measure its shape
+        model = load_teacher(f'random:{named[1]}' if named else name, device)[0]
         if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
             fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of '
                  f'{model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): '
@@ -857,7 +860,7 @@ def plan_shapes(c):
         rows.append({'n_layer': depth, 'n_embd': width, 'n_head': width // 64, 'params': n,
                      'shards': shards, 'download_bytes': shards * SHARD_BYTES,
                      'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
-                     'steps': math.ceil(tokens / (accumulation * batch_size * c.block_size))}
+                     'steps': math.ceil(tokens / tokens_per_step)}
                     | bill(tokens, model.flops_per_token()))
     if not rows:
         fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: '
@@ -891,7 +894,7 @@ def plan_training(c, groups, spoken, flops):
     if len(rows) > 1:
         a, b = rows[-2:]
         low = a['batch'] + int((room - a[decides]) / (b[decides] - a[decides]) * a['batch'])
-    cost = bill(max_iters * accumulation * batch_size * c.block_size, flops)
+    cost = bill(max_iters * tokens_per_step, flops)
     print(spoken)
     print(f"{gpu}: {gpu_bytes / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
           f"the largest batch that fits is {low} rows of {c.block_size}, between two of these by proportion"
@@ -958,7 +961,9 @@ def occupied(command):
     """The first folder that the command would write models or labels into and that has some, or None."""
     for part in command.split('&&'):
         script, *words = shlex.split(part)[1:]
-        told = ({k: v for word in words if word.endswith('.py') for k, v in runpy.run_path(word).items()}
+        files = [word for word in words if word.endswith('.py') and os.path.exists(word)]
+        told = ({k: v for file in files
+                 for k, _, v in re.findall(r'^(out_dir|save_dir) *= *([\'"])(.*?)\2', open(file).read(), re.M)}
                 | dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word))
         folder = told.get('save_dir') or told.get('out_dir') or ('out' if script == 'train.py' else '')
         if script == 'prune.py' and not told.get('save_dir'):
@@ -973,13 +978,13 @@ def build_rung(name, seed, command, folders):
     Runs a rung's commands; what they print goes to a file beside the ladder. -> its row: the model's file and what it
     cost, with what that one of folders {folder: row} cost that it starts from; apart, the FLOPs of labels, by folder.
     """
-    called = f"{name or 'prepare'} {seed or ''}".strip()
+    called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[:60]
     log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log')
     row = {'name': name, 'seed': seed, 'command': command, 'file': None, 'mtime': 0,
            'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
-    for part in command.split('&&'):
+    for n, part in enumerate(command.split('&&')):
         print(f'[{called}] {part.strip()} > {log}', file=sys.stderr, flush=True)
-        with open(log, 'w') as out:
+        with open(log, 'a' if n else 'w') as out:
             got = subprocess.run([sys.executable, *shlex.split(part)[1:]],
                                  stdout=out, stderr=subprocess.PIPE, text=True)
         if got.returncode:
@@ -988,10 +993,10 @@ def build_rung(name, seed, command, folders):
         last = (open(log).read().splitlines() or [''])[-1]
         said = json.loads(last) if last.startswith('{') else {}     # a prepare.py ends without a document
         for folder, below in folders.items():
-            found = re.search(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part)
+            found = set(re.findall(rf'--(init_from|out_dir|teacher)={re.escape(folder)}(?![^\s/+])', part))
             if not found or folder == said.get('out_dir'):
                 continue
-            if found[1] != 'teacher':
+            if found != {'teacher'}:
                 row['labels'] |= below.get('labels', {})
                 for k in ('tokens', 'seconds', 'flops'):
                     row[f'train_{k}'] += below[f'train_{k}']
@@ -1011,31 +1016,40 @@ def untimed(row):
 
 def measure_rung(file, int8):
     """-> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one."""
-    model, tokenizer, data = open_model(file)
+    model, data, tokenizer = open_model(file)
     with torch.device('meta'):
         params = GPT(model.config).params()
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
-            **quality(model, tokenizer, data, torch.int8 if int8 else None)}
+            **quality(model, data, tokenizer, torch.int8 if int8 else None)}
 
 
-def write_ladder(rows, building=None):
-    """building: the command that runs now: what is in its folder is not somebody else's if it is stopped."""
-    document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows}
+def write_ladder(rows, others, building=None):
+    """
+    others: rungs of earlier runs that this one did not come to, or does not have: they stay a ladder's own. building:
+    the command that runs now: what is in its folder is not somebody else's if it is stopped.
+    """
+    document = {'mode': mode, 'machine': machine, 'building': building, 'rows': rows, 'others': [*others]}
     atomic_write(ladder, lambda f: f.write(json.dumps(document, indent=1).encode()))
 
 
 def build_ladder(wanted):
-    """-> the rungs' rows. Built is what no ladder has recorded as it is, and what is older than what it is made of."""
+    """
+    -> the rungs' rows, and those that were recorded here besides. Built is what no ladder has recorded as it is, and
+    what is older than what it is made of.
+    """
+    def is_intact(row):
+        return bool(row['file']) and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
     last = json.load(open(ladder)) if os.path.exists(ladder) else {'rows': []}
-    above, rows = {row['command']: row for row in last['rows']}, []     # each is kept until this run gets to it
-    # a rung may stand in the record of another ladder, too
+    everything = lambda record: record['rows'] + record.get('others', [])
+    above, rows = {row['command']: row for row in everything(last)}, []     # each is kept until this run gets to it
+    # a rung may stand in the record of another ladder, too, and may have been built again by that one
     records = [json.load(open(path)) for path in glob.glob('out-ladder*/ladder.json')] + [last]
-    known = {row['command']: row for record in records for row in record['rows']}
+    known = {row['command']: row for row in sorted(itertools.chain(*map(everything, records)), key=is_intact)}
     for name, rung_seed, command in wanted:
         # of several files in a folder the first: its rung made the folder
         folders = {os.path.dirname(row['file']): row for row in reversed(rows) if row['file']}
         row = known.get(command)
-        intact = row and row['file'] and os.path.exists(row['file']) and os.path.getmtime(row['file']) == row['mtime']
+        intact = row and is_intact(row)
         stale = intact and any(
             below['mtime'] > row['mtime'] and re.search(rf'(?<![\w-]){re.escape(folder)}(?![\w-])', command)
             for folder, below in folders.items())
@@ -1045,7 +1059,7 @@ def build_ladder(wanted):
         if stale and row['file'].endswith('labels.bin'):
             shutil.rmtree(os.path.dirname(row['file']))             # distill.py replaces no labels
         if stale or not intact:
-            write_ladder([*rows, *above.values()], command)
+            write_ladder(rows, above.values(), command)
             row = build_rung(name, rung_seed, command, folders)
         if name and not row['file']:
             fail(f'rung {name!r}: its command names no model file; a line that only prepares has no name')
@@ -1056,8 +1070,8 @@ def build_ladder(wanted):
         rows.append(row)
         known[command] = row                    # another rung may be the same file, say with another cache
         above.pop(command, None)
-        write_ladder([*rows, *above.values()])
-    return rows
+        write_ladder(rows, above.values())
+    return rows, [*above.values()]
 
 
 def time_rungs(rows):
@@ -1067,7 +1081,7 @@ def time_rungs(rows):
     """
     runs, usual = [], torch.get_num_threads()
     for row in rows:
-        model, _, data = open_model(row['file'])
+        model, data, _ = open_model(row['file'])
         must_fit(model.config, row['name'])
         text = Loader(data, 'val', 1, model.config.block_size)
         drafters = ['none'] + [d for d, head in HEADS.items() if hasattr(model, head)][:1]
@@ -1079,7 +1093,7 @@ def time_rungs(rows):
     for r in in_rounds('timing, '):
         for row, key, engine, text, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
-            prompt = text.rows([1024 * r])[0][:, :prompt_tokens].tolist()
+            prompt = text.rows([1024 * r % max(1, text.n_tokens - prompt_tokens)])[0][:, :prompt_tokens].tolist()
             seen.append((*decode(engine, prompt, seed + r, drafter), prompt[0], seed + r))
     torch.set_num_threads(usual)
     for row, key, engine, *_, seen in runs:
@@ -1137,6 +1151,8 @@ def measure_ladder():
         fail(f'check ({check}) is not there: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
     recorded, wanted = (json.load(open(check)), []) if check else ({'machine': machine, 'rows': []}, read_rungs())
+    if check and not any(row['name'] for row in recorded.get('rows', [])):
+        fail(f'check ({check}) records no rung: build the ladder first')
     if recorded['machine'] != machine:
         print(f"note: {check} is of another machine: {recorded['machine']}", file=sys.stderr)
     there = {row['name'] for row in recorded['rows']}.union(name for name, *_ in wanted) - {''}
@@ -1144,7 +1160,8 @@ def measure_ladder():
         for name in config[knob].split(',') if config[knob] not in words else ():
             if name not in there:
                 fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
-    rows, old = build_ladder(wanted), [row for row in recorded['rows'] if row['name']]
+    rows, others = build_ladder(wanted)
+    old = [row for row in recorded['rows'] if row['name']]
     for row in old:
         if not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
@@ -1163,7 +1180,7 @@ def measure_ladder():
                    if before.get(key) and new.get(key) and abs(new[key] / before[key] - 1) > noise]
         print('\n'.join(changes or ['nothing changed beyond noise']))
     else:
-        write_ladder(rows)
+        write_ladder(rows, others)
         draw_ladder(names, os.path.splitext(ladder)[0] + '.png')
 
     all_flops = lambda row: {'train_flops': row['train_flops'] + sum(row.get('labels', {}).values())}

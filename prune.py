@@ -432,8 +432,8 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
 # the script
 
 if __name__ == '__main__':
-    from data.loader import Loader, load_meta, write_dataset
-    from data.tokenizer import cut_tokenizer, from_meta, recode
+    from data.loader import Loader, data_of, load_meta, write_dataset
+    from data.tokenizer import cut_tokenizer, recode
     from engine import Engine
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -472,11 +472,7 @@ if __name__ == '__main__':
     check_device(device)
     model, state = load_model(source, device)
     data_name = dataset or state['dataset']
-    data_dir = os.path.join('data', data_name)
-    tokenizer = from_meta(state['tokenizer'])
-    if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
-        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: "
-                         f"give the dataset it was trained on (--dataset={state['dataset']})")
+    data_dir, tokenizer = data_of(state, out_dir, dataset)
 
     whole, old, old_dir, knobs = model, tokenizer, data_dir, state.get('knobs', {})
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
@@ -523,7 +519,7 @@ if __name__ == '__main__':
     speeds, result = ([], []), {'file': path}
     for turn in range(3):                   # interleaved; the fastest of each counts: neighbours can only slow it down
         for (side, *_), seen in zip(sides, speeds):
-            engine, n = Engine(side), min(100, side.config.block_size - 1)
+            engine, n = Engine(side), min(100, side.config.block_size)
             engine.complete([[0]], n, temperature=0.8, seed=seed)
             seen.append(n / engine.stats['seconds'])
     for when, (side, file, folder, tokens), seen in zip(('before', 'after'), sides, speeds):

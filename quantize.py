@@ -555,8 +555,7 @@ def compare(model, quantised, batches):
 
 
 if __name__ == '__main__':
-    from data.loader import Loader, load_meta
-    from data.tokenizer import from_meta
+    from data.loader import Loader, data_of
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
@@ -590,12 +589,8 @@ if __name__ == '__main__':
         raise SystemExit(f"error: method (qat) needs weights trained with {how}, "
                          f"and {out_dir}'s were with { {k: trained[k] for k in how} }: "
                          "train again, or use another method")
-    data_dir = os.path.join('data', dataset or state['dataset'])
+    data_dir, tokenizer = data_of(state, out_dir, dataset)
     loader = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
-    tokenizer = from_meta(state['tokenizer'])
-    if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
-        raise SystemExit(f"error: {data_dir} has another tokenizer than {out_dir} was trained with: "
-                         f"give the dataset it was trained on (--dataset={state['dataset']})")
     if method == 'gptq':
         calibration = Loader(data_dir, 'train', 16, model.config.block_size, device=device)
         quantised = gptq(model, [calibration.batch(step) for step in range(calib_batches)], bits, group, tables_bits)

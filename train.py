@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
 
 import torch
@@ -96,6 +97,8 @@ compile = True              # torch.compile; needs a C++ compiler on a CPU, goes
 fsdp = False                # the processes of torchrun share out weights, gradients, optimizer states and teachers, instead of each holding all
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
+if hasattr(sys.stdout, 'reconfigure'):      # a character of a sample that the terminal has not ends no training
+    sys.stdout.reconfigure(errors='replace')
 # -----------------------------------------------------------------------------
 # set-up: processes, device, data, model
 

@@ -17,6 +17,7 @@ meta.json has a row, the files are rows of so many tokens that hold whole conver
 """
 
 import bisect
+import contextlib
 import hashlib
 import json
 import math
@@ -165,7 +166,7 @@ def split_texts(texts, val_fraction):
     names = sorted(texts)
     room = round(val_fraction * sum(map(len, texts.values())))
     held = set()
-    for name in sorted(names, key=lambda name: zlib.crc32(name.encode())):
+    for name in sorted(names, key=lambda name: zlib.crc32(name.encode(errors='surrogateescape'))):
         if len(texts[name]) <= room:
             held.add(name)
             room -= len(texts[name])
@@ -337,6 +338,15 @@ def write_chats(data_dir, tokenizer, train, val, row, source):
                          {'kind': 'chat', 'row': row})
 
 
+@contextlib.contextmanager
+def writing(folder):
+    """A folder that cannot be written, or a full disk, ends in one line."""
+    try:
+        yield
+    except OSError as e:
+        raise SystemExit(f'error: cannot write {folder}: {e.strerror}: free some disk space, or give another folder')
+
+
 def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):
     """
     Writes train.bin, val.bin and meta.json into data_dir, prints the counts, and returns the meta as a dict.
@@ -352,35 +362,36 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
         assert [len(m) for m in masks] == [len(train_ids), len(val_ids)], \
             f'masks of {[len(m) for m in masks]} tokens for {[len(train_ids), len(val_ids)]}: one value a token'
         files |= {'train.mask.bin': (masks[0], np.dtype('uint8'), 2), 'val.mask.bin': (masks[1], np.dtype('uint8'), 2)}
-    os.makedirs(data_dir, exist_ok=True)
-    at = lambda name: os.path.join(data_dir, name)
+    with writing(data_dir):
+        os.makedirs(data_dir, exist_ok=True)
+        at = lambda name: os.path.join(data_dir, name)
 
-    digests = {}
-    for name, (values, kind, bound) in files.items():
-        assert len(values) > 0, f'{name}: no tokens'
-        digest = hashlib.sha256()
-        with open(at(name + '.part'), 'wb') as f:
-            for i in range(0, len(values), 1 << 22):
-                piece = np.asarray(values[i:i + (1 << 22)])
-                assert 0 <= piece.min() and piece.max() < bound, \
-                    f'{name}: values {piece.min()}..{piece.max()}, expected 0..{bound - 1}'
-                piece = piece.astype(kind.newbyteorder('<')).tobytes()
-                digest.update(piece)
-                f.write(piece)
-        digests[name] = digest.hexdigest()
-    meta = {**tokenizer.meta(), 'vocab_size': tokenizer.vocab_size, 'token_bytes': list(tokenizer.token_bytes),
-            'source': source, 'dtype': dtype.name, 'train_tokens': len(train_ids), 'val_tokens': len(val_ids),
-            'sha256': digests, **(extra or {})}
-    with open(at('meta.json.part'), 'w', encoding='utf-8') as f:
-        json.dump(meta, f)
+        digests = {}
+        for name, (values, kind, bound) in files.items():
+            assert len(values) > 0, f'{name}: no tokens'
+            digest = hashlib.sha256()
+            with open(at(name + '.part'), 'wb') as f:
+                for i in range(0, len(values), 1 << 22):
+                    piece = np.asarray(values[i:i + (1 << 22)])
+                    assert 0 <= piece.min() and piece.max() < bound, \
+                        f'{name}: values {piece.min()}..{piece.max()}, expected 0..{bound - 1}'
+                    piece = piece.astype(kind.newbyteorder('<')).tobytes()
+                    digest.update(piece)
+                    f.write(piece)
+            digests[name] = digest.hexdigest()
+        meta = {**tokenizer.meta(), 'vocab_size': tokenizer.vocab_size, 'token_bytes': list(tokenizer.token_bytes),
+                'source': source, 'dtype': dtype.name, 'train_tokens': len(train_ids), 'val_tokens': len(val_ids),
+                'sha256': digests, **(extra or {})}
+        with open(at('meta.json.part'), 'w', encoding='utf-8') as f:
+            json.dump(meta, f)
 
-    # An older meta.json goes before its files do: if we are killed in between, there is no dataset, rather than one of
-    # new tokens with an old vocabulary.
-    for name in ('meta.json', 'train.mask.bin', 'val.mask.bin'):
-        if os.path.exists(at(name)):
-            os.remove(at(name))
-    for name in [*files, 'meta.json']:
-        os.replace(at(name + '.part'), at(name))
+        # An older meta.json goes before its files do: if we are killed in between, there is no dataset, rather than
+        # one of new tokens with an old vocabulary.
+        for name in ('meta.json', 'train.mask.bin', 'val.mask.bin'):
+            if os.path.exists(at(name)):
+                os.remove(at(name))
+        for name in [*files, 'meta.json']:
+            os.replace(at(name + '.part'), at(name))
     print(f'{data_dir}: {len(train_ids):,} training and {len(val_ids):,} validation tokens, '
           f'vocabulary of {tokenizer.vocab_size:,} ({meta["kind"]}), '
           f'sha256 {digests["train.bin"][:8]} {digests["val.bin"][:8]}')
@@ -406,6 +417,18 @@ def load_meta(data_dir):
             return json.load(f)
     except ValueError:
         raise SystemExit(f'error: {path} is damaged, it is not JSON: run python {script} again')
+
+
+def data_of(state, source, dataset=''):
+    """
+    What a checkpoint holds, its name -> the folder of its data (or of dataset), and its tokenizer. One line if the two
+    do not belong together.
+    """
+    data_dir, tokenizer = os.path.join('data', dataset or state['dataset']), from_meta(state['tokenizer'])
+    if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
+        raise SystemExit(f"error: {data_dir} has another tokenizer than {source} was trained with: give the dataset it "
+                         f"was trained on ({state['dataset']}), or prepare that as it was")
+    return data_dir, tokenizer
 
 
 def held_out(fold, places, n_tokens, row=None):

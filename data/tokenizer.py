@@ -440,6 +440,8 @@ def load_gpt2_tokenizer(folder):
     usual = True
     if os.path.exists(path):
         t = json.loads(_read(path))
+        if not isinstance(t['model']['vocab'], dict):       # a Unigram's are pairs
+            raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected a BPE")
         vocab = t['model']['vocab'] | {token['content']: token['id'] for token in t['added_tokens']}
         merges = [m.split(' ') if isinstance(m, str) else m for m in t['model'].get('merges', [])]
         cutter = t.get('pre_tokenizer') or {}

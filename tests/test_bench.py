@@ -264,7 +264,7 @@ def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch)
             and more['peak'] > got['peak'] > got['weights'] + got['optimizer'] + got['averages'] + got['activations'])
 
 
-def test_plan(monkeypatch):
+def test_plan(monkeypatch, tmp_path):
     """
     Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each
     of 64 channels.
@@ -285,10 +285,16 @@ def test_plan(monkeypatch):
             and rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8
             and rows[4]['cache'] == 4 * 64 * 2 * 64 * 4)
 
+    # the tokens are those of the training, though so many rows do not make a step of it
+    document, _ = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512',
+                        '--batch_size=64')
+    assert document['tokens'] == 51200
+
     monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**34)                # one chunk is simulated sooner than many
-    # with no data and none of the teacher's files
+    # with no data, and without reading the teacher's files
+    os.mkdir(tmp_path / 'd2')
     document, _ = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--n_layer=2',
-                        '--teacher=nanochat:nowhere/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')
+                        f'--teacher=nanochat:{tmp_path}/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')
     teacher = 2 * (2 * 12 * 128**2 + 65536 * 128) + 4 * 2 * 128 * 1024
     student = 3 * (2 * (2 * (10 * 768**2 + 2 * 768 * 128) + 65536 * 768) + 4 * 2 * 768 * 1024)
     assert (document['flops_per_token'] == teacher + student
@@ -399,7 +405,10 @@ def test_plot(tmp_path, monkeypatch):
     ('--mode=memory --plan=True --vocab_size=65 --gpu=h1', r'gpu \(h1\) must be one of a100-40'),
     ('--mode=memory --plan=True --vocab_size=65 --target_params=many', r'target_params \(many\) must be'),
     ('--mode=memory --plan=True --vocab_size=65536 --target_params=1K', r'target_params \(1K\) are too few'),
-    ('--mode=memory --vocab_size=65 --batches=two', r'batches \(two\)')])
+    ('--mode=memory --vocab_size=65 --batches=two', r'batches \(two\)'),
+    ('--mode=train --vocab_size=65 --dtype=float16', r'dtype \(float16\) must be one of auto'),
+    ('--mode=train --vocab_size=65 --muon_steps=4', r'muon_steps \(4\)'),
+    ('--mode=memory --vocab_size=65 --divergence=kl', r'divergence \(kl\) must be one of forward_kl')])
 def test_bad_knobs(out_dir, flags, pattern):
     got = run('bench.py', *SHORT, *flags.replace('{}', out_dir).split())
     got.err = ''.join(line for line in got.err.splitlines(keepends=True) if 'pip install' not in line)
@@ -466,6 +475,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert ([(r['name'], r['seed']) for r in rows] == [('wide', None), ('a control', 1), ('a control', 2),
                                                        ('narrow', None), ('int4', None)]
             and climb.calls() == ['w', 'c1', 'c2', 'n', 'm'])
+    assert (at / 'out' / 'narrow.log').read_text().count('step 1') == 2         # of both its commands
     # int4's figures are those of what it rounds
     assert ([r['train_tokens'] for r in rows] == [100, 30, 30, 37, 100] and rows[3]['train_flops'] == 370
             and rows[4]['train_seconds'] == 2.5)
@@ -569,6 +579,27 @@ def test_a_ladder_keeps_what_the_scripts_would_replace(climb):
     refused(climb(old=line, new='data | python -c pass'), "rung 'data': its command names no model file")
 
 
+def test_a_ladder_keeps_its_own_rungs(climb, monkeypatch):
+    """Those that a run does not ask for, and those that another ladder has built again."""
+    record = f'{climb.folder}/out/ladder.json'
+    assert climb().status == 0
+    shutil.copytree(f'{climb.folder}/out', f'{climb.folder}/other')
+    rows = json.loads(climb('--seeds=1').out.splitlines()[-1])['rows']
+    assert [r['seed'] for r in rows] == [None, 1, None, None] and json.load(open(record))['others'][0]['seed'] == 2
+    assert climb().status == 0 and json.load(open(record))['others'] == [] and len(climb.calls()) == 5
+    os.remove(f'{climb.folder}/w/best.pt')
+    assert climb().status == 0 and climb.calls()[5:] == ['w']
+    monkeypatch.setattr(glob, 'glob', lambda pattern: [record])
+    assert climb(f'--ladder={climb.folder}/other/ladder.json').status == 0 and len(climb.calls()) == 6
+
+
+def test_what_a_rung_cost_does_not_hang_on_the_order_of_its_flags(climb):
+    line = next(line for line in CONFIG.splitlines() if line.startswith('narrow'))
+    new = 'narrow | python T/make.py T/narrow/best.pt --out_dir=T/n 30 --teacher=T/w --init_from=T/w/best.pt'
+    rows = json.loads(climb(old=line, new=new).out.splitlines()[-1])['rows']
+    assert [r['train_tokens'] for r in rows if r['name'] == 'narrow'] == [130]
+
+
 def test_ladders_that_cannot_stand(climb):
     record = f'{climb.folder}/out/ladder.json'
     refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'),
@@ -586,6 +617,9 @@ def test_ladders_that_cannot_stand(climb):
     refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
     refused(run('bench.py', '--mode=ladder'), 'none are given')
     refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
+    empty = climb.folder / 'empty.json'
+    empty.write_text('{"rows": []}')
+    refused(run('bench.py', '--mode=ladder', f'--check={empty}'), 'records no rung')
     for knob in ('timed', 'compiled', 'int8_cache'):
         refused(climb(f'--{knob}=wide,thin'), f"{knob}.*'thin', which is no rung")
     refused(climb('--timed='), 'timed')

@@ -272,6 +272,8 @@ def test_what_cannot_be_written_leaves_the_old_dataset(tmp_path):
         write_texts(tmp_path, ['some text'], ['more'], 'bpe', 'test', vocab_size=100_000)
     assert load_meta(tmp_path) == before
     Loader(tmp_path, 'train', 4, 16)
+    with pytest.raises(SystemExit, match='error: cannot write .*meta.json: File exists'):
+        write_dataset(tmp_path / 'meta.json', TOKENIZER, np.arange(9), [1], 'test')
 
 
 def test_fast_ids_are_the_tokenizers():
@@ -292,6 +294,8 @@ def test_splits_hold_out_whole_texts():
     assert split_texts(dict(reversed(texts.items())), 0.1) == (train, val)
     assert split_texts({'a': 'aaaa', 'b': 'bb'}, 0.1) == (['aaaa'], ['bb'])  # neither fits: the shorter
     assert split_texts({'a': '0123456789'}, 0.1) == (['012345678'], ['9'])
+    odd = os.fsdecode(b'caf\xe9.txt')                                       # a name that is not UTF-8
+    assert split_texts({odd: 'a', 'b': 'bb'}, 0.1) == (['bb'], ['a'])
 
 
 def test_read_text(tmp_path):

@@ -437,6 +437,7 @@ def test_text_in_a_teachers_tokens(prepare, tmp_path):
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], 'must be at least 265'),
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], 'a bpe needs a number'),
     (['--input={}/good.txt', '--tokenizer={}/folder'], r'no tokenizer at tokenizer \(.*folder\)'),
+    (['--input={}/good.txt', '--tokenizer={}/unigram'], 'expected a BPE'),
     (['--input={}/good.txt', '--val_fraction=1.5'], 'must lie between 0 and 1'),
     (['--input={}/good.txt', '--out_dir=', '--name=../elsewhere'], 'without slashes'),
     (['--input={}/good.txt', '--levle=bpe'], 'level'),
@@ -447,6 +448,8 @@ def test_text_errors(prepare, tmp_path, flags, error):
     (tmp_path / 'small.txt').write_text('a b c d' * 5)
     (tmp_path / 'latin.txt').write_bytes('caf\u00e9 '.encode('latin-1') * 1000)
     (tmp_path / 'good.txt').write_text('Some words, and some more.\n' * 100)
+    (tmp_path / 'unigram').mkdir()
+    (tmp_path / 'unigram' / 'tokenizer.json').write_text('{"model": {"vocab": [["a", -1.0]]}, "added_tokens": []}')
     with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
         prepare('text', f'--out_dir={tmp_path}/out', *[flag.format(tmp_path) for flag in flags])
     assert '\n' not in str(e.value) and not (tmp_path / 'out' / 'meta.json').exists()
