@@ -113,8 +113,9 @@ class Distiller(nn.Module):
 
         def nats(x, targets, *soft):
             logits = self.student.logits(x)
-            ce = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
-            s = F.log_softmax(logits / T, dim=-1)
+            s = F.log_softmax(logits, dim=-1)
+            ce = F.nll_loss(s, targets, ignore_index=-1, reduction='none')
+            s = s if T == 1 else F.log_softmax(logits / T, dim=-1)              # of two, each costs as much as lm_head
             if labels:
                 ids, weight, entropy = soft
                 kl = -(weight * s.gather(-1, ids)).sum(dim=-1) - entropy

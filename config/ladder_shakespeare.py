@@ -1,7 +1,6 @@
-# The character path: what training through the rounding is worth, at 8 and at 4 bits, beside rounding afterwards; and
-# a draft head.
+# The character path: what training through int8 is worth beside rounding afterwards, 4 bits of both, and a draft head.
 #     python bench.py --mode=ladder config/ladder_shakespeare.py
-# 2 CPU cores: about 50 minutes (estimated, not run yet), nearly all of it for three trainings of 3,200 steps.
+# 2 CPU cores: half an hour, nearly all of it for two trainings of 3,200 steps.
 mode = 'ladder'
 ladder = 'out-ladder-shakespeare/ladder.json'
 compiled = 'control: float,int8'
@@ -18,6 +17,5 @@ float -> gptq    | {_round}=out-float-shakespeare --bits=4 --method=gptq
 through int8     | {_train} --out_dir=out-qat-shakespeare
 int8             | {_round}=out-qat-shakespeare
 int8 -> gptq     | {_round}=out-qat-shakespeare --bits=4 --method=gptq
-int4             | {_train} --quant_bits=4 --out_dir=out-qat4-shakespeare && {_round}=out-qat4-shakespeare --bits=4
 int8 drafting    | python train.py config/draft_shakespeare_char.py --init_from=out-qat-shakespeare/best.pt --out_dir=out-draft-shakespeare && {_round}=out-draft-shakespeare
 '''
