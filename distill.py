@@ -115,7 +115,7 @@ class Distiller(nn.Module):
             logits = self.student.logits(x)
             s = F.log_softmax(logits, dim=-1)
             ce = F.nll_loss(s, targets, ignore_index=-1, reduction='none')
-            s = s if T == 1 else F.log_softmax(logits / T, dim=-1)              # of two, each costs as much as lm_head
+            s = s if T == 1 else F.log_softmax(logits / T, dim=-1)              # computed anew only where it differs
             if labels:
                 ids, weight, entropy = soft
                 kl = -(weight * s.gather(-1, ids)).sum(dim=-1) - entropy
