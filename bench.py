@@ -62,7 +62,7 @@ from statistics import mean, median, stdev, variance
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -140,8 +140,8 @@ device = 'auto'             # cuda, cpu
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 child = ''                  # private: what a process started by this script measures
 # -----------------------------------------------------------------------------
-# the knobs of train.py: the block between its first two rules, with its defaults
-TRAIN_KNOBS = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)[1]
+# of train.py the blocks between its rules that are its knobs, with their defaults, and what they may be
+_, TRAIN_KNOBS, _, TRAIN_CHECKS, *_ = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)
 TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
 if {'--mode=train', '--mode=memory'} & set(sys.argv):
     exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
@@ -174,14 +174,9 @@ tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status'
 if mode in ('train', 'memory'):
     if 'n_layer' not in config:
         fail(f'mode ({mode}) takes the knobs of train.py, and must be given on the command line: --mode={mode}')
-    check_knobs(config,
-                ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
-                ('vocab_size total_batch_size multi_token_n draft_n', int, 0, math.inf),
-                ('price tokens_per_param', float, 0, math.inf), ('utilisation dropout', float, 0, 1),
-                ('ema', float, 0, 0.999999), ('temperature', float, 1e-3, math.inf), ('quant_bits', (0, 8, 4)),
-                ('tables_bits', (8, 4)), ('quant_group', (32, 64, 128)), ('muon_steps', (5, 3)),
-                ('divergence', DIVERGENCES), ('dtype', ('auto', 'float32', 'bfloat16')),
-                may_be_none='n_kv_head head_dim n_hidden')
+    exec(TRAIN_CHECKS)
+    check_knobs(config, ('batch_size', int, 1, math.inf), ('vocab_size', int, 0, math.inf),
+                ('price tokens_per_param', float, 0, math.inf), ('utilisation', float, 0, 1))
     if dtype == 'auto':
         dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
     compile = compile and (plan or can_compile(device))
@@ -546,7 +541,12 @@ def teachers_of_config(c):
         return [], json.load(open(meta))['k']
     for name in teacher.split('+') if teacher else ():
         named = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)/?', name)       # no gigabytes are read to measure its shape
-        model = load_teacher(f'random:{named[1]}' if named else name, device)[0]
+        if named or name.startswith('random:'):
+            model = load_teacher(f'random:{named[1]}' if named else name, device)[0]
+        else:
+            with unset_fake_temporarily():      # a file has numbers to look at; what it takes is counted by a copy
+                model = load_teacher(name, device)[0]
+            model._apply(torch.clone)
         if model.config.vocab_size != c.vocab_size or model.config.block_size < c.block_size:
             fail(f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of '
                  f'{model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): '

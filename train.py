@@ -100,8 +100,7 @@ exec(open('configurator.py').read())
 if hasattr(sys.stdout, 'reconfigure'):      # a character of a sample that the terminal has not ends no training
     sys.stdout.reconfigure(errors='replace')
 # -----------------------------------------------------------------------------
-# set-up: processes, device, data, model
-
+# what knobs may be; bench.py, which measures such trainings, runs this block, too
 check_knobs(config | {'batch_size': 1} if batch_size == 'auto' else config,
             ('n_layer n_head n_kv_head n_embd head_dim n_hidden block_size batch_size max_iters', int, 1, math.inf),
             ('multi_token_n draft_n total_batch_size warmup_iters log_interval eval_interval save_interval '
@@ -120,6 +119,9 @@ if train_only and teacher:
 if own_samples and not train_only:
     raise SystemExit(f"error: own_samples ({own_samples}) is for train_only=draft or multi_token: "
                      "while the trunk learns, what it writes is not what it will write")
+# -----------------------------------------------------------------------------
+# set-up: processes, device, data, model
+
 for name in teacher.split('+'):
     # A missing teacher is reported before missing data: the data are in this teacher's tokens.
     if name.startswith('nanochat:'):

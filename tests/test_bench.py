@@ -24,6 +24,7 @@ from data.tokenizer import CharTokenizer
 from engine import Engine, KVCache
 from model import GPT, GPTConfig, evaluate, load_model, save_checkpoint
 from quantize import convert, export, load
+from test_teachers import bpe, e0_state, nanogpt_state, write_nanochat, write_nanogpt  # noqa: F401, bpe is a fixture
 from test_train import make_dataset, refused, run
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
@@ -262,6 +263,21 @@ def test_training_bytes_are_those_of_the_tensors(knobs, load_bench, monkeypatch)
     more = g['training_bytes'](c, 8)
     assert (more['weights'] == got['weights']
             and more['peak'] > got['peak'] > got['weights'] + got['optimizer'] + got['averages'] + got['activations'])
+
+
+def test_teachers_from_files_are_counted_as_their_tensors(load_bench, tmp_path, bpe):
+    """Their files hold numbers that are looked at, which fake tensors have not."""
+    gpt2 = write_nanogpt(tmp_path / 'ckpt.pt', nanogpt_state(bias=False, tied=False), bias=False)
+    nanochat = write_nanochat(tmp_path / 'mine', bpe)
+    for spec, vocab, params in ((f'gpt2:{gpt2}', 50, sum(t.numel() for t in nanogpt_state(False, False).values())),
+                                (f'nanochat:{nanochat}', 300, sum(t.numel() for t in e0_state().values()))):
+        g = load_bench(*TOY, '--block_size=24', f'--vocab_size={vocab}', f'--teacher={spec}')
+        got = g['training_bytes'](g['shape_of_config'](), 4)
+        assert got == g['training_bytes'](g['shape_of_config'](), 4, fake=False)
+        assert got['teacher'] == 4 * params and got['peak'] > got['teacher'] + got['weights']
+    document, _ = bench('--mode=memory', '--plan=True', *TOY, '--block_size=24', '--vocab_size=300',
+                        f'--teacher=nanochat:{nanochat}')
+    assert document['rows'][0]['teacher'] == 4 * sum(t.numel() for t in e0_state().values())
 
 
 def test_plan(monkeypatch, tmp_path):
