@@ -211,7 +211,8 @@ class GPT(nn.Module):
                 zero = name.endswith('c_proj') or (name == 'lm_head' and not self.config.tie_weights)
                 nn.init.normal_(module.weight,
                                 std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
-        nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5 if self.config.tie_weights else 1.0)
+        # embed() norms a row, so its length says only how far AdamW's steps turn it: at 1 per channel, hardly at all
+        nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
 
     def embed(self, idx):
         """(B, T) ids -> (B, T, n_embd), normed: what the trunk and the draft cell read of a token."""

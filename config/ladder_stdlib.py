@@ -10,7 +10,7 @@ compiled = 'teacher,student int8,student int4 qat,student int4 qat and cache'
 int8_cache = 'student int4 qat and cache'
 
 # Steps of 4,096 tokens. equal: as many FLOPs as the labels and the student's steps take.
-_teacher, _student, _equal, _int4, _draft = 900, 1300, 3500, 600, 150
+_teacher, _student, _equal, _int4, _draft = 900, 1300, 3500, 600, 100
 # README's longer run:                       1400, 5000, 6400, 1200, 300
 
 _train = 'python train.py config/distill_stdlib_bpe.py'
