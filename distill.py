@@ -545,8 +545,9 @@ def load_gpt2(path, device='cpu'):
     """
     nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or
     pytorch_model.bin) -> GPT2, float32, in eval mode on device, and the tokenizer that lies beside it
-    (load_gpt2_tokenizer), or None. nanoGPT's GELU is the exact one; until May 2023 it was the tanh, and a checkpoint
-    does not say when it was made. SystemExit, in one line, for anything else.
+    (load_gpt2_tokenizer), or None. The rows by which nanoGPT pads GPT-2's vocabulary are cut off. Its GELU is the exact
+    one; until May 2023 it was the tanh, and a checkpoint does not say when it was made. SystemExit, in one line, for
+    anything else.
     """
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     hf = folder == path and os.path.exists(os.path.join(path, 'config.json'))
@@ -572,7 +573,11 @@ def load_gpt2(path, device='cpu'):
         state = {k: v for k, v in state.items() if not k.endswith(('.attn.bias', '.attn.masked_bias'))}
         tied = 'lm_head.weight' not in state or torch.equal(state['lm_head.weight'], state['transformer.wte.weight'])
         state['lm_head.weight'] = state.get('lm_head.weight', state['transformer.wte.weight'])
-        config = SimpleNamespace(block_size=c['n_positions' if hf else 'block_size'], vocab_size=c['vocab_size'],
+        vocab = c['vocab_size']
+        if vocab == 50304 and not hf:           # GPT-2's 50,257 tokens, which nanoGPT pads to a multiple of 64
+            vocab = 50257
+            state |= {k: state[k][:vocab] for k in ('transformer.wte.weight', 'lm_head.weight')}
+        config = SimpleNamespace(block_size=c['n_positions' if hf else 'block_size'], vocab_size=vocab,
                                  n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'],
                                  n_hidden=c.get('n_inner') or 4 * c['n_embd'],
                                  bias='transformer.ln_f.bias' in state, eps=c.get('layer_norm_epsilon', 1e-5),

@@ -99,6 +99,17 @@ def test_first_loss_is_ln_v_and_shapes_are_refused():
         model(torch.zeros(1, 33, dtype=torch.long))
 
 
+@torch.no_grad()
+def test_the_length_of_an_embedding_is_not_seen():
+    """Which is why tables may start at any, and what init_weights chooses is but how fast they learn."""
+    model = randomise(GPT(GPTConfig(**SMALL, draft_n=2)))
+    x = torch.randint(50, (2, 12))
+    before = model(x), model.draft_state(model.trunk(x), x)
+    model.transformer.wte.weight *= torch.rand(50, 1) + 0.5
+    for a, b in zip(before, (model(x), model.draft_state(model.trunk(x), x))):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
 def test_every_head_learns_from_the_right_targets():
     torch.manual_seed(0)
     model = randomise(GPT(GPTConfig(**SMALL, multi_token_n=2, draft_n=3)))

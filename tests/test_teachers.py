@@ -369,6 +369,17 @@ def test_nanogpt(tmp_path, bias, tied, prefix):
                 == sum(t.numel() for t in w.values()) - (50 * 32 if tied else 0))
 
 
+def test_nanogpts_padding_is_cut_off(tmp_path):
+    """GPT-2 has 50,257 tokens, of which nanoGPT makes 50,304; data in GPT-2's tokens fit the teacher, and say the same."""
+    w = nanogpt_state() | {'transformer.wte.weight': torch.randn(50304, 32)}
+    w['lm_head.weight'] = w['transformer.wte.weight']
+    model, _ = load_gpt2(write_nanogpt(tmp_path / 'ckpt.pt', w, vocab_size=50304))
+    assert model.config.vocab_size == 50257 and model.lm_head.weight is model.transformer.wte.weight
+    idx = torch.randint(50257, (1, 24))
+    with torch.no_grad():
+        assert (model.logits(model.trunk(idx)) - nanogpt_forward(w, idx)[..., :50257]).abs().max() < 1e-4
+
+
 def test_bad_gpt2s(tmp_path):
     path = tmp_path / 'ckpt.pt'
     refused('use_rmsnorm=True', load_gpt2, write_nanogpt(path, use_rmsnorm=True))
