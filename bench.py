@@ -142,7 +142,6 @@ child = ''                  # private: what a process started by this script mea
 # -----------------------------------------------------------------------------
 # of train.py the blocks between its rules that are its knobs, with their defaults, and what they may be
 _, TRAIN_KNOBS, _, TRAIN_CHECKS, *_ = re.split(r'^# -+\n', open('train.py').read(), flags=re.M)
-TRAIN_NAMES = re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)
 if {'--mode=train', '--mode=memory'} & set(sys.argv):
     exec(TRAIN_KNOBS)       # they are ours then, and configs for train.py apply here
 csvs = [arg for arg in sys.argv if arg.endswith('.csv') and arg[0] != '-'] if '--mode=plot' in sys.argv else []
@@ -177,6 +176,7 @@ if mode in ('train', 'memory'):
     exec(TRAIN_CHECKS)
     check_knobs(config, ('batch_size', int, 1, math.inf), ('vocab_size', int, 0, math.inf),
                 ('price tokens_per_param', float, 0, math.inf), ('utilisation', float, 0, 1))
+    plan = mode == 'memory' and (plan or bool(target_params))       # shapes are proposed without running anything
     if dtype == 'auto':
         dtype = 'bfloat16' if fast_bf16(device) or plan else 'float32'
     compile = compile and (plan or can_compile(device))
@@ -347,10 +347,9 @@ def must_fit(config, whose):
 
 
 def decode(engine, prompts, seed, drafter):
-    """-> the texts, and the engine's stats with its passes/s."""
+    """-> the texts, and the engine's stats."""
     text = engine.complete(prompts, new_tokens, temperature=temperature, seed=seed, drafter=drafter, draft_n=draft_n)
-    s = engine.stats
-    return text, s | {'passes_s': s['tok_s'] * s['passes'] / s['tokens']}
+    return text, engine.stats
 
 
 def memory_taken(path):
@@ -476,7 +475,7 @@ def measure_decode():
     yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
     for (f, drafter, batch), run in runs.items():
         size = bytes_per_pass(engines[f].model)
-        gb_s = size * median(s['passes_s'] for s in run) / 1e9
+        gb_s = size * median(s['tok_s'] * s['passes'] / s['tokens'] for s in run) / 1e9
         accepted = [sum(n) for n in zip(*(s['accepted'] for s in run))]
         rows.append({
             'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
@@ -578,8 +577,7 @@ def set_up(c, batch, folder=None):
         prepare(model, quant_bits, quant_group, tables_bits)
     teachers, k = teachers_of_config(c)
     loader, number = folder and Loader(folder, 'train', batch, c.block_size, seed, device=device), itertools.count()
-    autocast = (torch.autocast(device.split(':')[0], dtype=torch.bfloat16) if dtype == 'bfloat16'
-                else contextlib.nullcontext())
+    autocast = torch.autocast(device.split(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
     averages = [p.detach().clone() for p in model.parameters()] if ema else []
 
     def clock():
@@ -662,7 +660,7 @@ def time_scripts(c, folder, ways):
     atomic_write(f'{data}/meta.pkl', lambda f: pickle.dump({'vocab_size': c.vocab_size}, f))
     shutil.copy(os.path.join(peers, 'configurator.py'), folder)
     both = dict(log_interval=1, device=device, dtype=dtype)
-    ours = {k: config[k] for k in TRAIN_NAMES} | both | dict(
+    ours = {k: config[k] for k in re.findall(r'^(\w+) = ', TRAIN_KNOBS, re.M)} | both | dict(
         dataset=data, out_dir=f'{folder}/ours', max_iters=steps + 5,
         eval_interval=0, save_interval=0, sample_interval=0)
     theirs = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_embd', 'dropout', 'block_size')} | both | dict(
@@ -791,7 +789,7 @@ def measure_memory():
     c = shape_of_config()
     if child:
         return print(json.dumps({'peak': peak_of_training(c)}))
-    if target_params and plan:
+    if target_params:
         return plan_shapes(c)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, trained, *_ = set_up(c, 1)
@@ -863,8 +861,8 @@ def plan_shapes(c):
                      'steps': math.ceil(tokens / tokens_per_step)}
                     | bill(tokens, model.flops_per_token()))
     if not rows:
-        fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}: '
-             'its tables alone take more; give a smaller --vocab_size')
+        fail(f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}, whose tables alone '
+             'take more, or too many for 96 layers: give another number, or a smaller --vocab_size')
     print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
           f'{gpu}, {source}')
     report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
@@ -923,7 +921,7 @@ def plot():
         with open(path, newline='') as f:
             read = list(csv.DictReader(f))
         if not read or not {'tokens', 'train_loss', 'val_loss'} <= set(read[0]):
-            fail(f'{path} is not a log.csv of train.py: it has no tokens, train_loss and val_loss')
+            fail(f'{path} has no line yet, or is no log.csv of train.py: it lacks tokens, train_loss and val_loss')
         training, validation = ([(int(r['tokens']), float(r[key])) for r in read if r[key]]
                                 for key in ('train_loss', 'val_loss'))
         curve, = axes.plot(*zip(*training), alpha=0.4, linewidth=1)
@@ -978,13 +976,14 @@ def build_rung(name, seed, command, folders):
     Runs a rung's commands; what they print goes to a file beside the ladder. -> its row: the model's file and what it
     cost, with what that one of folders {folder: row} cost that it starts from; apart, the FLOPs of labels, by folder.
     """
-    called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[:60]
+    called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[-60:]
     log = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log')
     row = {'name': name, 'seed': seed, 'command': command, 'file': None, 'mtime': 0,
            'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
     for n, part in enumerate(command.split('&&')):
         print(f'[{called}] {part.strip()} > {log}', file=sys.stderr, flush=True)
         with open(log, 'a' if n else 'w') as out:
+            print(f"$ {part.strip()}", file=out, flush=True)        # one that prints nothing must not count twice
             got = subprocess.run([sys.executable, *shlex.split(part)[1:]],
                                  stdout=out, stderr=subprocess.PIPE, text=True)
         if got.returncode:
@@ -1147,21 +1146,19 @@ def draw_ladder(names, path):
 
 
 def measure_ladder():
-    if check and not os.path.exists(check):
-        fail(f'check ({check}) is not there: '
+    recorded = json.load(open(check)) if os.path.isfile(check) else {'machine': machine}
+    old, wanted = [row for row in recorded.get('rows', []) if row['name']], [] if check else read_rungs()
+    if check and not old:
+        fail(f'check ({check}) is not there, or records no rung: '
              'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py')
-    recorded, wanted = (json.load(open(check)), []) if check else ({'machine': machine, 'rows': []}, read_rungs())
-    if check and not any(row['name'] for row in recorded.get('rows', [])):
-        fail(f'check ({check}) records no rung: build the ladder first')
     if recorded['machine'] != machine:
         print(f"note: {check} is of another machine: {recorded['machine']}", file=sys.stderr)
-    there = {row['name'] for row in recorded['rows']}.union(name for name, *_ in wanted) - {''}
+    there = {row['name'] for row in old} | {name for name, *_ in wanted if name}
     for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):
         for name in config[knob].split(',') if config[knob] not in words else ():
             if name not in there:
                 fail(f'{knob} ({config[knob]}) names {name!r}, which is no rung')
     rows, others = build_ladder(wanted)
-    old = [row for row in recorded['rows'] if row['name']]
     for row in old:
         if not os.path.exists(row['file']):
             fail(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")

@@ -26,7 +26,6 @@ Labels are written for every token of the training split, with at least a quarte
 the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
 Those of --method=topk are not, unless k is the vocabulary.
 """
-import contextlib
 import json
 import math
 import os
@@ -730,7 +729,7 @@ if __name__ == '__main__':
     dtype = ('bfloat16' if fast_bf16(device) else 'float32') if dtype == 'auto' else dtype
     if dtype == 'bfloat16':
         teachers = [in_bfloat16(t) for t in teachers]
-    with torch.autocast(device.split(':')[0], torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext():
+    with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16'):
         calibration = fit_temperature(teachers, loader) if calibrate else 1.0
         try:
             meta = write_labels(out_dir, teachers, loader, {'teacher': teacher, 'dtype': dtype},

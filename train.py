@@ -181,12 +181,10 @@ compile = compile and can_compile(device)
 data_dir = os.path.join('data', dataset)
 try:
     tokenizer = from_meta(load_meta(data_dir))
-    gpt_config = GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_kv_head, n_embd, head_dim, n_hidden,
-                           tie_weights=tie_weights, dropout=dropout,
-                           multi_token_n=multi_token_n, multi_token_hidden_mult=multi_token_hidden_mult,
-                           draft_n=draft_n, draft_hidden_mult=draft_hidden_mult)
-except (AssertionError, ValueError) as e:
+except ValueError as e:
     raise SystemExit(f'error: {e}')
+gpt_config = make_config({k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config}
+                         | {'vocab_size': tokenizer.vocab_size}, 'the config')
 rows = 1 if auto else batch_size
 tokens_per_forward = rows * block_size * world_size
 total_batch_size = total_batch_size or (0 if auto or init_from == 'resume' else tokens_per_forward)
@@ -296,7 +294,7 @@ forward = alone = (compile_step(trained, math.inf if auto else rows * block_size
                    if compile else trained)
 if world_size > 1 and not fsdp:
     forward = DDP(alone, device_ids=[local_rank] if device_type == 'cuda' else None)
-autocast = torch.autocast(device_type, dtype=torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+autocast = torch.autocast(device_type, torch.bfloat16, enabled=dtype == 'bfloat16')
 weight = {'ce': 1 - alpha if teacher else 1.0, 'kl': alpha, 'multi_token': multi_token_weight, 'draft': draft_weight}
 if train_only:
     weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}

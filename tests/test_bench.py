@@ -330,6 +330,9 @@ def test_proposed_shapes():
             and row['shards'] == 14 and row['download_bytes'] == 14 * 10**8
             and row['disk_bytes'] == 14 * 55 * 10**6 * 2)
     assert all(abs(r['params'] / 38e6 - 1) < 0.2 and r['n_embd'] == 64 * r['n_head'] for r in rows.values())
+    again, _ = bench('--mode=memory', '--target_params=38M', '--vocab_size=24576', '--block_size=1024',
+                     '--batch_size=64', '--gpu=rtx4090')    # that it is a plan goes without saying
+    assert again == document
 
 
 def test_train_mode(tmp_path):
@@ -421,7 +424,9 @@ def test_plot(tmp_path, monkeypatch):
     ('--mode=memory --plan=True --vocab_size=65 --gpu=h1', r'gpu \(h1\) must be one of a100-40'),
     ('--mode=memory --plan=True --vocab_size=65 --target_params=many', r'target_params \(many\) must be'),
     ('--mode=memory --plan=True --vocab_size=65536 --target_params=1K', r'target_params \(1K\) are too few'),
+    ('--mode=memory --plan=True --vocab_size=65 --target_params=1000B', r'target_params \(1000B\) .* too many'),
     ('--mode=memory --vocab_size=65 --batches=two', r'batches \(two\)'),
+    ('--mode=train --vocab_size=65 --batch_size=auto', r'batch_size \(auto\) must be an int'),
     ('--mode=train --vocab_size=65 --dtype=float16', r'dtype \(float16\) must be one of auto'),
     ('--mode=train --vocab_size=65 --muon_steps=4', r'muon_steps \(4\)'),
     ('--mode=memory --vocab_size=65 --divergence=kl', r'divergence \(kl\) must be one of forward_kl')])
@@ -616,6 +621,12 @@ def test_what_a_rung_cost_does_not_hang_on_the_order_of_its_flags(climb):
     assert [r['train_tokens'] for r in rows if r['name'] == 'narrow'] == [130]
 
 
+def test_a_command_that_says_nothing_costs_nothing(climb):
+    (climb.folder / 'silent.py').write_text('')
+    rows = json.loads(climb(old='T/w 100', new='T/w 100 && python T/silent.py').out.splitlines()[-1])['rows']
+    assert rows[0]['train_tokens'] == 100 and 'silent.py' in (climb.folder / 'out' / 'wide.log').read_text()
+
+
 def test_ladders_that_cannot_stand(climb):
     record = f'{climb.folder}/out/ladder.json'
     refused(climb(old='narrow/best.pt --out_dir=T/c', new='nowhere.pt --out_dir=T/c'),
@@ -632,7 +643,8 @@ def test_ladders_that_cannot_stand(climb):
     assert climb().status == 0 and climb.calls()[1:] == ['c1', 'c2', 'n', 'm']   # the one that it was at is begun again
     refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
     refused(run('bench.py', '--mode=ladder'), 'none are given')
-    refused(run('bench.py', '--mode=ladder', '--check=nowhere.json'), 'nowhere.json')
+    for check in ('nowhere.json', climb.folder):
+        refused(run('bench.py', '--mode=ladder', f'--check={check}'), f'{check}')
     empty = climb.folder / 'empty.json'
     empty.write_text('{"rows": []}')
     refused(run('bench.py', '--mode=ladder', f'--check={empty}'), 'records no rung')
