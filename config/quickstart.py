@@ -4,7 +4,7 @@
 #     python train.py config/quickstart.py
 #     python quantize.py --out_dir=out-quickstart
 #     python sample.py --out_dir=out-quickstart --start="def read(self, " --show_stats=True
-# 2 CPU cores: under 3 minutes of training. Validation loss: 1.20 nats a character.
+# 2 CPU cores: under 3 minutes of training. Validation loss: 1.18 nats a character.
 out_dir = 'out-quickstart'
 dataset = 'stdlib_char'
 
