@@ -1,6 +1,6 @@
 # The character path: what training through int8 is worth beside rounding afterwards, 4 bits of both, and a draft head.
 #     python bench.py --mode=ladder config/ladder_shakespeare.py
-# 2 CPU cores: half an hour (estimated), nearly all of it for two trainings of 3,200 steps.
+# 2 CPU cores: 33 minutes, nearly all of it for two trainings of 3,200 steps.
 mode = 'ladder'
 ladder = 'out-ladder-shakespeare/ladder.json'
 compiled = 'control: float,int8'
