@@ -1,0 +1,190 @@
+"""
+Files: read a text, write one so that a crash leaves the old or the new, download. A library, without torch.
+
+>>> from data.files import atomic_write, read_text
+>>> atomic_write('/tmp/picochat/hello.txt', lambda f: f.write(b'hello'))
+>>> read_text('/tmp/picochat/hello.txt')
+'hello'
+"""
+
+import glob
+import hashlib
+import os
+import re
+import secrets
+import time
+
+# requests is imported by download alone: nothing else here needs it
+
+
+def read_text(path):
+    """
+    A UTF-8 file -> str, with \\n for every line end; a byte order mark is left out.
+    ValueError if it is not UTF-8, OSError if it cannot be read.
+    """
+    with open(path, encoding='utf-8-sig') as f:
+        try:
+            return f.read()
+        except UnicodeDecodeError as e:
+            raise ValueError(f'{path} is not UTF-8 text (byte {e.start:,}): convert it, or leave it out') from None
+
+
+def sha256_of(path):
+    """The sha256 of a file's bytes, as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# Writing: a crash at any moment leaves the old file or the new one
+
+def atomic_write(path, write):
+    """
+    write(file) into a temporary file beside path, fsync, rename: there is the old file or the new one, never half of
+    one. ValueError if it cannot be written (a full disk, say); the file that was there is then untouched.
+    """
+    path = os.fspath(path)
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        temporary = write_temporary(path, write)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a failed write as a RuntimeError
+        kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
+        raise ValueError(f'could not save {path}: {str(e).splitlines()[0]}; {kept}: '
+                         'free some disk space, or name another folder') from e
+    sync_folder(os.path.dirname(path))
+
+
+def write_temporary(path, write):
+    """
+    write(file) into a new file beside path, fsync -> its name, which is no other process's: to be renamed to path.
+    If that fails, the new file is removed again.
+    """
+    for old in glob.glob(f'{glob.escape(path)}.*.tmp'):
+        if time.time() - os.path.getmtime(old) > 3600:  # a process that was killed has left it
+            os.remove(old)
+    temporary = f'{path}.{secrets.token_hex(4)}.tmp'
+    with open(temporary, 'xb') as f:
+        try:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        except BaseException:
+            os.remove(temporary)
+            raise
+    return temporary
+
+
+def sync_folder(folder):
+    """A rename reaches the disk with its folder. Shares of networks and of virtual machines refuse that: so be it."""
+    if os.name == 'posix':
+        handle = os.open(folder or '.', os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+
+
+# -----------------------------------------------------------------------------
+# Downloads
+
+class DownloadError(ValueError):
+    """A download that did not work. reason: the HTTP status as an int, or 'unreachable', 'cut short', 'altered'."""
+
+    def __init__(self, message, reason):
+        super().__init__(message)
+        self.reason = reason
+
+
+def download(url, path, sha256=None, size=None, pause=0.0):
+    """
+    Fetches url into the file at path, by way of path + '.part', and returns path.
+    Nothing is fetched if the file is there and right.
+
+    sha256: hex digits, size: bytes; both are checked if given. Without a sha256 the one is checked that Hugging Face
+    tells of large files. pause: seconds to wait before asking, out of politeness.
+    DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there), or
+    altered, that is, not of that sha256 or size (the .part is removed). What was at path before is replaced by a right
+    file or not at all.
+    """
+    path = os.fspath(path)
+    part = path + '.part'
+    if os.path.exists(path) and not _mismatch(path, sha256, size):
+        return path
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    time.sleep(pause)
+    told = _receive(url, path, size)
+    mismatch = _mismatch(part, sha256 or told, size)
+    if mismatch:
+        os.remove(part)
+        raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, '
+                            f'{path} is as it was', 'altered')
+    os.replace(part, path)
+    return path
+
+
+def _receive(url, path, size):
+    """What is missing of path + '.part', from url -> the sha256 that the server tells, or None."""
+    import requests
+    part = path + '.part'
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    # identity: if the server compressed it, what arrives would be neither the bytes that Content-Length counts nor
+    # those of the range
+    headers = {'User-Agent': 'picochat/1.0 (a small educational language model)', 'Accept-Encoding': 'identity'}
+    if have:
+        headers['Range'] = f'bytes={have}-'
+    try:
+        response = requests.get(url, headers=headers, stream=True, timeout=60)
+    except OSError as e:  # the errors of requests are OSErrors as well
+        raise DownloadError(f'cannot reach {url} ({_short(e)}): try again later, or put the file at {path} yourself',
+                            'unreachable') from None
+    cause, total = None, size
+    with response as r:
+        if have and r.status_code in (206, 416):
+            # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
+            sent = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
+            if not sent or int(sent[1] or sent[2]) != have:  # another range, or our part is longer than their file:
+                os.remove(part)
+                return _receive(url, path, size)             # from the start
+            total = int(sent[2])
+        elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
+            have = 0
+            if 'Content-Length' in r.headers and 'Content-Encoding' not in r.headers:
+                total = int(r.headers['Content-Length'])
+        else:
+            raise DownloadError(f'{url} answered {r.status_code} {r.reason}', r.status_code)
+        if r.status_code != 416:
+            try:
+                with open(part, 'ab' if have else 'wb') as f:
+                    # a small chunk, because nothing arrives of the one during which the line goes dead
+                    for chunk in r.iter_content(1 << 13):
+                        f.write(chunk)
+            except OSError as e:  # what arrived so far is in the .part
+                cause = e
+        # what Hugging Face says of a large file, where it sends us on to the server that has it
+        tags = [h.headers.get('X-Linked-Etag', '').strip('"') for h in (*r.history, r)]
+    got = os.path.getsize(part) if os.path.exists(part) else 0
+    if cause or got < (total or 0):
+        why = f' ({_short(cause)})' if cause else ''
+        raise DownloadError(f'{url} was cut short{why}: {got:,} of {total or "unknown"} bytes are kept in {part}, '
+                            'run the same command again to go on from there', 'cut short')
+    return next((tag for tag in tags if re.fullmatch('[0-9a-f]{64}', tag)), None)
+
+
+def _short(error):
+    """Only the name of an error, or its short text: those of requests run over many lines."""
+    return getattr(error, 'strerror', None) or type(error).__name__
+
+
+def _mismatch(path, sha256, size):
+    """What differs between the file and what it should be, in words; '' if nothing does."""
+    if size is not None and os.path.getsize(path) != size:
+        return f'{os.path.getsize(path):,} bytes instead of {size:,}'
+    if sha256 is not None and sha256_of(path) != sha256.lower():
+        return f'sha256 {sha256_of(path)} instead of {sha256.lower()}'
+    return ''
