@@ -31,6 +31,7 @@ import math
 import os
 import re
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from data.loader import Loader, copy_to, download, held_out, read_text
 from data.tokenizer import fingerprint, from_meta, hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import (GPT, GPTConfig, SOFTCAP, atomic_write, can_compile, check_device, check_knobs, chunked, fast_bf16,
-                   load_model, load_tensors, rope_tables, save_checkpoint)
+                   load_model, load_tensors, rope_tables, save_checkpoint, shard)
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -332,14 +333,23 @@ LATER = (('smear_gate', None, 'of era E4 (from 2026-03-14): the embedding is sme
          ('attn.c_attn', None, 'not nanochat but of the GPT-2 family: name it as gpt2:PATH'))
 
 
+@dataclass
+class Teacher:
+    """Who teaches, as a value: the model, and what is known about it."""
+    name: str                   # as it was asked for: 'out-stdlib-bpe', 'nanochat:teachers/d32'
+    model: nn.Module            # in eval mode, without gradients
+    tokenizer: object = None    # None: it does not say
+    dataset: str = None         # the folder under data/ that it was trained on; None: it does not say
+    hold_out: str = ''          # the part of that dataset that it has not seen, like '1/4'; empty: it has seen all
+    data: str = None            # the sha256 of the text that it was trained on
+
+
 def load_teacher(spec, device='cpu'):
     """
-    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) -> the
-    model, in eval mode and without gradients, its tokenizer or None, and the dataset it was trained on or None.
-    SystemExit, in one line, for what is missing, damaged, hostile or of another kind.
+    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) -> Teacher.
+    ValueError for what is missing, damaged, hostile or of another kind.
     """
     kind, _, path = spec.partition(':')
-    dataset = None
     if kind == 'nanochat':
         model, tokenizer = load_nanochat(path, device)
     elif kind == 'gpt2':
@@ -347,36 +357,79 @@ def load_teacher(spec, device='cpu'):
     elif kind == 'random':
         model, tokenizer = random_teacher(path, device), None
     elif not os.path.exists(spec):
-        raise SystemExit(f"error: no teacher at {spec}: train one (python train.py ...), "
+        raise ValueError(f"no teacher at {spec}: train one (python train.py ...), "
                          f"or write its labels there (python distill.py --teacher=... --out_dir={spec})")
     else:
-        model, state = load_model(os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec, device)
-        tokenizer, dataset = from_meta(state['tokenizer']), state.get('dataset')
-        model.hold_out, model.data = state.get('knobs', {}).get('hold_out', ''), state.get('data')
-    return model.requires_grad_(False), tokenizer, dataset
+        path = os.path.join(spec, 'best.pt') if os.path.isdir(spec) else spec
+        model, state = load_model(path, device)
+        return Teacher(spec, model.requires_grad_(False), from_meta(state['tokenizer']), state.get('dataset'),
+                       state.get('knobs', {}).get('hold_out', ''), state.get('data'))
+    return Teacher(spec, model.requires_grad_(False), tokenizer)
 
 
 def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
     """
-    'A+B+...' -> list of teachers that read the tokenizer's ids and at least block_size of them at once; one that held
-    out a part of dataset has .hold_out. One line says which does not.
+    'A+B+...' -> list of Teacher, who all read the tokenizer's ids and at least block_size of them at once. Their
+    hold_out is that of dataset: who was trained on another has held out nothing of it. ValueError says which does not
+    fit.
     """
     teachers = []
     for name in spec.split('+'):
-        teacher, theirs, trained_on = load_teacher(name, device)
-        # of another text than dataset it has held out nothing
-        same = trained_on and dataset and os.path.normpath(trained_on) == os.path.normpath(dataset)
-        teacher.hold_out = getattr(teacher, 'hold_out', '') if same else ''
+        teacher = load_teacher(name, device)
+        same = teacher.dataset and dataset and os.path.normpath(teacher.dataset) == os.path.normpath(dataset)
+        if not same:
+            teacher.hold_out = ''
+        theirs, c = teacher.tokenizer, teacher.model.config
         if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
-            raise SystemExit(f"error: the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) "
+            raise ValueError(f"the teacher {name} has another tokenizer ({theirs.vocab_size:,} tokens) "
                              f"than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
-        if teacher.config.vocab_size != tokenizer.vocab_size or teacher.config.block_size < block_size:
-            raise SystemExit(f"error: the teacher {name} has a vocabulary of {teacher.config.vocab_size:,} "
-                             f"and a context of {teacher.config.block_size}, which must be "
-                             f"{tokenizer.vocab_size:,} and at least block_size ({block_size})")
-        teacher.config.block_size = block_size  # it attends to no more, which flops_per_token counts
+        if c.vocab_size != tokenizer.vocab_size or c.block_size < block_size:
+            raise ValueError(f"the teacher {name} has a vocabulary of {c.vocab_size:,} and a context of "
+                             f"{c.block_size}, which must be {tokenizer.vocab_size:,} and at least "
+                             f"block_size ({block_size})")
+        c.block_size = block_size               # it attends to no more, which flops_per_token counts
         teachers.append(teacher)
     return teachers
+
+
+def check_teachers(spec):
+    """
+    ValueError if a teacher of spec in another project's format is not there. A script asks before it looks for data,
+    which are prepared with that teacher's tokenizer.
+    """
+    for name in spec.split('+'):
+        if name.startswith('nanochat:'):
+            find_nanochat(name.partition(':')[2])
+
+
+def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', temperature=1.0, dataset=None,
+                 device='cpu', dtype='float32', fsdp=False):
+    """
+    What a training loop calls: spec '' -> (the student itself, None); a folder of labels -> (a Distiller, its Labels);
+    teachers, joined by + -> (a Distiller that runs them beside the student, None). loader: the training split, whose
+    tokens and block_size the teachers must read; dtype bfloat16: teachers keep their matrices in it; fsdp: processes
+    share out the teachers, too. ValueError says what does not fit.
+    """
+    if not spec:
+        return student, None
+    if os.path.exists(os.path.join(spec, 'meta.json')):
+        labels = Labels(spec, loader, device)
+        if labels.meta['temperature'] != temperature or divergence != 'forward_kl':
+            raise ValueError(f"the labels in {spec} are for forward_kl at temperature "
+                             f"{labels.meta['temperature']}, not for {divergence} at {temperature}: "
+                             "write others, or train beside the teacher itself")
+        return Distiller(student, temperature=temperature), labels
+    teachers = load_teachers(spec, tokenizer, loader.block_size, 'cpu' if fsdp else device, dataset)
+    if any(t.hold_out for t in teachers):
+        raise ValueError(f"a teacher in {spec} was trained with hold_out: write labels "
+                         f"(python distill.py --teacher={spec} --out_dir=FOLDER), "
+                         "which it gives only for what it has not seen")
+    models = [t.model for t in teachers]
+    if fsdp:                                    # a GPT-2 is small enough to stay whole
+        models = [shard(m, device.split(':')[0]) if isinstance(m, GPT) else m.to(device) for m in models]
+    elif dtype == 'bfloat16':
+        models = [in_bfloat16(m) for m in models]
+    return Distiller(student, models, divergence, temperature), None
 
 
 def random_teacher(name, device='cpu'):
