@@ -2,32 +2,81 @@
 #
 #     n_layer = 6            # a knob: a lowercase global that is a bool, an int, a float, a str or None
 #     learning_rate = 1e-3   # its default says which type it takes
+#     limits = {'n_layer': (1, None), 'learning_rate': (0, 1)}      # what they may be, see check below
 #     exec(open('configurator.py').read())
 #     print(config)          # every knob with its final value; n_layer and the others are set as well
 #
 # $ python train.py --help                                  the script's docstring, every knob and its default
 # $ python train.py config/tiny.py --n_layer=4              what the file says, then what the flags say
 # $ python train.py --dropout=0 config/a.py config/b.py     flags win wherever they stand; files apply in order
+# $ python train.py config/tiny.py --knobs                  every knob's final value as one line of JSON, for other tools
 #
 # A config file is plain Python that sets knobs and can compute with them: max_iters = 2 * 1000, total = 4 * batch_size.
 # (There batch_size is the script's or an earlier file's: flags come after all files.) A name of its own starts with _.
-# What is misspelled or of the wrong type ends the script with one line on stderr and status 1.
 #
-# This text is a comment because exec would store a docstring as the script's own __doc__, and everything below is one
-# function because exec would let our helpers replace the script's of the same name.
+# How a script ends when something is wrong. Everywhere in this repo a check is an assert, or, where it guards against
+# files and downloads from outside, a ValueError, and its message names the value and the remedy. Here, and only here,
+# that becomes one line on stderr, "error: message", and status 1. PICOCHAT_TRACE=1 shows the whole traceback instead.
+# (python -O takes asserts out: it is not supported. What guards against the outside stays even then.)
+#
+# This text is a comment because exec would store a docstring as the script's own __doc__, and everything below is two
+# functions because exec would let our helpers replace the script's of the same name.
 
-def _configure(script):
-    import ast, difflib, os, re, shlex, sys, traceback
+def _end_in_one_line():
+    """Sees to how the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced."""
+    import os, sys
+
+    optional = ('gguf', 'matplotlib', 'pyarrow', 'requests', 'safetensors', 'transformers', 'wandb')
+    no_memory = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory',
+                 'std::bad_alloc')
+
+    def ran_out_of_memory(error):
+        """PyTorch has an exception of its own for GPUs; on a CPU only the text of a RuntimeError tells."""
+        name = type(error).__name__
+        return (isinstance(error, MemoryError) or name == 'OutOfMemoryError'
+                or name == 'RuntimeError' and any(text in str(error) for text in no_memory))
+
+    def tell(kind, error, trace):
+        """In the place of Python's own hook for an exception that nobody caught; True if a line said it."""
+        if isinstance(error, BrokenPipeError):      # whoever read our output has left: nobody is there to be told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+        message = ' '.join(str(error).split())
+        status = 1
+        if ran_out_of_memory(error):
+            message = f'memory ran out ({message[:200]}): use a smaller batch_size, or a smaller model'
+            status = 3                              # batch_size=auto knows by this that a batch was too large
+        elif isinstance(error, ModuleNotFoundError) and (error.name or '').split('.')[0] in optional:
+            message = f"{error.name.split('.')[0]} is not installed: pip install {error.name.split('.')[0]}"
+        elif not isinstance(error, (AssertionError, ValueError, OSError)) or not message:
+            return sys.__excepthook__(kind, error, trace)       # a mistake of ours: it must be seen whole
+        if os.environ.get('PICOCHAT_TRACE'):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            print(f'error: {message}', file=sys.stderr)
+        if status != 1:
+            sys.exit(status)
+        return True
+
+    sys.excepthook = tell
+    for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')
+
+
+def _configure(script, install_hook):
+    import ast, difflib, json, os, re, shlex, sys, traceback
 
     # The knobs leave the globals while we work: one called compile or input would hide the builtin from the code below.
     # These two lines use no builtin for the same reason; only exec, open and globals cannot be names of knobs.
     kinds = [value.__class__ for value in (None, False, 0, 0.0, '')]
     defaults = {key: script.pop(key) for key in [*script]
                 if script[key].__class__ in kinds and key[0] != '_' and not key.isupper()}
+    install_hook()
     args = sys.argv[1:]
 
     def fail(message):
-        sys.exit('error: ' + ' '.join(message.split()))  # to stderr, status 1; one line whatever a value's repr holds
+        raise ValueError(message)
 
     def nearest(key):
         return (difflib.get_close_matches(key.lower().replace('-', '_'), defaults, n=1) or [None])[0]
@@ -55,6 +104,27 @@ def _configure(script):
         takes = {bool: 'a bool: True or False', int: "an int, None or 'auto'", float: 'a float or None', str: 'a str'}
         fail(f"{where}: {key} takes {takes.get(kind, 'None, a bool, an int, a float or a str')}, got {value!r}")
 
+    def check(key, value, allowed):
+        """
+        allowed: [all that the knob may be], or (least, most, further words), None for no bound. What is None by default
+        may stay None; whether it is an int or any number, its bounds say.
+        """
+        if value is None and defaults[key] is None:
+            return
+        if isinstance(allowed, list):
+            if value not in allowed:
+                fail(f"{key} ({value}) must be one of {', '.join(str(a) if a != '' else 'nothing' for a in allowed)}")
+            return
+        least, most, *words = allowed
+        if value in words:
+            return
+        whole = type(defaults[key]) is int or defaults[key] is None and type(least if least is not None else most) is int
+        is_number = type(value) is int or type(value) is float and not whole
+        if not (is_number and (least is None or value >= least) and (most is None or value <= most)):
+            bounds = [f'at least {least}'] * (least is not None) + [f'at most {most}'] * (most is not None)
+            fail(f"{key} ({value}) must be {'an int' if whole else 'a number'}"
+                 + f"{' of ' * bool(bounds)}{' and '.join(bounds)}" + ''.join(f', or {word}' for word in words))
+
     if '-h' in args or '--help' in args:
         source = open(script['__file__'], encoding='utf-8').read().rpartition('exec(open(')[0]
         beside = dict(re.findall(r'^ *(\w+) *=.*?(?: # *(.*))?$', source, re.M))  # a knob's comment; the last line wins
@@ -62,6 +132,8 @@ def _configure(script):
         for key, value in defaults.items():
             print(f"{f'  {key} = {value!r}':36} {beside.get(key, '')}".rstrip())
         sys.exit(0)
+    show = '--knobs' in args
+    args = [arg for arg in args if arg != '--knobs']
 
     # Flags are read before any file runs, so that a typo stops the script first, and applied after all of them.
     files, flags = [], {}
@@ -102,8 +174,14 @@ def _configure(script):
                 fail(f'{file}: unknown key {key!r}' + (f', did you mean {near}?' if near else '')
                      + ' (a name that is no knob starts with _, as in: import math as _math)')
     knobs.update(flags)
+    for keys, allowed in script.get('limits', {}).items():
+        for key in keys.split():
+            check(key, knobs[key], allowed)
+    if show:
+        print(json.dumps(knobs))
+        sys.exit(0)
     script.update(knobs)
     return knobs
 
-config = _configure(globals())
-del _configure
+config = _configure(globals(), _end_in_one_line)
+del _configure, _end_in_one_line

@@ -1,7 +1,302 @@
-"""Tests run from the repo root, on one thread (their models are tiny), and never from the network."""
+"""
+What several test files share. Tests run from the repo root, on one thread (their models are tiny), and never from the
+network. `from conftest import run, refused`: helpers live here or in the one file that uses them.
+"""
+import contextlib
+import csv
+import http.server
+import io
+import json
 import os
+import pickle
+import random
+import re
+import runpy
+import signal
+import subprocess
 import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # for the processes they start, too
 os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, '.')
+
+import torch
+
+import data.loader
+from data.loader import write_texts
+from data.tokenizer import BPETokenizer, CharTokenizer, byte_characters, merges_of, train_bpe
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# running the scripts
+
+TINY = ['--device=cpu', '--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16',
+        '--block_size=16', '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2',
+        '--save_interval=0', '--sample_interval=0']
+
+
+def toy_text(lines=120):
+    rng = random.Random(0)
+    return ''.join(' '.join(rng.choices('the cat sat on a mat and ran'.split(), k=8)) + '\n' for _ in range(lines))
+
+
+def make_dataset(folder, text=toy_text(), val=700, level='char', vocab_size=275):
+    """Writes text as a dataset, its first val characters again as the validation split -> the flag that names it."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_texts(str(folder), [text], [text[:val]], level, 'toy', vocab_size)
+    return f'--dataset={folder}'
+
+
+def run(script, *args, stdin=''):
+    """
+    The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
+    the excepthook of configurator.py tells in a line comes back as a status and that line; a traceback is raised here.
+    """
+    argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
+    sys.argv, sys.stdin = [script, *map(str, args)], io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                names = runpy.run_path(script, run_name='__main__')
+            except Exception as e:
+                status = 1
+                told = sys.excepthook is not hook and sys.excepthook(type(e), e, e.__traceback__)
+                if not told:
+                    raise
+    except SystemExit as e:             # as the interpreter does: a text goes to stderr and makes the status 1
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        err.write(f'{e.code}\n' if isinstance(e.code, str) else '')
+    finally:
+        sys.argv, sys.stdin, sys.excepthook = argv, sys.__stdin__, hook
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
+
+
+def train(out_dir, *args):
+    """A run that must succeed -> its JSON document."""
+    got = run('train.py', *TINY, f'--out_dir={out_dir}', *args)
+    assert got.status == 0 and not got.err, got.err
+    return json.loads(got.out.splitlines()[-1])
+
+
+def start(*args, **how):
+    """Python with these arguments in a process of its own -> its Popen."""
+    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **how)
+
+
+def refused(got, pattern):
+    """One line on stderr that matches, nothing else, status 1."""
+    assert got.status == 1 and re.fullmatch(f'error: .*(?:{pattern}).*\n', got.err), got.err
+
+
+def content(folder):
+    """Every file and folder below folder, with what is in it."""
+    return {os.path.join(at, name): None if name in folders else open(os.path.join(at, name), 'rb').read()
+            for at, folders, files in os.walk(folder) for name in folders + files}
+
+
+def log(out_dir):
+    return list(csv.DictReader(open(f'{out_dir}/log.csv')))
+
+
+def tensors(x, name=''):
+    """All tensors in nested dicts and lists, by where they are."""
+    if isinstance(x, torch.Tensor):
+        return {name: x}
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+    return {k: v for key, value in items for k, v in tensors(value, f'{name}/{key}').items()}
+
+
+def largest_difference(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and len(a) > 5
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope='session')
+def toy(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp('data') / 'toy')
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(step, signum): this process gets the signal in the middle of that step."""
+    batch = data.loader.Loader.batch
+
+    def at(stop_in, signum):
+        def batch_and_signal(self, step, *args):
+            if step == stop_in:
+                os.kill(os.getpid(), signum)
+            return batch(self, step, *args)
+        monkeypatch.setattr(data.loader.Loader, 'batch', batch_and_signal)
+    return at
+
+
+# -----------------------------------------------------------------------------
+# a web server
+
+class Server(http.server.ThreadingHTTPServer):
+    """
+    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
+    (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
+    sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
+    (no Content-Length), headers (of a redirect).
+    asked: list of (path, value of Range or None), in the order of the requests.
+    """
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.pages, self.asked = {}, []
+        self.url = f'http://127.0.0.1:{self.server_port}'
+
+    def handle_error(self, request, client_address):  # a client that hangs up is no news
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        page = self.server.pages.get(self.path, {'status': 404, 'body': b'no such page'})
+        wanted = self.headers['Range']
+        self.server.asked.append((self.path, wanted))
+        body, status, headers = page.get('body', b''), page.get('status', 200), {}
+        if 'location' in page:
+            status, headers = 302, {'Location': page['location'], **page.get('headers', {})}
+        elif wanted and status == 200 and page.get('ranges', True):
+            start = int(wanted.removeprefix('bytes=').removesuffix('-'))
+            if start >= len(body):
+                status, headers, body = 416, {'Content-Range': f'bytes */{len(body)}'}, b''
+            else:
+                status, headers = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
+                body = body[start:]
+        self.send_response(status)
+        if page.get('length', True):
+            headers['Content-Length'] = str(len(body))
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body[:page['cuts'].pop(0)] if page.get('cuts') else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+# -----------------------------------------------------------------------------
+# small models and tokenizers
+
+SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+
+
+def randomise(model, std=0.2):
+    """Weights that make every path matter: the initial zeros would hide most mistakes."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+CHAR = CharTokenizer('\n' + ''.join(map(chr, range(32, 127))))
+
+BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b'th': 256, b'the': 257, b' the': 258},
+                   special_tokens=['<|bos|>'])
+
+
+def build(tokenizer=CHAR, kv=4, block_size=300, **heads):
+    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4,
+                                   n_embd=32, n_kv_head=kv, **heads)))
+
+
+def with_heads(tokenizer, kv, block_size=160):
+    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
+
+
+# -----------------------------------------------------------------------------
+# other people's models
+
+TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9,
+         "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
+
+V = 300
+
+E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    return train_bpe(TEXTS, V)
+
+
+def e0_state(rows=V, prefix=''):
+    """Random weights under nanochat's names; rows beyond V are padding."""
+    torch.manual_seed(0)
+    state = {'transformer.wte.weight': torch.randn(rows, 32).bfloat16(), 'lm_head.weight': torch.randn(rows, 32)}
+    for i in range(2):
+        for name, shape in (
+                ('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)),
+                ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
+            state[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
+    return {prefix + k: v for k, v in state.items()}
+
+
+def write_nanochat(folder, bpe, state=None, step=7, home=None, **meta):
+    home = home or folder
+    for path in (folder, home):
+        os.makedirs(path, exist_ok=True)
+    torch.save(e0_state() if state is None else state, f'{folder}/model_{step:06d}.pt')
+    json.dump({'model_config': E0 | meta}, open(f'{folder}/meta_{step:06d}.json', 'w'))
+    pickle.dump(bpe._encoding, open(f'{home}/tokenizer.pkl', 'wb'))
+    torch.save(torch.tensor(bpe.token_bytes, dtype=torch.int32), f'{home}/token_bytes.pt')
+    return str(folder)
+
+ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, bias=True, vocab_size=50, dropout=0.0)
+
+
+def nanogpt_state(bias=True, tied=True):
+    torch.manual_seed(1)
+    w = {'transformer.wte.weight': torch.randn(50, 32), 'transformer.wpe.weight': torch.randn(24, 32),
+         'transformer.ln_f.weight': torch.randn(32)}
+    for i in range(2):
+        for name, shape in (('ln_1', (32,)), ('attn.c_attn', (96, 32)), ('attn.c_proj', (32, 32)),
+                            ('ln_2', (32,)), ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
+            w[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
+    if bias:
+        w |= {k.replace('weight', 'bias'): 0.3 * torch.randn(v.size(0))
+              for k, v in w.items() if 'ln_' in k or '.c_' in k}
+    return w | {'lm_head.weight': w['transformer.wte.weight'] if tied else torch.randn(50, 32)}
+
+
+def write_nanogpt(path, state=None, prefix='', **args):
+    torch.save({'model': {prefix + k: v for k, v in (nanogpt_state() if state is None else state).items()},
+                'optimizer': {}, 'model_args': ARGS | args, 'iter_num': 3, 'best_val_loss': torch.tensor(1.0),
+                'config': {}}, path)
+    return str(path)
+
+
+def write_gpt2_tokenizer(folder, tok):
+    """vocab.json and merges.txt as GPT-2 has them."""
+    tokens, character = [t.encode('latin-1') for t in tok.meta()['ranks']], byte_characters()
+    text = lambda token: ''.join(character[b] for b in token)
+    vocab = ({text(token): i for i, token in enumerate(tokens)}
+             | {name: tok.special(name) for name in tok.special_tokens})
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    (folder / 'merges.txt').write_text(
+        '#version: 0.2\n' + ''.join(f'{text(a)} {text(b)}\n' for a, b in merges_of(tokens)), encoding='utf-8')

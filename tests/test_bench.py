@@ -16,6 +16,7 @@ import struct
 import sys
 
 import pytest
+from conftest import e0_state, make_dataset, nanogpt_state, refused, run, train, write_nanochat, write_nanogpt
 import torch
 
 import model as M
@@ -24,8 +25,6 @@ from data.tokenizer import CharTokenizer
 from engine import Engine, KVCache
 from model import GPT, GPTConfig, evaluate, load_model, save_checkpoint
 from quantize import convert, export, load
-from test_teachers import bpe, e0_state, nanogpt_state, write_nanochat, write_nanogpt  # noqa: F401, bpe is a fixture
-from test_train import make_dataset, refused, run
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
 ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute',

@@ -7,14 +7,13 @@ import json
 import os
 
 import pytest
+from conftest import CHAR, make_dataset, run, train, with_heads
 import torch
 from torch._inductor.cudagraph_trees import get_manager
 
 import quantize as Q
 from engine import Engine, parting
 from model import GPT, GPTConfig, memory_limit, out_of_memory
-from test_engine import CHAR, with_heads
-from test_train import make_dataset, run, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 

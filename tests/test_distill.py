@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import (TEXTS, TINY, V, largest_difference, make_dataset, refused, run, start, toy_text, train,
+                      write_nanochat)
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +23,6 @@ from data.loader import Loader, held_out
 from distill import (DIVERGENCES, GPT2, Distiller, Labels, choose_labels, fit_temperature, in_bfloat16, load_teacher,
                      write_labels)
 from model import GPT, GPTConfig, load_checkpoint, shift
-from test_train import (TINY, interrupt, largest_difference, make_dataset, refused,  # noqa: F401, a fixture
-                        run, toy_text, train)
 
 SMALL = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
 
@@ -418,7 +418,6 @@ def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
     import numpy as np
     from data.loader import write_dataset
     from data.tokenizer import load_nanochat_tokenizer, train_bpe
-    from test_teachers import TEXTS, V, write_nanochat
     folder = write_nanochat(tmp_path / 'd2', train_bpe([toy_text(), *TEXTS], V), sequence_len=32)
     tokenizer = load_nanochat_tokenizer(folder)
     ids = np.array(tokenizer.encode(toy_text()))

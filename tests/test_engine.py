@@ -4,22 +4,13 @@ import shutil
 from collections import Counter
 
 import pytest
+from conftest import BPE, CHAR, build, randomise, with_heads
 import torch
 
 import quantize as Q
 from data.tokenizer import BPETokenizer, CharTokenizer
 from engine import Chat, Engine, KVCache, Noise, draw, gumbel, mix, parting
 from model import GPT, GPTConfig
-from test_model import randomise
-
-CHAR = CharTokenizer('\n' + ''.join(map(chr, range(32, 127))))
-BPE = BPETokenizer({bytes([b]): b for b in range(256)} | {b'th': 256, b'the': 257, b' the': 258},
-                   special_tokens=['<|bos|>'])
-
-
-def build(tokenizer=CHAR, kv=4, block_size=300, **heads):
-    return randomise(GPT(GPTConfig(block_size=block_size, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=4,
-                                   n_embd=32, n_kv_head=kv, **heads)))
 
 
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]
@@ -191,9 +182,6 @@ def test_streaming_whole_characters_and_stop_strings():
 
 # -----------------------------------------------------------------------------
 # speculation: the same seed gives the same text, whatever the drafter
-
-def with_heads(tokenizer, kv, block_size=160):
-    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
 
 
 def oracle(accuracy, texts):

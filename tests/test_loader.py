@@ -11,6 +11,7 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import train
 import torch
 
 from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, held_out, load_meta, pack_rows,
@@ -328,63 +329,6 @@ def test_stdlib_modules_are_held_out_whole():
 
 # -----------------------------------------------------------------------------
 # downloads
-
-class Server(http.server.ThreadingHTTPServer):
-    """
-    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
-    (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
-    sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
-    (no Content-Length), headers (of a redirect).
-    asked: list of (path, value of Range or None), in the order of the requests.
-    """
-
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.pages, self.asked = {}, []
-        self.url = f'http://127.0.0.1:{self.server_port}'
-
-    def handle_error(self, request, client_address):  # a client that hangs up is no news
-        pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        page = self.server.pages.get(self.path, {'status': 404, 'body': b'no such page'})
-        wanted = self.headers['Range']
-        self.server.asked.append((self.path, wanted))
-        body, status, headers = page.get('body', b''), page.get('status', 200), {}
-        if 'location' in page:
-            status, headers = 302, {'Location': page['location'], **page.get('headers', {})}
-        elif wanted and status == 200 and page.get('ranges', True):
-            start = int(wanted.removeprefix('bytes=').removesuffix('-'))
-            if start >= len(body):
-                status, headers, body = 416, {'Content-Range': f'bytes */{len(body)}'}, b''
-            else:
-                status, headers = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
-                body = body[start:]
-        self.send_response(status)
-        if page.get('length', True):
-            headers['Content-Length'] = str(len(body))
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body[:page['cuts'].pop(0)] if page.get('cuts') else body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 BODY = bytes(range(256)) * 1000

@@ -7,22 +7,13 @@ import resource
 import signal
 
 import pytest
+from conftest import SMALL, content, randomise, start
 import torch
 import torch.nn.functional as F
 
 import model as M
 from model import (GPT, GPTConfig, Muon, evaluate, free_memory, largest_that_fits, load_checkpoint, load_model,
                    make_optimizers, memory_limit, out_of_memory, save_checkpoint)
-
-SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
-
-
-def randomise(model, std=0.2):
-    """Weights that make every path matter: the initial zeros would hide most mistakes."""
-    torch.manual_seed(0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
-    return model.eval()
 
 
 @pytest.mark.parametrize('shape, groups', [

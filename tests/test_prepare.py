@@ -15,8 +15,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_loader import server  # noqa: F401, a fixture
-from test_teachers import write_gpt2_tokenizer
+from conftest import run, train, write_gpt2_tokenizer
 
 from data.loader import Loader, load_meta, write_texts
 from data.tokenizer import GPT2_PATTERN, fingerprint, from_meta, train_bpe

@@ -8,6 +8,7 @@ import string
 
 import numpy as np
 import pytest
+from conftest import SMALL, randomise, refused, run
 import torch
 
 import prune as P
@@ -16,8 +17,6 @@ from data.tokenizer import CharTokenizer, bpe_parts, cut_tokenizer, from_meta, r
 from engine import Engine
 from model import GPT, GPTConfig, evaluate, load_model, make_optimizers, save_checkpoint
 from quantize import convert, export, load
-from test_model import SMALL, randomise
-from test_train import refused, run
 
 SHAPES = [dict(n_kv_head=4), dict(n_kv_head=2, tie_weights=True), dict(n_kv_head=1)]
 HEADS = dict(multi_token_n=2, draft_n=3)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import make_dataclass
 
 import pytest
+from conftest import SMALL, content, make_dataset, randomise, refused, run, start
 import torch
 import torch.nn.functional as F
 
@@ -16,8 +17,6 @@ from data.loader import Loader
 from data.tokenizer import from_meta
 from engine import Engine
 from model import GPT, GPTConfig, save_checkpoint
-from test_model import SMALL, randomise
-from test_train import make_dataset, refused, run
 
 ROUNDINGS = [(8, 32), (4, 32), (4, 64), (4, 128)]
 HEADS = dict(multi_token_n=2, draft_n=2)

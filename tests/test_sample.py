@@ -11,6 +11,7 @@ import shutil
 import signal
 
 import pytest
+from conftest import TINY, content, make_dataset, refused, run, start, toy_text, train
 import torch
 
 import engine
@@ -19,7 +20,6 @@ from data.tokenizer import from_meta, train_bpe
 from engine import Engine
 from model import load_model
 from quantize import load
-from test_train import TINY, content, make_dataset, refused, run, start, toy_text
 
 LOAD = {'float': lambda out_dir: load_model(f'{out_dir}/best.pt')} | {
     name: lambda out_dir, name=name: load(f'{out_dir}/{name}.safetensors') for name in ('int8', 'int4')}

@@ -13,6 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import (TEXTS, TINY, V, content, e0_state, nanogpt_state, randomise, run, write_gpt2_tokenizer,
+                      write_nanochat, write_nanogpt)
 import torch
 import torch.nn.functional as F
 
@@ -22,49 +24,14 @@ from data.tokenizer import (GPT2_PATTERN, CharTokenizer, byte_characters, finger
                             load_gpt2_tokenizer, merges_of, train_bpe)
 from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
 from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
-from test_loader import server  # noqa: F401, a fixture
-from test_model import randomise
-from test_train import TINY, run
 
 GOLDEN = '../shared/data/nanochat_e0'
-TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9,
-         "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
-V = 300
-E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-
-
-@pytest.fixture(scope='module')
-def bpe():
-    return train_bpe(TEXTS, V)
 
 
 def refused(match, f, *args):
     with pytest.raises(SystemExit, match=match) as e:
         f(*args)
     assert str(e.value).startswith('error: ') and '\n' not in str(e.value)
-
-
-def e0_state(rows=V, prefix=''):
-    """Random weights under nanochat's names; rows beyond V are padding."""
-    torch.manual_seed(0)
-    state = {'transformer.wte.weight': torch.randn(rows, 32).bfloat16(), 'lm_head.weight': torch.randn(rows, 32)}
-    for i in range(2):
-        for name, shape in (
-                ('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)),
-                ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
-            state[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
-    return {prefix + k: v for k, v in state.items()}
-
-
-def write_nanochat(folder, bpe, state=None, step=7, home=None, **meta):
-    home = home or folder
-    for path in (folder, home):
-        os.makedirs(path, exist_ok=True)
-    torch.save(e0_state() if state is None else state, f'{folder}/model_{step:06d}.pt')
-    json.dump({'model_config': E0 | meta}, open(f'{folder}/meta_{step:06d}.json', 'w'))
-    pickle.dump(bpe._encoding, open(f'{home}/tokenizer.pkl', 'wb'))
-    torch.save(torch.tensor(bpe.token_bytes, dtype=torch.int32), f'{home}/token_bytes.pt')
-    return str(folder)
 
 
 def e0_forward(state, idx):
@@ -312,29 +279,6 @@ def test_load_teacher(tmp_path, bpe):
 # -----------------------------------------------------------------------------
 # GPT-2 and nanoGPT
 
-ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, bias=True, vocab_size=50, dropout=0.0)
-
-
-def nanogpt_state(bias=True, tied=True):
-    torch.manual_seed(1)
-    w = {'transformer.wte.weight': torch.randn(50, 32), 'transformer.wpe.weight': torch.randn(24, 32),
-         'transformer.ln_f.weight': torch.randn(32)}
-    for i in range(2):
-        for name, shape in (('ln_1', (32,)), ('attn.c_attn', (96, 32)), ('attn.c_proj', (32, 32)),
-                            ('ln_2', (32,)), ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
-            w[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
-    if bias:
-        w |= {k.replace('weight', 'bias'): 0.3 * torch.randn(v.size(0))
-              for k, v in w.items() if 'ln_' in k or '.c_' in k}
-    return w | {'lm_head.weight': w['transformer.wte.weight'] if tied else torch.randn(50, 32)}
-
-
-def write_nanogpt(path, state=None, prefix='', **args):
-    torch.save({'model': {prefix + k: v for k, v in (nanogpt_state() if state is None else state).items()},
-                'optimizer': {}, 'model_args': ARGS | args, 'iter_num': 3, 'best_val_loss': torch.tensor(1.0),
-                'config': {}}, path)
-    return str(path)
-
 
 def nanogpt_forward(w, idx, gelu='none'):
     T = idx.size(1)
@@ -440,17 +384,6 @@ def test_gpt2_equals_transformers(tmp_path, how):
 
 ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 ſ İ ٣٤ 12345', 'a' * 50,
        '\x00\x7f\x85\xa0\xad', *TEXTS]
-
-
-def write_gpt2_tokenizer(folder, tok):
-    """vocab.json and merges.txt as GPT-2 has them."""
-    tokens, character = [t.encode('latin-1') for t in tok.meta()['ranks']], byte_characters()
-    text = lambda token: ''.join(character[b] for b in token)
-    vocab = ({text(token): i for i, token in enumerate(tokens)}
-             | {name: tok.special(name) for name in tok.special_tokens})
-    (folder / 'vocab.json').write_text(json.dumps(vocab))
-    (folder / 'merges.txt').write_text(
-        '#version: 0.2\n' + ''.join(f'{text(a)} {text(b)}\n' for a, b in merges_of(tokens)), encoding='utf-8')
 
 
 def test_gpt2_tokenizer(tmp_path):

@@ -17,6 +17,7 @@ import textwrap
 from collections import Counter
 
 import pytest
+from conftest import content
 import regex
 import tiktoken
 

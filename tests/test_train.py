@@ -23,6 +23,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from conftest import TINY, content, largest_difference, log, make_dataset, refused, run, start, toy_text, train
 import torch
 
 import data.loader
@@ -32,104 +33,6 @@ from data.tokenizer import train_bpe
 from engine import Engine
 from model import GPT, GPTConfig, fast_bf16, load_checkpoint, load_model
 from quantize import prepare
-
-TINY = ['--device=cpu', '--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16',
-        '--block_size=16', '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2',
-        '--save_interval=0', '--sample_interval=0']
-
-
-def toy_text(lines=120):
-    rng = random.Random(0)
-    return ''.join(' '.join(rng.choices('the cat sat on a mat and ran'.split(), k=8)) + '\n' for _ in range(lines))
-
-
-def make_dataset(folder, text=toy_text(), val=700, level='char', vocab_size=275):
-    """Writes text as a dataset, its first val characters again as the validation split -> the flag that names it."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_texts(str(folder), [text], [text[:val]], level, 'toy', vocab_size)
-    return f'--dataset={folder}'
-
-
-def run(script, *args, stdin=''):
-    """
-    The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
-    would be a traceback is raised here.
-    """
-    argv, before = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
-    sys.argv, sys.stdin = [script, *map(str, args)], io.StringIO(stdin)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            names = runpy.run_path(script, run_name='__main__')
-    except SystemExit as e:             # as the interpreter does: a text goes to stderr and makes the status 1
-        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-        err.write(f'{e.code}\n' if isinstance(e.code, str) else '')
-    finally:
-        sys.argv, sys.stdin = argv, sys.__stdin__
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
-
-
-def train(out_dir, *args):
-    """A run that must succeed -> its JSON document."""
-    got = run('train.py', *TINY, f'--out_dir={out_dir}', *args)
-    assert got.status == 0 and not got.err, got.err
-    return json.loads(got.out.splitlines()[-1])
-
-
-def start(*args, **how):
-    """Python with these arguments in a process of its own -> its Popen."""
-    return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, **how)
-
-
-def refused(got, pattern):
-    """One line on stderr that matches, nothing else, status 1."""
-    assert got.status == 1 and re.fullmatch(f'error: .*(?:{pattern}).*\n', got.err), got.err
-
-
-def content(folder):
-    """Every file and folder below folder, with what is in it."""
-    return {os.path.join(at, name): None if name in folders else open(os.path.join(at, name), 'rb').read()
-            for at, folders, files in os.walk(folder) for name in folders + files}
-
-
-def log(out_dir):
-    return list(csv.DictReader(open(f'{out_dir}/log.csv')))
-
-
-def tensors(x, name=''):
-    """All tensors in nested dicts and lists, by where they are."""
-    if isinstance(x, torch.Tensor):
-        return {name: x}
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
-    return {k: v for key, value in items for k, v in tensors(value, f'{name}/{key}').items()}
-
-
-def largest_difference(a, b):
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys() and len(a) > 5
-    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
-
-
-@pytest.fixture(scope='session')
-def toy(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp('data') / 'toy')
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """interrupt(step, signum): this process gets the signal in the middle of that step."""
-    batch = data.loader.Loader.batch
-
-    def at(stop_in, signum):
-        def batch_and_signal(self, step, *args):
-            if step == stop_in:
-                os.kill(os.getpid(), signum)
-            return batch(self, step, *args)
-        monkeypatch.setattr(data.loader.Loader, 'batch', batch_and_signal)
-    return at
 
 
 def poisoned(at):
@@ -558,7 +461,7 @@ def test_auto_under_a_real_limit(toy, tmp_path):
         import json, resource, runpy, sys
         sys.path[:0] = ['.', 'tests']
         import torch._dynamo
-        from test_train import run
+        from conftest import run
         from model import out_of_memory
         args = sys.argv[1:]
         run('train.py', *args)                      # what is only loaded once is there now
