@@ -1,0 +1,130 @@
+"""
+By which command a model or its labels were made, and what that cost: FOLDER/made.json, an entry for each product.
+
+    document = already('out/best.pt', reads=['out-teacher/best.pt'])    # still as a ladder wants it?
+    ...                                                                 # if that is None, make it, then
+    record('out/best.pt', document, reads=['out-teacher/best.pt'])
+
+bench.py --mode=ladder runs commands with PICOCHAT_LADDER set. Under it a script makes again only what is missing, was
+made by another command, or is older than what it is made from; and it replaces nothing that a ladder has not made.
+"""
+import ast
+import hashlib
+import json
+import os
+import sys
+import time
+
+from data.files import atomic_write
+
+LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
+BEGUN = 'was begun and not finished'
+
+
+def already(product, reads=()):
+    """
+    product: the path of a model or of labels.bin; reads: the files that it is made from. -> in a ladder the document
+    that was recorded for it, if this very command made it and nothing it reads is newer; else None, and it is to be
+    made now. ValueError if that would replace what no ladder has made.
+    """
+    if 'PICOCHAT_LADDER' not in os.environ:
+        return None
+    entry = made(product)
+    why = stale(product, entry, reads)
+    if not why:
+        print(f"{product} is there: this command made it on {entry['date']}", file=sys.stderr)
+        return entry['document']
+    for name, changed in times(product).items():
+        untouched = 'document' not in entry or entry['times'].get(name) == changed
+        if not entry.get('ladder') or not untouched:
+            raise ValueError(f'the ladder would replace {os.path.join(os.path.dirname(product), name)}, which is not '
+                             'as a ladder made it: move that away, or give the rung another folder')
+    print(f'{product} {why}: it is made now', file=sys.stderr)
+    if product.endswith('labels.bin') and why != BEGUN:                    # labels that were begun are gone on with
+        for name in LABELS:
+            path = os.path.join(os.path.dirname(product), name)
+            if os.path.exists(path):
+                os.unlink(path)
+    write(product, {})
+    return None
+
+
+def record(product, document, reads=(), starts_from=None, labels=None):
+    """
+    The product is made. document: the JSON document that the script ends with; starts_from: the model whose weights it
+    began with; labels: the folder of labels that it learnt from. What those two cost is added to its own cost.
+    """
+    cost = made(starts_from).get('cost') if starts_from else None
+    cost = cost or {'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
+    if 'iters' in document:                                                # labels and pruning train on no tokens
+        cost['train_tokens'] += document['tokens']
+    cost['train_seconds'] += document.get('seconds') or 0
+    cost['train_flops'] += document.get('flops') or 0
+    if labels:                                      # by folder: they are written once, whoever learns from them again
+        written = made(os.path.join(labels, 'labels.bin')).get('cost', {})
+        cost['labels'][labels] = written.get('train_flops', 0)
+    write(product, {'document': document, 'reads': list(reads), 'cost': cost, 'times': times(product)})
+
+
+def made(product):
+    """-> what is recorded of a product; {} if nothing is."""
+    return read(os.path.dirname(product)).get(os.path.basename(product), {})
+
+# -----------------------------------------------------------------------------
+
+def stale(product, entry, reads):
+    """Why a product is not as this command would make it now, or None."""
+    if not os.path.exists(product) and 'document' in entry:
+        return 'is gone'
+    if not entry:
+        return 'has no record' if os.path.exists(product) else 'is missing'
+    if entry['command'] != command():
+        return 'was made by another command'
+    if 'document' not in entry:
+        return BEGUN
+    if entry['times'].get(os.path.basename(product)) != os.path.getmtime(product):
+        return 'has changed since it was made'
+    for path in reads:
+        if os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(product):
+            return f'is older than {path}'
+    return None
+
+
+def command():
+    """-> the words of this process's command, and what its config files say, comments apart: they change nothing."""
+    configs = {}
+    for word in sys.argv[1:]:
+        if word.endswith('.py') and os.path.isfile(word):
+            with open(word, 'rb') as f:
+                configs[word] = hashlib.sha256(ast.dump(ast.parse(f.read())).encode()).hexdigest()
+    return {'words': [str(word) for word in sys.argv], 'configs': configs}
+
+
+def times(product):
+    """-> {name: time of its last change} of the files that making the product again would replace."""
+    folder, name = os.path.split(product)
+    names = ('best.pt', 'ckpt.pt') if name == 'best.pt' else (name,)
+    paths = {name: os.path.join(folder, name) for name in names}
+    return {name: os.path.getmtime(path) for name, path in paths.items() if os.path.exists(path)}
+
+
+def read(folder):
+    path = os.path.join(folder, 'made.json')
+    if not os.path.exists(path):
+        return {}
+    with open(path, 'rb') as f:
+        text = f.read()
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(f'{path} is damaged: remove it, and no ladder will take what is beside it for its own')
+
+
+def write(product, result):
+    """The entry of this command; without a document in result it says that the command has begun."""
+    folder, name = os.path.split(product)
+    entry = {'command': command(), 'ladder': os.environ.get('PICOCHAT_LADDER'),
+             'date': time.strftime('%Y-%m-%d %H:%M:%S')} | result
+    text = json.dumps(read(folder) | {name: entry}, indent=1)
+    os.makedirs(folder or '.', exist_ok=True)
+    atomic_write(os.path.join(folder, 'made.json'), lambda f: f.write(text.encode()))
