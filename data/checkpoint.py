@@ -1,0 +1,210 @@
+"""
+Our own files: checkpoints (torch.save) and the safetensors container of integer checkpoints, written whole or not at
+all, and checked when they are read. Tensors and plain types only: loading one can never run code.
+
+    from data.checkpoint import load_model, save_checkpoint
+    save_checkpoint('out/best.pt', model, tokenizer.meta(), step=100, dataset='stdlib_char')
+    model, state = load_model('out/best.pt')    # state: {'config', 'tokenizer', 'model', 'step', 'dataset', ...}
+
+A checkpoint is the dict {'picochat': 1, 'config': the shape, 'tokenizer': its meta, 'model': the weights} and whatever
+else was given. What guards against damaged and foreign files raises a ValueError that names what was expected.
+"""
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import asdict
+
+import torch
+
+from data.files import atomic_write
+from model import GPT, GPTConfig, whole
+
+# -----------------------------------------------------------------------------
+# writing
+
+def save_checkpoint(path, model, tokenizer_meta, **extra):
+    """
+    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must
+    call it, since what is sharded is put together, and the first writes: the file is the same whatever wrote it.
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+    def gather(x):
+        """x with whole tensors, on the CPU and one by one: all of them together need not fit the device."""
+        if isinstance(x, (list, tuple)):
+            return [gather(v) for v in x]
+        if isinstance(x, dict):
+            return {k: gather(v) for k, v in x.items()}
+        if not hasattr(x, 'full_tensor'):
+            return x
+        x = whole(x)
+        return x.cpu() if first else None
+
+    state = gather({'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta,
+                    'model': model.state_dict(), **extra})
+    if model.config.tie_weights:                # gathered twice, written once
+        state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']
+    if first:
+        atomic_write(path, lambda f: torch.save(state, f))
+
+# -----------------------------------------------------------------------------
+# reading
+
+def load_tensors(path, device='cpu', mmap=False):
+    """
+    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until
+    they are used. ValueError for a file that is damaged, or holds more than that.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not a whole checkpoint: expected a zip archive, as torch.save writes it, "
+                         f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
+                         "use another copy")
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
+        raise ValueError(f"{path} was refused ({type(e).__name__}): "
+                         "a checkpoint holds tensors and plain types only; use another copy") from e
+    if damaged:
+        raise ValueError(f"{path} is damaged: expected the checksum that was saved with {damaged}, "
+                         "found another: use another copy")
+    return state
+
+
+def config_from(shape, source):
+    """A shape as a dict, and where it is from -> GPTConfig. ValueError for what this version does not know."""
+    unknown = set(shape) - set(GPTConfig.__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"{source} was written by another version: its shape has {sorted(unknown)}, "
+                         "which this model does not know: use the version that wrote it")
+    return GPTConfig(**shape)
+
+
+def load_checkpoint(path, device='cpu'):
+    """path -> the saved dict. ValueError for a file that is missing, damaged, foreign or unsafe."""
+    if os.path.isdir(path):
+        raise ValueError(f"no checkpoint at {path}: it is a folder, name the file in it, {path}/best.pt")
+    if not os.path.isfile(path):
+        raise ValueError(f"no checkpoint at {path}: train one first (python train.py ...), "
+                         "or name its folder with --out_dir=")
+    state = load_tensors(path, device)
+    if not isinstance(state, dict) or 'picochat' not in state:
+        found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} is not a picochat checkpoint: "
+                         f"expected the keys picochat, config, tokenizer and model, found {found}")
+    config_from(state['config'], path)
+    return state
+
+
+def load_model(path, device='cpu'):
+    """path -> model on device, in eval mode, and the checkpoint's dict."""
+    state = load_checkpoint(path, device)
+    with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
+        model = GPT(GPTConfig(**state['config']))
+    model.load_state_dict(state['model'])
+    return model.eval(), state
+
+# -----------------------------------------------------------------------------
+# going on with a training
+
+def check_resumable(state, path, knobs, keys, data_hash):
+    """
+    state: the checkpoint at path, with the knobs it was trained with. It must be gone on with in the same way: keys name
+    the knobs that must be the same now; data_hash: the sha256 of the training text. ValueError says what differs.
+    """
+    start_anew = f"start from it with --init_from={path}"
+    if 'optimizers' not in state:
+        raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
+    before = state['knobs']
+    differ = [f'{key} is {before[key]!r} there and {knobs[key]!r} here'
+              for key in keys if key in before and key in knobs and before[key] != knobs[key]]
+    if differ:
+        raise ValueError(f"{path} was trained in another way: {'; '.join(differ)}: resume with the same knobs")
+    if state.get('data', data_hash) != data_hash:
+        raise ValueError(f"the dataset has been prepared anew since {path} was saved, from another text: "
+                         f"{start_anew} and another --out_dir, or anew")
+
+
+def shape_of_student(config, source, fresh_heads=('multi_token', 'draft')):
+    """
+    The shape of a model that starts from the weights of a checkpoint. config: what the knobs ask for; source: the
+    checkpoint's dict. The checkpoint decides, but for block_size and dropout, on which no weight depends, for how often
+    the draft cell is applied, and for heads that it does not have: they may be added.
+    """
+    theirs = source['config']
+    shape = theirs | {'block_size': config.block_size, 'dropout': config.dropout,
+                      'draft_n': config.draft_n or theirs['draft_n']}
+    for head in fresh_heads:
+        if not theirs[f'{head}_n']:
+            shape |= {k: v for k, v in vars(config).items() if k.startswith(head)}
+    return shape
+
+
+def load_weights(model, source):
+    """The checkpoint's weights into model; heads that it does not have keep their fresh ones, all else must be there."""
+    fresh = {name: p for name, p in model.state_dict().items() if name.startswith(('multi_token', 'draft'))}
+    model.load_state_dict(fresh | source['model'])
+
+# -----------------------------------------------------------------------------
+# the container of integer checkpoints: 8 bytes of length, a JSON header, the tensors (safetensors' layout)
+
+DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
+
+
+def checksum(header, data):
+    """sha256 of everything but itself; the header as sorted JSON."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + data).hexdigest()
+
+
+def write_safetensors(path, tensors, metadata):
+    """
+    tensors: {name: int8, uint8 or float32 tensor}, metadata: {name: str} -> the bytes of the file at path. The checksum
+    of all of it goes into the metadata.
+    """
+    header, data = {}, bytearray()
+    # tensors of 4-byte numbers come first: so all of them stay aligned
+    for name, t in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        start = len(data)
+        data += t.cpu().numpy().tobytes()
+        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, len(data)]}
+    header['__metadata__'] = dict(metadata)
+    header['__metadata__']['sha256'] = checksum(header, data)
+    head = json.dumps(header, separators=(',', ':')).encode()
+    head += b' ' * (-len(head) % 8)
+    atomic_write(path, lambda f: f.write(len(head).to_bytes(8, 'little') + head + data))
+    return os.path.getsize(path)
+
+
+def read_safetensors(path, format, device='cpu'):
+    """
+    A file of write_safetensors whose metadata say this format -> {name: tensor on device}, metadata. ValueError for a
+    damaged or foreign file.
+    """
+    with open(path, 'rb') as f:
+        size = int.from_bytes(f.read(8), 'little')
+        head = f.read(size) if size < 2**30 else b''
+        data = f.read()
+    try:
+        header = json.loads(head)
+        metadata = header['__metadata__']
+        found = metadata['format']
+    except (ValueError, TypeError, KeyError):
+        found = None
+    if found != format:
+        raise ValueError(f"{path} is not a whole picochat file of integers: "
+                         f"expected a safetensors header of format {format}, found {head[:20]!r}: "
+                         "use another copy, or run quantize.py again")
+    written = metadata.pop('sha256', None)
+    if checksum(header, data) != written:
+        raise ValueError(f"{path} is damaged: its {len(data)} bytes of weights and its header "
+                         "do not have the checksum written there: use another copy, or run quantize.py again")
+    del header['__metadata__']
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    tensors = {}
+    for name, t in header.items():
+        start, end = t['data_offsets']
+        flat = torch.frombuffer(bytearray(data[start:end]), dtype=dtypes[t['dtype']])
+        tensors[name] = flat.view(t['shape']).to(device)
+    return tensors, metadata
