@@ -1,5 +1,5 @@
 """
-The GPT: configuration, trunk, heads, losses, optimizers, accounting and checkpoints. Everything else imports this file.
+The GPT: configuration, trunk, heads, losses, accounting, evaluation and optimizers. Everything else imports this file.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(block_size=256, vocab_size=65, n_layer=3, n_head=4, n_embd=192, n_hidden=384))
@@ -11,7 +11,6 @@ then a norm of q and k, relu^2, no biases, a norm after the embedding, logits so
 training, decoding, distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for,
 multi-token heads and a draft head.
 """
-import contextlib
 import math
 import os
 import platform
@@ -19,8 +18,7 @@ import re
 import shutil
 import sys
 import sysconfig
-import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -109,21 +107,47 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def sees(query, key):
+    """
+    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in this repo
+    is made of it. query and key: positions, ints or tensors that broadcast -> bool of the same shape.
+    """
+    return key <= query
+
+
 def causal_attention(q, k, v):
     """
-    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). PyTorch's kernel, but
-    for compiled rows of bfloat16 on a CPU: there its backward takes two to four times as long as these few products.
-    q and k are normed, so scores lie within sqrt(head_dim) and the softmax needs no maximum.
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). is_causal=True is the
+    rule of sees, in the form that PyTorch's kernels are fast for.
+    """
+    if products_are_faster(v):
+        return attention_by_products(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
+
+
+def products_are_faster(v):
+    """
+    Whether attention should be spelled out: for short compiled rows of bfloat16 on a CPU, where the backward pass of
+    PyTorch's kernel takes two to four times as long as a few matrix products.
+    """
+    return torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.size(2) <= 512
+
+
+def attention_by_products(q, k, v):
+    """
+    causal_attention as matrix products, in two halves: the first half of the queries sees no key of the second one.
+    q and k are normed, so scores lie within sqrt(head_dim), and the softmax needs no maximum to stay finite.
     """
     B, H, T, D = q.shape
-    if not (torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and T <= 512):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < H)
-    q, k, KV, out = q.to(v.dtype), k.to(v.dtype), k.size(1), []
-    for start, end in ((0, T // 2), (T // 2, T)):       # the first half sees no key of the second one
+    KV = k.size(1)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    out = []
+    for start, end in ((0, T // 2), (T // 2, T)):
         n = end - start
-        scores = q[:, :, start:end].reshape(B, KV, H // KV * n, D) @ k[:, :, :end].mT
-        scores = scores.view(B, KV, H // KV, n, end).float() * D ** -0.5    # (B, n_kv_head, heads of each, n, keys)
-        weights = torch.where(torch.arange(start, end)[:, None] >= torch.arange(end), scores.exp(), 0.0)
+        queries = q[:, :, start:end].reshape(B, KV, H // KV * n, D)             # those that share a key/value head
+        scores = (queries @ k[:, :, :end].mT).view(B, KV, H // KV, n, end).float() * D ** -0.5
+        visible = sees(torch.arange(start, end)[:, None], torch.arange(end))    # (n, end)
+        weights = torch.where(visible, scores.exp(), 0.0)
         y = (weights.to(v.dtype).view(B, KV, H // KV * n, end) @ v[:, :, :end]).view(B, H, n, D)
         out.append((y / weights.sum(dim=-1).view(B, H, n, 1)).to(v.dtype))
     return torch.cat(out, dim=2)
@@ -137,8 +161,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder may put the three that read x into one product (quantize.for_decoding); training keeps them apart
-        # for Muon
+        # a decoder puts the three that read x into one product (engine.for_decoding); training keeps them apart, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
@@ -412,7 +435,7 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
     return {'loss': nats / tokens, 'bpb': nats_b / math.log(2) / n_bytes if n_bytes else None, 'tokens': int(tokens)}
 
 # -----------------------------------------------------------------------------
-# what this machine can do, and whether the knobs make sense: checks that the scripts share
+# what this machine can do
 
 # FLOP/s in bfloat16, summed in float32, without sparsity. Recalled, not checked against the sources: NVIDIA's data
 # sheets (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
@@ -426,107 +449,15 @@ def peak_flops(device):
                  if re.search(rf'\b{known}\b(?! (Ti|D)\b)(?!.*(PCIe|NVL|Laptop))', name)), None)
 
 
-def check_device(device):
-    """Ends the script with one line if PyTorch cannot use this device here."""
+def pick_device(device):
+    """'auto' -> 'cuda', 'mps' or 'cpu', whichever is best here; any other name stays. ValueError if it cannot be used."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        raise SystemExit(f"error: device ({device}) cannot be used here: {str(e).splitlines()[0]}")
-
-
-def check_knobs(config, *rules, may_be_none=''):
-    """
-    The configurator knows a knob's type but not what it may be: rules are (names, int or float, least, most), or
-    (names, all that it may be).
-    """
-    for names, kind, *span in rules:
-        for name in names.split():
-            value, (least, most) = config[name], span or (None, None)
-            if value is None and name in may_be_none.split():
-                continue
-            if not span and value not in kind:
-                raise SystemExit(f"error: {name} ({value}) must be one of "
-                                 f"{', '.join(str(v) if v != '' else 'nothing' for v in kind)}")
-            if span and not (type(value) in (int, kind) and least <= value <= most):
-                bounds = [f'at {word} {bound}' for word, bound in (('least', least), ('most', most))
-                          if abs(bound) < math.inf]
-                raise SystemExit(f"error: {name} ({value}) must be {'an int' if kind is int else 'a number'}"
-                                 f"{' of ' * bool(bounds)}{' and '.join(bounds)}")
-
-
-def out_of_memory(e):
-    """Whether this exception says that memory ran out, of a GPU or of a process on a CPU. Nothing else counts."""
-    words = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory', 'std::bad_alloc')
-    return (isinstance(e, (torch.OutOfMemoryError, MemoryError))
-            or isinstance(e, RuntimeError) and any(w in str(e) for w in words))
-
-
-def largest_that_fits(fits, most):
-    """
-    The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is
-    between: 2 * log2(most) + 2 calls at most.
-    """
-    good, bad = 0, 1
-    while bad <= most and fits(bad):
-        good, bad = bad, 2 * bad
-    bad = min(bad, most + 1)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good
-
-
-def free_memory(root='/'):
-    """
-    Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one
-    that it is in, allows less.
-    """
-    read = lambda *path: open(os.path.join(root, *path)).read()
-    left = [1024 * int(read('proc/meminfo').partition('MemAvailable:')[2].split()[0])]
-    for line in read('proc/self/cgroup').splitlines():
-        _, kinds, path = line.split(':', 2)     # '0::/a/b', or of version 1 '9:memory:/a/b'
-        if kinds and 'memory' not in kinds.split(','):
-            continue
-        base, most, now = ('memory', 'limit_in_bytes', 'usage_in_bytes') if kinds else ('', 'max', 'current')
-        parts = [part for part in path.split('/') if part]
-        for n in range(len(parts) + 1):
-            group = os.path.join(root, 'sys/fs/cgroup', base, *parts[:n], 'memory.')
-            if os.path.exists(group + most) and open(group + most).read().strip() != 'max':
-                # inactive_file: files held in memory, which make way
-                cached = dict(line.split() for line in open(group + 'stat')).get('inactive_file', 0)
-                left.append(int(open(group + most).read()) - int(open(group + now).read()) + int(cached))
-    return max(0, min(left))
-
-
-@contextlib.contextmanager
-def memory_limit(device, portion=0.9):
-    """
-    Inside, memory runs out, with an exception, as soon as this process has taken that portion of what is left: under
-    Linux without a limit it would be killed instead. Yields that many bytes. CUDA, or a CPU under Linux, where what is
-    left is divided by the processes here.
-    """
-    if torch.device(device).type == 'cuda':
-        torch.cuda.empty_cache()
-        index = torch.device(device).index      # a number: the fraction below is of no mere 'cuda'
-        device = torch.cuda.current_device() if index is None else index
-        free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(
-            (torch.cuda.memory_reserved(device) + portion * free) / total, device)
-        try:
-            yield int(portion * free)
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-    else:
-        import resource                         # not on Windows
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-        free = free_memory() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        free = int(portion * (free if soft == resource.RLIM_INFINITY else min(free, soft - taken)))
-        resource.setrlimit(resource.RLIMIT_AS, (taken + free, hard))
-        try:
-            yield free
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        raise ValueError(f"device ({device}) cannot be used here: {str(e).splitlines()[0]}") from e
+    return device
 
 
 def fast_bf16(device):
@@ -534,6 +465,18 @@ def fast_bf16(device):
     kind = torch.device(device).type
     return (torch.cuda.is_bf16_supported(including_emulation=False) if kind == 'cuda'
             else kind == 'cpu' and torch.cpu._is_avx512_bf16_supported())
+
+
+def pick_dtype(dtype, device):
+    """'auto' -> 'bfloat16' where the device multiplies it faster, else 'float32'; any other name stays."""
+    if dtype == 'auto':
+        return 'bfloat16' if fast_bf16(device) else 'float32'
+    return dtype
+
+
+def autocast(device, dtype):
+    """A context in which matrix products are in bfloat16, if dtype says so; weights and sums stay in float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
 
 def can_compile(device):
@@ -688,113 +631,3 @@ def share(x, like):
     from torch.distributed.tensor import distribute_tensor
     # a copy: the split alone would keep all of x in memory
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-# -----------------------------------------------------------------------------
-# checkpoints: tensors and plain types only, so that loading one can never run code
-
-def atomic_write(path, write):
-    """
-    write(file) into a temporary file beside path, fsync, rename: a crash at any moment leaves the old file or the new
-    one, never half of one. A full disk ends in one line, with the old file untouched.
-    """
-    tmp = f'{path}.tmp'
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(tmp, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:        # torch.save reports a failed write as a RuntimeError
-        if os.path.exists(tmp):
-            os.remove(tmp)
-        kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
-        raise SystemExit(f"error: could not save {path}: {str(e).splitlines()[0]}; {kept}: "
-                         "free some disk space, or name another folder")
-    if os.name == 'posix':                      # the rename itself must reach the disk too
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def save_checkpoint(path, model, tokenizer_meta, **extra):
-    """
-    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must
-    call it, since what is sharded is put together, and the first writes: the file is the same whatever wrote it.
-    """
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-    def gather(x):                              # on the CPU and one by one: the whole need not fit the device
-        if isinstance(x, (list, tuple)):
-            return [gather(v) for v in x]
-        if isinstance(x, dict):
-            return {k: gather(v) for k, v in x.items()}
-        if not hasattr(x, 'full_tensor'):
-            return x
-        x = whole(x)
-        return x.cpu() if first else None
-    state = gather({'picochat': 1, 'config': asdict(model.config), 'tokenizer': tokenizer_meta,
-                    'model': model.state_dict(), **extra})
-    if model.config.tie_weights:
-        state['model']['lm_head.weight'] = state['model']['transformer.wte.weight']     # gathered twice, written once
-    if first:
-        atomic_write(path, lambda f: torch.save(state, f))
-
-
-def load_tensors(path, device='cpu', mmap=False):
-    """
-    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until
-    they are used. One line refuses a file that is damaged, or holds more than that.
-    """
-    if not zipfile.is_zipfile(path):
-        raise SystemExit(f"error: {path} is not a whole checkpoint: expected a zip archive, as torch.save writes it, "
-                         f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
-                         "use another copy")
-    try:
-        with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
-        raise SystemExit(f"error: {path} was refused ({type(e).__name__}): "
-                         "a checkpoint holds tensors and plain types only; use another copy")
-    if damaged:
-        raise SystemExit(f"error: {path} is damaged: expected the checksum that was saved with {damaged}, "
-                         "found another: use another copy")
-    return state
-
-
-def make_config(shape, source):
-    """A shape as a dict, and where it is from -> GPTConfig. One line says what does not fit."""
-    unknown = set(shape) - set(GPTConfig.__dataclass_fields__)
-    if unknown:
-        raise SystemExit(f"error: {source} was written by another version: its shape has {sorted(unknown)}, "
-                         "which this model does not know: use the version that wrote it")
-    try:
-        return GPTConfig(**shape)
-    except AssertionError as e:
-        raise SystemExit(f'error: {e}')
-
-
-def load_checkpoint(path, device='cpu'):
-    """path -> the saved dict. One line says what is wrong with a file that is missing, damaged, foreign or unsafe."""
-    if os.path.isdir(path):
-        raise SystemExit(f"error: no checkpoint at {path}: it is a folder, name the file in it, {path}/best.pt")
-    if not os.path.isfile(path):
-        raise SystemExit(f"error: no checkpoint at {path}: train one first (python train.py ...), "
-                         "or name its folder with --out_dir=")
-    state = load_tensors(path, device)
-    if not isinstance(state, dict) or 'picochat' not in state:
-        found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
-        raise SystemExit(f"error: {path} is not a picochat checkpoint: "
-                         f"expected the keys picochat, config, tokenizer and model, found {found}")
-    make_config(state['config'], path)
-    return state
-
-
-def load_model(path, device='cpu'):
-    """path -> model on device, in eval mode, and the checkpoint dict."""
-    state = load_checkpoint(path, device)
-    with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
-        model = GPT(GPTConfig(**state['config']))
-    model.load_state_dict(state['model'])
-    return model.eval(), state
