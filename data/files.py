@@ -7,6 +7,7 @@ Files: read a text, write one so that a crash leaves the old or the new, downloa
 'hello'
 """
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -47,15 +48,26 @@ def atomic_write(path, write):
     one. ValueError if it cannot be written (a full disk, say); the file that was there is then untouched.
     """
     path = os.fspath(path)
-    try:
+    with saving(path):
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
         temporary = write_temporary(path, write)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.remove(temporary)
+            raise
+        sync_folder(os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def saving(path):
+    """What fails while path is being saved is a ValueError that says what to do."""
+    try:
+        yield
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as a RuntimeError
-        kept = 'the file that was there is kept' if os.path.exists(path) else 'nothing was written'
+        kept = 'the file that was there is kept' if os.path.isfile(path) else 'nothing was written'
         raise ValueError(f'could not save {path}: {str(e).splitlines()[0]}; {kept}: '
                          'free some disk space, or name another folder') from e
-    sync_folder(os.path.dirname(path))
 
 
 def write_temporary(path, write):

@@ -1,0 +1,302 @@
+"""
+Writing a dataset: texts or conversations -> tokens -> data/<name>/, which data/loader.py reads. A library, without
+torch; the prepare.py scripts are its users.
+
+>>> from data.writer import split_texts, write_texts
+>>> train, val = split_texts({'a.txt': 'some text. ' * 99}, val_fraction=0.1)
+>>> meta = write_texts('/tmp/picochat/mytext', train, val, 'char', source='a.txt')
+/tmp/picochat/mytext: 980 training and 109 validation tokens, vocabulary of 8 (char), sha256 38117cc7 98f31733
+"""
+
+import bisect
+import json
+import os
+import platform
+import sysconfig
+import zlib
+
+import numpy as np
+
+from data.files import saving, sha256_of, sync_folder, write_temporary
+from data.loader import load_meta
+from data.tokenizer import CharTokenizer, from_meta, train_bpe
+
+
+# -----------------------------------------------------------------------------
+# Texts, and which of them are held out
+
+def split_texts(texts, val_fraction):
+    """
+    dict of name -> text -> (list of training texts, list of validation texts), each in the order of the names.
+
+    Of many texts, whole ones are held out: in the order of a hash of their names, each that still fits into
+    val_fraction of all characters (if none does, the shortest). So a text stays on its side when the others change a
+    little. Of a single text the end is held out.
+    """
+    if len(texts) == 1:
+        text, = texts.values()
+        cut = int(len(text) * (1 - val_fraction))
+        return [text[:cut]], [text[cut:]]
+    names = sorted(texts)
+    room = round(val_fraction * sum(map(len, texts.values())))
+    held = set()
+    for name in sorted(names, key=lambda name: zlib.crc32(name.encode(errors='surrogateescape'))):
+        if len(texts[name]) <= room:
+            held.add(name)
+            room -= len(texts[name])
+    held = held or {min(names, key=lambda name: len(texts[name]))}
+    return [texts[name] for name in names if name not in held], [texts[name] for name in names if name in held]
+
+
+def stdlib_files(root=''):
+    """
+    The Python files of the standard library -> list of (module name, text), sorted;
+    'asyncio.events' is of the package asyncio.
+
+    root: str, another folder to walk; by default the running Python's own. Left out: tests, installed packages, folders
+    and files that cannot be imported (config-3.12-...), what the build generated (it names its machine), and files that
+    are not UTF-8.
+    """
+    root = root or sysconfig.get_paths()['stdlib']
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [d for d in folders if d.isidentifier() and d not in ('test', 'tests', 'idle_test', '__pycache__')]
+        for name in names:
+            path = os.path.join(folder, name)
+            stem, extension = os.path.splitext(name)
+            if extension != '.py' or not stem.isidentifier() or not os.path.isfile(path):
+                continue
+            if stem.startswith('_sysconfigdata'):
+                continue
+            parts = os.path.relpath(path, root)[:-len('.py')].split(os.sep)
+            if len(parts) > 1 and parts[-1] == '__init__':
+                parts.pop()
+            try:
+                with open(path, encoding='utf-8') as f:
+                    files.append(('.'.join(parts), f.read()))
+            except UnicodeDecodeError:  # old Pythons have files in other encodings
+                continue
+    if not files:
+        raise ValueError(f'no .py files in {root}: this Python may have its library in a zip; '
+                         'use another one, or --root=FOLDER')
+    return sorted(files, key=lambda file: file[0])
+
+
+def stdlib_held_out(module):
+    """
+    Whether a module of the standard library is for validation, by a hash of its top-level name:
+    no package is on both sides.
+
+    Of the twenty residues, 7 gives neither too little nor one giant: _pyio, pickletools, mailbox, optparse and some
+    small ones, which are 3 to 4 % of the text in every Python from 3.6 to 3.13.
+    """
+    return zlib.crc32(module.split('.')[0].encode()) % 20 == 7
+
+
+def stdlib_source():
+    """What meta.json says about where the text is from."""
+    return f'standard library of {platform.python_implementation()} {platform.python_version()}'
+
+
+# -----------------------------------------------------------------------------
+# Texts -> tokens
+
+def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=None):
+    """
+    Lists of training and validation texts -> a dataset, and its meta as a dict.
+
+    level 'char': one token a character, all that occur; the texts one after another as they are.
+    level 'bpe': a BPE of vocab_size tokens, learnt from the training texts alone; each text starts with its bos.
+    tokenizer: one that is there already, of either kind; level and vocab_size then say nothing.
+    ValueError: too little text, a vocabulary too small or too large for it, or without its characters.
+    """
+    assert level in ('char', 'bpe'), f'level ({level}) must be char or bpe'
+    if not any(train) or not any(val):
+        raise ValueError(f'there is too little text: {sum(map(len, train)):,} characters for training, '
+                         f'{sum(map(len, val)):,} for validation')
+    if tokenizer is None and level == 'char':
+        tokenizer = CharTokenizer(''.join(set().union(*train, *val)))
+    elif tokenizer is None:
+        tokenizer = train_bpe(train, vocab_size)
+    return write_dataset(data_dir, tokenizer, text_ids(tokenizer, train), text_ids(tokenizer, val), source)
+
+
+def text_ids(tokenizer, texts):
+    """A list of texts -> their tokens one after another, an array of uint32; of a BPE each starts with bos."""
+    if tokenizer.kind == 'char':
+        return char_ids(tokenizer, ''.join(texts))
+    start = [] if tokenizer.bos is None else [tokenizer.bos]
+    return np.concatenate([np.array(start + tokenizer.encode(text), dtype=np.uint32) for text in texts])
+
+
+def char_ids(tokenizer, text):
+    """
+    tokenizer.encode(text) as an array of uint32, some five times faster:
+    each character's code point looks up its id in a table.
+    """
+    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
+    present = np.flatnonzero(np.bincount(codes))
+    table = np.zeros(present[-1] + 1 if len(present) else 1, dtype=np.uint32)
+    table[present] = tokenizer.encode(''.join(map(chr, present)))
+    return table[codes]
+
+
+# -----------------------------------------------------------------------------
+# Conversations -> rows of tokens
+
+def chat_tokenizer(data_dir):
+    """The tokenizer of the dataset in data_dir, for chat. ValueError if there is none, or without special tokens."""
+    tokenizer = from_meta(load_meta(data_dir))
+    if '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
+        raise ValueError(f'tokenizer ({data_dir}) has no special tokens like <|assistant_end|>, '
+                         'which chat needs: take that of a BPE dataset, like data/stdlib_bpe')
+    return tokenizer
+
+
+def write_chats(data_dir, tokenizer, train, val, row, source):
+    """
+    Lists of training and validation conversations, each as render_chat returns it -> a dataset in rows of row tokens,
+    and its meta as a dict.
+
+    One row is one window of training, so no batch has a shape of its own, no answer comes without its question, and the
+    first token of a row, <|bos|>, is nobody's target. ValueError if no conversation of train or val fits in a row.
+    """
+    assert row >= 8, f'row ({row}) is the number of tokens in a row, at least 8; training takes it as block_size'
+    stop = tokenizer.special('<|assistant_end|>')
+    train, train_cut, train_out = cut_chats(train, row, stop)
+    val, val_cut, val_out = cut_chats(val, row, stop)
+    if not train or not val:
+        raise ValueError(f'there are too few conversations: {len(train):,} for training, {len(val):,} for validation; '
+                         f'{train_out + val_out:,} have no answer that ends within a row of {row} tokens')
+    train_ids, train_mask = pack_rows(train, row, tokenizer.bos)
+    val_ids, val_mask = pack_rows(val, row, tokenizer.bos)
+
+    n = len(train_ids) + len(val_ids)
+    learnt = int(train_mask.sum()) + int(val_mask.sum())
+    used = sum(len(ids) for ids, _ in train + val)
+    answers = sum(ids.count(stop) for ids, _ in train + val)
+    print(f'{len(train):,} and {len(val):,} conversations with {answers:,} answers in '
+          f'{len(train_ids) // row:,} and {len(val_ids) // row:,} rows of {row} tokens: '
+          f'{100 * learnt / n:.1f} % of the tokens are learnt, {100 * (1 - used / n):.1f} % are padding; '
+          f'{train_cut + val_cut:,} conversations are cut at a turn, {train_out + val_out:,} left out')
+    return write_dataset(data_dir, tokenizer, train_ids, val_ids, source, (train_mask, val_mask),
+                         {'kind': 'chat', 'row': row})
+
+
+def cut_chats(chats, row, stop):
+    """
+    Conversations as (ids, mask) -> those that fit in row tokens, how many were cut, and how many left out.
+
+    Of one that is longer, what comes after the last answer that ends in time (with the token stop) is cut off; one
+    without such an answer is left out.
+    """
+    kept, n_cut, n_out = [], 0, 0
+    for ids, mask in chats:
+        ends = [i + 1 for i, token in enumerate(ids[:row]) if token == stop]
+        if not ends:
+            n_out += 1
+            continue
+        n_cut += any(mask[ends[-1]:])
+        kept.append((ids[:ends[-1]], mask[:ends[-1]]))
+    return kept, n_cut, n_out
+
+
+def pack_rows(chats, row, pad):
+    """
+    chats: list of (ids, mask), none longer than row -> ids, mask: arrays (n_rows * row,), uint32 and uint8.
+
+    Best fit: the longest comes first, each goes whole into the fullest row that has room for it; what stays free is
+    pad, with mask 0. Equal lengths are taken in the order of a hash, so that neighbours in a row have nothing to do
+    with each other.
+    """
+    rows, room = [], []  # room: (tokens still free, number of the row), sorted
+    for ids, mask in sorted(chats, key=lambda chat: (-len(chat[0]), zlib.crc32(str(chat[0]).encode()))):
+        at = bisect.bisect_left(room, (len(ids),))
+        if at < len(room):
+            free, r = room.pop(at)
+        else:
+            free, r = row, len(rows)
+            rows.append(([], []))
+        rows[r][0].extend(ids)
+        rows[r][1].extend(mask)
+        bisect.insort(room, (free - len(ids), r))
+
+    all_ids = np.full((len(rows), row), pad, dtype='uint32')
+    all_mask = np.zeros((len(rows), row), dtype='uint8')
+    for r, (ids, mask) in enumerate(rows):
+        all_ids[r, :len(ids)] = ids
+        all_mask[r, :len(mask)] = mask
+    return all_ids.ravel(), all_mask.ravel()
+
+
+# -----------------------------------------------------------------------------
+# Tokens -> files
+
+def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):
+    """
+    Writes train.bin, val.bin and meta.json into data_dir, prints the counts, and returns the meta as a dict.
+
+    train_ids, val_ids: sequences or arrays of token ids (a memmap will do: they are read in slices). masks: None, or a
+    pair of sequences of the same lengths, 1 where the token is to be learnt. source: str, where the text is from.
+    extra: dict of more to keep in meta.json.
+    All files are complete under other names before the first of an older dataset is touched; of the same bytes, none
+    is. AssertionError for ids that are not in the vocabulary, ValueError if the folder cannot be written.
+    """
+    dtype = np.dtype('uint16' if tokenizer.vocab_size <= 65536 else 'uint32')
+    arrays = {'train.bin': (train_ids, dtype, tokenizer.vocab_size), 'val.bin': (val_ids, dtype, tokenizer.vocab_size)}
+    if masks is not None:
+        assert [len(m) for m in masks] == [len(train_ids), len(val_ids)], \
+            f'masks of {[len(m) for m in masks]} tokens for {[len(train_ids), len(val_ids)]}: one value a token'
+        arrays['train.mask.bin'] = masks[0], np.dtype('uint8'), 2
+        arrays['val.mask.bin'] = masks[1], np.dtype('uint8'), 2
+
+    new = {}  # name -> the complete file that is to take it
+    try:
+        with saving(data_dir):
+            os.makedirs(data_dir, exist_ok=True)
+            for name, (values, kind, bound) in arrays.items():
+                write = lambda f: write_integers(f, values, kind, bound, name)
+                new[name] = write_temporary(os.path.join(data_dir, name), write)
+            digests = {name: sha256_of(path) for name, path in new.items()}
+            meta = {**tokenizer.meta(), 'vocab_size': tokenizer.vocab_size, 'token_bytes': list(tokenizer.token_bytes),
+                    'source': source, 'dtype': dtype.name, 'train_tokens': len(train_ids), 'val_tokens': len(val_ids),
+                    'sha256': digests, **(extra or {})}
+            text = json.dumps(meta).encode()
+            new['meta.json'] = write_temporary(os.path.join(data_dir, 'meta.json'), lambda f: f.write(text))
+            replace_dataset(data_dir, new)
+    finally:
+        for path in new.values():
+            if os.path.exists(path):
+                os.remove(path)
+    print(f'{data_dir}: {len(train_ids):,} training and {len(val_ids):,} validation tokens, '
+          f'vocabulary of {tokenizer.vocab_size:,} ({meta["kind"]}), '
+          f'sha256 {digests["train.bin"][:8]} {digests["val.bin"][:8]}')
+    return meta
+
+
+def write_integers(f, values, dtype, bound, name):
+    """A sequence of integers below bound -> a file, little-endian, a slice at a time."""
+    assert len(values) > 0, f'{name}: no tokens'
+    for i in range(0, len(values), 1 << 22):
+        piece = np.asarray(values[i:i + (1 << 22)])
+        assert 0 <= piece.min() and piece.max() < bound, \
+            f'{name}: values {piece.min()}..{piece.max()}, expected 0..{bound - 1}'
+        f.write(piece.astype(dtype.newbyteorder('<')).tobytes())
+
+
+def replace_dataset(data_dir, new):
+    """New files (name -> path, meta.json is one of them) take the place of the old; what is the same is left alone."""
+    here = lambda name: os.path.join(data_dir, name)
+    changed = [name for name, path in new.items()
+               if not os.path.isfile(here(name)) or sha256_of(here(name)) != sha256_of(path)]
+    gone = [name for name in ('train.mask.bin', 'val.mask.bin') if name not in new and os.path.exists(here(name))]
+    if not changed and not gone:
+        return
+    # An older meta.json goes before its files do: if we are killed in between, there is no dataset, rather than one of
+    # new tokens with an old vocabulary.
+    for name in ('meta.json', *gone):
+        if os.path.exists(here(name)):
+            os.remove(here(name))
+    for name in [name for name in changed if name != 'meta.json'] + ['meta.json']:
+        os.replace(new[name], here(name))
+    sync_folder(data_dir)
