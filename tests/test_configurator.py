@@ -4,8 +4,11 @@ and prints its config. One row of a table = one process.
 
 $ python -m pytest tests/test_configurator.py
 """
+import ast
 import builtins
+import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -295,27 +298,93 @@ def test_every_builtin_can_be_a_knob(folder):
     assert (status, out) == (1, '') and err.startswith('error: --input=x: ') and err.count('\n') == 1
 
 
+# -----------------------------------------------------------------------------
+# commands that are told: in the READMEs, in docstrings and comments, and in the lines of ladders
+
+FILE = r'(?:\w+/)*\w+\.py'
+VALUE = r'(?:"[^"]*"|\$\([^)]*\)+|[^\s"`])*'            # of a knob: words, text in quotes, $(another command)
+COMMAND = re.compile(rf'(?:python3? |torchrun [^\n`]*?|`(?=\w+\.py --))({FILE})((?: +(?:{FILE}|--\w+={VALUE}))*)')
+
+
+def runs_configurator(line):
+    return isinstance(line, ast.Expr) and ast.unparse(line).startswith("exec(open('configurator.py')")
+
+
 def knobs_of(script):
-    """Names that a script sets before it runs configurator.py; bench.py takes train.py's as well."""
-    source = open(script).read().partition("exec(open('configurator.py')")[0]
-    return set(re.findall(r'^ *(\w+) *= ', source, re.M)) | (knobs_of('train.py') if script == 'bench.py' else set())
+    """The names that a script, or its main block, sets before the line that runs configurator.py."""
+    names = set()
+    for block in ast.walk(ast.parse(open(script).read())):
+        lines = block.body if isinstance(block, (ast.Module, ast.If)) else []
+        if any(map(runs_configurator, lines)):
+            for line in itertools.takewhile(lambda line: not runs_configurator(line), lines):
+                names |= {node.id for node in ast.walk(line) if isinstance(line, ast.Assign)
+                          and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names - {'limits'}
+
+
+def commands_in(text):
+    """-> [(script, what follows it)]. A command may go on behind a backslash, or on a second line of prose."""
+    text = re.sub(r'\\\n[ #]*', ' ', text)
+    text = re.sub(r'`[^`\n]+\n[^`\n]+`', lambda quoted: re.sub(r'\s+', ' ', quoted[0]), text)
+    return [command.groups() for command in COMMAND.finditer(text)]
+
+
+def not_there(script, words, knobs):
+    """The files and knobs that a command names and that do not exist. knobs: {script: names}"""
+    files, keys = [script], []
+    for key, value, file in re.findall(rf' --(\w+)=({VALUE})| ({FILE})', words):
+        files += [file] if file else []
+        keys += [key] if key else []
+    known = knobs.get(script, keys)                     # what is not in knobs takes other words
+    if script == 'bench.py' and re.search('--mode=(train|memory)', words):
+        known = known | knobs['train.py']
+    return [file for file in files if not os.path.exists(file)] + [key for key in keys if key not in known]
+
+
+@functools.cache
+def all_knobs():
+    scripts = [*glob.glob('*.py'), *glob.glob('data/*/prepare.py'), *glob.glob('tests/[!t]*.py')]
+    return {script: names for script in scripts if (names := knobs_of(script))}
 
 
 def test_commands_that_are_told_can_be_given():
-    """In README, docstrings, configs and the rungs of ladders: the files are there, the knobs have these names."""
-    configs, scripts = glob.glob('config/*.py'), set(glob.glob('*.py')) - {'configurator.py'}
-    texts = {path: open(path).read() for path in (
-        'README.md', *scripts, *configs, *glob.glob('data/**/*.py', recursive=True))}
-    for path in configs:
-        set_there = runpy.run_path(path)
-        texts[path] += set_there.get('rungs', '')
-        assert any({k for k in set_there if k[0] != '_'} <= knobs_of(script) for script in scripts), path
-    told = [(path, *found) for path, text in texts.items() for found in re.findall(
-        r'(?:python3?|torchrun(?: --\S+)*) ((?:\w+/)*\w+\.py)((?: +(?:(?:\w+/)*\w+\.py|--\w+=(?:"[^"]*"|\S*)))*)',
-        text)]
-    for path, script, words in told:
-        for file in (script, *re.findall(r'(?<!\S)\S+\.py', words)):
-            assert os.path.exists(file), (path, script, words)
-        if "exec(open('configurator.py')" in open(script).read():
-            assert set(re.findall(r'(?<!\S)--(\w+)=', words)) <= knobs_of(script), (path, script, words)
+    knobs = all_knobs()
+    paths = ['README.md', 'config/README.md', 'tests/README.md', *glob.glob('[!c]*.py'), *glob.glob('config/*.py'),
+             *glob.glob('data/**/*.py', recursive=True), *glob.glob('tests/[!t]*.py')]
+    texts = {path: open(path).read() for path in paths}
+    for path in glob.glob('config/*.py'):
+        texts[path] += runpy.run_path(path).get('rungs', '')            # as they are run, {_names} filled in
+    told = [(path, *command) for path, text in texts.items() for command in commands_in(text)]
+    assert [(*command, gone) for command in told if (gone := not_there(*command[1:], knobs))] == []
     assert len(told) > 300
+
+
+@pytest.mark.parametrize('text, gone', [
+    ('python train.py config/quickstart.py --max_iters=20 &&\npython gone.py', ['gone.py']),
+    ('python train.py \\\n    --max_itres=20', ['max_itres']),
+    ('# python train.py config/gone.py \\\n#     --block_sise=2', ['config/gone.py', 'block_sise']),
+    ('torchrun --nproc_per_node=2 --rdzv=$(a b) train.py --start="a --b=c" --out=x', ['start', 'out']),
+    ('python distill.py --teacher=$(echo {1..8} | tr " " +) --methot=topk', ['methot']),
+    ('with `quantize.py --bits=4\n  --metod=gptq`', ['metod']),
+    ('python bench.py --mode=train --n_layer=6 && python bench.py --shape=tiny --n_layer=6', ['n_layer']),
+])
+def test_a_command_that_cannot_be_given_is_found(text, gone):
+    knobs = all_knobs()
+    assert [name for command in commands_in(text) for name in not_there(*command, knobs)] == gone
+
+
+def test_configs_set_knobs_of_a_script():
+    knobs = all_knobs()
+    for path in glob.glob('config/*.py'):
+        names = {name for name in runpy.run_path(path) if name[0] != '_'}
+        assert any(names <= its for its in knobs.values()), path
+
+
+def test_words_in_backticks_are_there():
+    """Knobs that READMEs name alone, and files of ours."""
+    names = set().union(*all_knobs().values())
+    for path in ('README.md', 'config/README.md', 'tests/README.md'):
+        text = open(path).read()
+        assert set(re.findall(r'`--(\w+)=', text)) - names <= {'key'}, path
+        for file in re.findall(r'(?<![\w/])(?:config|data|tests)/(?:\w+/)*\w+\.\w+', text):
+            assert os.path.exists(file), (path, file)
