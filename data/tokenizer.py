@@ -23,8 +23,6 @@ import hashlib
 import heapq
 import json
 import math
-import os
-import pickle
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -261,7 +259,7 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
 
     texts: iterable of str (documents; no piece spans two). Each is cut in one go,
         so a corpus beyond memory should come in parts.
-    vocab_size: int, tokens in all: 256 bytes, the merges, and the special tokens last. At most 1,114,112 (see below).
+    vocab_size: int, tokens in all: 256 bytes, the merges, and the special tokens last. At most 1,114,112 (see _Pairs).
     Returns a BPETokenizer.
     ValueError if vocab_size is too small for the bytes, or if the text has fewer merges than asked.
     """
@@ -276,51 +274,70 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
     for text in texts:
         pieces.update(match.group() for match in split.finditer(text))
 
-    # A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, merging it is str.replace
-    # (leftmost first, no overlaps, in C), and pairs compare as their ids do. In 'aaa' the pair 'aa' counts twice, as in
-    # every BPE trainer.
-    words = [piece.encode('utf-8').decode('latin-1') for piece in pieces]
-    counts = list(pieces.values())
-    pair_count = Counter()
-    where = defaultdict(set)  # pair -> indices of the words that have it, or had it: nobody is taken out
-    for i, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):
-            pair_count[pair] += counts[i]
-            where[pair].add(i)
-
-    # The heap holds each pair once, with a count that may be out of date, but only too high: a merge adds only to pairs
-    # that have the new token, and those are pushed when it is done. So a top entry whose count is still true is the
-    # most frequent pair.
-    heap = [(-count, pair) for pair, count in pair_count.items()]
-    heapq.heapify(heap)
+    pairs = _Pairs(pieces)
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < n_merged:
-        while heap and -heap[0][0] != pair_count[heap[0][1]]:
-            _, pair = heapq.heappop(heap)
-            if pair_count[pair]:
-                heapq.heappush(heap, (-pair_count[pair], pair))
-        if not heap:
+        pair = pairs.most_frequent()
+        if pair is None:
             raise ValueError(f'vocab_size ({vocab_size}) is out of reach: this text has only {len(tokens) - 256} '
                              f'merges; give more text, or at most vocab_size={len(tokens) + len(special_tokens)}')
-        _, pair = heapq.heappop(heap)
-        new = chr(len(tokens))
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
+        left, right = map(ord, pair)
+        tokens.append(tokens[left] + tokens[right])
+        pairs.merge(pair, chr(len(tokens) - 1))
+    return BPETokenizer({token: i for i, token in enumerate(tokens)}, pattern, special_tokens)
+
+
+class _Pairs:
+    """
+    The words of a text, and how often each pair of adjacent tokens occurs in them.
+
+    A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, merging it is str.replace
+    (leftmost first, no overlaps, in C), and pairs compare as their ids do. In 'aaa' the pair 'aa' counts twice, as in
+    every BPE trainer.
+    """
+
+    def __init__(self, pieces):
+        """pieces: dict of a piece of text -> how often it occurs."""
+        self.words = [piece.encode('utf-8').decode('latin-1') for piece in pieces]  # a token a byte, to begin with
+        self.counts = list(pieces.values())
+        self.pair_count = Counter()
+        self.where = defaultdict(set)  # pair -> indices of the words that have it, or had it: nobody is taken out
+        for i, word in enumerate(self.words):
+            for pair in map(str.__add__, word, word[1:]):
+                self.pair_count[pair] += self.counts[i]
+                self.where[pair].add(i)
+        # The heap holds each pair once, with a count that may be out of date, but only too high: a merge adds only to
+        # pairs that have the new token, and those are pushed when it is done.
+        self.heap = [(-count, pair) for pair, count in self.pair_count.items()]
+        heapq.heapify(self.heap)
+
+    def most_frequent(self):
+        """The pair that occurs most often, which leaves the heap; None if there is no pair left."""
+        while self.heap:
+            count, pair = heapq.heappop(self.heap)
+            if -count == self.pair_count[pair]:  # a top entry whose count is still true is the most frequent pair
+                return pair
+            if self.pair_count[pair]:
+                heapq.heappush(self.heap, (-self.pair_count[pair], pair))
+        return None
+
+    def merge(self, pair, new):
+        """Where the pair stands in a word, the token new takes its place."""
         fresh = set()
-        for i in where.pop(pair):
-            old, count = words[i], counts[i]
-            word = words[i] = old.replace(pair, new)
+        for i in self.where.pop(pair):
+            old, count = self.words[i], self.counts[i]
+            word = self.words[i] = old.replace(pair, new)
             if word == old:
                 continue
             for p in map(str.__add__, old, old[1:]):
-                pair_count[p] -= count
+                self.pair_count[p] -= count
             for p in map(str.__add__, word, word[1:]):
-                pair_count[p] += count
+                self.pair_count[p] += count
                 if new in p:
-                    where[p].add(i)
+                    self.where[p].add(i)
                     fresh.add(p)
         for p in fresh:
-            heapq.heappush(heap, (-pair_count[p], p))
-    return BPETokenizer({token: i for i, token in enumerate(tokens)}, pattern, special_tokens)
+            heapq.heappush(self.heap, (-self.pair_count[p], p))
 
 
 # -----------------------------------------------------------------------------
@@ -362,136 +379,8 @@ def fingerprint(tokenizer):
         json.dumps(tokenizer.meta(), sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
 
 
-class _PickledEncoding:
-    """
-    Stands in for tiktoken.Encoding while a pickle is read:
-    keeps the state as data, so that not even tiktoken runs on it.
-    """
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _EncodingUnpickler(pickle.Unpickler):
-    """
-    Every name in a pickle, and so everything that it could call, passes through find_class:
-    this one knows a single name.
-    """
-
-    def find_class(self, module, name):
-        if (module, name) != ('tiktoken.core', 'Encoding'):
-            raise ValueError(f'it asks for {module!r}.{name!r}, and only tiktoken.core.Encoding is allowed; '
-                             'nothing in it was run')
-        return _PickledEncoding
-
-
-def load_nanochat_tokenizer(path):
-    """
-    nanochat's tokenizer.pkl (a pickled tiktoken.Encoding), or the folder that holds it
-    -> BPETokenizer with the same ids.
-
-    A pickle is a program. This one is read by an unpickler that can build one inert object and call nothing, so a
-    hostile or damaged file is a ValueError that names it, and does nothing. FileNotFoundError if it is not there.
-    """
-    if os.path.isdir(path):
-        path = os.path.join(path, 'tokenizer.pkl')
-    with open(path, 'rb') as f:
-        try:
-            state = getattr(_EncodingUnpickler(f).load(), 'state', None)
-            if not isinstance(state, dict):  # tiktoken pickles its own encodings as a mere name, to be downloaded
-                raise ValueError('it has no table of tokens')
-            ranks, pattern, special = state['mergeable_ranks'], state['pat_str'], state['special_tokens']
-            names = sorted(special, key=special.get)
-            if [special[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
-                raise ValueError('its special tokens are not the last ids of the vocabulary')
-            return BPETokenizer(ranks, pattern, names)
-        except Exception as error:  # garbage makes pickle raise nearly anything; what matters is that it stops here
-            raise ValueError(f'{path} is not a nanochat tokenizer.pkl: {type(error).__name__}: {error}') from None
-
-
 # -----------------------------------------------------------------------------
-# Hugging Face's files
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _read(path):
-    with open(path, encoding='utf-8') as f:
-        return f.read()
-
-
-def byte_characters():
-    """
-    {byte: character}: GPT-2's files write tokens as text, each byte as a visible character,
-    those that have none in Latin-1 as the ones from 256 on.
-    """
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return ({b: chr(b) for b in visible}
-            | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(visible)))})
-
-
-def load_gpt2_tokenizer(folder):
-    """
-    tokenizer.json, or vocab.json and merges.txt, in GPT-2's manner -> BPETokenizer with the same ids.
-    None without them, ValueError if of another kind.
-    """
-    path = os.path.join(folder, 'tokenizer.json')
-    pair = [os.path.join(folder, name) for name in ('vocab.json', 'merges.txt')]
-    usual = True
-    if os.path.exists(path):
-        t = json.loads(_read(path))
-        if not isinstance(t['model']['vocab'], dict):       # a Unigram's are pairs
-            raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected a BPE")
-        vocab = t['model']['vocab'] | {token['content']: token['id'] for token in t['added_tokens']}
-        merges = [m.split(' ') if isinstance(m, str) else m for m in t['model'].get('merges', [])]
-        cutter = t.get('pre_tokenizer') or {}
-        usual = (t.get('normalizer') is None and cutter.get('type') == 'ByteLevel'
-                 and cutter.get('add_prefix_space') is False and cutter.get('use_regex', True) is True)
-    elif all(map(os.path.exists, pair)):
-        path, vocab = pair[0], json.loads(_read(pair[0]))
-        merges = [line.split(' ') for line in _read(pair[1]).split('\n') if line and not line.startswith('#version')]
-    else:
-        return None
-    byte, tokens, n = {c: b for b, c in byte_characters().items()}, sorted(vocab, key=vocab.get), 256 + len(merges)
-    # ranks say the same as a list of merges if the ids of what is merged are in the list's order
-    if (not usual or [vocab[t] for t in tokens] != list(range(len(tokens)))
-            or set(tokens[:256]) != set(byte) or tokens[256:n] != list(map(''.join, merges))):
-        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected ids for the 256 bytes, "
-                         "then for the merges in their order, then for special tokens")
-    return BPETokenizer({bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}, GPT2_PATTERN,
-                        tokens[n:])
-
-
-def load_tokenizer(path):
-    """
-    A teacher's tokenizer: a folder of data prepared here (meta.json), of Hugging Face's gpt2 (load_gpt2_tokenizer), or
-    nanochat's tokenizer.pkl or its folder. FileNotFoundError if there is none of them, ValueError for a wrong one.
-    """
-    meta = os.path.join(path, 'meta.json')
-    if os.path.exists(meta):
-        return from_meta(json.loads(_read(meta)))
-    return load_gpt2_tokenizer(path) or load_nanochat_tokenizer(path)
-
-
-def hf_tokenizer(tokenizer):
-    """
-    BPETokenizer -> the content of a tokenizer.json (Hugging Face's tokenizers) with the same ids for the same text.
-    ValueError: see merges_of.
-    """
-    meta, character = tokenizer.meta(), byte_characters()
-    text = lambda token: ''.join(character[b] for b in token)
-    tokens = [token.encode('latin-1') for token in meta['ranks']]
-    special = [{'id': len(tokens) + i, 'content': name, 'special': True}
-               | dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
-               for i, name in enumerate(meta['special_tokens'])]
-    by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    split = {'type': 'Split', 'pattern': {'Regex': meta['pattern']}, 'behavior': 'Isolated', 'invert': False}
-    return {'version': '1.0', 'added_tokens': special, 'normalizer': None,
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, by_bytes]},
-            'post_processor': None, 'decoder': by_bytes,
-            'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)},
-                      'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
-
+# Smaller vocabularies
 
 def bpe_parts(token, ranks):
     """
@@ -507,23 +396,6 @@ def bpe_parts(token, ranks):
     return parts
 
 
-def merges_of(tokens):
-    """
-    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte is merged from:
-    ranks do not say it, but merging its own bytes does. ValueError for a token that no merging reaches.
-    """
-    ranks = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(bpe_parts(token, ranks)) for token in tokens if len(token) > 1]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ValueError(f"token {ranks[b''.join(pair)]} ({b''.join(pair)}) is not made of two tokens before it: "
-                             "a list of merges cannot express that")
-    return pairs
-
-
-# -----------------------------------------------------------------------------
-# Smaller vocabularies
-
 def cut_tokenizer(tokenizer, counts, keep):
     """
     tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in
@@ -537,31 +409,39 @@ def cut_tokenizer(tokenizer, counts, keep):
     specials = [] if tokenizer.kind == 'char' else tokenizer.special_tokens
     least = 1 if tokenizer.kind == 'char' else 256 + len(specials)
     if not least <= keep <= tokenizer.vocab_size:
-        raise ValueError(f"vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens "
-                         "that there are")
+        raise ValueError(f'vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens '
+                         'that there are')
     if tokenizer.kind == 'char':
-        ids = sorted(sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))[:keep])
+        by_frequency = sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))
+        ids = sorted(by_frequency[:keep])
         return ids, CharTokenizer(tokenizer.decode(ids))
     merged = [token.encode('latin-1') for token in tokenizer.meta()['ranks']]
-    ranks = {token: i for i, token in enumerate(merged)}
-    parts = {i: [ranks[p] for p in bpe_parts(token, ranks)] for i, token in enumerate(merged) if len(token) > 1}
-    # how many tokens are made of this one
-    users = Counter(p for made_of in parts.values() for p in set(made_of))
-    counts, cut = [int(n) for n in counts], set()
+    cut = _rarest(merged, counts, tokenizer.vocab_size - keep)
+    ids = [i for i in range(tokenizer.vocab_size) if i not in cut]
+    ranks = {merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])}
+    return ids, BPETokenizer(ranks, tokenizer.pattern, specials)
+
+
+def _rarest(tokens, counts, n):
+    """The ids of n of the tokens (bytes, in id order) that are missed least, as cut_tokenizer chooses them; a set."""
+    ranks = {token: i for i, token in enumerate(tokens)}
+    parts = {i: [ranks[part] for part in bpe_parts(token, ranks)] for i, token in enumerate(tokens) if len(token) > 1}
+    users = Counter()  # how many tokens are made of this one
+    for made_of in parts.values():
+        users.update(set(made_of))
+    counts, cut = [int(count) for count in counts], set()
     leaves = [(counts[i], -i) for i in parts if not users[i]]
     heapq.heapify(leaves)
-    while tokenizer.vocab_size - len(cut) > keep:
+    while len(cut) < n:
         i = -heapq.heappop(leaves)[1]
         cut.add(i)
-        for p in parts[i]:
-            counts[p] += counts[i]
-        for p in set(parts[i]):
-            users[p] -= 1
-            if p in parts and not users[p]:
-                heapq.heappush(leaves, (counts[p], -p))
-    ids = [i for i in range(tokenizer.vocab_size) if i not in cut]
-    return ids, BPETokenizer({merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])},
-                             tokenizer.pattern, specials)
+        for part in parts[i]:
+            counts[part] += counts[i]
+        for part in set(parts[i]):
+            users[part] -= 1
+            if part in parts and not users[part]:
+                heapq.heappush(leaves, (counts[part], -part))
+    return cut
 
 
 def recode(ids, old, new):
@@ -569,13 +449,23 @@ def recode(ids, old, new):
     An array of the old tokenizer's ids -> the same text in the new one's, an array.
     Cut characters are left out: nothing can stand for them.
     """
+    ids = np.asarray(ids)
     if old.kind == 'char':
-        table = np.array([new.chars.find(c) for c in old.chars])[np.asarray(ids)]
+        table = np.array([new.chars.find(c) for c in old.chars])[ids]
         return table[table >= 0]
-    at = [-1, *np.flatnonzero(np.asarray(ids) >= old.vocab_size - len(old.special_tokens)).tolist(), len(ids)]
-    out = []
-    # text is what stands between special tokens, whose ids are the last in both
-    for start, end in zip(at, at[1:]):
-        out += (([int(ids[start]) - old.vocab_size + new.vocab_size] if start >= 0 else [])
-                + new.encode(old.decode(ids[start + 1:end])))
+    # special tokens are the last ids in both; what stands between them is text
+    is_special = ids >= old.vocab_size - len(old.special_tokens)
+    out, start = [], 0
+    for at in np.flatnonzero(is_special).tolist():
+        out += new.encode(old.decode(ids[start:at]))
+        out.append(int(ids[at]) - old.vocab_size + new.vocab_size)
+        start = at + 1
+    out += new.encode(old.decode(ids[start:]))
     return np.array(out)
+
+
+def __getattr__(name):  # for a while: these have moved
+    import data.foreign_tokenizer
+    if name.startswith('__'):
+        raise AttributeError(name)
+    return getattr(data.foreign_tokenizer, name)

@@ -5,7 +5,7 @@ torch; the prepare.py scripts are its users.
 >>> from data.writer import split_texts, write_texts
 >>> train, val = split_texts({'a.txt': 'some text. ' * 99}, val_fraction=0.1)
 >>> meta = write_texts('/tmp/picochat/mytext', train, val, 'char', source='a.txt')
-/tmp/picochat/mytext: 980 training and 109 validation tokens, vocabulary of 8 (char), sha256 38117cc7 98f31733
+/tmp/picochat/mytext: 980 training and 109 validation tokens, vocabulary of 8 (char), sha256 a7b1a205 0d381eb9
 """
 
 import bisect
@@ -231,6 +231,15 @@ def pack_rows(chats, row, pad):
 
 # -----------------------------------------------------------------------------
 # Tokens -> files
+
+def dataset_dir(out_dir, name):
+    """out_dir, or data/<name> where that is empty."""
+    if out_dir:
+        return out_dir
+    assert name not in ('', '.', '..') and os.path.basename(name) == name, \
+        f'name ({name}) must be that of a folder in data/, without slashes'
+    return f'data/{name}'
+
 
 def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):
     """

@@ -18,7 +18,8 @@ import os
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import chat_tokenizer, read_text, split_texts, write_chats
+from data.files import read_text
+from data.writer import chat_tokenizer, dataset_dir, split_texts, write_chats
 
 # -----------------------------------------------------------------------------
 input = ''  # the conversations, a line each; UTF-8
@@ -28,15 +29,13 @@ name = 'mychat'  # the dataset's name
 tokenizer = 'data/stdlib_bpe'  # the dataset whose tokenizer it is: the one that the model was trained on
 row = 256  # tokens a row, which must be the block_size of training
 out_dir = ''  # empty: data/<name>
+
+limits = {'row': (8, None), 'val_fraction': (1e-6, 0.999)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-if not input:
-    sys.exit('error: input is empty: give --input=FILE.jsonl, a conversation a line')
-if not val_input and (not val_fraction or not 0 < val_fraction < 1):
-    sys.exit(f'error: val_fraction is {val_fraction}: it must lie between 0 and 1')
-if not out_dir and (name in ('', '.', '..') or os.path.basename(name) != name):
-    sys.exit(f'error: name is {name!r}: it names a folder in data/, without slashes')
+assert input, 'input is empty: give --input=FILE.jsonl, a conversation a line'
+out_dir = dataset_dir(out_dir, name)
 tokenizer = chat_tokenizer(tokenizer)
 
 
@@ -44,24 +43,27 @@ def read(path):
     """A file -> {line: (ids, mask)}, equal lines once."""
     chats = {}
     for n, line in enumerate(read_text(path).split('\n'), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                chats[line] = tokenizer.render_chat(json.loads(line))
+            chats[line] = tokenizer.render_chat(json.loads(line))
         except json.JSONDecodeError as e:
-            sys.exit(f'error: {path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): '
-                     'expected a conversation a line')
-        except ValueError as e:  # what render_chat says
-            sys.exit(f'error: {path}, line {n}: {e}')
+            raise ValueError(f'{path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): '
+                             'expected a conversation a line') from None
+        except ValueError as e:  # render_chat says what is wrong, but not where
+            raise ValueError(f'{path}, line {n}: {e}') from None
     return chats
 
 
 chats = read(input)
 if val_input:
     held = read(val_input)
-    train, val = [chat for line, chat in chats.items() if line not in held], list(held.values())
-elif len(chats) > 1:
-    train, val = ([chats[line] for line in lines]
-                  for lines in split_texts({line: line for line in chats}, val_fraction))
+    train = [chat for line, chat in chats.items() if line not in held]
+    val = list(held.values())
 else:
-    sys.exit(f'error: {input} has {len(chats)} conversation(s): at least two are needed, or --val_input=FILE.jsonl')
-write_chats(out_dir or f'data/{name}', tokenizer, train, val, row, os.path.basename(input))
+    if len(chats) < 2:
+        raise ValueError(f'{input} has {len(chats)} conversation(s): at least two are needed, or --val_input=FILE.jsonl')
+    train_lines, val_lines = split_texts({line: line for line in chats}, val_fraction)
+    train = [chats[line] for line in train_lines]
+    val = [chats[line] for line in val_lines]
+write_chats(out_dir, tokenizer, train, val, row, os.path.basename(input))

@@ -24,7 +24,7 @@ import sys
 import warnings
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import chat_tokenizer, stdlib_files, stdlib_held_out, stdlib_source, write_chats
+from data.writer import chat_tokenizer, stdlib_files, stdlib_held_out, stdlib_source, write_chats
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/pydoc_chat'
@@ -32,6 +32,8 @@ tokenizer = 'data/stdlib_bpe'  # the dataset whose tokenizer it is
 row = 256  # tokens a row, which must be the block_size of training
 root = ''  # another folder of Python files to read instead
 seed = 1337  # of the choice of questions
+
+limits = {'row': (8, None)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 

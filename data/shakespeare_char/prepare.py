@@ -16,7 +16,8 @@ import os
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import download, read_text, split_texts, write_texts
+from data.files import download, read_text
+from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/shakespeare_char'

@@ -17,12 +17,14 @@ characters outside ASCII are in here too. Takes some 5 seconds of one core. With
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import stdlib_files, stdlib_held_out, stdlib_source, write_texts
+from data.writer import stdlib_files, stdlib_held_out, stdlib_source, write_texts
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/stdlib_bpe'
 vocab_size = 4096  # tokens, of which 256 are the bytes and nine are special
 root = ''  # another folder of Python files to read instead
+
+limits = {'vocab_size': (265, None)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 

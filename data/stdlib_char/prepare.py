@@ -16,8 +16,8 @@ import string
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import stdlib_files, stdlib_held_out, stdlib_source, write_texts
 from data.tokenizer import CharTokenizer
+from data.writer import stdlib_files, stdlib_held_out, stdlib_source, write_texts
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/stdlib_char'

@@ -15,8 +15,9 @@ import os
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import read_text, split_texts, write_texts
-from data.tokenizer import load_tokenizer
+from data.files import read_text
+from data.foreign_tokenizer import load_tokenizer
+from data.writer import dataset_dir, split_texts, write_texts
 
 # -----------------------------------------------------------------------------
 input = ''  # a text file, or a folder of .txt and .md files, also in folders below; UTF-8
@@ -26,20 +27,15 @@ vocab_size = 4096  # of a bpe: tokens, of which 256 are the bytes and nine are s
 tokenizer = ''  # instead: a folder with nanochat's tokenizer.pkl, a gpt2's of Hugging Face, or another data/<name>
 val_fraction = 0.1  # of the characters are held out
 out_dir = ''  # empty: data/<name>
+
+limits = {'level': ['char', 'bpe'], 'vocab_size': (265, None), 'val_fraction': (1e-6, 0.999)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
-if not os.path.exists(input):
-    sys.exit(f'error: there is no file or folder {input!r}: give --input=FILE_OR_FOLDER')
-if not val_fraction or not 0 < val_fraction < 1:
-    sys.exit(f'error: val_fraction is {val_fraction}: it must lie between 0 and 1')
-if not out_dir and (name in ('', '.', '..') or os.path.basename(name) != name):
-    sys.exit(f'error: name is {name!r}: it names a folder in data/, without slashes')
+assert os.path.exists(input), f'there is no file or folder {input!r}: give --input=FILE_OR_FOLDER'
+out_dir = dataset_dir(out_dir, name)
+tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
-try:
-    tokenizer = load_tokenizer(tokenizer) if tokenizer else None
-except (OSError, ValueError, KeyError) as e:
-    sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}')
 paths = [input]
 if os.path.isdir(input):
     paths = sorted(os.path.join(folder, f) for folder, _, names in os.walk(input)
@@ -49,9 +45,10 @@ if len(texts) > 1:  # what one file ends with should not run into the next one's
     texts = {key: text.rstrip('\n') + '\n\n' for key, text in texts.items() if text.strip()}
 n_chars = sum(map(len, texts.values()))
 if n_chars < 1000:
-    sys.exit(f'error: {n_chars:,} characters in {len(texts)} .txt or .md file(s) at {input}: at least 1,000 are needed')
+    raise ValueError(f'{n_chars:,} characters in {len(texts)} .txt or .md file(s) at {input}: '
+                     'at least 1,000 are needed')
 
 train, val = split_texts(texts, val_fraction)
 print(f'{len(texts):,} file(s), {n_chars:,} characters')
-write_texts(out_dir or f'data/{name}', train, val, level, os.path.basename(os.path.abspath(input)), vocab_size,
+write_texts(out_dir, train, val, level, os.path.basename(os.path.abspath(input)), vocab_size,
             tokenizer)
