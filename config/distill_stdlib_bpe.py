@@ -7,7 +7,7 @@
 # The teacher can also run beside the student, without labels: --teacher=out-stdlib-bpe.
 # The control, on the text alone: --teacher= --out_dir=out-control-stdlib-bpe
 # 2 CPU cores: a few minutes for the student. Far better than from random weights is to start from the teacher, pruned
-# to an eighth; and in longer trainings the labels must have less of the loss (--alpha=0.3): README, "The BPE path".
+# to an eighth; and in longer trainings the labels must have less of the loss (--alpha=0.3): README.md here.
 #     python prune.py --out_dir=out-stdlib-bpe --neuron_prune_ratio=0.8412 --head_prune_ratio=0.6667 --kv_heads=1 --channel_prune_ratio=0.6667 --save_dir=out-eighth-stdlib-bpe
 #     python train.py config/distill_stdlib_bpe.py --init_from=out-eighth-stdlib-bpe/best.pt --out_dir=out-eighth-distilled
 out_dir = 'out-distill-stdlib-bpe'

@@ -2,7 +2,7 @@
 #     python train.py config/draft_stdlib_bpe.py
 #     python quantize.py --out_dir=out-draft-stdlib-bpe
 #     python sample.py --out_dir=out-draft-stdlib-bpe --drafter=head
-# 2 CPU cores: some minutes. README has what it gives.
+# 2 CPU cores: some minutes. It gives nothing (README.md beside this file, under ladder_stdlib.py).
 init_from = 'out-distill-stdlib-bpe/best.pt'
 out_dir = 'out-draft-stdlib-bpe'
 dataset = 'stdlib_bpe'

@@ -5,7 +5,7 @@
 # cut along principal axes. +1 and +5: after so many per cent of the teacher's training tokens, learnt from its labels
 # with a quarter of its tokens a step, and of its rates.
 # After ladder_distill.py it takes that one's teacher, labels and pruned eighth.
-# 2 CPU cores: two hours, as two processes of one thread each, after the teacher and its labels (README has the
+# 2 CPU cores: two hours, as two processes of one thread each, after the teacher and its labels (README.md here has the
 # results). The rungs that matter most come first.
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'

@@ -1,7 +1,8 @@
 # What each ingredient of the character model's training gives: one is changed at a time, at a third of the length. And
 # training on in 4 bits, beside a control that trains on in float.
 #     python bench.py --mode=ladder config/ladder_recipe.py
-# 2 CPU cores: 45 minutes (estimated), for seven trainings of 1,000 steps and three of 200. README has what was run.
+# 2 CPU cores: 45 minutes (estimated), for seven trainings of 1,000 steps and three of 200.
+# README.md beside this file has those that were run.
 mode = 'ladder'
 ladder = 'out-ladder-recipe/ladder.json'
 timed = 'none'

@@ -2,7 +2,7 @@
 # its labels. Beside that the controls, then integers, and a head that drafts. Each line is the command that builds it.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
 # 2 CPU cores: 76 minutes, nearly all of it training. A run that is stopped goes on at the rung where it was.
-# README has the results, under "The BPE path".
+# README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
 draft_n = 4
@@ -11,7 +11,7 @@ int8_cache = 'student int4 qat and cache'
 
 # Steps of 4,096 tokens. equal: as many FLOPs as the labels and the student's steps take.
 _teacher, _student, _equal, _int4, _draft = 900, 1300, 3500, 600, 100
-# README's longer run:                       1400, 5000, 6400, 1200, 300
+# the longer run of README.md beside this:   1400, 5000, 6400, 1200, 300
 
 _train = 'python train.py config/distill_stdlib_bpe.py'
 _labels = '--teacher=labels-bpe --alpha=0.3'

@@ -373,11 +373,11 @@ def test_a_command_that_cannot_be_given_is_found(text, gone):
     assert [name for command in commands_in(text) for name in not_there(*command, knobs)] == gone
 
 
-def test_configs_set_knobs_of_a_script():
-    knobs = all_knobs()
-    for path in glob.glob('config/*.py'):
-        names = {name for name in runpy.run_path(path) if name[0] != '_'}
-        assert any(names <= its for its in knobs.values()), path
+@pytest.mark.parametrize('path', sorted(glob.glob('config/*.py')))
+def test_a_config_sets_knobs_of_a_script_and_stands_in_the_notebook(path):
+    names = {name for name in runpy.run_path(path) if name[0] != '_'}
+    assert any(names <= its for its in all_knobs().values())
+    assert os.path.basename(path) in open('config/README.md').read()
 
 
 def test_words_in_backticks_are_there():
