@@ -20,8 +20,10 @@ import sys
 import numpy as np
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import download, write_dataset
-from data.tokenizer import fingerprint, load_tokenizer
+from data.files import atomic_write, download
+from data.foreign_tokenizer import load_tokenizer
+from data.tokenizer import fingerprint
+from data.writer import write_dataset
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/fineweb_edu'
@@ -31,65 +33,58 @@ val_shard = 1822  # the last one
 val_docs = 20000  # of it
 input = ''  # a folder with the shards; empty: download them into out_dir
 url = 'https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main'
+
+limits = {'shards val_shard val_docs': (1, None)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
+import pyarrow.parquet
 
-if type(shards) is not int or shards < 1 or type(val_shard) is not int or val_shard < shards:
-    sys.exit(f'error: shards ({shards}) must be at least 1, and val_shard ({val_shard}) none of them')
-if type(val_docs) is not int or val_docs < 1:
-    sys.exit(f'error: val_docs ({val_docs}) must be at least 1')
-try:
-    import pyarrow.parquet
-except ImportError:
-    sys.exit('error: the shards are parquet files: pip install pyarrow')
-try:
-    words = load_tokenizer(tokenizer)
-except (OSError, ValueError, KeyError) as e:
-    sys.exit(f'error: no tokenizer at tokenizer ({tokenizer}): {e}; '
-             'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
+assert val_shard >= shards, f'val_shard ({val_shard}) must not be one of the first {shards} shards, which are training'
+words = load_tokenizer(tokenizer)
 if words.bos is None:
-    sys.exit(f'error: the tokenizer at tokenizer ({tokenizer}) has no <|bos|> or <|endoftext|> to stand before a '
-             'document: give another')
+    raise ValueError(f'the tokenizer at tokenizer ({tokenizer}) has no <|bos|> or <|endoftext|> to stand before a '
+                     'document: give another')
 dtype = np.dtype('uint16' if words.vocab_size <= 65536 else 'uint32')
 # in the names of what is left by a run that was stopped: another tokenizer or source makes other tokens
 made_of = hashlib.sha256(f'{fingerprint(words)} {input or url}'.encode()).hexdigest()[:8]
 
 
-def write_tokens(f, groups, most):
-    """The documents of groups of a parquet file, the first so many of them (None: all), into f."""
-    left = most or float('inf')
-    for group in groups:
-        texts = group.column('text').to_pylist()[:int(min(left, 1024))]
-        left -= len(texts)
-        for ids in words.encode_batch(texts):
-            np.array([words.bos] + ids, dtype).tofile(f)
-        if left <= 0:
-            break
-
-
 def tokens_of(shard, most=None):
-    """A shard -> the path of its tokens, a plain file of integers that is whole if it is there."""
+    """A shard, and how many of its documents (None: all) -> the path of their tokens, a plain file of integers."""
     path = os.path.join(out_dir, f"shard_{shard:05d}.{made_of}{f'.{most}' if most else ''}.tokens")
-    if os.path.exists(path):
+    if os.path.exists(path):  # then it is whole
         return path
     name = f'shard_{shard:05d}.parquet'
-    parquet = (os.path.join(input, name) if input
-               else download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}')))
+    if input:
+        parquet = os.path.join(input, name)
+    else:
+        parquet = download(f'{url}/{name}', os.path.join(out_dir, f'{made_of}.{name}'))
     if not os.path.exists(parquet):
-        sys.exit(f'error: {parquet} is not there: put it there, or leave --input= out to download it')
-    os.makedirs(out_dir, exist_ok=True)
-    try:
-        groups = pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text'])
-        with open(path + '.part', 'wb') as f:
-            write_tokens(f, groups, most)
-    except (pyarrow.ArrowException, OSError) as e:
-        sys.exit(f'error: no tokens could be made of {parquet}: {str(e).splitlines()[0]}; '
-                 'use another copy, or free some disk space')
-    os.replace(path + '.part', path)
+        raise ValueError(f'{parquet} is not there: put it there, or leave --input= out to download it')
+
+    def write(f):
+        for texts in documents(parquet, most):
+            for ids in words.encode_batch(texts):
+                f.write(np.array([words.bos] + ids, dtype).tobytes())
+    atomic_write(path, write)
     if not input:
         os.remove(parquet)  # its tokens are what is needed
     print(f'{name}: {os.path.getsize(path) // dtype.itemsize:,} tokens', flush=True)
     return path
+
+
+def documents(parquet, most):
+    """Yields the texts of a parquet file, some at a time, the first `most` of them (None: all)."""
+    left = most or float('inf')
+    try:
+        for group in pyarrow.parquet.ParquetFile(parquet).iter_batches(1024, columns=['text']):
+            texts = group.column('text').to_pylist()[:int(min(left, 1024))]
+            yield texts
+            left -= len(texts)
+            if left <= 0:
+                break
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f'no tokens could be made of {parquet}: {e}: use another copy') from None
 
 
 class Joined:

@@ -21,7 +21,8 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin, urlparse
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.loader import DownloadError, download, split_texts, write_texts
+from data.files import DownloadError, download
+from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
 out_dir = 'data/graham_char'
@@ -29,10 +30,10 @@ input = ''  # a folder of saved pages, or one file; empty: fetch from index_url
 index_url = 'https://paulgraham.com/articles.html'
 pause = 1.0  # seconds before each request; it is one man's site
 val_fraction = 0.1  # of the characters are held out
+
+limits = {'val_fraction': (1e-6, 0.999), 'pause': (0, None)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
-if type(val_fraction) is not float or not 0 < val_fraction < 1:
-    sys.exit(f'error: val_fraction ({val_fraction}) must lie between 0 and 1')
 
 
 # -----------------------------------------------------------------------------
@@ -112,29 +113,66 @@ def decode(raw):
         return raw.decode('cp1252', errors='replace')
 
 
-def read_page(path):
-    with open(path, 'rb') as f:
-        return Page(decode(f.read()))
-
-
 def essay(path):
     """A saved essay -> its text and two blank lines; '' if there is no text in it."""
-    if path.endswith('.txt'):
-        with open(path, 'rb') as f:
-            text = plain(decode(f.read())).strip()
-    else:
-        text = plain(read_page(path).text).strip()
-    return text and text + '\n\n\n'
+    with open(path, 'rb') as f:
+        text = decode(f.read())
+    if not path.endswith('.txt'):
+        text = Page(text).text
+    text = plain(text).strip()
+    return text + '\n\n\n' if text else ''
 
 
 # -----------------------------------------------------------------------------
-# Pages -> files
+# Where the pages are from
+
+def saved_pages(folder):
+    """A folder of saved pages, or one file -> the paths of the essays."""
+    if not os.path.exists(folder):
+        raise ValueError(f'there is no file or folder {folder!r}: give --input=FOLDER of .html or .txt files')
+    if not os.path.isdir(folder):
+        return [folder]
+    names = [name for name in sorted(os.listdir(folder)) if name.endswith(('.html', '.htm', '.txt'))]
+    return [os.path.join(folder, name) for name in names if name not in (index_name, 'index.html')]
+
+
+def fetched_pages():
+    """Downloads what the index lists and is not there yet -> the paths of the essays that came."""
+    pages = os.path.join(out_dir, 'pages')
+    with open(download(index_url, os.path.join(pages, index_name), pause=pause), 'rb') as f:
+        urls = essay_urls(Page(decode(f.read())))
+    if not urls:
+        raise ValueError(f'no essays are linked from {index_url}: has the site changed? --input=FOLDER takes saved pages')
+    print(f'{index_url} lists {len(urls)} essays')
+    paths, missing, failed = [], 0, 0
+    for i, url in enumerate(urls):
+        path = os.path.join(pages, url.rpartition('/')[2])
+        reason = fetch(url, path)
+        if reason is None:
+            paths.append(path)
+        else:
+            print(f'{url}: {reason}')
+            missing += reason in (404, 410)
+            failed += reason not in (404, 410)
+        if (i + 1) % 20 == 0:
+            print(f'{i + 1} of {len(urls)}', flush=True)
+    if missing:
+        print(f'{missing} listed pages do not exist and are skipped')
+    if failed:
+        print(f'{failed} pages did not arrive whole and are skipped: run the same command again to fetch them')
+    return paths
+
+
+def essay_urls(index):
+    """Essays are links with words to pages next to the index (a link around an image is the logo), each once."""
+    here = index_url.rpartition('/')[0] + '/'
+    urls = [urljoin(index_url, href).partition('#')[0] for href, text in index.links if text]
+    urls = [url for url in dict.fromkeys(urls) if re.fullmatch(r'[\w-][\w.-]*\.html?', url.removeprefix(here))]
+    return [url for url in urls if url not in (here + index_name, here + 'index.html')]
+
 
 def fetch(url, path):
-    """
-    Downloads a page, if need be in two attempts.
-    Returns None, or the reason why it did not come: see DownloadError.
-    """
+    """Downloads a page, if need be in two attempts -> None, or the reason why it did not come: see DownloadError."""
     for attempt in range(2):
         try:
             download(url, path, pause=pause)
@@ -148,42 +186,11 @@ def fetch(url, path):
     return reason
 
 
-index_name = os.path.basename(urlparse(index_url).path) or 'index.html'
-if input:
-    if not os.path.exists(input):
-        sys.exit(f'error: there is no file or folder {input!r}: give --input=FOLDER of .html or .txt files')
-    paths = [input]
-    if os.path.isdir(input):
-        paths = sorted(os.path.join(input, name) for name in os.listdir(input)
-                       if name.endswith(('.html', '.htm', '.txt')) and name not in (index_name, 'index.html'))
-else:
-    pages = os.path.join(out_dir, 'pages')
-    index = read_page(download(index_url, os.path.join(pages, index_name), pause=pause))
-    # Essays are links with words to pages next to the index; a link around an image is the logo. Some are there twice.
-    urls = [urljoin(index_url, href).partition('#')[0] for href, text in index.links if text]
-    here = index_url.rpartition('/')[0] + '/'
-    urls = [url for url in dict.fromkeys(urls) if re.fullmatch(r'[\w-][\w.-]*\.html?', url.removeprefix(here))]
-    urls = [url for url in urls if url not in (here + index_name, here + 'index.html')]
-    if not urls:
-        sys.exit(f'error: no essays are linked from {index_url}: has the site changed? '
-                 '--input=FOLDER takes saved pages')
-    print(f'{index_url} lists {len(urls)} essays')
-    paths, missing, failed = [], [], []
-    for i, url in enumerate(urls):
-        path = os.path.join(pages, url.removeprefix(here))
-        reason = fetch(url, path)
-        if reason is None:
-            paths.append(path)
-        else:
-            (missing if reason in (404, 410) else failed).append(url)
-            print(f'{url}: {reason}')
-        if (i + 1) % 20 == 0:
-            print(f'{i + 1} of {len(urls)}', flush=True)
-    if missing:
-        print(f'{len(missing)} listed pages do not exist and are skipped')
-    if failed:
-        print(f'{len(failed)} pages did not arrive whole and are skipped: run the same command again to fetch them')
+# -----------------------------------------------------------------------------
+# Essays -> dataset
 
+index_name = os.path.basename(urlparse(index_url).path) or 'index.html'
+paths = saved_pages(input) if input else fetched_pages()
 texts = {os.path.basename(path): essay(path) for path in paths}
 empty = [name for name, text in texts.items() if not text]
 if empty:
@@ -191,11 +198,11 @@ if empty:
 texts = {name: text for name, text in texts.items() if text}
 n_chars = sum(map(len, texts.values()))
 if n_chars < 1000:
-    sys.exit(f'error: {n_chars:,} characters in {len(texts)} essay(s) at {input or index_url}: '
-             'at least 1,000 are needed')
+    raise ValueError(f'{n_chars:,} characters in {len(texts)} essay(s) at {input or index_url}: '
+                     'at least 1,000 are needed')
 if dropped:
     print(f'{sum(dropped.values())} characters without an ASCII spelling are dropped: '
           f'{ascii("".join(sorted(dropped)))[1:-1]}')
 train, val = split_texts(texts, val_fraction)
 print(f'{len(texts)} essays, {n_chars:,} characters')
-write_texts(out_dir, train, val, 'char', input and os.path.basename(os.path.abspath(input)) or index_url)
+write_texts(out_dir, train, val, 'char', os.path.basename(os.path.abspath(input)) if input else index_url)
