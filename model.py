@@ -82,6 +82,12 @@ class GPTConfig:
             f"block_size ({self.block_size}): lower them")
         assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
 
+
+def config_of(knobs, vocab_size):
+    """The GPTConfig that a script's knobs (a dict with more in it) describe, for a vocabulary of this size."""
+    known = {name: knobs[name] for name in GPTConfig.__dataclass_fields__ if name in knobs}
+    return GPTConfig(**known | {'vocab_size': vocab_size})
+
 # -----------------------------------------------------------------------------
 # the trunk
 

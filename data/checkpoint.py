@@ -109,25 +109,61 @@ def load_model(path, device='cpu'):
 # -----------------------------------------------------------------------------
 # going on with a training
 
-def check_resumable(state, path, knobs, keys, data_hash):
+HOW_TRAINED = ('hold_out', 'train_only', 'dataset', 'quant_bits', 'quant_group', 'tables_bits', 'qat_start')
+
+
+def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
     """
-    state: the checkpoint at path, with the knobs it was trained with. It must be gone on with in the same way: keys name
-    the knobs that must be the same now; data_hash: the sha256 of the training text. ValueError says what differs.
+    What a training begins with, by its knob init_from: 'scratch' -> {}; 'resume' -> the checkpoint at ckpt_path, which
+    must be gone on with in the same way; a path -> that checkpoint, for its weights. loader: the training split of
+    data_dir. ValueError says what does not belong together.
     """
+    if init_from == 'scratch':
+        return {}
+    path = ckpt_path if init_from == 'resume' else init_from
+    state = load_checkpoint(path)               # into the CPU's memory: the model that takes it may be sharded
+    if init_from == 'resume':
+        check_resumable(state, path, knobs, data_dir, loader.meta['sha256']['train.bin'])
+    if knobs['hold_out'] and state.get('knobs', {}).get('hold_out') != knobs['hold_out']:
+        raise ValueError(f"{init_from} was not trained with hold_out={knobs['hold_out']}: "
+                         "it has seen that part of the text; start from scratch")
+    if state['tokenizer'] != tokenizer.meta():
+        raise ValueError(f"{path} was trained with another tokenizer, on {state['dataset']}, than {data_dir} has: "
+                         "give that dataset, or prepare this one with the same tokenizer")
+    return state
+
+
+def check_resumable(state, path, knobs, data_dir, data_hash):
+    """state: of the checkpoint at path. ValueError if it was trained in another way, or on another text."""
     start_anew = f"start from it with --init_from={path}"
     if 'optimizers' not in state:
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
     before = state['knobs']
+    shape = [key for key in GPTConfig.__dataclass_fields__ if key != 'dropout']
     differ = [f'{key} is {before[key]!r} there and {knobs[key]!r} here'
-              for key in keys if key in before and key in knobs and before[key] != knobs[key]]
+              for key in (*shape, *HOW_TRAINED) if key in before and key in knobs and before[key] != knobs[key]]
     if differ:
         raise ValueError(f"{path} was trained in another way: {'; '.join(differ)}: resume with the same knobs")
     if state.get('data', data_hash) != data_hash:
-        raise ValueError(f"the dataset has been prepared anew since {path} was saved, from another text: "
+        raise ValueError(f"{data_dir} has been prepared anew since {path} was saved, from another text: "
                          f"{start_anew} and another --out_dir, or anew")
 
 
-def shape_of_student(config, source, fresh_heads=('multi_token', 'draft')):
+def will_replace(paths, reads, out_dir, quiet=False):
+    """Says which of the paths are there and will be replaced. ValueError if one of them is among the files read."""
+    there = [path for path in paths if os.path.exists(path)]
+    read = {os.path.realpath(path) for path in reads}
+    for path in there:
+        if os.path.realpath(path) in read:
+            raise ValueError(f"out_dir ({out_dir}) would replace {path}, which this run learns from: "
+                             "give another --out_dir")
+    if there and not quiet:
+        resumable = any(path.endswith('ckpt.pt') for path in there)
+        print(f"note: {' and '.join(there)} will be replaced"
+              + ' (--init_from=resume would go on)' * resumable, flush=True)
+
+
+def shape_of_student(config, source):
     """
     The shape of a model that starts from the weights of a checkpoint. config: what the knobs ask for; source: the
     checkpoint's dict. The checkpoint decides, but for block_size and dropout, on which no weight depends, for how often
@@ -136,10 +172,10 @@ def shape_of_student(config, source, fresh_heads=('multi_token', 'draft')):
     theirs = source['config']
     shape = theirs | {'block_size': config.block_size, 'dropout': config.dropout,
                       'draft_n': config.draft_n or theirs['draft_n']}
-    for head in fresh_heads:
+    for head in ('multi_token', 'draft'):
         if not theirs[f'{head}_n']:
             shape |= {k: v for k, v in vars(config).items() if k.startswith(head)}
-    return shape
+    return GPTConfig(**shape)
 
 
 def load_weights(model, source):

@@ -1,10 +1,7 @@
 """
-model.py: shapes that must count exactly, the forward against plain formulas, heads, losses, optimizers, checkpoints.
+model.py: shapes that must count exactly, the forward against plain formulas, heads, losses, optimizers.
 """
 import math
-import os
-import resource
-import signal
 
 import pytest
 from conftest import SMALL, content, randomise, start
@@ -12,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model as M
-from model import (GPT, GPTConfig, Muon, evaluate, free_memory, largest_that_fits, load_checkpoint, load_model,
-                   make_optimizers, memory_limit, out_of_memory, save_checkpoint)
+from model import GPT, GPTConfig, Muon, evaluate, make_optimizers
 
 
 @pytest.mark.parametrize('shape, groups', [
@@ -230,117 +226,13 @@ def test_attention_without_the_kernel(heads, kv_heads, T, monkeypatch):
         assert a.dtype == torch.bfloat16 and a.shape == b.shape and (a - b).norm() < 0.015 * b.norm() + 0.1
 
 
-# -----------------------------------------------------------------------------
-# memory
-
-def test_largest_that_fits():
-    for limit in [*range(201), *(2**k + d for k in range(8, 20) for d in (-1, 0, 1))]:
-        for most in (1, 2, 3, 7, 64, 100, 200, 10**6):
-            asked = []
-            assert largest_that_fits(lambda n: asked.append(n) or n <= limit, most) == min(limit, most)
-            assert all(1 <= n <= most for n in asked) and len(asked) == len(set(asked)) <= 2 * math.log2(most) + 2
-
-
-def test_only_out_of_memory_is_out_of_memory():
-    with pytest.raises(RuntimeError) as real:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert all(map(out_of_memory, (real.value, MemoryError(), torch.OutOfMemoryError('CUDA out of memory'))))
-    assert not any(map(out_of_memory, (
-        RuntimeError('shape mismatch'), RuntimeError('CUDA error: an illegal memory access'),
-        OSError('No space left'), SystemExit('error: memory'))))
-
-
-@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='for Linux')
-def test_memory_limit():
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with memory_limit('cpu', 0.5) as free:
-        torch.empty(free // 2, dtype=torch.uint8)
-        with pytest.raises(RuntimeError) as e:
-            torch.empty(free + free // 2, dtype=torch.uint8)
-    assert (out_of_memory(e.value) and resource.getrlimit(resource.RLIMIT_AS) == before
-            and torch.empty(free + free // 2, dtype=torch.uint8).numel() > free > 0)
-
-
-def test_free_memory_is_the_least_that_anything_allows(tmp_path):
-    def write(files):
-        for name, text in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        return free_memory(tmp_path)
-    assert write({'proc/meminfo': 'MemTotal:     9000 kB\nMemAvailable:    8000 kB\n',
-                  'proc/self/cgroup': '0::/a/b\n'}) == 8000 * 1024
-    group = lambda path, most, now, cached: {
-        f'{path}/memory.max': most, f'{path}/memory.current': now,
-        f'{path}/memory.stat': f'anon 7\ninactive_file {cached}\n'}
-    assert write(group('sys/fs/cgroup/a/b', 'max\n', '900\n', 0)) == 8000 * 1024
-    assert write(group('sys/fs/cgroup/a', '5000000\n', '2000000\n', 500_000)) == 3_500_000
-    assert write(group('sys/fs/cgroup/a/b', '1000\n', '4000\n', 0)) == 0
-    old = 'sys/fs/cgroup/memory/c/memory.'                                              # version 1
-    assert write({'proc/self/cgroup': '9:cpu:/a/b\n4:memory:/c\n', f'{old}limit_in_bytes': '3000',
-                  f'{old}usage_in_bytes': '1000', f'{old}stat': 'inactive_file 5'}) == 2005
-
-
-# -----------------------------------------------------------------------------
-# checkpoints
-
-def test_checkpoint_round_trip(tmp_path):
-    model = randomise(GPT(GPTConfig(**SMALL, n_kv_head=2, tie_weights=True)))
-    save_checkpoint(f'{tmp_path}/a/ckpt.pt', model, {'kind': 'char', 'chars': 'ab'}, step=7)
-    again, state = load_model(f'{tmp_path}/a/ckpt.pt')
-    x = torch.randint(50, (1, 9))
-    assert (torch.equal(again(x), model(x)) and state['step'] == 7 and state['tokenizer']['chars'] == 'ab'
-            and again.config == model.config)
-
-
-class Evil:
-    """Unpickled by an ordinary load, it makes a folder."""
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_bad_checkpoints_are_refused_in_one_line(tmp_path):
-    path = f'{tmp_path}/ckpt.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    good = open(path, 'rb').read()
-    torch.save({'model': {}, 'iter_num': 3}, f'{tmp_path}/foreign.pt')
-    torch.save({'picochat': Evil(f'{tmp_path}/made')}, f'{tmp_path}/evil.pt')
-    middle = len(good) // 2
-    cases = {'missing.pt': (None, 'train one first'), 'foreign.pt': (None, 'iter_num'), 'evil.pt': (None, 'refused'),
-             'short.pt': (good[:middle], 'not a whole'), 'empty.pt': (b'', 'not a whole'),
-             'flipped.pt': (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:], 'expected the checksum')}
-    for name, (content, expected) in cases.items():
-        if content is not None:
-            open(f'{tmp_path}/{name}', 'wb').write(content)
-        with pytest.raises(SystemExit, match=expected) as e:
-            load_checkpoint(f'{tmp_path}/{name}')
-        assert '\n' not in str(e.value) and str(e.value).startswith('error: ')
-    assert not os.path.exists(f'{tmp_path}/made')
-    whole, refusals = load_checkpoint(path), 0
-    for at in range(0, len(good), len(good) // 40):     # a flipped bit anywhere is refused, or was in none of the data
-        open(f'{tmp_path}/flip.pt', 'wb').write(good[:at] + bytes([good[at] ^ 4]) + good[at + 1:])
-        try:
-            state = load_checkpoint(f'{tmp_path}/flip.pt')
-            assert all(torch.equal(state['model'][name], t) for name, t in whole['model'].items())
-        except SystemExit as e:
-            refusals += str(e).startswith('error: ')
-    assert refusals > 30
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    path = f'{tmp_path}/ckpt.pt'
-    model = GPT(GPTConfig(**SMALL))
-    save_checkpoint(path, model, {}, step=1)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        # the system refuses to write more, as a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(SystemExit, match='kept'):
-            save_checkpoint(path, model, {}, step=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
-    assert load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
+def test_one_rule_says_who_sees_whom():
+    """PyTorch's kernel, by is_causal, and the products take the rule of sees: a query that sees more, or less, differs."""
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, h, 9, 8) for h in (4, 2, 2))
+    mask = M.sees(torch.arange(9)[:, None], torch.arange(9))
+    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    for attention in (M.causal_attention, M.attention_by_products):
+        assert (attention(M.norm(q), M.norm(k), v)
+                - F.scaled_dot_product_attention(M.norm(q), M.norm(k), v, mask, enable_gqa=True)).abs().max() < 1e-5
+    assert (M.causal_attention(q, k, v) - expected).abs().max() < 1e-5

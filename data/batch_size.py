@@ -1,0 +1,137 @@
+"""
+batch_size=auto: how many rows of a batch fit this machine, found by starting short runs of the training itself.
+
+A trial is train.py with the same knobs, so many rows and two steps, in a process of its own: with its teacher, its
+optimizers, its compiler. Its exit status answers: 0, it fits; 3, memory ran out (configurator.py sees to that); killed,
+the same; anything else is a mistake that has nothing to do with memory, and ends the search with its message.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from data.files import atomic_write
+
+PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
+OUT_OF_MEMORY = (3, -9, 137)
+
+
+def rows_that_fit(knobs, most, divide, device, path, agree=min):
+    """
+    The largest number of rows, at most so many, with which two steps run. knobs: train.py's; divide: only divisors of
+    most count; path: a JSON file that keeps answers, each beside all that it depends on; agree: of several numbers, one
+    a process, the least. -> rows, and in words how they were found.
+    """
+    sizes = [n for n in range(1, most + 1) if not divide or most % n == 0]
+    knobs = knobs | {'max_iters': 2, 'eval_interval': -1, 'save_interval': -1, 'sample_interval': 0, 'qat_start': 0.0,
+                     'own_samples': 0.0, 'wandb_log': False, 'device': device}
+    memory = free_memory_of(device)
+    machine = torch.cuda.get_device_name(device) if device.startswith('cuda') else platform.machine()
+    question = {k: v for k, v in knobs.items() if k not in ('out_dir', 'batch_size', 'seed')}
+    key = json.dumps([machine, torch.get_num_threads(), torch.__version__, most, divide, question])
+    known = json.load(open(path)) if os.path.exists(path) else {}
+    rows, memory_then = known.get(key, (0, 0))
+    # an answer that was found with more memory than there is now counts for nothing
+    rows = agree(rows if memory > 0.95 * memory_then else 0)
+    if rows:
+        return rows, f'as {path} says'
+    index = largest_that_fits(lambda n: agree(run_trial(knobs, sizes[n - 1], device, memory)), len(sizes))
+    assert index, (f"batch_size=auto: not even one row of block_size ({knobs['block_size']}) tokens fits the "
+                   f"{memory / 2**20:,.0f} MiB that are left on {device}: "
+                   "use a smaller block_size or model, or several GPUs with fsdp=True")
+    rows = sizes[index - 1]
+    if device.startswith('cuda'):               # a trial may take all that is free: some rows fewer leave a margin
+        rows = max(n for n in sizes if n <= max(1, PORTION * rows))
+    text = json.dumps(known | {key: (rows, memory)}, indent=0)
+    atomic_write(path, lambda f: f.write(text.encode()))
+    return rows, f'the most of 1 to {most} that fit {memory / 2**20:,.0f} MiB, nine tenths of what is free'
+
+
+def run_trial(knobs, rows, device, memory):
+    """Whether a training with so many rows ends well when it may take so many bytes of memory."""
+    tokens = rows * knobs['block_size']
+    # of a step's micro-batches two are enough: further ones take no more memory
+    if knobs['total_batch_size']:
+        knobs = knobs | {'total_batch_size': min(2 * tokens, max(tokens, knobs['total_batch_size']))}
+    alone = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'PICOCHAT_LADDER')}
+    with tempfile.TemporaryDirectory() as out_dir:
+        flags = knobs | {'batch_size': rows, 'out_dir': out_dir}
+        trial = subprocess.Popen([sys.executable, 'train.py', *(f'--{k}={v}' for k, v in flags.items())],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone)
+        if device == 'cpu':
+            limit_memory(trial.pid, memory)
+        said = trial.communicate()[1].strip()
+    fits = trial.returncode == 0
+    print(f"batch_size=auto: {rows} rows {'fit' if fits else 'do not fit'}", file=sys.stderr, flush=True)
+    if not fits and trial.returncode not in OUT_OF_MEMORY:
+        raise ValueError(f"batch_size=auto: a trial of {rows} rows ended with status {trial.returncode}: "
+                         f"{(said or 'no word').splitlines()[-1].removeprefix('error: ')}")
+    return fits
+
+
+def largest_that_fits(fits, most):
+    """
+    The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is
+    between: 2 * log2(most) + 2 calls at most.
+    """
+    good, bad = 0, 1
+    while bad <= most and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, most + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+# -----------------------------------------------------------------------------
+# memory
+
+def free_memory_of(device):
+    """Bytes that a training here may take: PORTION of what the GPU, or under Linux this process, has left."""
+    if device.startswith('cuda'):
+        return int(PORTION * torch.cuda.mem_get_info(device)[0])
+    assert device == 'cpu' and platform.system() == 'Linux', (
+        f"batch_size=auto needs a CUDA GPU, or a CPU under Linux, not {device} under {platform.system()}: "
+        "give a number of rows")
+    return int(PORTION * free_memory() / int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+def limit_memory(pid, memory):
+    """
+    Lets that process take so many bytes beyond what this one has mapped, which has loaded the same libraries. Without a
+    limit Linux would kill it, or its neighbours, instead of telling it that there is no more.
+    """
+    import resource                             # not on Windows
+    mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = mapped + memory if most == resource.RLIM_INFINITY else min(mapped + memory, most)
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, most))
+
+
+def free_memory(root='/'):
+    """
+    Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one
+    that it is in, allows less.
+    """
+    def read(*path):
+        with open(os.path.join(root, *path)) as f:
+            return f.read()
+
+    left = [1024 * int(read('proc/meminfo').partition('MemAvailable:')[2].split()[0])]
+    for line in read('proc/self/cgroup').splitlines():
+        _, kinds, path = line.split(':', 2)     # '0::/a/b', or of version 1 '9:memory:/a/b'
+        if kinds and 'memory' not in kinds.split(','):
+            continue
+        base, most, now = ('memory', 'limit_in_bytes', 'usage_in_bytes') if kinds else ('', 'max', 'current')
+        parts = [part for part in path.split('/') if part]
+        for n in range(len(parts) + 1):
+            group = os.path.join('sys/fs/cgroup', base, *parts[:n], 'memory.')
+            if os.path.exists(os.path.join(root, group + most)) and read(group + most).strip() != 'max':
+                # inactive_file: files held in memory, which make way
+                cached = dict(line.split() for line in read(group + 'stat').splitlines()).get('inactive_file', 0)
+                left.append(int(read(group + most)) - int(read(group + now)) + int(cached))
+    return max(0, min(left))

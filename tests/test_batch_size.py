@@ -1,0 +1,98 @@
+"""
+data/batch_size.py: the search asks little and finds the limit, trials are the training itself, only memory is taken for
+memory.
+"""
+import json
+import math
+import sys
+
+import pytest
+
+import data.batch_size
+from conftest import TINY, run
+from data.batch_size import free_memory, largest_that_fits, rows_that_fit
+
+KNOBS = {'block_size': 16, 'total_batch_size': 0, 'n_embd': 16}
+
+
+def test_largest_that_fits():
+    for limit in [*range(201), *(2**k + d for k in range(8, 20) for d in (-1, 0, 1))]:
+        for most in (1, 2, 3, 7, 64, 100, 200, 10**6):
+            asked = []
+            assert largest_that_fits(lambda n: asked.append(n) or n <= limit, most) == min(limit, most)
+            assert all(1 <= n <= most for n in asked) and len(asked) == len(set(asked)) <= 2 * math.log2(most) + 2
+
+
+def search(monkeypatch, path, room, most=24, divide=False, agree=min, memory=1000, **knobs):
+    """rows_that_fit on a machine on which so many rows fit."""
+    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: memory)
+    monkeypatch.setattr(data.batch_size, 'run_trial', lambda knobs, rows, device, memory: rows <= room)
+    return rows_that_fit(KNOBS | knobs, most, divide, 'cpu', str(path), agree)[0]
+
+
+@pytest.mark.parametrize('room, divide, found', [
+    (1, False, 1), (2, False, 2), (3, False, 3), (8, False, 8), (9, False, 9), (99, False, 24),
+    (1, True, 1), (5, True, 4), (7, True, 6), (12, True, 12), (13, True, 12)])
+def test_every_limit_is_found(monkeypatch, tmp_path, room, divide, found):
+    assert search(monkeypatch, tmp_path / 'b.json', room, divide=divide, agree=lambda n: n) == found
+
+
+def test_answers_are_kept_by_what_they_depend_on(monkeypatch, tmp_path):
+    path, same = tmp_path / 'b.json', lambda n: n
+    assert search(monkeypatch, path, 9, agree=same) == 9
+    assert search(monkeypatch, path, 20, agree=same) == 9                       # the answer that is kept
+    assert search(monkeypatch, path, 20, agree=same, n_embd=32) == 20           # of another model
+    assert search(monkeypatch, path, 4, agree=same, memory=500) == 4            # found with more memory than there is now
+
+
+def test_processes_take_the_least(monkeypatch, tmp_path):
+    """agree is given what this process found, and answers with what the one with the least room says."""
+    asked = []
+
+    def with_a_smaller_neighbour(n):
+        asked.append(n)
+        return n and len(asked) < 3             # two trials fit both, the third only this process
+    assert search(monkeypatch, tmp_path / 'b.json', 9, agree=with_a_smaller_neighbour) < 9
+
+
+def test_nothing_fits(monkeypatch, tmp_path):
+    with pytest.raises(AssertionError, match='not even one row of block_size .16. .*smaller'):
+        search(monkeypatch, tmp_path / 'b.json', 0, agree=lambda n: n)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
+def test_under_a_real_limit(toy, tmp_path, monkeypatch):
+    """300 MiB to train in: what is found is trained with, and equals a run that is given the number."""
+    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 300 * 2**20)
+    args = [*TINY, toy, '--n_embd=64', '--block_size=64', '--max_iters=2', '--total_batch_size=65536']
+    got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
+    assert got.status == 0, got.err
+    found = json.loads(got.out.splitlines()[-1])
+    assert 1 < found['batch_size'] < 1024 and f"{2 * found['batch_size']} rows do not fit" in got.err
+    number = run('train.py', *args, f"--batch_size={found['batch_size']}", f'--out_dir={tmp_path}/number')
+    assert json.loads(number.out.splitlines()[-1])['val_loss'] == found['val_loss']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
+def test_other_errors_are_told(toy, tmp_path):
+    got = run('train.py', *TINY, toy, '--batch_size=auto', '--alpha=0.3', '--teacher=/no/such', f'--out_dir={tmp_path}')
+    assert got.status == 1 and 'no teacher at /no/such' in got.err.splitlines()[-1]
+
+
+def test_free_memory_is_the_least_that_anything_allows(tmp_path):
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return free_memory(tmp_path)
+    assert write({'proc/meminfo': 'MemTotal:     9000 kB\nMemAvailable:    8000 kB\n',
+                  'proc/self/cgroup': '0::/a/b\n'}) == 8000 * 1024
+    group = lambda path, most, now, cached: {
+        f'{path}/memory.max': most, f'{path}/memory.current': now,
+        f'{path}/memory.stat': f'anon 7\ninactive_file {cached}\n'}
+    assert write(group('sys/fs/cgroup/a/b', 'max\n', '900\n', 0)) == 8000 * 1024
+    assert write(group('sys/fs/cgroup/a', '5000000\n', '2000000\n', 500_000)) == 3_500_000
+    assert write(group('sys/fs/cgroup/a/b', '1000\n', '4000\n', 0)) == 0
+    old = 'sys/fs/cgroup/memory/c/memory.'                                              # version 1
+    assert write({'proc/self/cgroup': '9:cpu:/a/b\n4:memory:/c\n', f'{old}limit_in_bytes': '3000',
+                  f'{old}usage_in_bytes': '1000', f'{old}stat': 'inactive_file 5'}) == 2005
