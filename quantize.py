@@ -13,91 +13,143 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
 Weights are integers v from -127 to 127 times one scale per output row (embedding: per token). With 8 bits v is any of
 them. With 4, every group of 32 (64, 128) columns has a step from 1 to 18, and v is -7, ..., 7 times the step: the file
 and the modules hold two weights in a byte and a byte per step, and what is multiplied is the same kind of integers (a
-scale in two levels: VS-Quant, arXiv 2102.04503).
+scale in two levels: VS-Quant, arXiv 2102.04503). The table BITS says all that is known of 8 and 4 bits.
 Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any
 order: the result for one token cannot depend on its neighbours.
-The file is in safetensors layout (8 bytes of length, a JSON header, the tensors), with shape, rounding and tokenizer
-in its metadata.
 """
 import copy
-import hashlib
 import json
 import math
 import os
-from dataclasses import asdict
+import sys
+import time
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import (GPT, atomic_write, check_device, check_knobs, evaluate, load_model, make_config,
-                   rope_tables)
+from data.checkpoint import config_from, load_model, read_safetensors, write_safetensors
+from model import GPT, LOSS_CHUNK_BYTES, pick_device, rope_tables
 
-GROUP = 32              # columns that share a step at 4 bits: 0.53 bytes a weight; 0.52 with 64, 0.51 with 128
-TABLES = ('transformer.wte', 'lm_head')
+
+@dataclass(frozen=True)
+class IntFormat:
+    """What a weight of so many bits is."""
+    edge: int           # v is -edge, ..., edge, times a step where there are steps
+    steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
+    tries: int          # of these the search tries so many, from the least that clips nothing downwards
+    per_byte: int       # weights that file and memory hold in a byte
+    method: str         # how quantize.py rounds a model that was trained in float
+
+
+# edge * steps must be at most 127, so that v is an int8 whatever the step
+BITS = {8: IntFormat(edge=127, steps=1, tries=1, per_byte=1, method='rtn'),
+        4: IntFormat(edge=7, steps=18, tries=4, per_byte=2, method='gptq')}
+GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
+GROUP = GROUPS[0]
+TABLES = ('transformer.wte', 'lm_head')     # the vocabulary's matrices, which have bits of their own
+
+
+def format_of(bits):
+    """The entry of BITS. ValueError names the bits that there are."""
+    if bits not in BITS:
+        raise ValueError(f"bits ({bits}) must be one of {', '.join(map(str, BITS))}")
+    return BITS[bits]
+
+
+@dataclass
+class Rounded:
+    """
+    A rounded matrix: v (rows, cols) int8, scale (rows,) float32, and step (rows, groups) int8, or None where the format
+    has no steps; groups = ceil(cols / group). The matrix is about v * scale.
+    """
+    v: torch.Tensor
+    scale: torch.Tensor
+    step: torch.Tensor | None = None
+    bits: int = 8
+    group: int = GROUP
+
+    def float(self):
+        """The matrix that the integers stand for, (rows, cols) float32."""
+        return self.v * self.scale[:, None]
 
 # -----------------------------------------------------------------------------
 # the rule
 
 def round_weight(w, bits=8, group=GROUP, search=True):
     """
-    w (rows, cols) float -> v (rows, cols) int8, scale (rows,) float32, step (rows, groups) int8, None with 8 bits;
-    groups = ceil(cols / group). w is about v * scale. Rounds to nearest, ties to even; a row of zeros has scale 1.
-    The largest weight of a row lies at the edge of its integers; search=False (4 bits) puts that of a group at the
+    w (rows, cols) float -> Rounded. Rounds to nearest, ties to even; a row of zeros has scale 1.
+    The largest weight of a row lies at the edge of its integers; search=False (with groups) puts that of a group at the
     edge of the group's as well, instead of choosing its step.
     """
-    top = {8: 127, 4: 7 * 18}[bits]                          # 18 is the most that 7 can be multiplied by in an int8
-    rows, cols = w.shape
+    form = format_of(bits)
     w = w.float()
     peak = w.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(peak > 0, peak / top, 1.0)
+    scale = torch.where(peak > 0, peak / (form.edge * form.steps), 1.0)          # (rows, 1)
     x = w / scale
-    if bits == 8:
-        return x.round().clamp(-top, top).to(torch.int8), scale.squeeze(1), None
-    # whole groups, and the columns that are left, apart: padded with zeros, inductor of torch 2.11 and 2.13 gets the last
-    # group wrong
-    whole = cols - cols % group
-    parts = [part for part in (x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]) if part.numel()]
-    steps = [choose_step(part, search) for part in parts]                        # (rows, groups, 1), (rows, 1, 1)
-    v = torch.cat([round_to(part, step).flatten(1) for part, step in zip(parts, steps)], dim=1)
-    return v.to(torch.int8), scale.squeeze(1), torch.cat(steps, dim=1).squeeze(2).to(torch.int8)
+    if form.steps == 1:
+        v = x.round().clamp(-form.edge, form.edge)
+        return Rounded(v.to(torch.int8), scale.squeeze(1), None, bits, group)
+    # Whole groups, and the columns that are left, are rounded apart: when the last group is padded with zeros instead,
+    # inductor of torch 2.11 and 2.13 gets it wrong.
+    whole = w.size(1) - w.size(1) % group
+    parts = [x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]]         # (rows, groups, group), (rows, 1, rest)
+    parts = [part for part in parts if part.numel()]
+    steps = [choose_step(part, form, search) for part in parts]                  # (rows, groups, 1), (rows, 1, 1)
+    v = torch.cat([round_to(part, step, form.edge).flatten(1) for part, step in zip(parts, steps)], dim=1)
+    step = torch.cat(steps, dim=1).squeeze(2)
+    return Rounded(v.to(torch.int8), scale.squeeze(1), step.to(torch.int8), bits, group)
 
 
-def round_to(x, step):
-    """The nearest of -7, ..., 7 times step."""
-    return (x / step).round().clamp(-7, 7) * step
+def round_to(x, step, edge):
+    """The nearest of -edge, ..., edge times step."""
+    return (x / step).round().clamp(-edge, edge) * step
 
 
-def choose_step(x, search=True):
+def choose_step(x, form, search=True):
     """
-    x (..., group) in units of its row's scale -> step (..., 1): of the four largest steps that make sense the one with
-    the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
+    x (..., group) in units of its row's scale -> step (..., 1): of the form.tries largest steps that make sense the one
+    with the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
     """
-    least = x.abs().amax(dim=-1, keepdim=True) / 7                               # below this something is clipped
+    least = x.abs().amax(dim=-1, keepdim=True) / form.edge                       # below this something is clipped
     if not search:
-        return least.round().clamp(1, 18)
+        return least.round().clamp(1, form.steps)
     best = error = None
-    for less in range(4):
-        step = (least.ceil() - less).clamp(1, 18)
-        e = (round_to(x, step) - x).square().sum(dim=-1, keepdim=True)
-        best, error = (step, e) if best is None else (torch.where(e < error, step, best), torch.minimum(e, error))
+    for less in range(form.tries):
+        step = (least.ceil() - less).clamp(1, form.steps)
+        e = (round_to(x, step, form.edge) - x).square().sum(dim=-1, keepdim=True)
+        if best is None:
+            best, error = step, e
+        else:
+            best = torch.where(e < error, step, best)
+            error = torch.minimum(e, error)
     return best
 
 
-def pack(v, step, group):
+def pack(rounded):
     """
-    v (rows, cols), multiples of step (rows, groups) -> (rows, ceil(cols / 2)) uint8: the left half of the columns in
-    the low 4 bits, the right half in the high ones; 8 stands for zero.
+    Rounded -> what file and memory hold of its v: v itself at 8 bits. At 4, (rows, ceil(cols / 2)) uint8: the left half
+    of the columns in the low 4 bits, the right half in the high ones, each as v / step + 8.
     """
-    cols = v.size(1)
-    q = (v // step.repeat_interleave(group, dim=1)[:, :cols] + 8).to(torch.uint8)
-    left, right = F.pad(q, (0, cols % 2)).chunk(2, dim=1)
-    return left | right << 4
+    form, cols = format_of(rounded.bits), rounded.v.size(1)
+    if form.per_byte == 1:
+        return rounded.v
+    each = rounded.step.repeat_interleave(rounded.group, dim=1)[:, :cols]
+    q = (rounded.v // each + form.edge + 1).to(torch.uint8)
+    parts = F.pad(q, (0, -cols % form.per_byte)).chunk(form.per_byte, dim=1)
+    width = 8 // form.per_byte                               # bits of a byte that a weight has
+    return sum(part << (i * width) for i, part in enumerate(parts))
 
 
-def unpack(packed, step, group, cols):
-    """packed (..., ceil(cols / 2)) and step (..., groups) -> v (..., cols) int8."""
-    q = torch.cat((packed & 15, packed >> 4), dim=-1)[..., :cols].to(torch.int8) - 8
+def unpack(packed, step, bits, group, cols):
+    """pack's (..., bytes) and step (..., groups) -> v (..., cols) int8."""
+    form = format_of(bits)
+    if form.per_byte == 1:
+        return packed
+    width = 8 // form.per_byte
+    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(form.per_byte)]
+    q = torch.cat(parts, dim=-1)[..., :cols].to(torch.int8) - (form.edge + 1)
     return q * step.repeat_interleave(group, dim=-1)[..., :cols]
 
 
@@ -109,16 +161,16 @@ def round_rows(x):
     peak = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
     return (x * (127 / peak)).round_(), peak / 127
 
+# -----------------------------------------------------------------------------
+# training through the rounding
 
 def fake_weight(w, bits=8, group=GROUP):
     """w as it will be after export, with the gradient of w itself (straight-through)."""
     with torch.no_grad():
-        v, scale, _ = round_weight(w, bits, group)
+        rounded = round_weight(w, bits, group).float()
     # what is added is zero; the value of w + (rounded - w) might be off in its last bit
-    return v * scale[:, None] + (w - w.detach())
+    return rounded + (w - w.detach())
 
-# -----------------------------------------------------------------------------
-# training through the rounding
 
 class FakeLinear(nn.Linear):
     def forward(self, x):
@@ -133,14 +185,18 @@ class FakeEmbedding(nn.Embedding):
 
 def prepare(model, bits=8, group=GROUP, tables_bits=8):
     """
-    Makes every Linear and Embedding of model round as it will after export, in place; weights and their names stay.
+    Makes every Linear and Embedding of model round as it will after export, in place and for good. Only the forward
+    differs, so only the class of a module changes: weights, their names and whatever holds them (optimizers, FSDP)
+    stay.
     In float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
     the rounded values in bfloat16, and so rounds them once more.
     """
+    fake = {nn.Linear: FakeLinear, nn.Embedding: FakeEmbedding}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding):       # only the forward differs, so only the class changes
-            module.__class__ = FakeLinear if type(module) is nn.Linear else FakeEmbedding
-            module.bits, module.group = tables_bits if name in TABLES else bits, group
+        if type(module) in fake:
+            module.__class__ = fake[type(module)]
+            module.bits = tables_bits if name in TABLES else bits
+            module.group = group
     return model
 
 # -----------------------------------------------------------------------------
@@ -168,30 +224,30 @@ def float_matmul(xq, w):
     return sum((a @ b.float().t()).to(torch.int32) for a, b in parts).float()
 
 
-def hold(module, v, scale, step, group):
+def register_integers(module, rounded):
     """
-    Gives module its buffers: weight (rows, cols) int8 or, with steps, (rows, ceil(cols / 2)) uint8;
-    scale (rows,) float32; step (rows, groups) int8 or None.
+    Gives module the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8, scale (rows,) float32 and step
+    (rows, groups) int8 or None, and says of what format they are.
     """
-    module.cols, module.group = v.size(1), group
-    module.register_buffer('weight', v if step is None else pack(v, step, group))
-    module.register_buffer('scale', scale)
-    module.register_buffer('step', step)
+    module.bits, module.group, module.cols = rounded.bits, rounded.group, rounded.v.size(1)
+    module.register_buffer('weight', pack(rounded))
+    module.register_buffer('scale', rounded.scale)
+    module.register_buffer('step', rounded.step)
 
 
 class IntLinear(nn.Module):
     """
-    x (..., K) -> (..., N) float32, from v (N, K), scale and step as round_weight gives them. PyTorch has no exact
-    product of 4-bit integers on CPUs or GPUs: a call at 4 bits unpacks the matrix to int8, which takes ten times as
-    long as the product. for_decoding has faster ways.
+    x (..., K) -> (..., N) float32, of a Rounded (N, K). PyTorch has no exact product of 4-bit integers on CPUs or GPUs:
+    a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. engine.for_decoding has
+    faster ways.
     """
-    def __init__(self, v, scale, step=None, group=None):
+    def __init__(self, rounded):
         super().__init__()
-        hold(self, v, scale, step, group)
+        register_integers(self, rounded)
 
     def integers(self):
         """v (N, K) int8."""
-        return self.weight if self.step is None else unpack(self.weight, self.step, self.group, self.cols)
+        return unpack(self.weight, self.step, self.bits, self.group, self.cols)
 
     def forward(self, x):
         xq, xs = round_rows(x.float())
@@ -200,15 +256,42 @@ class IntLinear(nn.Module):
 
 
 class IntEmbedding(nn.Module):
-    """idx (...) -> (..., n_embd) float32."""
-    def __init__(self, v, scale, step=None, group=None):
+    """idx (...) -> (..., n_embd) float32, of a Rounded (vocab_size, n_embd)."""
+    def __init__(self, rounded):
         super().__init__()
-        hold(self, v, scale, step, group)
+        register_integers(self, rounded)
 
     def forward(self, idx):
-        v = self.weight[idx] if self.step is None else unpack(self.weight[idx], self.step[idx], self.group, self.cols)
+        step = None if self.step is None else self.step[idx]
+        v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
         return v.float() * self.scale[idx].unsqueeze(-1)
 
+
+def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
+    """
+    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
+    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
+            its_bits = tables_bits if name in TABLES else bits
+            model.set_submodule(name, kind(round_weight(module.weight.detach(), its_bits, group, search)))
+    if model.config.tie_weights:
+        for buffer in ('weight', 'scale', 'step'):
+            setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))
+    return model.eval()
+
+
+def rounding_of(model):
+    """{'bits', 'group', 'tables_bits'}, convert's arguments, as a converted model's modules say; None for floats."""
+    table, matrix = model.transformer.wte, model.transformer.h[0].mlp.c_fc
+    if not isinstance(table, IntEmbedding):
+        return None
+    return {'bits': matrix.bits, 'group': matrix.group, 'tables_bits': table.bits}
+
+# -----------------------------------------------------------------------------
+# layouts that run fast (on their way to engine.py)
 
 # Where this file is both run and imported, it must not register the operator a second time: those who have the first
 # one would be left with a dead operator.
@@ -254,7 +337,7 @@ class PackedInt8Linear(nn.Module):
                 or not torch.backends.mkldnn.is_available()):
             return False
         edge = torch.full((2, linear.weight.size(1)), 127.0)
-        few = IntLinear(edge.repeat(8, 1).to(torch.int8), torch.ones(16))
+        few = IntLinear(Rounded(edge.repeat(8, 1).to(torch.int8), torch.ones(16)))
         return torch.equal(PackedInt8Linear(few)(edge), few(edge))
 
 
@@ -285,23 +368,6 @@ class PackedInt4Linear(nn.Module):
         if linear.weight.device.type != 'cpu' or len(linear.scale) % 16 or linear.cols % linear.group:
             return False
         return 127 * linear.integers().int().abs().sum(dim=1).max() < 2**24
-
-
-def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
-    """
-    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
-    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
-            rounded = round_weight(module.weight.detach(), tables_bits if name in TABLES else bits, group, search)
-            model.set_submodule(name, kind(*rounded, group))
-    if model.config.tie_weights:
-        for buffer in ('weight', 'scale', 'step'):
-            setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))
-    model.rounding = {'bits': bits, 'group': group, 'tables_bits': tables_bits}
-    return model.eval()
 
 
 class PackedLinear(nn.Module):
@@ -339,7 +405,7 @@ def for_decoding(model, pack=None, draft_vocab=0):
     if draft_vocab and hasattr(model, 'draft'):
         head, n = model.lm_head, draft_vocab
         if isinstance(head, IntLinear):
-            model.draft_lm_head = IntLinear(head.integers()[:n].clone(), head.scale[:n])
+            model.draft_lm_head = IntLinear(Rounded(head.integers()[:n].clone(), head.scale[:n]))
         else:
             model.draft_lm_head = nn.Linear(head.in_features, n, bias=False, device='meta')
             model.draft_lm_head.weight = nn.Parameter(head.weight.detach()[:n], requires_grad=False)
@@ -348,7 +414,8 @@ def for_decoding(model, pack=None, draft_vocab=0):
         cat = lambda get: torch.cat([get(part).detach() for part in (a.c_q, a.c_k, a.c_v)])
         if isinstance(a.c_q, IntLinear):
             step = None if a.c_q.step is None else cat(lambda part: part.step)
-            a.c_qkv = IntLinear(cat(IntLinear.integers), cat(lambda part: part.scale), step, a.c_q.group)
+            a.c_qkv = IntLinear(Rounded(
+                cat(IntLinear.integers), cat(lambda part: part.scale), step, a.c_q.bits, a.c_q.group))
         else:
             weight = cat(lambda part: part.weight)
             a.c_qkv = nn.Linear(*weight.T.shape, bias=False, device='meta')
@@ -359,7 +426,7 @@ def for_decoding(model, pack=None, draft_vocab=0):
                 and pack == torch.bfloat16 and PackedInt4Linear.fits(module)):
             model.set_submodule(name, PackedInt4Linear(module))
         elif isinstance(module, IntLinear):
-            module = IntLinear(module.integers(), module.scale)
+            module = IntLinear(Rounded(module.integers(), module.scale))
             model.set_submodule(name, PackedInt8Linear(module) if PackedInt8Linear.pays(module) else module)
         elif isinstance(module, nn.Linear) and pack:
             model.set_submodule(name, PackedLinear(module.weight, pack))
@@ -376,10 +443,14 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     from its columns as they are by then.
     """
     if w.device.type == 'mps':                  # which has no float64
-        return tuple(t if t is None else t.to(w.device)
-                     for t in gptq_weight(w.cpu(), hessian.cpu(), bits, group, damping))
-    _, scale, step = round_weight(w, bits, group)
-    x, v, hessian = (w / scale[:, None]).double(), torch.empty_like(w, dtype=torch.int8), hessian.double()
+        fitted = gptq_weight(w.cpu(), hessian.cpu(), bits, group, damping)
+        step = None if fitted.step is None else fitted.step.to(w.device)
+        return Rounded(fitted.v.to(w.device), fitted.scale.to(w.device), step, bits, group)
+    form = format_of(bits)
+    nearest = round_weight(w, bits, group)      # its scale stays; v and step are chosen anew
+    scale, step, v = nearest.scale, nearest.step, torch.empty_like(nearest.v)
+    x = (w / scale[:, None]).double()
+    hessian = hessian.double()
     # without the damping, inputs that are always zero would stop the Cholesky decomposition
     hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(w.size(1), device=w.device)
     # row j of U: how later columns answer an error in column j
@@ -387,18 +458,40 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     for start in range(0, w.size(1), group):
         block, upper = x[:, start:start + group], U[start:start + group, start:start + group]
         errors = torch.zeros_like(block)
-        if bits == 4:
-            s = choose_step(block.float())
+        s = 1
+        if form.steps > 1:
+            s = choose_step(block.float(), form)                                 # (rows, 1)
             step[:, start // group] = s.squeeze(1)
         for j in range(block.size(1)):
             column = block[:, j:j + 1]                                           # (rows, 1)
-            rounded = round_to(column, s) if bits == 4 else column.round().clamp(-127, 127)
+            rounded = round_to(column, s, form.edge)
             v[:, start + j:start + j + 1] = rounded
             errors[:, j:j + 1] = (column - rounded) / upper[j, j]
             block[:, j + 1:] -= errors[:, j:j + 1] * upper[j, j + 1:]
         # the columns of later groups, in one product
         x[:, start + group:] -= errors @ U[start:start + group, start + group:]
-    return v, scale, step
+    return Rounded(v, scale, step, bits, group)
+
+
+def second_moments(model, names, run):
+    """
+    {name: sum of x x^T (cols, cols)} over the tokens x that model's matrices of these names read while run() runs,
+    rounded as an integer matrix rounds them.
+    """
+    sums = dict.fromkeys(names, 0.0)
+
+    def reads(name):
+        def add(module, args):
+            xq, xs = round_rows(args[0].float())
+            x = (xq * xs).flatten(0, -2)                                         # (tokens, cols)
+            sums[name] = sums[name] + x.T @ x
+        return add
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(reads(name)) for name in names]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return sums
 
 
 @torch.no_grad()
@@ -411,43 +504,54 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
     fitted = convert(copy.deepcopy(model), bits, group, tables_bits)
 
     def fit(names, run):
-        """Rounds the matrices with these names for what they read while run() runs."""
-        sums = dict.fromkeys(names, 0.0)
-        for name in names:
-            def add(module, args, name=name):
-                xq, xs = round_rows(args[0].float())
-                x = (xq * xs).flatten(0, -2)                                     # (tokens, cols)
-                sums[name] = sums[name] + x.T @ x
-            fitted.get_submodule(name).register_forward_pre_hook(add)            # goes when its module is replaced
-        run()
-        for name in names:
-            fitted.set_submodule(name, IntLinear(
-                *gptq_weight(model.get_submodule(name).weight, sums[name], bits, group), group))
+        """Rounds the matrices of these names for what they read while run() runs."""
+        for name, hessian in second_moments(fitted, names, run).items():
+            rounded = gptq_weight(model.get_submodule(name).weight, hessian, bits, group)
+            fitted.set_submodule(name, IntLinear(rounded))
 
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
-    for i, block in enumerate(fitted.transformer.h):
-        run = lambda: [block(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in states]
+    blocks = fitted.transformer.h
+    for i, block in enumerate(progress(blocks, len(blocks), 'layers fitted by GPTQ')):
+        def run():
+            return [block(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in states]
+        # in the order in which the block computes: each is fitted to what the ones before it, rounded, give it
         for names in (('attn.c_q', 'attn.c_k', 'attn.c_v'), ('attn.c_proj',), ('mlp.c_fc',), ('mlp.c_proj',)):
             fit([f'transformer.h.{i}.{name}' for name in names], run)
         states = run()
+    # the extra heads are MLPs too
     heads = [name.removesuffix('.c_fc') for name, _ in fitted.named_modules()
              if name.endswith('.c_fc') and 'transformer' not in name]
-    for part in ('c_fc', 'c_proj') if heads else ():
-        fit([f'{head}.{part}' for head in heads], lambda: [fitted(x, y) for x, y in batches])
+    if heads:
+        for part in ('c_fc', 'c_proj'):
+            fit([f'{head}.{part}' for head in heads], lambda: [fitted(x, y) for x, y in batches])
     return fitted
 
 # -----------------------------------------------------------------------------
-# the file
+# the file: an integer checkpoint, its shape, rounding and tokenizer in the metadata
 
 FORMAT = 'picochat-int'
-DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
+
+
+def stored_modules(model):
+    """{name: integer module} of a converted model, each that the file holds: a tied head is the embedding's."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (IntLinear, IntEmbedding)) and not (model.config.tie_weights and name == 'lm_head')}
+
+
+def file_state(model):
+    """What a converted model's file holds: its state dict, a tied head left out."""
+    return {f'{name}.{key}': t for name, module in stored_modules(model).items()
+            for key, t in module.state_dict().items()}
 
 
 def int_share(model):
     """Share of the numbers in the model's file that are integers (the rest are scales)."""
-    state = file_state(model).values()
-    integers = sum(t.numel() * (2 if t.dtype == torch.uint8 else 1) for t in state if not t.is_floating_point())
-    return integers / (integers + sum(t.numel() for t in state if t.is_floating_point()))
+    integers = floats = 0
+    for module in stored_modules(model).values():
+        integers += len(module.scale) * module.cols
+        integers += 0 if module.step is None else module.step.numel()
+        floats += module.scale.numel()
+    return integers / (integers + floats)
 
 
 def bytes_by_group(model):
@@ -455,107 +559,158 @@ def bytes_by_group(model):
     {'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps};
     the file has a header besides.
     """
-    group = {}
+    groups = {'transformer.wte': 'embedding', 'transformer.h': 'trunk', 'lm_head': 'head',
+              'multi_token': 'multi_token', 'draft': 'draft'}
+    count = {}
     for name, t in file_state(model).items():
-        key = ('scales' if name.endswith(('scale', 'step')) else 'embedding' if 'wte' in name
-               else 'head' if 'lm_head' in name else 'trunk' if '.h.' in name else name.split('.')[0])
-        group[key] = group.get(key, 0) + t.nbytes
-    return group
-
-
-def file_state(model):
-    """What a converted model's file holds: its state dict, a tied head left out."""
-    return {k: v for k, v in model.state_dict().items() if not (model.config.tie_weights and k.startswith('lm_head.'))}
+        key = next(group for start, group in groups.items() if name.startswith(start))
+        if name.endswith(('scale', 'step')):
+            key = 'scales'
+        count[key] = count.get(key, 0) + t.nbytes
+    return count
 
 
 def export(path, model, tokenizer_meta, dataset=None):
     """Writes a converted model with shape, tokenizer and the name of its dataset to path; returns the file's bytes."""
-    header, data = {}, bytearray()
-    # 4-byte tensors first keeps all of them aligned
-    for name, t in sorted(file_state(model).items(), key=lambda kv: -kv[1].element_size()):
-        start = len(data)
-        data += t.cpu().numpy().tobytes()
-        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, len(data)]}
-    header['__metadata__'] = {
-        'format': FORMAT, 'config': json.dumps(asdict(model.config)), 'rounding': json.dumps(model.rounding),
-        'tokenizer': json.dumps(tokenizer_meta), 'dataset': json.dumps(dataset)}
-    header['__metadata__']['sha256'] = checksum(header, data)
-    head = json.dumps(header, separators=(',', ':')).encode()
-    head += b' ' * (-len(head) % 8)
-    atomic_write(path, lambda f: f.write(len(head).to_bytes(8, 'little') + head + data))
-    return os.path.getsize(path)
-
-
-def checksum(header, data):
-    """Of everything but itself; the header as sorted JSON."""
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + data).hexdigest()
+    metadata = {'config': asdict(model.config), 'rounding': rounding_of(model), 'tokenizer': tokenizer_meta,
+                'dataset': dataset}
+    metadata = {'format': FORMAT} | {key: json.dumps(value) for key, value in metadata.items()}
+    return write_safetensors(path, file_state(model), metadata)
 
 
 def load(path, device='cpu'):
     """
-    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset'}; of a .pt what load_model
-    gives. One line names what is wrong with a damaged or foreign file.
+    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset', 'rounding'}; of a .pt what
+    load_model gives. ValueError says in one line what is wrong with a damaged or foreign file.
     """
     if path.endswith('.pt'):
         return load_model(path, device)
     if not os.path.isfile(path):
-        raise SystemExit(f"error: no quantised model at {path}: make one with python quantize.py "
+        raise ValueError(f"no quantised model at {path}: make one with python quantize.py "
                          f"--out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")
-    with open(path, 'rb') as f:
-        size = int.from_bytes(f.read(8), 'little')
-        head = f.read(size) if size < 2**30 else b''
-        data = f.read()
-    try:
-        header = json.loads(head)
-        meta = header['__metadata__']
-        assert meta['format'] == FORMAT
-    except (ValueError, TypeError, KeyError, AssertionError):
-        raise SystemExit(f"error: {path} is not a whole picochat file of integers: "
-                         f"expected a safetensors header of format {FORMAT}, found {head[:20]!r}: "
-                         "use another copy, or run quantize.py again")
-    written = meta.pop('sha256', None)
-    if checksum(header, data) != written:
-        raise SystemExit(f"error: {path} is damaged: its {len(data)} bytes of weights and its header "
-                         "do not have the checksum written there: use another copy, or run quantize.py again")
-    del header['__metadata__']
-    kinds = {name: dtype for dtype, name in DTYPES.items()}
-    state = {}
-    for name, t in header.items():
-        start, end = t['data_offsets']
-        state[name] = torch.frombuffer(bytearray(data[start:end]), dtype=kinds[t['dtype']]).view(t['shape']).to(device)
-    config = make_config(json.loads(meta['config']), path)
+    tensors, metadata = read_safetensors(path, FORMAT, device)
+    state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
+    state['config'] = config = config_from(state['config'], path)
     with torch.device('meta'):                               # the float model never takes any memory
-        model = convert(GPT(config), **json.loads(meta['rounding']))
+        model = convert(GPT(config), **state['rounding'])
     if config.tie_weights:
-        state |= {name.replace('transformer.wte', 'lm_head'): t for name, t in state.items() if 'wte' in name}
-    model.load_state_dict(state, assign=True)
+        tensors |= {name.replace('transformer.wte', 'lm_head'): t for name, t in tensors.items() if 'wte' in name}
+    model.load_state_dict(tensors, assign=True)
     model.cos, model.sin = (t.to(device) for t in rope_tables(config))
-    return model.eval(), {'config': config, 'tokenizer': json.loads(meta['tokenizer']),
-                          'dataset': json.loads(meta.get('dataset', 'null'))}
+    return model.eval(), state
+
+# -----------------------------------------------------------------------------
+# what it cost
+
+class Total:
+    """The loss of one batch after another, in the sums that model.evaluate has."""
+    def __init__(self, token_bytes, device):
+        self.size = torch.tensor(token_bytes, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of tokens with bytes, bytes
+
+    def add(self, nats, targets):
+        """nats (N,) float32 of targets (N,) int64; -1 is masked."""
+        size = self.size[targets.clamp(min=0)] * (targets >= 0)
+        parts = (nats.sum(), (targets >= 0).sum(), nats[size > 0].sum(), size.sum())
+        self.sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
+
+    def loss(self):
+        """-> nats per token, bits per byte (None without bytes)."""
+        nats, tokens, nats_of_bytes, n_bytes = self.sums.tolist()
+        return nats / tokens, nats_of_bytes / math.log(2) / n_bytes if n_bytes else None
+
+
+@torch.no_grad()
+def compare(model, quantised, batches, token_bytes):
+    """
+    One pass of both models over batches of (x, y), y = -1 masked. -> 'val_loss_float', 'val_loss_quant', 'bpb_float',
+    'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and 'top1_flips', at what
+    share of the positions another token is the most probable one.
+    """
+    totals = [Total(token_bytes, model.cos.device) for _ in range(2)]
+    kl_sum = kl_max = flips = n = 0
+    rows = max(1, LOSS_CHUNK_BYTES // (4 * model.config.vocab_size))             # as evaluate has them at a time
+    for x, y in batches:
+        y = y.flatten()
+        chunks = zip(model.trunk(x).flatten(0, 1).split(rows), quantised.trunk(x).flatten(0, 1).split(rows),
+                     y.split(rows))
+        nats = [], []
+        for a, b, targets in chunks:
+            a = F.log_softmax(model.logits(a), dim=-1)                           # (rows, vocab_size)
+            b = F.log_softmax(quantised.logits(b), dim=-1)
+            for each, log_p in zip(nats, (a, b)):
+                each.append(F.nll_loss(log_p, targets, ignore_index=-1, reduction='none'))
+            kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0]
+            kl_sum += kl.double().sum().item()
+            kl_max = max([kl_max] + kl.tolist())
+            flips += (a.argmax(-1) != b.argmax(-1))[targets >= 0].sum().item()
+            n += len(kl)
+        for total, each in zip(totals, nats):
+            total.add(torch.cat(each), y)
+    (loss_float, bpb_float), (loss_quant, bpb_quant) = (total.loss() for total in totals)
+    return {'val_loss_float': loss_float, 'val_loss_quant': loss_quant, 'bpb_float': bpb_float, 'bpb_quant': bpb_quant,
+            'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
+
+
+def progress(steps, total, what, every=4.0):
+    """Yields from steps, and every few seconds says on stderr how many of the total there have been."""
+    said = time.perf_counter()
+    for n, step in enumerate(steps):
+        if time.perf_counter() - said > every:
+            print(f'{n:,} of {total:,} {what}', file=sys.stderr, flush=True)
+            said = time.perf_counter()
+        yield step
 
 # -----------------------------------------------------------------------------
 # the script
 
-@torch.no_grad()
-def compare(model, quantised, batches):
+METHODS = ('rtn', 'clip', 'gptq', 'qat')
+
+
+def has_groups(bits, tables_bits):
+    return any(format_of(b).steps > 1 for b in (bits, tables_bits))
+
+
+def trained_with(state):
     """
-    Over all unmasked positions: {'mean_kl', 'max_kl'} of KL(float || quantised) in nats,
-    'top1_flips' as a share of positions.
+    How a checkpoint's weights were trained, in the words of train.py's knobs. quant_bits is 0 for those that were
+    trained in float, or saved before their rounding had begun.
     """
-    kl_sum = kl_max = flips = n = 0
-    chunk = max(1, 2**25 // (model.config.block_size * model.config.vocab_size))     # rows whose logits take 128 MiB
-    for x, y in (part for whole in batches for part in zip(*(t.split(chunk) for t in whole))):
-        keep = (y >= 0).flatten()
-        a = F.log_softmax(model(x).flatten(0, 1)[keep], dim=-1)
-        b = F.log_softmax(quantised(x).flatten(0, 1)[keep], dim=-1)
-        kl = (a.exp() * (a - b)).sum(dim=-1)
-        kl_sum, kl_max = kl_sum + kl.cpu().double().sum().item(), max([kl_max] + kl.tolist())
-        flips, n = flips + (a.argmax(-1) != b.argmax(-1)).sum().item(), n + len(kl)
-    return {'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
+    knobs = {'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0}
+    knobs |= state.get('knobs', {})
+    began = math.ceil(knobs['qat_start'] * knobs['max_iters'])
+    if knobs['qat_start'] and state['step'] <= began:
+        knobs['quant_bits'] = 0
+    return {name: knobs[name] for name in ('quant_bits', 'quant_group', 'tables_bits')}
+
+
+def choose_method(method, wanted, trained, source):
+    """'auto' -> how weights that were trained so are rounded as wanted; both are in the words of train.py's knobs."""
+    group_counts = has_groups(wanted['quant_bits'], wanted['tables_bits'])
+    as_trained = all(wanted[name] == trained[name] for name in wanted if name != 'quant_group' or group_counts)
+    assert method != 'qat' or as_trained, (
+        f"method (qat) needs weights trained with {wanted}, and {source}'s were with {trained}: "
+        "train again, or use another method")
+    if method != 'auto':
+        return method
+    return 'qat' if as_trained else format_of(wanted['quant_bits']).method
+
+
+def say(result):
+    """The document for people."""
+    path, size, parts = result['file'], result['bytes'], result['bytes_by_group']
+    parts = parts | {'header': size - sum(parts.values())}
+    print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {result['params']:,} weights in "
+          f"float32; {100 * result['int_share']:.1f} % of its numbers are integers")
+    print(f"bytes: {', '.join(f'{name} {n:,}' for name, n in parts.items())}")
+    print("loss on the whole validation split: "
+          f"float {result['val_loss_float']:.4f} nats ({result['bpb_float']:.4f} bits per byte), "
+          f"int{result['bits']} by {result['method']} {result['val_loss_quant']:.4f} ({result['bpb_quant']:.4f})")
 
 
 if __name__ == '__main__':
     from data.loader import Loader, data_of
+    from data.record import already, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
@@ -568,50 +723,49 @@ if __name__ == '__main__':
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
     calib_batches = 16              # gptq: so many times 16 rows of the training split
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = 'auto'
+    limits = {
+        'bits': [*BITS],
+        'tables_bits': [0, *BITS],
+        'group': [0, *GROUPS],
+        'method': ['auto', *METHODS],
+        'calib_batches': (1, None),
+    }
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('bits', (8, 4)), ('group', (0, 32, 64, 128)), ('tables_bits', (0, 8, 4)),
-                ('method', ('auto', 'rtn', 'clip', 'gptq', 'qat')), ('calib_batches', int, 1, math.inf))
-    check_device(device)
-    model, state = load_model(os.path.join(out_dir, weights), device)
-    trained = ({'quant_bits': 0, 'quant_group': GROUP, 'tables_bits': 8, 'qat_start': 0.0, 'max_iters': 0}
-               | state.get('knobs', {}))
-    # saved before its rounding had begun
-    if trained['qat_start'] and state['step'] <= math.ceil(trained['qat_start'] * trained['max_iters']):
-        trained['quant_bits'] = 0
+    device = pick_device(device)
+    source = os.path.join(out_dir, weights)
+    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
+    done = already(path, [source])
+    if done is not None:
+        print(json.dumps(done))
+        sys.exit()
+
+    model, state = load_model(source, device)
+    trained = trained_with(state)
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
-    how = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
-    as_trained = all(trained[k] == how[k] for k in how if k != 'quant_group' or 4 in (bits, tables_bits))
-    if method == 'auto':
-        method = 'qat' if as_trained else {8: 'rtn', 4: 'gptq'}[bits]
-    if method == 'qat' and not as_trained:
-        raise SystemExit(f"error: method (qat) needs weights trained with {how}, "
-                         f"and {out_dir}'s were with { {k: trained[k] for k in how} }: "
-                         "train again, or use another method")
+    wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
+    method = choose_method(method, wanted, trained, out_dir)
     data_dir, tokenizer = data_of(state, out_dir, dataset)
-    loader = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
+    block_size = model.config.block_size
+    validation = Loader(data_dir, 'val', 16, block_size, device=device)
+
     if method == 'gptq':
-        calibration = Loader(data_dir, 'train', 16, model.config.block_size, device=device)
-        quantised = gptq(model, [calibration.batch(step) for step in range(calib_batches)], bits, group, tables_bits)
+        training = Loader(data_dir, 'train', 16, block_size, device=device)
+        batches = [training.batch(step) for step in range(calib_batches)]
+        quantised = gptq(model, batches, bits, group, tables_bits)
     else:
         quantised = convert(copy.deepcopy(model), bits, group, tables_bits, search=method != 'rtn')
-    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
     size = export(path, quantised, state['tokenizer'], dataset or state['dataset'])
+
     quantised = load(path, device)[0]                        # what is measured is the file
-    before = evaluate(model, loader.eval_batches(), tokenizer.token_bytes)
-    after = evaluate(quantised, loader.eval_batches(), tokenizer.token_bytes)
-    n, parts = model.params()['total'], bytes_by_group(quantised)
+    n_batches = math.ceil((validation.n_tokens - 1) / (16 * block_size))
+    batches = progress(validation.eval_batches(), n_batches, 'batches of the validation split measured')
+    n = model.params()['total']
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
-              'group': group if 4 in (bits, tables_bits) else None, 'tables_bits': tables_bits,
-              'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised), 'bytes_by_group': parts,
-              'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
-              'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
-              **compare(model, quantised, loader.eval_batches())}
-    print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {n:,} weights in float32; "
-          f"{100 * result['int_share']:.1f} % of its numbers are integers")
-    print(f"bytes: {', '.join(f'{k} {v:,}' for k, v in (parts | {'header': size - sum(parts.values())}).items())}")
-    print("loss on the whole validation split: "
-          f"float {before['loss']:.4f} nats ({before['bpb']:.4f} bits per byte), "
-          f"int{bits} by {method} {after['loss']:.4f} ({after['bpb']:.4f})")
+              'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
+              'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
+              'bytes_by_group': bytes_by_group(quantised), **compare(model, quantised, batches, tokenizer.token_bytes)}
+    say(result)
+    record(path, result, [source])
     print(json.dumps(result))
