@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from data.checkpoint import load_tensors
 from data.files import atomic_write, download, read_text
-from data.tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
+from data.foreign_tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import GPT, GPTConfig, SOFTCAP, rope_tables
 
 
