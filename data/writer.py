@@ -161,7 +161,6 @@ def write_chats(data_dir, tokenizer, train, val, row, source):
     One row is one window of training, so no batch has a shape of its own, no answer comes without its question, and the
     first token of a row, <|bos|>, is nobody's target. ValueError if no conversation of train or val fits in a row.
     """
-    assert row >= 8, f'row ({row}) is the number of tokens in a row, at least 8; training takes it as block_size'
     stop = tokenizer.special('<|assistant_end|>')
     train, train_cut, train_out = cut_chats(train, row, stop)
     val, val_cut, val_out = cut_chats(val, row, stop)

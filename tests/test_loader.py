@@ -1,22 +1,21 @@
 """
-data/loader.py: batches, splits, files, and downloads from a server of our own that misbehaves in every way we know.
+data/loader.py and data/writer.py: batches, and the datasets they are read from.
 
-$ python -m pytest tests/test_loader.py        about 5 seconds, offline
+$ python -m pytest tests/test_loader.py        about 5 seconds
 """
 import hashlib
-import http.server
-import random
 import os
-import threading
+import random
 
 import numpy as np
 import pytest
-from conftest import train
 import torch
+from conftest import content
 
-from data.loader import (DownloadError, Loader, char_ids, chat_tokenizer, download, held_out, load_meta, pack_rows,
-                         read_text, split_texts, stdlib_files, stdlib_held_out, write_chats, write_dataset, write_texts)
+from data.loader import Loader, data_of, held_out, load_meta
 from data.tokenizer import BPETokenizer, CharTokenizer, from_meta
+from data.writer import (char_ids, chat_tokenizer, pack_rows, split_texts, stdlib_files, stdlib_held_out, write_chats,
+                         write_dataset, write_texts)
 
 N = 1000
 # a token a position, so that a batch tells where it was taken
@@ -116,9 +115,12 @@ def test_a_part_is_held_out(tmp_path, row):
         rows = part[:N // (row or 1) * (row or 1)].reshape(-1, row or 1)
         assert (rows.all(axis=1) | ~rows.any(axis=1)).all()
         assert abs(rows.mean() - 1 / 3) < 0.02 and (np.diff(rows[:, 0].astype(int)) != 0).sum() == 1 + (i == 1)
-    for bad in ('0/3', '4/3', '1/1', 'half', '1/2/3', '-1/3'):
-        with pytest.raises(SystemExit, match=f'hold_out \\({bad}\\) must be like 1/4'):
-            Loader(tmp_path, 'train', 4, 16, hold_out=bad)
+
+
+@pytest.mark.parametrize('fold', ['0/3', '4/3', '1/1', 'half', '1/2/3', '-1/3'])
+def test_what_is_no_part_is_refused(data_dir, fold):
+    with pytest.raises(ValueError, match=rf'hold_out \({fold}\) must be like 1/4'):
+        Loader(data_dir, 'train', 4, 16, hold_out=fold)
 
 
 def test_masked_tokens_are_no_targets(tmp_path):
@@ -131,24 +133,33 @@ def test_masked_tokens_are_no_targets(tmp_path):
 
 
 def test_too_short_a_split_names_both_numbers(data_dir):
-    with pytest.raises(SystemExit, match='203 tokens.*256'):
+    with pytest.raises(ValueError, match='203 tokens.*256'):
         Loader(data_dir, 'val', 4, 255)
 
 
-def test_missing_and_damaged_datasets_name_the_command(tmp_path):
-    with pytest.raises(SystemExit, match='error: .*python data/text/prepare.py --input=FILE_OR_FOLDER --name=nothing'):
-        load_meta(tmp_path / 'nothing')
-    (tmp_path / 'prepare.py').write_text('')
-    with pytest.raises(SystemExit, match=f'python .*{tmp_path.name}/prepare.py'):
-        load_meta(tmp_path)
-    dataset(tmp_path)
-    with open(tmp_path / 'train.bin', 'r+b') as f:
-        f.truncate(100)
-    with pytest.raises(SystemExit, match='100 bytes'):
-        Loader(tmp_path, 'train', 4, 16)
-    (tmp_path / 'meta.json').write_text('{"kind": ')
-    with pytest.raises(SystemExit, match='damaged'):
-        load_meta(tmp_path)
+@pytest.mark.parametrize('files, message', [
+    ({}, 'no dataset in .*python data/text/prepare.py --input=FILE_OR_FOLDER --name=out, or for conversations'),
+    ({'prepare.py': ''}, 'no dataset in .*run python .*/out/prepare.py'),
+    ({'meta.json': '{"kind": '}, 'damaged, it is not JSON: run python data/text'),
+    ({'meta.json': '{"kind": "char", "dtype": "uint16", "train_tokens": 9, "sha256": {}}', 'train.bin': 'x' * 17},
+     'train.bin has 17 bytes, and meta.json says 9 tokens of 2: run prepare.py again'),
+    ({'meta.json': '{"kind": "char", "dtype": "uint16", "train_tokens": 9, "sha256": {}}'}, 'train.bin has 0 bytes')])
+def test_missing_and_damaged_datasets_name_the_command(tmp_path, files, message):
+    (tmp_path / 'out').mkdir()
+    for name, text in files.items():
+        (tmp_path / 'out' / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Loader(tmp_path / 'out', 'train', 4, 4)
+
+
+def test_a_checkpoint_knows_its_data(data_dir):
+    """Its dataset, or another with the same tokenizer; never one with another."""
+    state = {'dataset': str(data_dir), 'tokenizer': TOKENIZER.meta()}
+    for saved, wanted in ((state, ''), ({**state, 'dataset': 'gone'}, str(data_dir))):
+        folder, tokenizer = data_of(saved, 'best.pt', wanted)
+        assert folder == str(data_dir) and tokenizer.meta() == TOKENIZER.meta()
+    with pytest.raises(ValueError, match='another tokenizer than best.pt was trained with: give the dataset'):
+        data_of({**state, 'tokenizer': CharTokenizer('abc').meta()}, 'best.pt')
 
 
 # -----------------------------------------------------------------------------
@@ -207,30 +218,35 @@ def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
     say = lambda *sizes: BPE.render_chat([{'role': ('user', 'assistant')[i % 2], 'content': 'x' * n}
                                           for i, n in enumerate(sizes)])
     whole, long, unanswered, question, too_long = say(3, 4), say(3, 4, 5, 40), say(3, 4, 5), say(3), say(3, 40)
-    write_chats(tmp_path, BPE, [whole, long, unanswered, question, too_long], [whole], 32, 'test')
-    assert '3 and 1 conversations with 4 answers in 2 and 1 rows of 32 tokens' in capsys.readouterr().out
-    tokens, mask = (np.fromfile(tmp_path / f'train{name}', kind).reshape(-1, 32).tolist()
-                    for name, kind in (('.bin', np.uint16), ('.mask.bin', np.uint8)))
-    assert (tokens == [whole[0] * 2 + [BOS] * 8, whole[0] + [BOS] * 20]
-            and mask == [whole[1] * 2 + [0] * 8, whole[1] + [0] * 20])
-    before = load_meta(tmp_path)
-    assert before['kind'] == 'chat' and before['row'] == 32 and from_meta(before).meta() == BPE.meta()
-    for row, pattern in ((8, '2 have no answer|6 have no answer'), (7, 'row is 7'), (None, 'row is None')):
-        with pytest.raises(SystemExit, match=f'error: .*({pattern})'):
-            write_chats(tmp_path, BPE, [whole, long, unanswered, question, too_long], [whole], row, 'test')
-    assert load_meta(tmp_path) == before
+    given = [whole, long, unanswered, question, too_long]
+    write_chats(tmp_path, BPE, given, [whole], 32, 'test')
+    said = capsys.readouterr().out
+    assert '3 and 1 conversations with 4 answers in 2 and 1 rows of 32 tokens' in said
+    assert '1 conversations are cut at a turn, 2 left out' in said
+    ids, mask = (np.fromfile(tmp_path / f'train{name}', kind).reshape(-1, 32).tolist()
+                 for name, kind in (('.bin', np.uint16), ('.mask.bin', np.uint8)))
+    assert ids == [whole[0] * 2 + [BOS] * 8, whole[0] + [BOS] * 20]
+    assert mask == [whole[1] * 2 + [0] * 8, whole[1] + [0] * 20]
+    meta = load_meta(tmp_path)
+    assert (meta['kind'], meta['row']) == ('chat', 32) and from_meta(meta).meta() == BPE.meta()
+    with pytest.raises(ValueError, match='0 for training, 0 for validation; 6 have no answer that ends within a row'):
+        write_chats(tmp_path, BPE, given, [whole], 8, 'test')
+    assert load_meta(tmp_path) == meta
 
 
-def test_rows_need_their_block_size_and_special_tokens(tmp_path):
-    write_chats(tmp_path / 'chat', BPE, chats(9, 9), chats(2, 9), 64, 'test')
-    for block_size in (63, 32, 128):
-        with pytest.raises(SystemExit, match=f'error: .*rows of 64 tokens, '
-                                             f'and block_size is {block_size}: give --block_size=64'):
-            Loader(tmp_path / 'chat', 'train', 4, block_size)
-    assert chat_tokenizer(tmp_path / 'chat').meta() == BPE.meta()
-    with pytest.raises(SystemExit, match='error: tokenizer .*has no special tokens'):
-        chat_tokenizer(dataset(tmp_path / 'char'))
-    with pytest.raises(SystemExit, match='error: no dataset in .*nowhere'):
+@pytest.mark.parametrize('block_size', [63, 32, 128])
+def test_rows_need_their_block_size(tmp_path, block_size):
+    write_chats(tmp_path, BPE, chats(9, 9), chats(2, 9), 64, 'test')
+    with pytest.raises(ValueError, match=f'rows of 64 tokens, and block_size is {block_size}: give --block_size=64'):
+        Loader(tmp_path, 'train', 4, block_size)
+
+
+def test_chats_need_special_tokens(tmp_path, data_dir):
+    write_chats(tmp_path, BPE, chats(9, 9), chats(2, 9), 64, 'test')
+    assert chat_tokenizer(tmp_path).meta() == BPE.meta()
+    with pytest.raises(ValueError, match='tokenizer .*has no special tokens'):
+        chat_tokenizer(data_dir)
+    with pytest.raises(ValueError, match='no dataset in .*nowhere'):
         chat_tokenizer(tmp_path / 'nowhere')
 
 
@@ -262,19 +278,49 @@ def test_a_plain_dataset_replaces_a_masked_one_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
 
 
-def test_what_cannot_be_written_leaves_the_old_dataset(tmp_path):
+def test_files_that_are_right_are_left_alone(tmp_path):
+    """Of the same dataset, or of one with another validation split: the training split is then the same."""
+    def files():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
     dataset(tmp_path)
-    before = load_meta(tmp_path)
-    with pytest.raises(AssertionError, match='expected 0..999'):
-        write_dataset(tmp_path, TOKENIZER, np.arange(N), [N], 'test')
-    with pytest.raises(SystemExit, match='too little text'):
-        write_texts(tmp_path, ['abc'], [''], 'char', 'test')
-    with pytest.raises(SystemExit, match='vocab_size'):
-        write_texts(tmp_path, ['some text'], ['more'], 'bpe', 'test', vocab_size=100_000)
-    assert load_meta(tmp_path) == before
-    Loader(tmp_path, 'train', 4, 16)
-    with pytest.raises(SystemExit, match='error: cannot write .*meta.json: File exists'):
-        write_dataset(tmp_path / 'meta.json', TOKENIZER, np.arange(9), [1], 'test')
+    first = files()
+    dataset(tmp_path)
+    assert files() == first
+    dataset(tmp_path, n_val=204)
+    second = files()
+    assert [name for name in sorted(second) if second[name] != first[name]] == ['meta.json', 'val.bin']
+    (tmp_path / 'train.bin').write_bytes(b'damaged')
+    dataset(tmp_path, n_val=204)
+    assert np.fromfile(tmp_path / 'train.bin', np.uint16).tolist() == list(range(N)) and load_meta(tmp_path)
+
+
+def test_killed_while_files_are_replaced_there_is_no_dataset(tmp_path, monkeypatch):
+    dataset(tmp_path)
+    replace = os.replace
+
+    def dies(old, new):
+        if new.endswith('val.bin'):
+            raise KeyboardInterrupt
+        replace(old, new)
+    monkeypatch.setattr(os, 'replace', dies)
+    with pytest.raises(KeyboardInterrupt):
+        dataset(tmp_path, 500, 100)
+    assert sorted(os.listdir(tmp_path)) == ['train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('write, error, message', [
+    (lambda at: write_dataset(at, TOKENIZER, np.arange(N), [N], 'x'), AssertionError, 'val.bin: .*expected 0..999'),
+    (lambda at: write_dataset(at, TOKENIZER, [], [1], 'x'), AssertionError, 'train.bin: no tokens'),
+    (lambda at: write_dataset(at, TOKENIZER, [1, 2], [1], 'x', ([1], [1])), AssertionError, 'one value a token'),
+    (lambda at: write_dataset(at / 'meta.json', TOKENIZER, [1], [1], 'x'), ValueError, 'could not save .*File exists'),
+    (lambda at: write_texts(at, ['abc'], [''], 'char', 'x'), ValueError, 'too little text: 3 characters for training'),
+    (lambda at: write_texts(at, ['text'], ['more'], 'bpe', 'x', 100_000), ValueError, 'vocab_size .* is out of reach')])
+def test_what_cannot_be_written_leaves_the_old_dataset(tmp_path, write, error, message):
+    dataset(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(error, match=message):
+        write(tmp_path)
+    assert content(tmp_path) == before
 
 
 def test_fast_ids_are_the_tokenizers():
@@ -299,16 +345,6 @@ def test_splits_hold_out_whole_texts():
     assert split_texts({odd: 'a', 'b': 'bb'}, 0.1) == (['bb'], ['a'])
 
 
-def test_read_text(tmp_path):
-    (tmp_path / 'a').write_bytes('\ufeffh\u00e9\r\n'.encode())
-    (tmp_path / 'b').write_bytes(b'caf\xe9')
-    assert read_text(tmp_path / 'a') == 'h\u00e9\n'
-    with pytest.raises(SystemExit, match='not UTF-8'):
-        read_text(tmp_path / 'b')
-    with pytest.raises(SystemExit, match='cannot read'):
-        read_text(tmp_path / 'c')
-
-
 def test_stdlib_files(tmp_path):
     for name in ('b.py', 'a/__init__.py', 'a/sub.py', 'a/tests/t.py', 'test/t.py', 'site-packages/x.py',
                  'config-3/y.py', 'not-a-module.py', '_sysconfigdata_x.py', 'notes.txt', 'a/data.pyc', 'bad.py'):
@@ -316,7 +352,7 @@ def test_stdlib_files(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b'\xff' if name == 'bad.py' else name.encode())
     assert stdlib_files(tmp_path) == [('a', 'a/__init__.py'), ('a.sub', 'a/sub.py'), ('b', 'b.py')]
-    with pytest.raises(SystemExit, match='no .py files'):
+    with pytest.raises(ValueError, match='no .py files'):
         stdlib_files(tmp_path / 'nowhere')
 
 
@@ -325,119 +361,3 @@ def test_stdlib_modules_are_held_out_whole():
     assert 'asyncio.events' in names and 'argparse' in names and not any('test' in name.split('.') for name in names)
     assert all(stdlib_held_out(name) == stdlib_held_out(name.split('.')[0]) for name in names)
     assert stdlib_held_out('optparse') and not stdlib_held_out('argparse')
-
-
-# -----------------------------------------------------------------------------
-# downloads
-
-
-BODY = bytes(range(256)) * 1000
-DIGEST = hashlib.sha256(BODY).hexdigest()
-
-
-def test_download(server, tmp_path):
-    server.pages['/f'] = {'body': BODY}
-    path = tmp_path / 'new' / 'f'
-    assert download(server.url + '/f', path, DIGEST, len(BODY)) == str(path)
-    assert path.read_bytes() == BODY and os.listdir(path.parent) == ['f']
-    download(server.url + '/f', path, DIGEST, len(BODY))
-    download(server.url + '/f', path)
-    assert len(server.asked) == 1  # what is there and right is not fetched again
-    path.write_bytes(BODY[:-1])
-    download(server.url + '/f', path, DIGEST)
-    assert path.read_bytes() == BODY and len(server.asked) == 2
-
-
-@pytest.mark.parametrize('ranges', [True, False])
-@pytest.mark.parametrize('have', [1, 70_000, len(BODY)])
-def test_download_goes_on_from_a_part(server, tmp_path, ranges, have):
-    server.pages['/f'] = {'body': BODY, 'ranges': ranges}
-    (tmp_path / 'f.part').write_bytes(BODY[:have])
-    download(server.url + '/f', tmp_path / 'f', DIGEST)
-    assert (tmp_path / 'f').read_bytes() == BODY and os.listdir(tmp_path) == ['f']
-    assert server.asked == [('/f', f'bytes={have}-')]
-
-
-def test_download_checks_what_hugging_face_says(server, tmp_path):
-    server.pages['/cdn'] = {'body': BODY, 'cuts': [1000]}
-    server.pages['/f'] = {'location': '/cdn', 'headers': {'X-Linked-Etag': f'"{DIGEST}"'}}
-    with pytest.raises(SystemExit, match='cut short'):
-        download(server.url + '/f', tmp_path / 'f')
-    server.pages['/cdn']['body'] = altered = BODY[:-1] + b'!'
-    with pytest.raises(SystemExit, match='is not the file that was expected: sha256'):
-        download(server.url + '/f', tmp_path / 'f')
-    assert os.listdir(tmp_path) == []
-    server.pages['/f']['headers'] = {'X-Linked-Etag': '"a git hash, of a small file"'}
-    download(server.url + '/f', tmp_path / 'f')
-    assert (tmp_path / 'f').read_bytes() == altered
-
-
-def test_download_starts_over_when_the_part_is_too_long(server, tmp_path):
-    server.pages['/f'] = {'body': BODY}
-    (tmp_path / 'f.part').write_bytes(BODY + b'and more')
-    download(server.url + '/f', tmp_path / 'f', DIGEST)
-    assert (tmp_path / 'f').read_bytes() == BODY
-    assert server.asked == [('/f', f'bytes={len(BODY) + 8}-'), ('/f', None)]
-
-
-def test_download_cut_short(server, tmp_path):
-    server.pages['/f'] = {'body': BODY, 'cuts': [100_000]}
-    (tmp_path / 'f').write_bytes(b'an old one')
-    with pytest.raises(DownloadError, match='error: .*cut short.* of 256000 bytes') as e:
-        download(server.url + '/f', tmp_path / 'f', DIGEST)
-    assert e.value.reason == 'cut short' and '\n' not in str(e.value)
-    assert (tmp_path / 'f').read_bytes() == b'an old one' and BODY.startswith((tmp_path / 'f.part').read_bytes())
-    kept = os.path.getsize(tmp_path / 'f.part')
-    assert 90_000 < kept <= 100_000
-    download(server.url + '/f', tmp_path / 'f', DIGEST)
-    assert (tmp_path / 'f').read_bytes() == BODY
-    assert server.asked[1:] == [('/f', f'bytes={kept}-')]
-
-
-def test_download_cut_short_without_a_checksum(server, tmp_path):
-    server.pages['/f'] = {'body': BODY, 'cuts': [100_000]}
-    with pytest.raises(DownloadError, match='cut short'):
-        download(server.url + '/f', tmp_path / 'f')
-    assert os.listdir(tmp_path) == ['f.part']
-
-
-def test_download_cut_short_without_a_length(server, tmp_path):
-    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], 'length': False}  # then only the size shows it
-    with pytest.raises(DownloadError, match='cut short: 100,000 of 256000 bytes are kept'):
-        download(server.url + '/f', tmp_path / 'f', size=len(BODY))
-    download(server.url + '/f', tmp_path / 'f', size=len(BODY))
-    assert (tmp_path / 'f').read_bytes() == BODY and server.asked[1:] == [('/f', 'bytes=100000-')]
-
-
-@pytest.mark.parametrize('expected', [{'sha256': DIGEST}, {'size': len(BODY) - 1}, {'size': len(BODY) + 1}])
-def test_download_altered(server, tmp_path, expected):
-    server.pages['/f'] = {'body': BODY[:-1] + b'?'}
-    (tmp_path / 'f').write_bytes(b'an old one')
-    with pytest.raises(DownloadError, match='not the file that was expected') as e:
-        download(server.url + '/f', tmp_path / 'f', **expected)
-    assert e.value.reason == 'altered'
-    assert os.listdir(tmp_path) == ['f'] and (tmp_path / 'f').read_bytes() == b'an old one'
-
-
-def test_download_of_a_part_of_something_else_is_refused(server, tmp_path):
-    server.pages['/f'] = {'body': BODY}
-    (tmp_path / 'f.part').write_bytes(b'something else')
-    with pytest.raises(DownloadError, match='sha256'):
-        download(server.url + '/f', tmp_path / 'f', DIGEST)
-    download(server.url + '/f', tmp_path / 'f', DIGEST)  # the part is gone: this time it comes whole
-
-
-def test_download_follows_redirects(server, tmp_path):
-    server.pages |= {'/f': {'location': '/g'}, '/g': {'body': BODY}}
-    download(server.url + '/f', tmp_path / 'f', DIGEST)
-    assert (tmp_path / 'f').read_bytes() == BODY
-
-
-def test_download_errors(server, tmp_path):
-    (tmp_path / 'f.part').write_bytes(b'kept')
-    with pytest.raises(DownloadError, match='answered 404') as e:
-        download(server.url + '/f', tmp_path / 'f')
-    assert e.value.reason == 404 and (tmp_path / 'f.part').read_bytes() == b'kept'
-    with pytest.raises(DownloadError, match='cannot reach .*ConnectionError.*put the file at') as e:
-        download('http://127.0.0.1:1/f', tmp_path / 'f')
-    assert e.value.reason == 'unreachable' and '\n' not in str(e.value)

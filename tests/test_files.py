@@ -1,0 +1,202 @@
+"""
+data/files.py: texts, files that are written whole or not at all, and downloads from a server of our own that misbehaves
+in every way we know.
+
+$ python -m pytest tests/test_files.py        about a second, offline
+"""
+import errno
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.files import DownloadError, atomic_write, download, read_text
+
+BODY = bytes(range(256)) * 1000
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+def test_reading_texts(tmp_path):
+    (tmp_path / 'a').write_bytes('\ufeffh\u00e9\r\n'.encode())
+    assert read_text(tmp_path / 'a') == 'h\u00e9\n'
+    (tmp_path / 'b').write_bytes(b'caf\xe9')
+    with pytest.raises(ValueError, match=r'b is not UTF-8 text \(byte 3\): convert it'):
+        read_text(tmp_path / 'b')
+    with pytest.raises(OSError, match='No such file'):
+        read_text(tmp_path / 'c')
+
+
+def test_files_and_preparing_need_no_torch():
+    code = 'import sys, data.writer, data.foreign_tokenizer; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / 'new' / 'f'
+    for content in (b'one', b'another'):
+        atomic_write(path, lambda f: f.write(content))
+        assert path.read_bytes() == content
+    assert os.listdir(path.parent) == ['f']
+
+
+@pytest.mark.parametrize('kept, message', [(True, 'the file that was there is kept'), (False, 'nothing was written')])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('No space\nleft'),
+                                   KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, kept, message, error):
+    path = tmp_path / 'f'
+    if kept:
+        path.write_bytes(b'old')
+
+    def write(f):
+        f.write(b'half of the n')
+        raise error
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            atomic_write(path, write)
+    else:
+        with pytest.raises(ValueError, match=f'^could not save {path}: .*No space.*; {message}: free some disk space'):
+            atomic_write(path, write)
+    assert os.listdir(tmp_path) == ['f'] * kept
+    assert not kept or path.read_bytes() == b'old'
+
+
+def test_two_writers_of_one_file_never_mix(tmp_path):
+    """While one writes, another writes the same file: each has a temporary file of its own."""
+    path = tmp_path / 'f'
+
+    def write(f):
+        f.write(b'first, ')
+        atomic_write(path, lambda g: g.write(b'second'))
+        assert path.read_bytes() == b'second'
+        f.write(b'as a whole')
+    atomic_write(path, write)
+    assert path.read_bytes() == b'first, as a whole' and os.listdir(tmp_path) == ['f']
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path):
+    for name, age in (('f.0000.tmp', 7200), ('f.1111.tmp', 0), ('g.0000.tmp', 7200)):
+        (tmp_path / name).write_bytes(b'half')
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    atomic_write(tmp_path / 'f', lambda f: f.write(b'whole'))
+    assert sorted(os.listdir(tmp_path)) == ['f', 'f.1111.tmp', 'g.0000.tmp']
+
+
+@pytest.mark.parametrize('of', ['folder', 'file'])
+def test_the_sync_of_a_file_is_needed_and_that_of_a_folder_is_not(tmp_path, monkeypatch, of):
+    fsync = os.fsync
+
+    def refuses(handle):
+        if os.path.isdir(f'/proc/self/fd/{handle}') == (of == 'folder'):
+            raise OSError(errno.EINVAL, 'Invalid argument')
+        fsync(handle)
+    monkeypatch.setattr(os, 'fsync', refuses)
+    if of == 'folder':
+        atomic_write(tmp_path / 'f', lambda f: f.write(b'whole'))
+        assert (tmp_path / 'f').read_bytes() == b'whole'
+    else:
+        with pytest.raises(ValueError, match='could not save .*Invalid argument'):
+            atomic_write(tmp_path / 'f', lambda f: f.write(b'whole'))
+        assert os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# downloads
+
+def test_download(server, tmp_path):
+    server.pages |= {'/f': {'body': BODY}, '/moved': {'location': '/f'}}
+    path = tmp_path / 'new' / 'f'
+    assert download(server.url + '/f', path, DIGEST, len(BODY)) == str(path)
+    assert path.read_bytes() == BODY and os.listdir(path.parent) == ['f']
+    download(server.url + '/f', path, DIGEST, len(BODY))
+    download(server.url + '/f', path)
+    assert len(server.asked) == 1  # what is there and right is not fetched again
+    path.write_bytes(BODY[:-1])
+    download(server.url + '/moved', path, DIGEST)
+    assert path.read_bytes() == BODY and len(server.asked) == 3
+
+
+@pytest.mark.parametrize('ranges', [True, False])
+@pytest.mark.parametrize('have', [1, 70_000, len(BODY)])
+def test_download_goes_on_from_a_part(server, tmp_path, ranges, have):
+    server.pages['/f'] = {'body': BODY, 'ranges': ranges}
+    (tmp_path / 'f.part').write_bytes(BODY[:have])
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY and os.listdir(tmp_path) == ['f']
+    assert server.asked == [('/f', f'bytes={have}-')]
+
+
+def test_download_starts_over_when_the_part_is_too_long(server, tmp_path):
+    server.pages['/f'] = {'body': BODY}
+    (tmp_path / 'f.part').write_bytes(BODY + b'and more')
+    download(server.url + '/f', tmp_path / 'f', DIGEST)
+    assert (tmp_path / 'f').read_bytes() == BODY
+    assert server.asked == [('/f', f'bytes={len(BODY) + 8}-'), ('/f', None)]
+
+
+def test_download_checks_what_hugging_face_says(server, tmp_path):
+    server.pages['/cdn'] = {'body': BODY, 'cuts': [1000]}
+    server.pages['/f'] = {'location': '/cdn', 'headers': {'X-Linked-Etag': f'"{DIGEST}"'}}
+    with pytest.raises(DownloadError, match='cut short'):
+        download(server.url + '/f', tmp_path / 'f')
+    server.pages['/cdn']['body'] = altered = BODY[:-1] + b'!'
+    with pytest.raises(DownloadError, match='is not the file that was expected: sha256'):
+        download(server.url + '/f', tmp_path / 'f')
+    assert os.listdir(tmp_path) == []
+    server.pages['/f']['headers'] = {'X-Linked-Etag': '"a git hash, of a small file"'}
+    download(server.url + '/f', tmp_path / 'f')
+    assert (tmp_path / 'f').read_bytes() == altered
+
+
+@pytest.mark.parametrize('page, expected', [
+    ({}, {'sha256': DIGEST}), ({}, {}),
+    ({'length': False}, {'size': len(BODY)})])  # then only the size shows it
+def test_download_cut_short_and_resumed(server, tmp_path, page, expected):
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], **page}
+    with pytest.raises(DownloadError, match=r'cut short.*: [\d,]+ of 256000 bytes are kept in .*f.part') as e:
+        download(server.url + '/f', tmp_path / 'f', **expected)
+    assert e.value.reason == 'cut short' and '\n' not in str(e.value)
+    part = (tmp_path / 'f.part').read_bytes()
+    assert os.listdir(tmp_path) == ['f.part'] and BODY.startswith(part) and 90_000 < len(part) <= 100_000
+    download(server.url + '/f', tmp_path / 'f', **expected)
+    assert (tmp_path / 'f').read_bytes() == BODY
+    assert server.asked[1:] == [('/f', f'bytes={len(part)}-')]
+
+
+@pytest.mark.parametrize('page, expected, reason, message', [
+    ({'body': BODY[:-1] + b'?'}, {'sha256': DIGEST}, 'altered', 'not the file that was expected: sha256 .* instead of'),
+    ({'body': BODY}, {'size': len(BODY) - 1}, 'altered', 'not the file that was expected: 256,000 bytes'),
+    ({'body': BODY}, {'size': len(BODY) + 1}, 'altered', 'not the file that was expected: 256,000 bytes'),
+    ({'body': BODY, 'cuts': [1000]}, {'sha256': DIGEST}, 'cut short', 'cut short'),
+    ({'status': 404}, {'sha256': DIGEST}, 404, 'answered 404'),
+    (None, {'sha256': DIGEST}, 'unreachable', 'cannot reach .*ConnectionError.*put the file at .*f yourself'),
+])
+def test_download_errors_leave_the_old_file(server, tmp_path, page, expected, reason, message):
+    server.pages['/f'] = page
+    (tmp_path / 'f').write_bytes(b'an old one')
+    with pytest.raises(DownloadError, match=message) as e:
+        download(server.url + '/f' if page else 'http://127.0.0.1:1/f', tmp_path / 'f', **expected)
+    assert e.value.reason == reason and not re.search('\n|^error', str(e.value))
+    assert (tmp_path / 'f').read_bytes() == b'an old one'
+    assert sorted(os.listdir(tmp_path)) == (['f', 'f.part'] if reason == 'cut short' else ['f'])
+
+
+def test_a_part_of_something_else_is_refused(server, tmp_path):
+    server.pages['/f'] = {'body': BODY}
+    (tmp_path / 'f.part').write_bytes(b'something else')
+    with pytest.raises(DownloadError, match='sha256'):
+        download(server.url + '/f', tmp_path / 'f', DIGEST)
+    download(server.url + '/f', tmp_path / 'f', DIGEST)  # the part is gone: this time it comes whole
+
+
+def test_a_part_outlives_a_server_that_has_nothing(server, tmp_path):
+    (tmp_path / 'f.part').write_bytes(b'kept')
+    with pytest.raises(DownloadError, match='answered 404'):
+        download(server.url + '/f', tmp_path / 'f')
+    assert (tmp_path / 'f.part').read_bytes() == b'kept'
