@@ -17,16 +17,14 @@ import textwrap
 from collections import Counter
 
 import pytest
-from conftest import content
 import regex
 import tiktoken
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
 import data.tokenizer
-from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta,
-                            load_nanochat_tokenizer, train_bpe)
+from data.foreign_tokenizer import load_nanochat_tokenizer, load_tokenizer
+from data.tokenizer import PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe
+
+NANOCHAT = os.path.join('..', 'shared', 'data', 'nanochat_e0')
 
 # Real text that is on every machine. It differs between Python versions, so nothing below expects particular tokens.
 TEXTS = [inspect.getsource(module) for module in (textwrap, difflib, argparse)]
@@ -41,8 +39,8 @@ def bpe():
     return train_bpe(TEXTS, 256 + 400 + 9)
 
 
-def refused(*arguments, call, match):
-    """call(*arguments) is a ValueError with a one-line message."""
+def error_of(call, *arguments, match):
+    """call(*arguments) is a ValueError with a one-line message, which is returned."""
     with pytest.raises(ValueError, match=match) as error:
         call(*arguments)
     assert '\n' not in str(error.value)
@@ -99,14 +97,13 @@ def test_char_round_trip():
 
 def test_char_errors():
     tok = CharTokenizer('abc\n')
-    message = refused('a\u00e9\tb', call=tok.encode, match='4 characters')
+    message = error_of(tok.encode, 'a\u00e9\tb', match='4 characters')
     assert repr('\u00e9') in message and repr('\t') in message and repr('\nabc') in message
-    assert 'and 15 more' in refused('defghijklmnopqrstuvw', call=tok.encode, match="'d', 'e', 'f', 'g', 'h'")
-    assert len(refused('!', call=CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode,
-                       match='8000 characters')) < 1000
-    refused([4], call=tok.decode, match='token id 4')
-    refused([-1], call=tok.decode, match='token id -1')
-    refused('', call=CharTokenizer, match='empty')
+    assert 'and 15 more' in error_of(tok.encode, 'defghijklmnopqrstuvw', match="'d', 'e', 'f', 'g', 'h'")
+    assert len(error_of(CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode, '!', match='8000 characters')) < 1000
+    error_of(tok.decode, [4], match='token id 4')
+    error_of(tok.decode, [-1], match='token id -1')
+    error_of(CharTokenizer, '', match='empty')
 
 
 # -----------------------------------------------------------------------------
@@ -131,30 +128,30 @@ def test_bpe_bytes_and_specials(bpe):
     assert bpe.token_bytes[656:] == [0] * 9 and min(bpe.token_bytes[:656]) == 1
     assert bpe.decode([656, *bpe.encode('hi'), 664]) == '<|bos|>hi<|output_end|>'
     assert max(bpe.encode('<|bos|>hi<|output_end|>')) < 656
-    refused('<|eot|>', call=bpe.special, match="'<|eot|>'".replace('|', r'\|'))
-    refused([665], call=bpe.decode, match='token id 665')
-    refused([-1], call=bpe.decode_bytes, match='token id -1')
+    error_of(bpe.special, '<|eot|>', match="'<|eot|>'".replace('|', r'\|'))
+    error_of(bpe.decode, [665], match='token id 665')
+    error_of(bpe.decode_bytes, [-1], match='token id -1')
 
     plain = train_bpe(TEXTS, 300, special_tokens=())
     assert plain.bos is None and plain.vocab_size == 300 and plain.decode(plain.encode(TEXTS[1])) == TEXTS[1]
-    refused([{'role': 'user', 'content': 'hi'}], call=plain.render_chat, match='no special token')
+    error_of(plain.render_chat, [{'role': 'user', 'content': 'hi'}], match='no special token')
 
 
 def test_bpe_long_white_space(bpe):
     for text in ('x' + ' ' * 499_999 + 'x' * 500_000, '\n' * 400_000 + ' ' * 90_000 + 'x' * 600_000):
         assert bpe.decode(bpe.encode(text)) == text
-    refused('x' + ' ' * 1_100_000, call=bpe.encode, match='character 1 ')
+    error_of(bpe.encode, 'x' + ' ' * 1_100_000, match='character 1 ')
 
 
 def test_bpe_refuses_bad_tables():
     ranks = {bytes([byte]): byte for byte in range(256)}
     assert BPETokenizer(ranks, special_tokens=()).encode('hi') == [104, 105]
-    refused({**ranks, b'ab': 257}, call=BPETokenizer, match='257 BPE tokens')
-    refused({**ranks, b'ab': 255}, call=BPETokenizer, match='257 BPE tokens')
-    refused({b'aa' if token == b'\x07' else token: i for token, i in ranks.items()}, call=BPETokenizer,
-            match='1 single bytes .* 7')
-    refused(ranks, PATTERN, ['<|bos|>', '<|bos|>'], call=BPETokenizer, match='twice')
-    refused(ranks, '(', call=BPETokenizer, match='parenthesis')
+    error_of(BPETokenizer, {**ranks, b'ab': 257}, match='257 BPE tokens')
+    error_of(BPETokenizer, {**ranks, b'ab': 255}, match='257 BPE tokens')
+    no_bell = {b'aa' if token == b'\x07' else token: i for token, i in ranks.items()}
+    error_of(BPETokenizer, no_bell, match='1 single bytes .* 7')
+    error_of(BPETokenizer, ranks, PATTERN, ['<|bos|>', '<|bos|>'], match='twice')
+    error_of(BPETokenizer, ranks, '(', match='parenthesis')
 
 
 # -----------------------------------------------------------------------------
@@ -194,20 +191,19 @@ def test_training_depends_on_the_text_alone(bpe):
     script = ('import argparse, difflib, inspect, textwrap; from data.tokenizer import fingerprint, train_bpe;'
               'print(fingerprint(train_bpe(map(inspect.getsource, (textwrap, difflib, argparse)), 665)))')
     for seed in ('1', '2'):  # of str hashes, and so of the order of sets
-        out = subprocess.run([sys.executable, '-c', script], cwd=ROOT,
-                             env={**os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': ROOT},
+        out = subprocess.run([sys.executable, '-c', script], env={**os.environ, 'PYTHONHASHSEED': seed},
                              capture_output=True, text=True, check=True).stdout
         assert out.strip() == fingerprint(bpe)
 
 
 def test_training_errors():
-    message = refused(['low lower'], 4096, call=train_bpe, match='only 5 merges')  # lo, low, and three more to ' lower'
+    message = error_of(train_bpe, ['low lower'], 4096, match='only 5 merges')  # lo, low, and three more to ' lower'
     assert 'vocab_size=270' in message
     assert train_bpe(['low lower'], 270).vocab_size == 270
-    refused(['low'], 264, call=train_bpe, match=r'\(264\) must be at least 265')
+    error_of(train_bpe, ['low'], 264, match=r'\(264\) must be at least 265')
     assert train_bpe([], 265).vocab_size == 265
-    refused([], 266, call=train_bpe, match='only 0 merges')
-    refused('low lower', 300, call=train_bpe, match='one string')
+    error_of(train_bpe, [], 266, match='only 0 merges')
+    error_of(train_bpe, 'low lower', 300, match='one string')
     assert train_bpe(['ab ab'], 266, pattern='(a)(b)').decode([256]) == 'ab'  # groups in a pattern do not cut
 
 
@@ -234,13 +230,13 @@ def test_fingerprint_tells_tokenizers_apart(bpe):
 
 
 def test_from_meta_errors(bpe):
-    refused({'kind': 'word'}, call=from_meta, match="'word'")
-    refused({}, call=from_meta, match='None')
-    refused({'kind': 'char'}, call=from_meta, match='needs chars')
-    refused({'kind': 'char', 'chars': 'ba'}, call=from_meta, match='sorted')
-    refused({'kind': 'bpe', 'ranks': [], 'pattern': ''}, call=from_meta, match='needs special_tokens')
-    refused({**bpe.meta(), 'ranks': bpe.meta()['ranks'] + ['a']}, call=from_meta, match='missing or repeated')
-    refused({**bpe.meta(), 'ranks': bpe.meta()['ranks'][1:]}, call=from_meta, match='no BPE token')
+    error_of(from_meta, {'kind': 'word'}, match="'word'")
+    error_of(from_meta, {}, match='None')
+    error_of(from_meta, {'kind': 'char'}, match='needs chars')
+    error_of(from_meta, {'kind': 'char', 'chars': 'ba'}, match='sorted')
+    error_of(from_meta, {'kind': 'bpe', 'ranks': [], 'pattern': ''}, match='needs special_tokens')
+    error_of(from_meta, {**bpe.meta(), 'ranks': bpe.meta()['ranks'] + ['a']}, match='missing or repeated')
+    error_of(from_meta, {**bpe.meta(), 'ranks': bpe.meta()['ranks'][1:]}, match='no BPE token')
 
 
 def test_nanochat_pickle(bpe, tmp_path):
@@ -255,7 +251,7 @@ def test_nanochat_pickle(bpe, tmp_path):
     ranks = {bytes([byte]): byte for byte in range(256)}
     holes = tiktoken.Encoding('holes', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={'<|bos|>': 300})
     path.write_bytes(pickle.dumps(holes))
-    refused(path, call=load_nanochat_tokenizer, match='last ids')
+    error_of(load_nanochat_tokenizer, path, match='last ids')
 
 
 class Evil:
@@ -304,25 +300,32 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
     }
     for name, (content, match) in attacks.items():
         path.write_bytes(content)
-        message = refused(path, call=load_nanochat_tokenizer, match=match)
+        message = error_of(load_nanochat_tokenizer, path, match=match)
         assert str(path) in message, name
         assert not os.path.exists(folder), name
 
 
+def test_a_teachers_tokenizer_is_found(bpe, tmp_path):
+    (tmp_path / 'tokenizer.pkl').write_bytes(pickle.dumps(bpe._encoding))
+    for path in (tmp_path, tmp_path / 'tokenizer.pkl'):
+        assert load_tokenizer(path).meta() == bpe.meta()
+    (tmp_path / 'meta.json').write_text(json.dumps(CharTokenizer('abc').meta()))
+    assert load_tokenizer(tmp_path).chars == 'abc'  # a dataset comes first
+    error_of(load_tokenizer, str(tmp_path / 'none'), match="no tokenizer at .*none.: expected .* distill.py --fetch=d32")
+
+
+@pytest.mark.skipif(not os.path.isdir(NANOCHAT), reason='no nanochat files here')
 def test_real_nanochat_tokenizer():
     """
     A tokenizer that nanochat's own code trained and pickled, with what it says of a text; it lies beside the
     repository, if at all.
     """
-    folder = os.path.join(ROOT, '..', 'shared', 'data', 'nanochat_e0')
-    if not os.path.isdir(folder):
-        pytest.skip('no nanochat files here')
     torch = pytest.importorskip('torch')
-    golden = torch.load(os.path.join(folder, 'golden.pt'), weights_only=True)
-    tok = load_nanochat_tokenizer(folder)
+    golden = torch.load(os.path.join(NANOCHAT, 'golden.pt'), weights_only=True)
+    tok = load_nanochat_tokenizer(NANOCHAT)
     assert tok.vocab_size == golden['logits'].shape[-1]
     assert tok.encode(golden['text']) == golden['ids'] and tok.decode(golden['ids']) == golden['text']
-    assert tok.token_bytes == torch.load(os.path.join(folder, 'token_bytes.pt'), weights_only=True).tolist()
+    assert tok.token_bytes == torch.load(os.path.join(NANOCHAT, 'token_bytes.pt'), weights_only=True).tolist()
     assert tok.pattern == PATTERN and tok.special_tokens == list(SPECIAL_TOKENS)
     again = from_meta(json.loads(json.dumps(tok.meta())))
     assert again.encode(TEXTS[0]) == tok.encode(TEXTS[0])
@@ -369,9 +372,9 @@ def test_render_chat(bpe):
     ([SYSTEM, SYSTEM, USER], "message 1 has role 'system'"), ([{**USER, 'role': 'human'}], "'human'"),
 ])
 def test_render_chat_errors(bpe, conversation, match):
-    refused(conversation, call=bpe.render_chat, match=match)
-    refused(conversation, call=bpe.render_prompt, match=match)
+    error_of(bpe.render_chat, conversation, match=match)
+    error_of(bpe.render_prompt, conversation, match=match)
 
 
 def test_render_prompt_needs_a_question(bpe):
-    refused([USER, BOT], call=bpe.render_prompt, match='must be the user')
+    error_of(bpe.render_prompt, [USER, BOT], match='must be the user')
