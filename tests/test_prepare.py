@@ -4,34 +4,31 @@ of our own.
 
 $ python -m pytest tests/test_prepare.py       about 5 seconds, offline
 """
-import contextlib
-import io
 import json
 import os
 import pickle
-import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import run, train, write_gpt2_tokenizer
+from conftest import content, make_dataset, refused, run, start, write_gpt2_tokenizer
 
-from data.loader import Loader, load_meta, write_texts
-from data.tokenizer import GPT2_PATTERN, fingerprint, from_meta, train_bpe
+from data.foreign_tokenizer import GPT2_PATTERN
+from data.loader import Loader, load_meta
+from data.tokenizer import fingerprint, from_meta, train_bpe
 
 SHAKESPEARE = os.path.join('..', 'shared', 'data', 'tinyshakespeare.txt')
 
 
-@pytest.fixture
-def prepare(monkeypatch, capsys):
-    """prepare('text', '--input=...') runs data/text/prepare.py in this process and returns what it printed."""
-    def run(name, *flags):
-        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
-        monkeypatch.setattr(sys, 'path', sys.path[:])
-        runpy.run_path(f'data/{name}/prepare.py', run_name='__main__')
-        return capsys.readouterr().out
-    return run
+def prepare(name, *flags):
+    """data/<name>/prepare.py, which must succeed -> what it printed."""
+    got = run(f'data/{name}/prepare.py', *flags)
+    assert got.status == 0 and not got.err, got.err
+    return got.out
+
+
+def fails(error, name, *flags):
+    """data/<name>/prepare.py, which must refuse."""
+    refused(run(f'data/{name}/prepare.py', *flags), error)
 
 
 def texts_of(folder):
@@ -54,7 +51,7 @@ def library(tmp_path):
     return root
 
 
-def test_stdlib_char(prepare, library, tmp_path):
+def test_stdlib_char(library, tmp_path):
     said = prepare('stdlib_char', f'--root={library}', f'--out_dir={tmp_path}/out')
     assert '3 files; 1 more' in said and 'held out: optparse' in said
     assert texts_of(tmp_path / 'out') == ['from .one import *\n' + 'def one():\n    return 1\n' * 20,
@@ -62,26 +59,25 @@ def test_stdlib_char(prepare, library, tmp_path):
     assert load_meta(tmp_path / 'out')['vocab_size'] == 97
 
 
-def test_stdlib_bpe(prepare, library, tmp_path):
+def test_stdlib_bpe(library, tmp_path):
     prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out', '--vocab_size=270')
     train, val = texts_of(tmp_path / 'out')
     assert val == '<|bos|>def parse(options):\n\treturn options\n'
     # learnt from these texts alone
     assert from_meta(load_meta(tmp_path / 'out')).meta() == train_bpe(train.split('<|bos|>'), 270).meta()
     assert train.count('<|bos|>') == 3 and 'M\u00fcller' in train and load_meta(tmp_path / 'out')['vocab_size'] == 270
-    with pytest.raises(SystemExit, match='error: vocab_size .4096. is out of reach'):
-        prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out')
+    fails('vocab_size .4096. is out of reach', 'stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out')
     assert load_meta(tmp_path / 'out')['vocab_size'] == 270
 
 
-def test_the_real_standard_library(prepare, tmp_path):
+def test_the_real_standard_library(tmp_path):
     prepare('stdlib_char', f'--out_dir={tmp_path}')
     meta = load_meta(tmp_path)
     assert 0.03 < meta['val_tokens'] / (meta['train_tokens'] + meta['val_tokens']) < 0.05
     assert 300_000 < meta['val_tokens'] < 600_000
-    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    before = content(tmp_path)
     prepare('stdlib_char', f'--out_dir={tmp_path}')
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    assert content(tmp_path) == before
 
 
 # -----------------------------------------------------------------------------
@@ -117,8 +113,7 @@ def silent(x):
 
 @pytest.fixture
 def bpe_dir(tmp_path):
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_texts(tmp_path / 'bpe', ['some text of some words, and some more'] * 9, ['text'], 'bpe', 'test', 280)
+    make_dataset(tmp_path / 'bpe', 'some text of some words, and some more', 4, 'bpe', 268)
     return tmp_path / 'bpe'
 
 
@@ -127,7 +122,7 @@ def conversations(folder):
     return {split: set(text.split('<|bos|>')) - {''} for split, text in zip(('train', 'val'), texts_of(folder))}
 
 
-def test_pydoc_chat(prepare, bpe_dir, tmp_path):
+def test_pydoc_chat(bpe_dir, tmp_path):
     (tmp_path / 'lib').mkdir()
     (tmp_path / 'lib' / 'zoo.py').write_text(ZOO)
     # optparse is held out
@@ -157,15 +152,14 @@ def test_pydoc_chat(prepare, bpe_dir, tmp_path):
             ('Which arguments does zoo.feed take?', 'It takes *animals.')} <= seen
     assert not any(word in text for exchange in seen for text in exchange
                    for word in ('hide', 'self', 'str', 'Nobody', 'None', 'zoo.silent'))
-    before = {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')}
+    before = content(tmp_path / 'out')
     prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
             '--seed=29', '--row=512')
-    assert {name: (tmp_path / 'out' / name).read_bytes() for name in os.listdir(tmp_path / 'out')} == before
-    with pytest.raises(SystemExit, match='error: no dataset in data/nothing '):
-        prepare('pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
+    assert content(tmp_path / 'out') == before
+    fails('no dataset in data/nothing ', 'pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
 
 
-def test_your_own_chats(prepare, bpe_dir, tmp_path):
+def test_your_own_chats(bpe_dir, tmp_path):
     turn = lambda i: [{'role': 'user', 'content': f'What is {i}?'}, {'role': 'assistant', 'content': f'A number, {i}.'}]
     lines = [json.dumps({'messages': [{'role': 'system', 'content': 'Be brief.'}] + turn(i)} if i % 2 else turn(i))
              for i in range(20)]
@@ -195,43 +189,41 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
     (GOOD, [], r'has 1 conversation\(s\): at least two'),
     ('', [], r'has 0 conversation\(s\)'),
     (f'{GOOD}\n{GOOD}', [], r'has 1 conversation\(s\)'),
-    (GOOD, ['--val_input={}/nothing.jsonl'], 'cannot read .*nothing.jsonl'),
+    (GOOD, ['--val_input={}/nothing.jsonl'], 'No such file or directory: .*nothing.jsonl'),
     (GOOD, ['--val_input={}/in.jsonl'], 'too few conversations: 0 for training, 1'),
     (GOOD, ['--input='], 'input is empty'),
-    (GOOD, ['--val_fraction=1'], 'must lie between 0 and 1'),
+    (GOOD, ['--val_fraction=1'], r'val_fraction \(1.0\) must be a number of at least'),
     (GOOD, ['--out_dir=', '--name=a/b'], 'without slashes'),
     (GOOD, ['--tokenizer={}/nothing'], 'no dataset in .*nothing'),
     (GOOD.replace('Hello.', 'Hello' * 200) + f'\n{GOOD}', [], '1 have no answer that ends within a row of 64'),
-    (f'{GOOD}\n{GOOD} ', ['--row=4'], 'row is 4'),
+    (f'{GOOD}\n{GOOD} ', ['--row=4'], r'row \(4\) must be an int of at least 8'),
 ])
-def test_chat_errors(prepare, bpe_dir, tmp_path, text, flags, error):
+def test_chat_errors(bpe_dir, tmp_path, text, flags, error):
     (tmp_path / 'in.jsonl').write_text(text)
-    with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
-        prepare('chat', f'--input={tmp_path}/in.jsonl', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
-                '--row=64', *[flag.format(tmp_path) for flag in flags])
-    assert '\n' not in str(e.value) and not (tmp_path / 'out').exists()
+    fails(error, 'chat', f'--input={tmp_path}/in.jsonl', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
+          '--row=64', *[flag.format(tmp_path) for flag in flags])
+    assert not (tmp_path / 'out').exists()
 
 
 # -----------------------------------------------------------------------------
 # Shakespeare
 
-def test_shakespeare_from_a_file(prepare, tmp_path):
+def test_shakespeare_from_a_file(tmp_path):
     (tmp_path / 'play.txt').write_text('To be, or not to be\n' * 10)
     said = prepare('shakespeare_char', f'--input={tmp_path}/play.txt', f'--out_dir={tmp_path}/out')
     assert 'not the original' in said
     assert texts_of(tmp_path / 'out') == ['To be, or not to be\n' * 9, 'To be, or not to be\n']
 
 
-def test_shakespeare_refuses_another_download(prepare, server, tmp_path):
+def test_shakespeare_refuses_another_download(server, tmp_path):
     for body, error in (b'To be', '5 bytes instead of 1,115,394'), (b'x' * 1_115_394, 'sha256 .* instead of'):
         server.pages['/input.txt'] = {'body': body}
-        with pytest.raises(SystemExit, match=f'error: .*{error}'):
-            prepare('shakespeare_char', f'--url={server.url}/input.txt', f'--out_dir={tmp_path}')
+        fails(error, 'shakespeare_char', f'--url={server.url}/input.txt', f'--out_dir={tmp_path}')
         assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not os.path.exists(SHAKESPEARE), reason='no copy of tiny Shakespeare here')
-def test_the_real_shakespeare(prepare, server, tmp_path):
+def test_the_real_shakespeare(server, tmp_path):
     with open(SHAKESPEARE, 'rb') as f:
         server.pages['/input.txt'] = {'body': f.read()}
     for _ in range(2):
@@ -297,14 +289,14 @@ def site(server, names, words='Some words here. ' * 10):
         server.pages[f'/{name}.html'] = {'body': (ESSAY % (title, title, words.strip())).encode()}
 
 
-def graham(prepare, server, folder):
+def graham(server, folder):
     return prepare('graham_char', f'--index_url={server.url}/articles.html', f'--out_dir={folder}', '--pause=0')
 
 
-def test_graham(prepare, server, tmp_path):
+def test_graham(server, tmp_path):
     names = ['taste', 'wealth', 'nerds', 'hackers']
     site(server, names)
-    said = graham(prepare, server, tmp_path)
+    said = graham(server, tmp_path)
     assert 'lists 4 essays' in said and '4 essays, ' in said and 'ASCII spelling are dropped: \\u2603' in said
     assert [path for path, _ in server.asked] == ['/articles.html'] + [f'/{name}.html' for name in names]
     expected = {TEXT.format(title=f'On {name.title()}', words=('Some words here. ' * 10).strip()) for name in names}
@@ -314,55 +306,49 @@ def test_graham(prepare, server, tmp_path):
     assert load_meta(tmp_path)['vocab_size'] < 128
 
     server.asked.clear()
-    graham(prepare, server, tmp_path)
+    graham(server, tmp_path)
     assert server.asked == [] and texts_of(tmp_path) == [train, val]
 
 
-@pytest.mark.parametrize('value', ['0', '-1', 'none', '1'])
-def test_graham_checks_what_is_held_out(prepare, tmp_path, value):
-    with pytest.raises(SystemExit, match='val_fraction .* must lie between 0 and 1'):
-        prepare('graham_char', f'--input={tmp_path}', f'--out_dir={tmp_path}/out', f'--val_fraction={value}')
-    assert not os.listdir(tmp_path)
-
-
-def test_graham_goes_on_where_it_stopped(prepare, server, tmp_path):
+def test_graham_goes_on_where_it_stopped(server, tmp_path):
     site(server, ['taste', 'wealth', 'nerds', 'hackers', 'gone', 'moved', 'cut'])
     whole = server.pages['/cut.html']['body']
     del server.pages['/gone.html']
     server.pages['/moved.html'] = {'location': '/elsewhere.html'}
     server.pages['/elsewhere.html'] = server.pages['/wealth.html']
     server.pages['/cut.html']['cuts'] = [500, 500]
-    said = graham(prepare, server, tmp_path)
+    said = graham(server, tmp_path)
     assert '1 listed pages do not exist' in said and '1 pages did not arrive whole' in said and '5 essays, ' in said
     assert [path for path, _ in server.asked].count('/cut.html') == 2
     assert sorted(name for name in os.listdir(tmp_path / 'pages') if not name.endswith('.part')) == \
         ['articles.html', 'hackers.html', 'moved.html', 'nerds.html', 'taste.html', 'wealth.html']
 
     server.asked.clear()
-    said = graham(prepare, server, tmp_path)
+    said = graham(server, tmp_path)
     assert '6 essays, ' in said and (tmp_path / 'pages' / 'cut.html').read_bytes() == whole
     assert [path for path, _ in server.asked] == ['/gone.html', '/cut.html']
 
 
-def test_graham_tries_a_cut_page_once_more(prepare, server, tmp_path):
+def test_graham_tries_a_cut_page_once_more(server, tmp_path):
     site(server, ['taste', 'wealth', 'nerds', 'hackers'])
     server.pages['/nerds.html']['cuts'] = [500]
-    assert '4 essays, ' in graham(prepare, server, tmp_path)
+    assert '4 essays, ' in graham(server, tmp_path)
 
 
-def test_graham_errors(prepare, server, tmp_path):
-    with pytest.raises(SystemExit, match='error: .*answered 404'):
-        graham(prepare, server, tmp_path / 'a')
+def test_graham_errors(server, tmp_path):
+    how = f'--out_dir={tmp_path}/out', '--pause=0'
+    fails('answered 404', 'graham_char', f'--index_url={server.url}/articles.html', *how)
+    fails('cannot reach', 'graham_char', '--index_url=http://127.0.0.1:1/articles.html', *how)
     server.pages['/articles.html'] = {'body': b'<html>moved</html>'}
-    with pytest.raises(SystemExit, match='error: no essays are linked from'):
-        graham(prepare, server, tmp_path / 'b')
-    with pytest.raises(SystemExit, match='error: there is no file or folder'):
-        prepare('graham_char', '--input=/no/such')
-    with pytest.raises(SystemExit, match='error: cannot reach'):
-        prepare('graham_char', '--index_url=http://127.0.0.1:1/articles.html', f'--out_dir={tmp_path}/c', '--pause=0')
+    fails('no essays are linked from', 'graham_char', f'--index_url={server.url}/articles.html', *how)
+    fails('there is no file or folder', 'graham_char', '--input=/no/such', *how)
+    for value in ('0', '-1', 'none', '1'):
+        fails(r'val_fraction \(.*\) must be a number', 'graham_char', f'--input={tmp_path}', f'--val_fraction={value}',
+              *how)
+    assert not os.path.exists(tmp_path / 'out' / 'meta.json')
 
 
-def test_graham_from_saved_files(prepare, tmp_path):
+def test_graham_from_saved_files(tmp_path):
     saved = tmp_path / 'saved'
     saved.mkdir()
     for name in ('a', 'b', 'c'):
@@ -380,7 +366,7 @@ def test_graham_from_saved_files(prepare, tmp_path):
 # -----------------------------------------------------------------------------
 # your own text
 
-def test_text_from_a_file(prepare, tmp_path):
+def test_text_from_a_file(tmp_path):
     (tmp_path / 'diary.txt').write_text('Dear diary, caf\u00e9.\n' * 100, encoding='utf-8')
     prepare('text', f'--input={tmp_path}/diary.txt', f'--out_dir={tmp_path}/out', '--val_fraction=0.25')
     assert ''.join(texts_of(tmp_path / 'out')) == 'Dear diary, caf\u00e9.\n' * 100
@@ -388,7 +374,7 @@ def test_text_from_a_file(prepare, tmp_path):
     Loader(tmp_path / 'out', 'val', 2, 64).batch(0)
 
 
-def test_text_from_a_folder(prepare, tmp_path):
+def test_text_from_a_folder(tmp_path):
     folder = tmp_path / 'notes'
     (folder / 'below').mkdir(parents=True)
     for i in range(20):
@@ -405,7 +391,7 @@ def test_text_from_a_folder(prepare, tmp_path):
     assert load_meta(tmp_path / 'out')['vocab_size'] == 280
 
 
-def test_text_in_a_teachers_tokens(prepare, tmp_path):
+def test_text_in_a_teachers_tokens(tmp_path):
     text = 'Some words, and some more.\n' * 100
     (tmp_path / 'words.txt').write_text(text)
     how = f'--input={tmp_path}/words.txt', f'--out_dir={tmp_path}/out'
@@ -420,8 +406,7 @@ def test_text_in_a_teachers_tokens(prepare, tmp_path):
     prepare('text', *how, f'--tokenizer={tmp_path}/chars')
     assert load_meta(tmp_path / 'out')['chars'] == load_meta(tmp_path / 'chars')['chars']
     (tmp_path / 'words.txt').write_text(text + 'caf\u00e9' * 200)
-    with pytest.raises(SystemExit, match='error: .*\u00e9'):
-        prepare('text', *how, f'--tokenizer={tmp_path}/chars')
+    fails('no token for .*\u00e9.: the vocabulary', 'text', *how, f'--tokenizer={tmp_path}/chars')
 
 
 @pytest.mark.parametrize('flags, error', [
@@ -431,17 +416,17 @@ def test_text_in_a_teachers_tokens(prepare, tmp_path):
     (['--input={}/small.txt'], '35 characters'),
     (['--input={}/latin.txt'], 'is not UTF-8 text'),
     (['--input={}/folder'], '0 characters in 0'),
-    (['--input={}/good.txt', '--level=word'], "level is 'word'"),
+    (['--input={}/good.txt', '--level=word'], r'level \(word\) must be one of char, bpe'),
     (['--input={}/good.txt', '--level=bpe'], 'vocab_size .4096. is out of reach'),
-    (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], 'must be at least 265'),
-    (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], 'a bpe needs a number'),
-    (['--input={}/good.txt', '--tokenizer={}/folder'], r'no tokenizer at tokenizer \(.*folder\)'),
+    (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], r'vocab_size \(100\) must be an int of at least 265'),
+    (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], r'vocab_size \(None\) must be an int of at least 265'),
+    (['--input={}/good.txt', '--tokenizer={}/folder'], 'no tokenizer at .*folder'),
     (['--input={}/good.txt', '--tokenizer={}/unigram'], 'expected a BPE'),
-    (['--input={}/good.txt', '--val_fraction=1.5'], 'must lie between 0 and 1'),
+    (['--input={}/good.txt', '--val_fraction=1.5'], r'val_fraction \(1.5\) must be a number'),
     (['--input={}/good.txt', '--out_dir=', '--name=../elsewhere'], 'without slashes'),
     (['--input={}/good.txt', '--levle=bpe'], 'level'),
 ])
-def test_text_errors(prepare, tmp_path, flags, error):
+def test_text_errors(tmp_path, flags, error):
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'empty.txt').write_text('')
     (tmp_path / 'small.txt').write_text('a b c d' * 5)
@@ -449,14 +434,14 @@ def test_text_errors(prepare, tmp_path, flags, error):
     (tmp_path / 'good.txt').write_text('Some words, and some more.\n' * 100)
     (tmp_path / 'unigram').mkdir()
     (tmp_path / 'unigram' / 'tokenizer.json').write_text('{"model": {"vocab": [["a", -1.0]]}, "added_tokens": []}')
-    with pytest.raises(SystemExit, match=f'error: .*{error}') as e:
-        prepare('text', f'--out_dir={tmp_path}/out', *[flag.format(tmp_path) for flag in flags])
-    assert '\n' not in str(e.value) and not (tmp_path / 'out' / 'meta.json').exists()
+    fails(error, 'text', f'--out_dir={tmp_path}/out', *[flag.format(tmp_path) for flag in flags])
+    assert not (tmp_path / 'out' / 'meta.json').exists()
 
 
 def test_an_error_is_one_line_and_status_1():
-    ran = subprocess.run([sys.executable, 'data/text/prepare.py', '--input=/no/such'], capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (1, '') and ran.stderr.startswith('error: ') and ran.stderr.count('\n') == 1
+    process = start('data/text/prepare.py', '--input=/no/such')
+    out, err = process.communicate()
+    assert (process.returncode, out, err.count('\n')) == (1, '', 1) and err.startswith('error: there is no file')
 
 
 # -----------------------------------------------------------------------------
@@ -480,7 +465,7 @@ def shards(tmp_path):
     return documents
 
 
-def test_fineweb_edu(prepare, shards, server, tmp_path):
+def test_fineweb_edu(shards, server, tmp_path):
     """
     Downloaded or local, in one go or resumed: the documents in order, each after a <|bos|>; the shards are gone when
     they were ours to remove.
@@ -492,8 +477,8 @@ def test_fineweb_edu(prepare, shards, server, tmp_path):
     for shard in (0, 1):
         name = f'shard_{shard:05d}.parquet'
         server.pages['/' + name] = {'body': (tmp_path / name).read_bytes()}
-    with pytest.raises(SystemExit, match='shard_00009.parquet answered 404'):
-        prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
+    fails('shard_00009.parquet answered 404', 'fineweb_edu', *how, f'--url={server.url}',
+          f'--out_dir={tmp_path}/fetched')
     server.pages['/shard_00009.parquet'] = {'body': (tmp_path / 'shard_00009.parquet').read_bytes()}
     prepare('fineweb_edu', *how, f'--url={server.url}', f'--out_dir={tmp_path}/fetched')
     assert (texts_of(tmp_path / 'fetched') == expected
@@ -502,32 +487,31 @@ def test_fineweb_edu(prepare, shards, server, tmp_path):
                                                   '/shard_00009.parquet', '/shard_00009.parquet']
 
 
-def test_fineweb_edu_mixes_no_sources(prepare, shards, server, tmp_path):
+def test_fineweb_edu_mixes_no_sources(shards, server, tmp_path):
     """What a run from elsewhere has left in the folder is not taken for these shards."""
     server.pages['/shard_00000.parquet'] = {'body': (tmp_path / 'shard_00001.parquet').read_bytes()}
     how = f'--tokenizer={tmp_path}', '--shards=1', '--val_shard=9', f'--out_dir={tmp_path}/out'
-    with pytest.raises(SystemExit, match='shard_00009.parquet answered 404'):
-        prepare('fineweb_edu', *how, f'--url={server.url}')
+    fails('shard_00009.parquet answered 404', 'fineweb_edu', *how, f'--url={server.url}')
     prepare('fineweb_edu', *how, f'--input={tmp_path}')
     assert texts_of(tmp_path / 'out')[0] == '<|bos|>' + '<|bos|>'.join(shards[0])
     assert str(tmp_path) in (tmp_path / 'out' / 'meta.json').read_text()
 
 
 @pytest.mark.parametrize('keep', [3, 0.5])              # bytes, or a share of them: a parquet's index is at its end
-def test_a_damaged_shard_is_named_in_one_line(prepare, shards, tmp_path, keep):
+def test_a_damaged_shard_is_named_in_one_line(shards, tmp_path, keep):
     path = tmp_path / 'shard_00000.parquet'
     whole = path.read_bytes()
     path.write_bytes(whole[:keep if keep == 3 else int(keep * len(whole))])
-    with pytest.raises(SystemExit, match='error: no tokens could be made of .*shard_00000.parquet: [^\n]*$'):
-        prepare('fineweb_edu', f'--tokenizer={tmp_path}', f'--input={tmp_path}', f'--out_dir={tmp_path}/out')
+    fails('no tokens could be made of .*shard_00000.parquet: .*', 'fineweb_edu', f'--tokenizer={tmp_path}',
+          f'--input={tmp_path}', f'--out_dir={tmp_path}/out')
     assert not any(name.endswith('.tokens') for name in os.listdir(tmp_path / 'out'))
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--tokenizer=nowhere'], 'error: no tokenizer at tokenizer .nowhere.'),
-    (['--shards=0'], 'error: shards .0.'), (['--val_docs=0'], 'error: val_docs .0.'),
-    (['--input=nowhere'], 'error: nowhere/shard_00000.parquet is not there')])
-def test_fineweb_edu_bad_input(prepare, shards, tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message):
-        prepare('fineweb_edu', f'--tokenizer={tmp_path}', f'--out_dir={tmp_path}/out', *flags)
+    (['--tokenizer=nowhere'], "no tokenizer at 'nowhere'"),
+    (['--shards=0'], r'shards \(0\) must be an int of at least 1'), (['--val_docs=0'], r'val_docs \(0\) must be'),
+    (['--shards=20', '--val_shard=9'], r'val_shard \(9\) must not be one of the first 20'),
+    (['--input=nowhere'], 'nowhere/shard_00000.parquet is not there')])
+def test_fineweb_edu_bad_input(shards, tmp_path, flags, message):
+    fails(message, 'fineweb_edu', f'--tokenizer={tmp_path}', f'--out_dir={tmp_path}/out', *flags)
     assert not os.path.exists(tmp_path / 'out' / 'meta.json')
