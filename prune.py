@@ -21,16 +21,22 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 
-from model import GPT, check_device, check_knobs, evaluate, load_model, save_checkpoint
+from data.checkpoint import load_model, save_checkpoint
+from model import GPT, evaluate, pick_device
+from quantize import progress
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
+MERGE = ('aligned', 'plain', 'first')
 # what shrink cuts -> how the shape calls its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
+FIRST = 'transformer.h.0.attn.c_q'      # reads embeddings and nothing else
 
 
 def build(state, config):
@@ -49,19 +55,22 @@ def columns(w, keep, moment=None):
     """
     if moment is None or len(keep) == w.size(1):
         return w[:, keep]
-    m, keep = moment.cpu().double(), torch.as_tensor(keep)
-    return torch.linalg.solve(damped(m[keep][:, keep]), m[keep] @ w.cpu().double().T).T.to(w)
+    moment, keep = moment.cpu().double(), torch.as_tensor(keep)
+    wanted = moment[keep] @ w.cpu().double().T                                  # (len(keep), rows)
+    return torch.linalg.solve(damped(moment[keep][:, keep]), wanted).T.to(w)
 
 
 def damped(moment):
     """With a little on the diagonal: inputs that never fire must not blow up."""
-    return moment + 1e-4 * moment.diagonal().mean().clamp(min=1e-30) * torch.eye(len(moment))
+    little = 1e-4 * moment.diagonal().mean().clamp(min=1e-30)
+    return moment + little * torch.eye(len(moment))
 
 
 def same_length(what, lists, n):
     """Every layer must keep equally many: one number stands for all of them in the shape."""
-    if len(lists) != n or len(set(map(len, lists))) != 1 or not len(lists[0]):
-        raise ValueError(f"{what} to keep, {[len(keep) for keep in lists]} a layer: "
+    lengths = [len(keep) for keep in lists]
+    if len(lengths) != n or len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"{what} to keep, {lengths} a layer: "
                          f"give as many, and at least one, for each of the {n} layers")
 
 
@@ -73,7 +82,7 @@ def keep_neurons(state, config, neurons, moments=None):
     same_length('neurons', neurons, config.n_layer)
     state = dict(state)
     for i, keep in enumerate(neurons):
-        fc, proj = (f'transformer.h.{i}.mlp.{name}' for name in ('c_fc', 'c_proj'))
+        fc, proj = f'transformer.h.{i}.mlp.c_fc', f'transformer.h.{i}.mlp.c_proj'
         state[f'{fc}.weight'] = state[f'{fc}.weight'][keep]
         state[f'{proj}.weight'] = columns(state[f'{proj}.weight'], keep, moments and moments[proj])
     return state, replace(config, n_hidden=len(neurons[0]))
@@ -87,18 +96,94 @@ def keep_heads(state, config, heads, moments=None):
     """
     same_length('groups of heads', heads, config.n_layer)
     g, D = config.n_head // config.n_kv_head, config.head_dim
-    if (len({len(group) for groups in heads for group in groups}) != 1
-            or any(len({q // g for q in group}) != 1 for groups in heads for group in groups)):
+    all_groups = [group for groups in heads for group in groups]
+    one_length = len({len(group) for group in all_groups}) == 1
+    if not one_length or any(len({q // g for q in group}) != 1 for group in all_groups):
         raise ValueError(f"heads to keep, {heads}: every group must be as long as the others, "
                          f"and its heads of one key/value head ({g} query heads each)")
     state = dict(state)
-    rows = lambda heads: [h * D + d for h in heads for d in range(D)]
     for i, groups in enumerate(heads):
-        a, q, kv = f'transformer.h.{i}.attn', rows(sum(groups, [])), rows([group[0] // g for group in groups])
+        q = [h * D + d for group in groups for h in group for d in range(D)]    # the rows of these query heads
+        kv = [group[0] // g * D + d for group in groups for d in range(D)]      # and of their key/value heads
         for name, keep in (('c_q', q), ('c_k', kv), ('c_v', kv)):
-            state[f'{a}.{name}.weight'] = state[f'{a}.{name}.weight'][keep]
-        state[f'{a}.c_proj.weight'] = columns(state[f'{a}.c_proj.weight'], q, moments and moments[f'{a}.c_proj'])
+            w = f'transformer.h.{i}.attn.{name}.weight'
+            state[w] = state[w][keep]
+        proj = f'transformer.h.{i}.attn.c_proj'
+        state[f'{proj}.weight'] = columns(state[f'{proj}.weight'], q, moments and moments[proj])
     return state, replace(config, n_head=len(heads[0]) * len(heads[0][0]), n_kv_head=len(heads[0]))
+
+
+def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
+    """
+    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other
+    (align, arXiv 2412.20677).
+    moments: heads are compared by what they give on data instead of by their weights.
+    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a
+    group serve all of it.
+    """
+    n, D, E = config.n_kv_head, config.head_dim, config.n_embd
+    if n_kv_head < 1 or n % n_kv_head:
+        raise ValueError(f"kv_heads ({n_kv_head}) must divide the {n} key/value heads that there are: "
+                         f"try {[k for k in range(1, n + 1) if n % k == 0]}")
+    if n_kv_head == n:
+        return state, config
+    state = dict(state)
+    groups, members, g = n_kv_head, n // n_kv_head, config.n_head // n
+    for i in range(config.n_layer):
+        at = f'transformer.h.{i}.attn.'
+        q, k, v, proj = (state[f'{at}{name}.weight'].cpu().double() for name in ('c_q', 'c_k', 'c_v', 'c_proj'))
+        q = q.view(groups, members, g, D, E)
+        k = k.view(groups, members, D, E)
+        v = v.view(groups, members, D, E)
+        proj = proj.view(E, groups, members, g, D)
+        if how == 'aligned':
+            q, k, v, proj = align(q, k, v, proj, moments and moments[f'{at}c_q'].to(q))
+        if how == 'first':
+            k, v = k[:, 0], v[:, 0]
+        else:
+            k, v = k.mean(dim=1), v.mean(dim=1)                                 # (groups, D, E)
+        for name, w in (('c_q', q), ('c_k', k), ('c_v', v)):
+            state[f'{at}{name}.weight'] = w.reshape(-1, E).float()
+        state[f'{at}c_proj.weight'] = proj.reshape(E, -1).float()
+    return state, replace(config, n_kv_head=n_kv_head)
+
+
+def align(q, k, v, proj, moment):
+    """
+    The same attention, with the key/value heads of a group turned onto each other: values by any orthogonal map, undone
+    in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these commute with RoPE
+    (and all orthogonal maps do with the norm after it), so the turn alone changes nothing: heads that are turned copies
+    of one another merge without loss.
+    q (groups, members, g, D, E), k and v (groups, members, D, E), proj (E, groups, members, g, D), all float64;
+    moment (E, E), the second moment of what the heads read, or None: all directions count alike.
+    """
+    root = torch.eye(q.size(-1)).to(q)                                          # root root^T is the moment
+    if moment is not None:
+        values, vectors = torch.linalg.eigh(moment)
+        root = vectors * values.clamp(min=0).sqrt()
+
+    def size(x):
+        return (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
+    # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each takes its
+    # group's
+    k_scale = size(k).mean(dim=1, keepdim=True) / size(k)
+    v_scale = size(v).mean(dim=1, keepdim=True) / size(v)
+    k, v, proj = k * k_scale, v * v_scale, proj / v_scale
+    turn = procrustes(planes(k @ root))                                         # (groups, members, D/2, 1, 1) complex
+    u = procrustes(v @ root)                                                    # (groups, members, D, D)
+    q = from_planes(turn.unsqueeze(2) @ planes(q))
+    k = from_planes(turn @ planes(k))
+    return q, k, u @ v, proj @ u.mT
+
+
+def planes(x):
+    """(..., D, E) -> (..., D/2, 1, E) complex: RoPE turns the plane of d and d + D/2."""
+    first, second = x.unflatten(-2, (2, x.size(-2) // 2)).unbind(-3)
+    return torch.complex(first, second).unsqueeze(-2)
+
+
+def from_planes(z):
+    return torch.cat((z.real, z.imag), dim=-3).squeeze(-2)
 
 
 def procrustes(x):
@@ -114,71 +199,26 @@ def procrustes(x):
     return u
 
 
-MERGE = ('aligned', 'plain', 'first')
-
-
-def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
-    """
-    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other
-    (arXiv 2412.20677): values by any orthogonal map, undone in c_proj; keys by a rotation inside each of RoPE's planes,
-    done to their queries too. Only these commute with RoPE (and all orthogonal maps do with the norm after it), so the
-    turn alone changes nothing: heads that are turned copies of one another merge without loss.
-    moments: heads are compared by what they give on data instead of by their weights.
-    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a
-    group serve all of it.
-    """
-    n, D, E = config.n_kv_head, config.head_dim, config.n_embd
-    if n_kv_head < 1 or n % n_kv_head:
-        raise ValueError(f"kv_heads ({n_kv_head}) must divide the {n} key/value heads that there are: "
-                         f"try {[k for k in range(1, n + 1) if n % k == 0]}")
-    if n_kv_head == n:
-        return state, config
-    # shape: merged heads, and how many go into each
-    state, shape, g = dict(state), (n_kv_head, n // n_kv_head), config.n_head // n
-    # (..., D, E) -> (..., D/2, 1, E) complex, since d and d + D/2 are a plane; and back
-    plane = lambda x: torch.complex(*x.unflatten(-2, (2, D // 2)).unbind(-3)).unsqueeze(-2)
-    real = lambda z: torch.cat((z.real, z.imag), dim=-3).squeeze(-2)
-    for i in range(config.n_layer):
-        a = f'transformer.h.{i}.attn'
-        q, k, v, proj = (state[f'{a}.{name}.weight'].cpu().double() for name in ('c_q', 'c_k', 'c_v', 'c_proj'))
-        q, k, v, proj = q.view(*shape, g, D, E), k.view(*shape, D, E), v.view(*shape, D, E), proj.view(E, *shape, g, D)
-        if how == 'aligned':
-            values, vectors = (torch.linalg.eigh(moments[f'{a}.c_q'].to(q)) if moments
-                               else (torch.ones(E).to(q), torch.eye(E).to(q)))
-            root = vectors * values.clamp(min=0).sqrt()     # root root^T: the second moment of what the heads read
-            # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each
-            # takes its group's
-            size = lambda x: (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
-            k_scale, v_scale = (size(x).mean(dim=1, keepdim=True) / size(x) for x in (k, v))
-            k, v, proj = k * k_scale, v * v_scale, proj / v_scale
-            # turn (n_kv_head, merged, D/2, 1, 1) complex: angles; u (n_kv_head, merged, D, D)
-            turn, u = procrustes(plane(k @ root)), procrustes(v @ root)
-            q, k, v, proj = real(turn.unsqueeze(2) @ plane(q)), real(turn @ plane(k)), u @ v, proj @ u.mT
-        k, v = (x[:, 0] if how == 'first' else x.mean(dim=1) for x in (k, v))       # (n_kv_head, D, E)
-        for name, w in (('c_q', q), ('c_k', k), ('c_v', v), ('c_proj', proj)):
-            state[f'{a}.{name}.weight'] = w.reshape(E, -1).float() if name == 'c_proj' else w.reshape(-1, E).float()
-    return state, replace(config, n_kv_head=n_kv_head)
-
-
 def over_channels(state, config, read, write):
     """
     A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in
     place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do;
     'transformer.wte' is the table itself.
     """
-    # reads embeddings and nothing else, as the second half of the draft cell's c_fc does
-    block = 'transformer.h.0.attn.c_q'
     out = {}
     for name, w in state.items():
         site = name.removesuffix('.weight')
         if site.endswith('c_proj'):
             out[name] = write(site, w)
-        elif site == 'draft.c_fc':
+        elif site == 'draft.c_fc':      # the state that lm_head reads, and an embedding as the first block reads it
             state_half, token_half = w.split(config.n_embd, dim=1)
-            out[name] = torch.cat((read('lm_head', state_half), read(block, token_half)), dim=1)
+            out[name] = torch.cat((read('lm_head', state_half), read(FIRST, token_half)), dim=1)
+        elif site.startswith('multi_token'):
+            out[name] = read('lm_head', w)
+        elif site.endswith(('c_k', 'c_v')):
+            out[name] = read(site[:-3] + 'c_q', w)
         else:
-            out[name] = read('lm_head' if site.startswith('multi_token') else
-                             site[:-3] + 'c_q' if site.endswith(('c_k', 'c_v')) else site, w)
+            out[name] = read(site, w)
     return out
 
 
@@ -210,9 +250,11 @@ def keep_channels(state, config, channels, moments=None, refit=True):
             return w[:, keep]
         return columns(w, keep, moments[site] if moments and refit else None) * ratio(site)
 
-    first, last = ratio('transformer.h.0.attn.c_q'), ratio('lm_head')
-    out = over_channels(state, config, read,
-                        lambda site, w: w[keep] / (first if site.startswith('transformer') else last))
+    def write(site, w):
+        return w[keep] / (first if site.startswith('transformer') else last)
+
+    first, last = ratio(FIRST), ratio('lm_head')
+    out = over_channels(state, config, read, write)
     # the table is normed where it is read as embedding: there the head's factor does no harm
     if config.tie_weights:
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * last
@@ -228,8 +270,9 @@ def keep_layers(state, config, layers):
     at = 'transformer.h.'
     out = {name: w for name, w in state.items() if not name.startswith(at)}
     for new, old in enumerate(layers):
-        out |= {f'{at}{new}.' + name.removeprefix(f'{at}{old}.'): w
-                for name, w in state.items() if name.startswith(f'{at}{old}.')}
+        for name, w in state.items():
+            if name.startswith(f'{at}{old}.'):
+                out[f'{at}{new}.' + name.removeprefix(f'{at}{old}.')] = w
     return out, replace(config, n_layer=len(layers))
 
 
@@ -252,8 +295,39 @@ def measure(model, batches, importance='taylor', seed=0):
     of |w| times the rms of the input it meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of
     |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the control).
     """
-    state, config = model.state_dict(keep_vars=True), model.config
-    sums, seen, table = {}, 0, {name: torch.zeros_like(w) for name, w in state.items()}
+    state = model.state_dict(keep_vars=True)
+    moments, taylor = calibrate(model, batches, importance == 'taylor')
+
+    def times_rms(site, w):
+        return w.detach().abs() * (moments[site].diagonal().sqrt() if site in moments else 0.0)
+
+    if importance == 'taylor':
+        table = taylor
+    elif importance == 'l1':
+        table = {name: w.detach().abs() for name, w in state.items()}
+    elif importance == 'random':
+        noise = torch.Generator().manual_seed(seed)
+        table = {name: torch.rand(w.shape, generator=noise).to(w.device) for name, w in state.items()}
+    else:
+        table = over_channels(state, model.config, times_rms, times_rms)
+    scores = sums_over_parts(table, model.config)
+    if importance == 'obs':
+        for kind, part, size in (('neurons', 'mlp', 1), ('heads', 'attn', model.config.head_dim)):
+            layers = progress(range(model.config.n_layer), model.config.n_layer, f'layers whose {kind} are in order')
+            sites = [f'transformer.h.{i}.{part}.c_proj' for i in layers]
+            orders = [elimination_order(state[f'{site}.weight'], moments[site], size) for site in sites]
+            scores[kind] = torch.stack(orders).to(scores[kind].device)
+    return scores, moments
+
+
+def calibrate(model, batches, gradients=False):
+    """
+    A pass over batches -> moments as measure has them, and with gradients {name of a weight: sum of |w * its gradient|
+    over batches}.
+    """
+    sums, seen = {}, 0
+    state = model.state_dict(keep_vars=True)
+    taylor = {name: torch.zeros_like(w) for name, w in state.items()} if gradients else None
 
     def add(site, x):
         x = x.detach().flatten(0, -2).float()
@@ -262,49 +336,47 @@ def measure(model, batches, importance='taylor', seed=0):
     hooks = [module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
              for name, module in model.named_modules()
              if name.startswith('transformer.h.') and name.endswith(('c_q', 'c_fc', 'c_proj'))]
-    for x, y in batches:
-        with torch.set_grad_enabled(importance == 'taylor'):
+    for x, y in progress(batches, len(batches), 'calibration batches'):
+        with torch.set_grad_enabled(gradients):
             states = model.trunk(x)
             add('lm_head', states)
             seen += x.numel()
-            if importance == 'taylor':
+            if gradients:
                 model.zero_grad()
                 model.cross_entropy(states, y).backward()
                 for name, w in state.items():
                     if w.grad is not None:          # this loss does not reach the extra heads
-                        table[name] += (w.grad * w).detach().abs()
+                        taylor[name] += (w.grad * w).detach().abs()
     model.zero_grad()
     for hook in hooks:
         hook.remove()
-    moments = {site: m / seen for site, m in sums.items()}
-    if importance == 'l1':
-        table = {name: w.detach().abs() for name, w in state.items()}
-    elif importance == 'random':
-        noise = torch.Generator().manual_seed(seed)
-        table = {name: torch.rand(w.shape, generator=noise).to(w.device) for name, w in state.items()}
-    elif importance in ('activation', 'obs'):
-        weigh = lambda site, w: w.detach().abs() * (moments[site].diagonal().sqrt() if site in moments else 0.0)
-        table = over_channels(state, config, weigh, weigh)
-    scores = {'neurons': [], 'heads': [], 'layers': []}
+    return {site: m / seen for site, m in sums.items()}, taylor
+
+
+def sums_over_parts(table, config):
+    """table {name of a weight: what each of its numbers counts} -> scores as measure has them."""
+    neurons, heads, layers, channels = [], [], [], []
+    g = config.n_head // config.n_kv_head
     for i in range(config.n_layer):
-        q, k, v, attn, fc, mlp = (
-            table[f'transformer.h.{i}.{name}.weight']
-            for name in ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'))
-        g = config.n_head // config.n_kv_head
+        names = ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
+        q, k, v, attn, fc, mlp = parts = [table[f'transformer.h.{i}.{name}.weight'] for name in names]
         # a key/value head counts for those it serves
         shared = (k + v).view(config.n_kv_head, -1).sum(dim=1).repeat_interleave(g) / g
-        scores['heads'].append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)
-        scores['neurons'].append((fc + mlp.T).sum(dim=1))
-        scores['layers'].append(sum(w.sum() for w in (q, k, v, attn, fc, mlp)))
-        if importance == 'obs':
-            for kind, site, size in (('neurons', 'mlp.c_proj', 1), ('heads', 'attn.c_proj', config.head_dim)):
-                site = f'transformer.h.{i}.{site}'
-                scores[kind][-1] = elimination_order(state[f'{site}.weight'], moments[site], size).to(fc.device)
-    channels = []
-    over_channels(table, config,
-                  lambda site, w: channels.append(w.sum(dim=0)) or w,
-                  lambda site, w: channels.append(w.sum(dim=1)) or w)
-    return {kind: torch.stack(s) for kind, s in scores.items()} | {'channels': sum(channels)}, moments
+        heads.append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)
+        neurons.append((fc + mlp.T).sum(dim=1))
+        layers.append(sum(w.sum() for w in parts))
+
+    def read(site, w):
+        channels.append(w.sum(dim=0))
+        return w
+
+    def write(site, w):
+        channels.append(w.sum(dim=1))
+        return w
+
+    over_channels(table, config, read, write)
+    return {'neurons': torch.stack(neurons), 'heads': torch.stack(heads), 'layers': torch.stack(layers),
+            'channels': sum(channels)}
 
 
 def elimination_order(w, moment, size=1):
@@ -337,7 +409,7 @@ def leave_one_out(model, batches):
     no theory.
     """
     blocks, losses = model.transformer.h, []
-    for skipped in blocks:
+    for skipped in progress(blocks, len(blocks), 'layers left out in turn'):
         model.transformer.h = torch.nn.ModuleList(block for block in blocks if block is not skipped)
         losses.append(evaluate(model, batches)['loss'])
     model.transformer.h = blocks
@@ -388,7 +460,9 @@ def shrink(model, kind, keep, batches, importance='obs', refit=True, rotate=True
         model = to_principal_axes(model, moments)
         scores, moments = measure(model, batches, importance, seed)
     state, config, fit = model.state_dict(), model.config, moments if refit else None
-    top = lambda s: s.topk(keep).indices.sort().values.tolist()
+
+    def top(s):
+        return s.topk(keep).indices.sort().values.tolist()
     if kind == 'layers':
         return build(*keep_layers(state, config, top(scores['layers'])))
     if kind == 'neurons':
@@ -408,33 +482,129 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
     loss = evaluate(model, batches)['loss']
     while (n := model.params()['total']) > target:
         measured, options = measure(model, batches, importance, seed), []
-        for kind, field in KINDS.items():
-            have, kv = getattr(model.config, field), model.config.n_kv_head
-            step = {'layers': 1, 'heads': kv if have > kv else 1}.get(kind, max(1, have // 8))
-            if have == step:
-                continue
-            ours = how | {'seed': seed} | ({'importance': 'loss'} if kind == 'layers' else
-                                           {'importance': importance, 'measured': measured})
-            smaller = shrink(model, kind, have - step, batches, **ours)
-            # the parameters are linear in both of these: cut no more than is needed
-            if kind in ('neurons', 'channels') and smaller.params()['total'] < target:
-                needed = math.ceil(step * (n - target) / (n - smaller.params()['total']))
-                smaller = shrink(model, kind, have - needed, batches, **ours)
-            after = evaluate(smaller, batches)['loss']
-            options.append(((after - loss) / min(n - smaller.params()['total'], n - target), kind, after, smaller))
+        for kind in KINDS:
+            scored = {'importance': importance, 'measured': measured}
+            if kind == 'layers':
+                scored = {'importance': 'loss'}
+            smaller = a_little_smaller(model, kind, target, batches, seed=seed, **scored, **how)
+            if smaller is not None:
+                after = evaluate(smaller, batches)['loss']
+                saved = min(n - smaller.params()['total'], n - target)
+                options.append(((after - loss) / saved, kind, after, smaller))
         if not options:
             raise ValueError(f"keep_params: the smallest shape with this vocabulary has {n:,} parameters, more than "
                              f"the {int(target):,} to keep: keep more, or cut the vocabulary too")
         _, kind, loss, model = min(options, key=lambda option: option[0])
         yield kind, getattr(model.config, KINDS[kind]), loss, model
 
+
+def a_little_smaller(model, kind, target, batches, **how):
+    """The model with an eighth of its neurons or channels, a layer, or a head of each group less; None if it has one."""
+    have, kv = getattr(model.config, KINDS[kind]), model.config.n_kv_head
+    step = max(1, have // 8)
+    if kind == 'layers':
+        step = 1
+    elif kind == 'heads':
+        step = kv if have > kv else 1
+    if have == step:
+        return None
+    smaller = shrink(model, kind, have - step, batches, **how)
+    # the parameters are linear in both of these: cut no more than is needed
+    n, left = model.params()['total'], smaller.params()['total']
+    if kind in ('neurons', 'channels') and left < target:
+        needed = math.ceil(step * (n - target) / (n - left))
+        smaller = shrink(model, kind, have - needed, batches, **how)
+    return smaller
+
 # -----------------------------------------------------------------------------
 # the script
 
+def cut_vocabulary(model, tokenizer, keep, data_dir):
+    """
+    The model with its keep most frequent tokens, their tokenizer, and the dataset at data_dir written again in them, to
+    data_dir_vKEEP.
+    """
+    if load_meta(data_dir)['kind'] == 'chat':
+        raise ValueError(f"vocab_keep ({keep}): {data_dir} is a chat dataset, whose masks belong to its "
+                         "tokens: cut the vocabulary before chat fine-tuning")
+    train, val = (Loader(data_dir, split, 1, 1) for split in ('train', 'val'))
+    counts = np.bincount(train.tokens, minlength=tokenizer.vocab_size)
+    ids, smaller = cut_tokenizer(tokenizer, counts, keep)
+    texts = [recode(split.tokens, tokenizer, smaller) for split in (train, val)]
+    write_dataset(f'{data_dir}_v{keep}', smaller, *texts, source=train.meta['source'])
+    print(f"in {data_dir} it was {train.n_tokens:,} and {val.n_tokens:,} tokens"
+          + ('; characters that have no token any more are left out' if tokenizer.kind == 'char' else ''))
+    return build(*keep_vocab(model.state_dict(), model.config, ids)), smaller
+
+
+def cut_layers(model, layers, batches):
+    """layers: '0,1,3', which to keep, or how many, chosen by layer_importance."""
+    if ',' in str(layers):
+        which = [int(i) for i in layers.strip(',').split(',')]
+        return build(*keep_layers(model.state_dict(), model.config, which))
+    return shrink(model, 'layers', int(layers), batches, layer_importance, seed=seed)
+
+
+def measure_speeds(models):
+    """tokens/s of one sequence, for each. They take turns, and the fastest counts: neighbours can only slow it down."""
+    best = [0.0] * len(models)
+    for turn in range(3):
+        for i, model in enumerate(models):
+            engine, n = Engine(model), min(100, model.config.block_size)
+            engine.complete([[0]], n, Sampling(temperature=0.8, seed=seed))
+            best[i] = max(best[i], n / engine.stats['seconds'])
+    return best
+
+
+def measure_side(when, model, file, data_dir, tokenizer, speed):
+    """What there is to know of the model before or after, as part of the document."""
+    validation = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
+    n_batches = math.ceil((validation.n_tokens - 1) / (16 * model.config.block_size))
+    batches = progress(validation.eval_batches(), n_batches, f'batches of the validation split measured, {when}')
+    measured = evaluate(model, batches, tokenizer.token_bytes)
+    shape = [f'{name} {getattr(model.config, name)}'
+             for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')]
+    print(f'{when}:'.ljust(7), ', '.join(shape))
+    return {f'val_loss_{when}': measured['loss'], f'bpb_{when}': measured['bpb'],
+            f'params_{when}': model.params()['total'], f'bytes_{when}': os.path.getsize(file),
+            f'kv_bytes_per_token_{when}': model.kv_bytes_per_token(), f'tok_s_{when}': speed}
+
+
+def print_table(result):
+    print(f"{'':36}{'before':>14}{'after':>14}")
+    for key, label, digits in (('val_loss', 'loss, nats a token', 4), ('bpb', 'bits per byte', 4),
+                               ('params', 'parameters', 0), ('bytes', 'bytes of file', 0),
+                               ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
+                               ('tok_s', 'tokens/s, one sequence', 0)):
+        print(f"{label:36}{result[f'{key}_before']:14,.{digits}f}{result[f'{key}_after']:14,.{digits}f}")
+
+
+def print_next_command(result, knobs, dataset, block_size, fold):
+    """The command that trains what is left. knobs: those that the whole model was trained with."""
+    # half a teacher recovered more at the usual rates (the notebook); that 0.2 nats are little is a guess
+    lost = result['val_loss_after'] - result['val_loss_before']
+    little = lost < 0.2 and knobs.get('init_from') == 'scratch'
+    path = result['file']
+    words = ['python', 'train.py', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}-recovered',
+             f'--dataset={dataset}', f'--block_size={block_size}']
+    for rate in ('muon_lr', 'adam_lr'):
+        if rate in knobs:
+            words.append(f'--{rate}={knobs[rate] / (5 if little else 1):g}')
+    if fold:
+        words.append(f'--hold_out={fold}')
+    elif not vocab_keep:
+        words.append(f'--teacher={out_dir}')
+    print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: {shlex.join(words)}")
+    if vocab_keep:
+        print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
+
+
 if __name__ == '__main__':
-    from data.loader import Loader, data_of, load_meta, write_dataset
+    from data.loader import Loader, data_of, load_meta
+    from data.record import already, record
     from data.tokenizer import cut_tokenizer, recode
-    from engine import Engine
+    from data.writer import write_dataset
+    from engine import Engine, Sampling
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
@@ -456,94 +626,68 @@ if __name__ == '__main__':
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split
     seed = 1337
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = 'auto'
+    limits = {
+        'channel_prune_ratio neuron_prune_ratio head_prune_ratio': (0.0, 0.99),
+        'keep_params': (0.01, 1.0),
+        'vocab_keep kv_heads': (0, None),
+        'calibration_batches': (1, None),
+        'seed': (0, 2**63 - 1),
+        'importance': [*IMPORTANCE],
+        'kv_merge': [*MERGE],
+        'layer_importance': ['loss', *IMPORTANCE],
+    }
     exec(open('configurator.py').read())
     # -------------------------------------------------------------------------
-    check_knobs(config, ('neuron_prune_ratio head_prune_ratio channel_prune_ratio', float, 0, 0.99),
-                ('keep_params', float, 0.01, 1), ('vocab_keep kv_heads', int, 0, math.inf), ('seed', int, 0, 2**63 - 1),
-                ('calibration_batches', int, 1, math.inf), ('importance', IMPORTANCE), ('kv_merge', MERGE),
-                ('layer_importance', ('loss', *IMPORTANCE)))
-    if layers is not None and not re.fullmatch(r'\d+(,\d+)*,?', str(layers)):
-        raise SystemExit(f"error: layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3")
-    source, path = os.path.join(out_dir, weights), os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
+    device = pick_device(device)
+    assert layers is None or re.fullmatch(r'\d+(,\d+)*,?', str(layers)), \
+        f"layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3"
+    source = os.path.join(out_dir, weights)
+    path = os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
     if os.path.realpath(source) == os.path.realpath(path):
-        raise SystemExit(f"error: save_dir ({save_dir}) would replace {source}, which is pruned here: "
-                         "give another folder")
-    check_device(device)
-    model, state = load_model(source, device)
-    data_name = dataset or state['dataset']
-    data_dir, tokenizer = data_of(state, out_dir, dataset)
+        raise ValueError(f"save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
+    done = already(path, [source])
+    if done is not None:
+        print(json.dumps(done))
+        sys.exit()
 
-    whole, old, old_dir, knobs = model, tokenizer, data_dir, state.get('knobs', {})
+    whole, state = load_model(source, device)
+    knobs, data_name = state.get('knobs', {}), dataset or state['dataset']
+    old_dir, old = data_of(state, out_dir, dataset)
+    model, data_dir, tokenizer = whole, old_dir, old
+    if vocab_keep:
+        model, tokenizer = cut_vocabulary(whole, old, vocab_keep, old_dir)
+        data_name, data_dir = f'{data_name}_v{vocab_keep}', f'{data_dir}_v{vocab_keep}'
+
+    # what the model was trained to leave out, it must not see here, either
+    fold = knobs.get('hold_out', '') if data_name == state['dataset'] else ''
+    loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
+    batches = [loader.batch(step) for step in range(calibration_batches)]
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
-    try:
-        if vocab_keep:
-            if load_meta(data_dir)['kind'] == 'chat':
-                raise ValueError(f"vocab_keep ({vocab_keep}): {data_dir} is a chat dataset, whose masks belong to its "
-                                 "tokens: cut the vocabulary before chat fine-tuning")
-            train, val = (Loader(data_dir, split, 1, 1) for split in ('train', 'val'))
-            ids, tokenizer = cut_tokenizer(
-                tokenizer, np.bincount(train.tokens, minlength=tokenizer.vocab_size), vocab_keep)
-            data_name, data_dir = (f'{name}_v{vocab_keep}' for name in (data_name, data_dir))
-            write_dataset(data_dir, tokenizer, *(recode(split.tokens, old, tokenizer) for split in (train, val)),
-                          source=train.meta['source'])
-            model = build(*keep_vocab(model.state_dict(), model.config, ids))
-            print(f"in {old_dir} it was {train.n_tokens:,} and {val.n_tokens:,} tokens"
-                  + ('; characters that have no token any more are left out' if old.kind == 'char' else ''))
-        # what the model was trained to leave out, it must not see here, either
-        fold = knobs.get('hold_out', '') if data_name == state['dataset'] else ''
-        loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
-        batches = [loader.batch(step) for step in range(calibration_batches)]
-        if ',' in str(layers):
-            model = build(*keep_layers(model.state_dict(), model.config,
-                                       [int(i) for i in layers.strip(',').split(',')]))
-        elif layers is not None:
-            model = shrink(model, 'layers', int(layers), batches, layer_importance, seed=seed)
-        for kind, ratio in (('channels', channel_prune_ratio), ('neurons', neuron_prune_ratio),
-                            ('heads', head_prune_ratio)):
-            have = getattr(model.config, KINDS[kind])
-            model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
-        if kv_heads:
-            moments = measure(model, batches, 'l1')[1]
-            model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments, kv_merge))
-        for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
-            print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
-                  f"loss on the calibration batches {loss:.4f}", flush=True)
-    except ValueError as e:
-        raise SystemExit(f'error: {e}')
+
+    if layers is not None:
+        model = cut_layers(model, layers, batches)
+    for kind, ratio in (('channels', channel_prune_ratio), ('neurons', neuron_prune_ratio),
+                        ('heads', head_prune_ratio)):
+        have = getattr(model.config, KINDS[kind])
+        model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
+    if kv_heads:
+        moments = measure(model, batches, 'l1')[1]
+        model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments, kv_merge))
+    for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
+        print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
+              f"loss on the calibration batches {loss:.4f}", flush=True)
+
     # quant_bits 0: what is left, refitted, was not trained through the rounding
     save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name,
                     knobs=knobs | {'quant_bits': 0, 'hold_out': fold})
     model = load_model(path, device)[0]     # what is measured is the file
-    sides = (whole, source, old_dir, old), (model, path, data_dir, tokenizer)
-    speeds, result = ([], []), {'file': path}
-    for turn in range(3):                   # interleaved; the fastest of each counts: neighbours can only slow it down
-        for (side, *_), seen in zip(sides, speeds):
-            engine, n = Engine(side), min(100, side.config.block_size)
-            engine.complete([[0]], n, temperature=0.8, seed=seed)
-            seen.append(n / engine.stats['seconds'])
-    for when, (side, file, folder, tokens), seen in zip(('before', 'after'), sides, speeds):
-        validation = Loader(folder, 'val', 16, side.config.block_size, device=device).eval_batches()
-        measured = evaluate(side, validation, tokens.token_bytes)
-        result |= {f'val_loss_{when}': measured['loss'], f'bpb_{when}': measured['bpb'],
-                   f'params_{when}': side.params()['total'], f'bytes_{when}': os.path.getsize(file),
-                   f'kv_bytes_per_token_{when}': side.kv_bytes_per_token(), f'tok_s_{when}': max(seen)}
-        print(f'{when}:'.ljust(7), ', '.join(f'{name} {getattr(side.config, name)}' for name in (
-            'n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')))
-    print(f"{'':36}{'before':>14}{'after':>14}")
-    for key, label, digits in (('val_loss', 'loss, nats a token', 4), ('bpb', 'bits per byte', 4),
-                               ('params', 'parameters', 0), ('bytes', 'bytes of file', 0),
-                               ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
-                               ('tok_s', 'tokens/s, one sequence', 0)):
-        print(f"{label:36}{result[f'{key}_before']:14,.{digits}f}{result[f'{key}_after']:14,.{digits}f}")
-    # half a teacher recovered more at the usual rates (README); that 0.2 nats are little is a guess
-    little = result['val_loss_after'] - result['val_loss_before'] < 0.2 and knobs.get('init_from') == 'scratch'
-    rates = ''.join(f' --{rate}={knobs[rate] / (5 if little else 1):g}'
-                    for rate in ('muon_lr', 'adam_lr') if rate in knobs)
-    print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: "
-          f"python train.py --init_from={path} --out_dir={os.path.dirname(path)}-recovered --dataset={data_name} "
-          f"--block_size={model.config.block_size}{rates}"
-          + (f' --hold_out={fold}' if fold else '' if vocab_keep else f' --teacher={out_dir}'))
-    if vocab_keep:
-        print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
-    print(json.dumps(result | {'bytes': result['bytes_after'], 'shape': asdict(model.config)}))
+    before, after = measure_speeds([whole, model])
+    result = {'file': path,
+              **measure_side('before', whole, source, old_dir, old, before),
+              **measure_side('after', model, path, data_dir, tokenizer, after)}
+    result |= {'bytes': result['bytes_after'], 'shape': asdict(model.config)}
+    print_table(result)
+    print_next_command(result, knobs, data_name, model.config.block_size, fold)
+    record(path, result, [source], starts_from=source)
+    print(json.dumps(result))

@@ -767,5 +767,5 @@ if __name__ == '__main__':
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **compare(model, quantised, batches, tokenizer.token_bytes)}
     say(result)
-    record(path, result, [source])
+    record(path, result, [source], starts_from=source)
     print(json.dumps(result))
