@@ -313,7 +313,8 @@ def read_nanogpt(file):
     """
     saved = load_weights(file)
     with expecting(f"{file} is not a whole checkpoint of nanoGPT"):
-        c, state = dict(saved['model_args']), plain_names(saved['model'])
+        saved = dict(saved)
+        c, state = saved['model_args'], plain_names(saved['model'])
         known = 'n_layer n_head n_embd block_size bias vocab_size dropout'.split()
         odd = [f'{key}={c[key]}' for key in c if key not in known]      # the setting of a fork, with other blocks
         shape = {key: c[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}

@@ -1,5 +1,5 @@
 """
-Teachers: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
+data/foreign.py: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
 
 With `pip install transformers safetensors` the comparisons with Hugging Face run, too; nanochat's golden logits lie
 beside the repository, if at all.
@@ -13,25 +13,42 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import (TEXTS, TINY, V, content, e0_state, nanogpt_state, randomise, run, write_gpt2_tokenizer,
-                      write_nanochat, write_nanogpt)
 import torch
 import torch.nn.functional as F
+from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, run, write_gpt2_tokenizer, write_nanochat,
+                      write_nanogpt)
 
 import quantize as Q
-from data.loader import write_dataset
-from data.tokenizer import (GPT2_PATTERN, CharTokenizer, byte_characters, fingerprint, hf_tokenizer,
-                            load_gpt2_tokenizer, merges_of, train_bpe)
-from distill import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, load_teacher, random_teacher
-from model import GPT, GPTConfig, load_model, rope_tables, save_checkpoint
+from data.checkpoint import load_model, save_checkpoint
+from data.foreign import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, random_teacher
+from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_gpt2_tokenizer, merges_of
+from data.tokenizer import CharTokenizer, fingerprint, train_bpe
+from data.writer import write_dataset
+from distill import check_teachers, load_teacher
+from model import GPT, GPTConfig, rope_tables
 
 GOLDEN = '../shared/data/nanochat_e0'
 
 
-def refused(match, f, *args):
-    with pytest.raises(SystemExit, match=match) as e:
+def refuses(match, f, *args):
+    """f says no in one line that matches."""
+    with pytest.raises((ValueError, AssertionError), match=match) as e:
         f(*args)
-    assert str(e.value).startswith('error: ') and '\n' not in str(e.value)
+    assert '\n' not in str(e.value)
+
+
+def logits_of(model, idx):
+    with torch.no_grad():
+        return model.logits(model.trunk(idx))
+
+
+def far(a, b):
+    return (a - b).abs().max()
+
+
+@pytest.fixture
+def ours():
+    return randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
 
 
 def e0_forward(state, idx):
@@ -66,25 +83,27 @@ def test_nanochat(tmp_path, bpe, rows, prefix):
     state = e0_state(rows, prefix)
     model, tokenizer = load_nanochat(write_nanochat(tmp_path, bpe, state))
     idx = torch.randint(V, (2, 40))
-    with torch.no_grad():
-        assert (model(idx) - e0_forward(state, idx)).abs().max() < 1e-4
-        # without the rounding of the tables to bfloat16 the logits differ
-        model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
-        assert (model(idx) - e0_forward(state, idx)).abs().max() > 1e-3
+    assert far(logits_of(model, idx), e0_forward(state, idx)) < 1e-4
+    # without the rounding of the tables to bfloat16 the logits differ
+    model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
+    assert far(logits_of(model, idx), e0_forward(state, idx)) > 1e-3
     assert fingerprint(tokenizer) == fingerprint(bpe)
-    assert (not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-            and model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32))
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32)
 
 
-def test_nanochats_own_logits():
+@pytest.fixture
+def golden():
     if not os.path.isdir(GOLDEN):
         pytest.skip('no nanochat files here')
+    return torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
+
+
+def test_nanochats_own_logits(golden):
     model, tokenizer = load_nanochat(GOLDEN)
-    golden = torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
-    with torch.no_grad():
-        assert (model(golden['x']) - golden['logits']).abs().max() < 1e-5
-        model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
-        assert (model(golden['x']) - golden['logits']).abs().max() > 1e-3
+    assert far(logits_of(model, golden['x']), golden['logits']) < 1e-5
+    model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
+    assert far(logits_of(model, golden['x']), golden['logits']) > 1e-3
     assert tokenizer.encode(golden['text']) == golden['ids']
 
 
@@ -96,9 +115,8 @@ def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
     write_dataset(data, bpe, *(np.array(bpe.encode(text)) for text in TEXTS), source='toy')
     got = run('distill.py', f'--teacher=nanochat:{folder}', f'--dataset={data}', f'--to_picochat={out}')
     assert got.status == 0 and json.loads(got.out.splitlines()[-1])['file'] == out, got.err
-    ours, idx = load_model(f'{out}/best.pt')[0], torch.randint(V, (2, 40))
-    with torch.no_grad():
-        assert torch.equal(ours(idx), load_nanochat(folder)[0](idx))
+    idx = torch.randint(V, (2, 40))
+    assert torch.equal(logits_of(load_model(f'{out}/best.pt')[0], idx), logits_of(load_nanochat(folder)[0], idx))
     got = run('quantize.py', f'--out_dir={out}')
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
@@ -116,7 +134,7 @@ def test_steps_and_places(tmp_path, bpe):
     for step, state in ((None, second), (1000, second), (90, first)):
         model, tokenizer = load_nanochat(str(folder), step=step)
         assert torch.equal(model.lm_head.weight, state['lm_head.weight']) and tokenizer.vocab_size == V
-    refused('no step 91: take one of 90, 1000', load_nanochat, str(folder), 'cpu', 91)
+    refuses('no step 91: take one of 90, 1000', load_nanochat, str(folder), 'cpu', 91)
 
 
 def test_token_bytes(tmp_path, bpe):
@@ -128,81 +146,97 @@ def test_token_bytes(tmp_path, bpe):
     load_nanochat(folder)
     for other in (bpe.token_bytes[:-1], [1] * V, bpe.token_bytes[::-1]):
         torch.save(torch.tensor(other), f'{folder}/token_bytes.pt')
-        refused('do not belong together', load_nanochat, folder)
+        refuses('do not belong together', load_nanochat, folder)
     os.remove(f'{folder}/token_bytes.pt')
     load_nanochat(folder)
     pickle.dump(train_bpe(TEXTS, V - 1)._encoding, open(f'{folder}/tokenizer.pkl', 'wb'))
-    refused(f'{V - 1} tokens.*do not belong together', load_nanochat, folder)
+    refuses(f'{V - 1} tokens.*do not belong together', load_nanochat, folder)
 
 
-@pytest.mark.parametrize('keys, era', [
-    ({'resid_lambdas': (2,), 'x0_lambdas': (2,)}, 'E1'),
-    ({'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16), 'transformer.h.1.attn.ve_gate.weight': (2, 32)}, 'E2'),
-    ({'resid_lambdas': (2,), 'bigram_embed.weight': (V, 16), 'value_embeds.1.weight': (V, 16)}, 'January'),
-    ({'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16), 'transformer.h.1.attn.ve_gate.weight': (2, 12)}, 'E3'),
-    ({'smear_gate.weight': (1, 24), 'resid_lambdas': (2,), 'value_embeds.1.weight': (V, 16),
-      'transformer.h.1.attn.ve_gate.weight': (2, 12)}, 'E4'),
-    ({'transformer.h.0.attn.c_attn.weight': (96, 32)}, 'gpt2:PATH'),
-])
-def test_later_eras_are_refused_by_name(tmp_path, bpe, keys, era):
+VALUES, GATE = 'value_embeds.1.weight', 'transformer.h.1.attn.ve_gate.weight'
+
+
+@pytest.mark.parametrize('era, keys', [
+    ('E1', {'resid_lambdas': (2,), 'x0_lambdas': (2,)}),
+    ('E2', {'resid_lambdas': (2,), VALUES: (V, 16), GATE: (2, 32)}),
+    ('January', {'resid_lambdas': (2,), 'bigram_embed.weight': (V, 16), VALUES: (V, 16)}),
+    ('E3', {'resid_lambdas': (2,), VALUES: (V, 16), GATE: (2, 12)}),
+    ('E4', {'smear_gate.weight': (1, 24), 'resid_lambdas': (2,), VALUES: (V, 16), GATE: (2, 12)}),
+    ('gpt2:PATH', {'transformer.h.0.attn.c_attn.weight': (96, 32)})])
+def test_later_eras_are_refused_by_name(tmp_path, bpe, era, keys):
     for prefix in ('', '_orig_mod.'):
         state = e0_state(prefix=prefix) | {prefix + k: torch.zeros(shape) for k, shape in keys.items()}
-        refused(era, load_nanochat, write_nanochat(tmp_path, bpe, state))
+        refuses(era, load_nanochat, write_nanochat(tmp_path, bpe, state))
 
 
 class Evil:
+    """Whoever unpickles it makes the folder."""
     def __init__(self, folder):
-        self.folder = folder
+        self.folder = str(folder)
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
 
 
-def test_hostile_files_run_nothing(tmp_path, bpe):
-    made, folder = str(tmp_path / 'made'), str(tmp_path / 'teacher')
-    hostile = {'model_000007.pt': lambda path: torch.save({**e0_state(), 'x': Evil(made)}, path),
-               'token_bytes.pt': lambda path: torch.save(Evil(made), path),
-               'tokenizer.pkl': lambda path: pickle.dump(Evil(made), open(path, 'wb'))}
-    for name, write in hostile.items():
-        path = os.path.join(write_nanochat(folder, bpe), name)
-        write(path)
-        refused(f'error: .*{name}.*(UnpicklingError|only tiktoken)|error: .*tokenizer.pkl', load_nanochat, folder)
-        assert not os.path.exists(made)
-        # the attack is real: an ordinary load makes the folder
-        pickle.load(open(path, 'rb')) if name.endswith('pkl') else torch.load(path, weights_only=False)
-        os.rmdir(made)
+@pytest.mark.parametrize('name', ['model_000007.pt', 'token_bytes.pt', 'tokenizer.pkl'])
+def test_hostile_files_run_nothing(tmp_path, bpe, name):
+    made, folder = tmp_path / 'made', write_nanochat(tmp_path / 'teacher', bpe)
+    path = f'{folder}/{name}'
+    if name.endswith('pkl'):
+        pickle.dump(Evil(made), open(path, 'wb'))
+    else:
+        torch.save({**e0_state(), 'x': Evil(made)}, path)
+    refuses(f'{name}.*(UnpicklingError|only tiktoken)', load_nanochat, folder)
+    assert not made.exists()
+    # the attack is real: an ordinary load makes the folder
+    pickle.load(open(path, 'rb')) if name.endswith('pkl') else torch.load(path, weights_only=False)
+    assert made.exists()
 
 
-def test_bad_nanochat_folders(tmp_path, bpe):
-    folder = str(tmp_path / 'teacher')
-    refused(r"no nanochat.*python distill.py --fetch=d32 --out_dir=teachers/d32 \(7.2 GB\)"
-            r".*--teacher=random:d32.*config/distill_stdlib_bpe.py", load_teacher, f'nanochat:{folder}')
-    write_nanochat(folder, bpe)
-    path = f'{folder}/model_000007.pt'
-    good = open(path, 'rb').read()
-    for content in (good[:-1000], good[:100], b'', b'hello',
-                    good[:len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1:]):
-        open(path, 'wb').write(content)
-        refused(r'model_000007.pt .*(not a whole checkpoint|is damaged)', load_nanochat, folder)
-    lost, other = e0_state(), e0_state() | {'transformer.h.1.mlp.c_fc.weight': torch.zeros(64, 32),
-                                            'extra': torch.zeros(1)}
-    del lost['lm_head.weight']
-    for state, match in ((lost, 'lm_head.weight is missing'),
-                         (other, r'extra is unknown.*c_fc.weight is \(64, 32\) instead of \(128, 32\)'),
-                         (e0_state(350), r'wte.weight is \(350, 32\)'), ([1], 'not a whole nanochat')):
-        refused(match, load_nanochat, write_nanochat(folder, bpe, state))
-    refused('n_layer|h.2.attn.c_q.weight is missing', load_nanochat, write_nanochat(folder, bpe, n_layer=3))
-    refused('n_head .5. must be|n_embd', load_nanochat, write_nanochat(folder, bpe, n_head=5))
-    for name, content, match in (('meta_000007.json', '{"step"', 'meta_000007.json .*JSONDecodeError'),
-                                 ('meta_000007.json', '{}', 'model_config'),
-                                 ('meta_000007.json', None, 'cannot read .*meta_000007.json'),
-                                 ('tokenizer.pkl', 'hello', 'tokenizer.pkl'), ('tokenizer.pkl', None, 'tokenizer')):
-        write_nanochat(folder, bpe)
-        os.remove(f'{folder}/{name}') if content is None else open(f'{folder}/{name}', 'w').write(content)
-        refused(match, load_nanochat, folder)
+def test_a_missing_nanochat_says_where_to_get_one():
+    for look in (load_teacher, check_teachers):
+        refuses(r"no nanochat.*python distill.py --fetch=d32 --out_dir=teachers/d32 \(7.2 GB\)"
+                r".*--teacher=random:d32.*config/distill_stdlib_bpe.py", look, 'nanochat:nowhere')
 
 
-def test_fetch(server, tmp_path, bpe):  # noqa: F811
+def flip(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
+@pytest.mark.parametrize('name, change, match', [
+    *(('model_000007.pt', change, 'model_000007.pt .*(not a whole checkpoint|is damaged)')
+      for change in (lambda data: data[:-1000], lambda data: data[:100], lambda data: b'', lambda data: b'hello', flip)),
+    ('meta_000007.json', lambda data: b'{"step"', 'meta_000007.json .*JSONDecodeError'),
+    ('meta_000007.json', lambda data: b'{}', 'model_config'),
+    ('meta_000007.json', None, 'No such file.*meta_000007.json'),
+    ('tokenizer.pkl', lambda data: b'hello', 'tokenizer.pkl'),
+    ('tokenizer.pkl', None, 'tokenizer')])
+def test_damaged_nanochat_folders(tmp_path, bpe, name, change, match):
+    folder = write_nanochat(tmp_path, bpe)
+    path = tmp_path / name
+    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    refuses(match, load_nanochat, folder)
+
+
+@pytest.mark.parametrize('change, meta, match', [
+    ({'lm_head.weight': None}, {}, 'lm_head.weight is missing'),
+    ({'transformer.h.1.mlp.c_fc.weight': (64, 32), 'extra': (1,)}, {},
+     r'extra is unknown.*c_fc.weight is \(64, 32\) instead of \(128, 32\)'),
+    ({'transformer.wte.weight': (350, 32)}, {}, r'wte.weight is \(350, 32\)'),
+    ({}, {'n_layer': 3}, 'h.2.attn.c_q.weight is missing'),
+    ({}, {'n_head': 5}, 'n_head .5. must be|n_embd')])
+def test_tensors_that_do_not_fit_their_settings(tmp_path, bpe, change, meta, match):
+    state = e0_state() | {name: shape and torch.zeros(shape) for name, shape in change.items()}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    refuses(match, load_nanochat, write_nanochat(tmp_path, bpe, state, **meta))
+
+
+def test_a_list_is_no_nanochat(tmp_path, bpe):
+    refuses('not a whole nanochat', load_nanochat, write_nanochat(tmp_path, bpe, [1]))
+
+
+def test_fetch(server, tmp_path, bpe):
     """
     The four files, from a server whose line goes dead once: the second call goes on from there, and the folder is a
     teacher.
@@ -213,30 +247,31 @@ def test_fetch(server, tmp_path, bpe):  # noqa: F811
     server.pages = {f'/karpathy/nanochat-d32/resolve/main/{name}': {'body': open(f'{there}/{name}', 'rb').read()}
                     for name in names}
     server.pages['/karpathy/nanochat-d32/resolve/main/model_000650.pt']['cuts'] = [20_000]
-    refused('cut short', fetch_nanochat, 'd32', here, server.url)
+    refuses('cut short', fetch_nanochat, 'd32', here, server.url)
     assert 'model_000650.pt' not in os.listdir(here)
     assert fetch_nanochat('d32', here, server.url) == here and sorted(os.listdir(here)) == names
     assert server.asked[-1][0].endswith('model_000650.pt') and server.asked[-1][1].startswith('bytes=')
     model, tokenizer = load_nanochat(here)
-    assert (torch.equal(model.lm_head.weight, e0_state()['lm_head.weight'])
-            and fingerprint(tokenizer) == fingerprint(bpe))
-    refused('answered 404', fetch_nanochat, 'd34', here, server.url)
-    refused("one of d32, d34", fetch_nanochat, 'd20', here, server.url)
+    assert torch.equal(model.lm_head.weight, e0_state()['lm_head.weight'])
+    assert fingerprint(tokenizer) == fingerprint(bpe)
+    refuses('answered 404', fetch_nanochat, 'd34', here, server.url)
+    refuses('one of d32, d34', fetch_nanochat, 'd20', here, server.url)
 
 
-def test_random_teachers():
-    for name, n in (('d20', 560_988_160), ('d32', 1_879_048_192), ('d34', 2_217_082_880)):
-        model = random_teacher(name, 'meta')
-        assert (model.params()['total'] == n == NANOCHAT.get(name, {'params': n})['params']
-                and model.config.block_size == 2048 and model.config.head_dim == 128)
-        if name in NANOCHAT:
-            assert NANOCHAT[name]['bytes'] == sum(p.numel() * (2 if 'wte' in k else 4)
-                                                  for k, p in model.named_parameters())
-    model, tokenizer, dataset = load_teacher('random:d2')
-    logits = model.logits(model.trunk(torch.arange(5)[None]))
-    assert tokenizer is None and dataset is None and logits.shape == (1, 5, 65536) and logits.std() > 0.1
+@pytest.mark.parametrize('name, n', [('d20', 560_988_160), ('d32', 1_879_048_192), ('d34', 2_217_082_880)])
+def test_random_teachers_have_nanochats_shapes(name, n):
+    model, tokenizer = random_teacher(name, 'meta')
+    assert tokenizer is None and model.params()['total'] == n
+    assert model.config.block_size == 2048 and model.config.head_dim == 128
+    if name in NANOCHAT:
+        assert NANOCHAT[name]['params'] == n
+        assert NANOCHAT[name]['bytes'] == sum(p.numel() * (2 if 'wte' in k else 4)
+                                              for k, p in model.named_parameters())
+
+
+def test_random_teachers_of_other_shapes_are_refused():
     for bad in ('random:d3', 'random:32', 'random:'):
-        refused('random:d32', load_teacher, bad)
+        refuses('random:d32', load_teacher, bad)
 
 
 def test_a_random_teacher_teaches(tmp_path):
@@ -247,33 +282,41 @@ def test_a_random_teacher_teaches(tmp_path):
               '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--max_iters=2', '--eval_interval=0')
     assert got.status == 0, got.err
     done = json.loads(got.out.splitlines()[-1])
-    student, teacher = load_model(f'{tmp_path}/out/best.pt')[0], random_teacher('d2', 'meta')
+    student, teacher = load_model(f'{tmp_path}/out/best.pt')[0], random_teacher('d2', 'meta')[0]
     teacher.config.block_size = 16
     assert re.search(r'step 2/2 \| loss ce [\d.]+ \+ kl [\d.]+ \+ multi_token [\d.]+ \+ draft [\d.]+ ', got.out)
     assert done['flops'] == done['tokens'] * (student.flops_per_token() + teacher.flops_per_token(training=False))
 
 
-def test_load_teacher(tmp_path, bpe):
-    ours = randomise(GPT(GPTConfig(block_size=16, vocab_size=V, n_layer=1, n_head=2, n_embd=16)))
+@pytest.mark.parametrize('spec, dataset, has_tokenizer', [
+    ('{}', 'toy', True), ('{}/best.pt', 'toy', True), ('nanochat:{}/d2/', None, True), ('gpt2:{}/ckpt.pt', None, False),
+    ('random:d2', None, False)])
+def test_load_teacher(tmp_path, bpe, ours, spec, dataset, has_tokenizer):
     save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
     write_nanochat(tmp_path / 'd2', bpe)
     write_nanogpt(tmp_path / 'ckpt.pt')
-    for spec, trained_on, has_tokenizer in (
-            (str(tmp_path), 'toy', True), (f'{tmp_path}/best.pt', 'toy', True),
-            (f'nanochat:{tmp_path}/d2/', None, True), (f'gpt2:{tmp_path}/ckpt.pt', None, False)):
-        teacher, tokenizer, dataset = load_teacher(spec)
-        states = teacher.trunk(torch.arange(10)[None])
-        logits = teacher.logits(states)
-        assert (dataset == trained_on and (tokenizer is not None) == has_tokenizer
-                and not teacher.training and not any(p.requires_grad for p in teacher.parameters()))
-        assert teacher.flops_per_token(training=False) > 2 * sum(
-            p.numel() for n, p in teacher.named_parameters() if '.h.' in n)
-        assert (logits.shape == (1, 10, teacher.config.vocab_size) and logits.dtype == torch.float32
-                and teacher.config.block_size >= 10)
-    assert torch.equal(load_teacher(str(tmp_path))[0](torch.arange(10)[None]), ours(torch.arange(10)[None]))
-    refused('no teacher at', load_teacher, f'{tmp_path}/nothing')
-    for spec in ('nothing', 'd2', 'd2/token_bytes.pt', 'best.pt'):
-        refused('error', load_teacher, f'gpt2:{tmp_path}/{spec}')
+    spec = spec.format(tmp_path)
+    teacher = load_teacher(spec)
+    assert (teacher.name, teacher.dataset, teacher.hold_out) == (spec, dataset, '')
+    assert (teacher.tokenizer is not None) == has_tokenizer
+    model, idx = teacher.model, torch.arange(10)[None]
+    logits = logits_of(model, idx)
+    assert logits.shape == (1, 10, model.config.vocab_size) and logits.dtype == torch.float32 and logits.std() > 0.1
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    blocks = sum(p.numel() for n, p in model.named_parameters() if '.h.' in n)
+    assert model.flops_per_token(training=False) > 2 * blocks and model.config.block_size >= 10
+    if dataset:
+        assert torch.equal(logits, logits_of(ours, idx))
+    files = check_teachers(spec)
+    assert len(files) == (not spec.startswith('random')) and all(map(os.path.isfile, files))
+
+
+@pytest.mark.parametrize('spec', ['{}/nothing', *(f'gpt2:{{}}/{name}' for name in (
+    'nothing', 'd2', 'd2/token_bytes.pt', 'best.pt'))])
+def test_what_is_no_teacher(tmp_path, bpe, ours, spec):
+    save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
+    write_nanochat(tmp_path / 'd2', bpe)
+    refuses('no teacher at|no GPT-2 at|not a whole checkpoint', load_teacher, spec.format(tmp_path))
 
 
 # -----------------------------------------------------------------------------
@@ -303,14 +346,13 @@ def test_nanogpt(tmp_path, bias, tied, prefix):
     idx = torch.randint(50, (3, 24))
     for spec in (path, str(tmp_path)):
         model, tokenizer = load_gpt2(spec)
-        with torch.no_grad():
-            logits = model.logits(model.trunk(idx))
-            assert (logits - nanogpt_forward(w, idx)).abs().max() < 1e-4
-            # so it does tell the two kinds of GELU apart
-            assert (logits - nanogpt_forward(w, idx, 'tanh')).abs().max() > 1e-4
+        logits = logits_of(model, idx)
+        assert far(logits, nanogpt_forward(w, idx)) < 1e-4
+        # so it does tell the two kinds of GELU apart
+        assert far(logits, nanogpt_forward(w, idx, 'tanh')) > 1e-4
         assert tokenizer is None and (model.lm_head.weight is model.transformer.wte.weight) == tied
-        assert (sum(p.numel() for p in model.parameters())
-                == sum(t.numel() for t in w.values()) - (50 * 32 if tied else 0))
+        expected = sum(t.numel() for t in w.values()) - (50 * 32 if tied else 0)
+        assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_nanogpts_padding_is_cut_off(tmp_path):
@@ -320,28 +362,25 @@ def test_nanogpts_padding_is_cut_off(tmp_path):
     model, _ = load_gpt2(write_nanogpt(tmp_path / 'ckpt.pt', w, vocab_size=50304))
     assert model.config.vocab_size == 50257 and model.lm_head.weight is model.transformer.wte.weight
     idx = torch.randint(50257, (1, 24))
-    with torch.no_grad():
-        assert (model.logits(model.trunk(idx)) - nanogpt_forward(w, idx)[..., :50257]).abs().max() < 1e-4
+    assert far(logits_of(model, idx), nanogpt_forward(w, idx)[..., :50257]) < 1e-4
 
 
-def test_bad_gpt2s(tmp_path):
+@pytest.mark.parametrize('args, match', [
+    (dict(use_rmsnorm=True), 'use_rmsnorm=True'), (dict(n_layer=3), 'h.2.ln_1.weight is missing'),
+    (dict(n_layer=1), 'h.1.ln_1.weight is unknown')])
+def test_odd_nanogpts(tmp_path, args, match):
+    refuses(match, load_gpt2, write_nanogpt(tmp_path / 'ckpt.pt', **args))
+
+
+def test_bad_nanogpts(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    refused('use_rmsnorm=True', load_gpt2, write_nanogpt(path, use_rmsnorm=True))
-    refused('h.2.ln_1.weight is missing', load_gpt2, write_nanogpt(path, n_layer=3))
-    refused('h.1.ln_1.weight is unknown', load_gpt2, write_nanogpt(path, n_layer=1))
     torch.save({'weights': 1}, path)
-    refused('model_args', load_gpt2, str(path))
+    refuses('model_args', load_gpt2, str(path))
     path.write_bytes(b'')
-    refused(r'ckpt.pt .*(was refused|not a whole checkpoint)', load_gpt2, str(path))
-    torch.save(Evil(str(tmp_path / 'made')), path)
-    refused(r'ckpt.pt .*(was refused|not a whole checkpoint)', load_gpt2, str(path))
+    refuses('ckpt.pt .*not a whole checkpoint', load_gpt2, str(path))
+    torch.save(Evil(tmp_path / 'made'), path)
+    refuses('ckpt.pt .*was refused', load_gpt2, str(path))
     assert not (tmp_path / 'made').exists()
-    write_hf(tmp_path)
-    for odd in (dict(activation_function='relu'), dict(scale_attn_by_inverse_layer_idx=True), dict(model_type='gptj')):
-        write_hf(tmp_path, **odd)
-        refused(f'{next(iter(odd))}=', load_gpt2, str(tmp_path))
-    os.remove(tmp_path / 'pytorch_model.bin')
-    refused('model.safetensors', load_gpt2, str(tmp_path))
 
 
 def write_hf(folder, **config):
@@ -352,15 +391,26 @@ def write_hf(folder, **config):
                folder / 'pytorch_model.bin')
     (folder / 'config.json').write_text(json.dumps(
         {'model_type': 'gpt2', 'n_positions': 24, 'vocab_size': 50, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | config))
+    return str(folder)
+
+
+@pytest.mark.parametrize('odd', [
+    dict(activation_function='relu'), dict(scale_attn_by_inverse_layer_idx=True), dict(model_type='gptj')])
+def test_odd_gpt2s(tmp_path, odd):
+    refuses(f'{next(iter(odd))}=', load_gpt2, write_hf(tmp_path, **odd))
+
+
+def test_a_folder_without_weights(tmp_path):
+    write_hf(tmp_path)
+    os.remove(tmp_path / 'pytorch_model.bin')
+    refuses('model.safetensors', load_gpt2, str(tmp_path))
 
 
 @pytest.mark.parametrize('name, gelu', [('gelu_new', 'tanh'), ('gelu', 'none')])
 def test_hugging_face_gpt2_folder(tmp_path, name, gelu):
-    write_hf(tmp_path, activation_function=name)
-    model, _ = load_gpt2(str(tmp_path))
+    model, _ = load_gpt2(write_hf(tmp_path, activation_function=name))
     idx = torch.randint(50, (3, 24))
-    with torch.no_grad():
-        assert (model.logits(model.trunk(idx)) - nanogpt_forward(nanogpt_state(), idx, gelu)).abs().max() < 1e-4
+    assert far(logits_of(model, idx), nanogpt_forward(nanogpt_state(), idx, gelu)) < 1e-4
 
 
 @pytest.mark.parametrize('how', [
@@ -372,11 +422,10 @@ def test_gpt2_equals_transformers(tmp_path, how):
         vocab_size=50, n_positions=24, n_layer=2, n_head=4, n_embd=32, **how)))
     theirs.save_pretrained(tmp_path)
     assert (tmp_path / 'model.safetensors').exists()
-    model, _ = load_gpt2(str(tmp_path))
     idx = torch.randint(50, (3, 24))
     with torch.no_grad():
-        assert (theirs(idx).logits.std() > 0.1
-                and (model.logits(model.trunk(idx)) - theirs(idx).logits).abs().max() < 1e-4)
+        expected = theirs(idx).logits
+    assert expected.std() > 0.1 and far(logits_of(load_gpt2(str(tmp_path))[0], idx), expected) < 1e-4
 
 
 # -----------------------------------------------------------------------------
@@ -403,8 +452,7 @@ def test_gpt2_tokenizer(tmp_path):
     (tmp_path / 'merges.txt').write_text('\n'.join(lines[:1] + lines[2:3] + lines[1:2] + lines[3:]), encoding='utf-8')
     with pytest.raises(ValueError, match="GPT-2's manner"):
         load_gpt2_tokenizer(tmp_path)
-    write_hf(tmp_path)
-    refused("GPT-2's manner", load_gpt2, str(tmp_path))
+    refuses("GPT-2's manner", load_gpt2, write_hf(tmp_path))
 
 
 def test_gpt2_tokenizer_equals_transformers(tmp_path):
@@ -441,8 +489,8 @@ def test_merges_say_what_ranks_say(bpe):
 def test_exported_tokenizer_equals_ours(bpe):
     tokenizers = pytest.importorskip('tokenizers')
     theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(bpe)))
-    assert (theirs.get_vocab_size() == V
-            and all(theirs.token_to_id(name) == bpe.special(name) for name in bpe.special_tokens))
+    assert theirs.get_vocab_size() == V
+    assert all(theirs.token_to_id(name) == bpe.special(name) for name in bpe.special_tokens)
     every = ''.join(f'a{chr(c)}b 1{chr(c)} '
                     for c in [*range(0x3000), *range(0xff00, 0xffff), *range(0x1f600, 0x1f650)])
     for text in [*ODD, every]:
@@ -462,49 +510,45 @@ def test_exported_model_equals_ours(tmp_path, bpe, shape, capsys):
     assert ('draft heads are left out' in capsys.readouterr().out) == ('draft_n' in shape)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     idx = torch.randint(V, (2, 40))
+    assert type(theirs).__name__ == 'NanoChatForCausalLM'
     with torch.no_grad():
-        assert type(theirs).__name__ == 'NanoChatForCausalLM' and model(idx).std() > 1
-        assert (theirs(idx).logits - model(idx)).abs().max() < 1e-4
+        expected = theirs(idx).logits
+    assert expected.std() > 1 and far(logits_of(model, idx), expected) < 1e-4
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.bos_token_id == bpe.bos == theirs.config.bos_token_id
-            and tokenizer.encode(TEXTS[0]) == bpe.encode(TEXTS[0]))
+    assert tokenizer.bos_token_id == bpe.bos == theirs.config.bos_token_id
+    assert tokenizer.encode(TEXTS[0]) == bpe.encode(TEXTS[0])
 
 
-def test_an_exported_nanochat_equals_it_but_for_its_tables(tmp_path):
+def test_an_exported_nanochat_equals_it_but_for_its_tables(tmp_path, golden):
     """Transformers computes RoPE's tables in float32, and nanochat rounded them to bfloat16."""
     transformers = pytest.importorskip('transformers')
-    if not os.path.isdir(GOLDEN):
-        pytest.skip('no nanochat files here')
     model, tokenizer = load_nanochat(GOLDEN)
     export_hf(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    golden = torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
     with torch.no_grad():
         logits = theirs(golden['x']).logits
-        assert 1e-3 < (logits - golden['logits']).abs().max() < 0.1
-        model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
-        assert (logits - model(golden['x'])).abs().max() < 1e-4
+    assert 1e-3 < far(logits, golden['logits']) < 0.1
+    model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
+    assert far(logits, logits_of(model, golden['x'])) < 1e-4
 
 
-def test_exported_files(tmp_path, bpe):
+def test_exported_files(tmp_path, bpe, ours):
     safetensors = pytest.importorskip('safetensors.torch')
-    model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
-    export_hf(model, bpe, tmp_path)
+    export_hf(ours, bpe, tmp_path)
     assert sorted(os.listdir(tmp_path)) == [
         'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
-    state = safetensors.load_file(tmp_path / 'model.safetensors')
-    assert (len(state) == 8
-            and torch.equal(state['model.layers.0.self_attn.o_proj.weight'], model.transformer.h[0].attn.c_proj.weight)
-            and torch.equal(state['model.layers.0.mlp.fc2.weight'], model.transformer.h[0].mlp.c_proj.weight))
-    with pytest.raises(AssertionError, match='300'):
-        export_hf(model, train_bpe(TEXTS, V - 1), tmp_path)
-    with pytest.raises(AssertionError, match='int8'):
-        export_hf(Q.convert(model), bpe, tmp_path)
+    state, block = safetensors.load_file(tmp_path / 'model.safetensors'), ours.transformer.h[0]
+    assert len(state) == 8
+    assert torch.equal(state['model.layers.0.self_attn.o_proj.weight'], block.attn.c_proj.weight)
+    assert torch.equal(state['model.layers.0.mlp.fc2.weight'], block.mlp.c_proj.weight)
+    refuses('300', export_hf, ours, train_bpe(TEXTS, V - 1), tmp_path)
+    refuses('int8', export_hf, Q.convert(ours), bpe, tmp_path)
 
 
-def test_safetensors_is_asked_for(tmp_path, bpe, monkeypatch):
+def test_safetensors_is_asked_for(tmp_path, bpe, ours, monkeypatch):
+    save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    refused('pip install safetensors', export_hf,
-            GPT(GPTConfig(block_size=8, vocab_size=V, n_layer=1, n_head=1, n_embd=8)), bpe, tmp_path)
-    assert os.listdir(tmp_path) == []
+    got = run('distill.py', f'--teacher={tmp_path}', f'--to_hf={tmp_path}/hf')
+    assert got.status == 1 and got.err == 'error: safetensors is not installed: pip install safetensors\n'
+    assert os.listdir(tmp_path) == ['best.pt']
