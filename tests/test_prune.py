@@ -4,18 +4,21 @@ everything a model does.
 """
 import json
 import re
+import shlex
 import string
 
 import numpy as np
 import pytest
-from conftest import SMALL, randomise, refused, run
 import torch
+from conftest import SMALL, randomise, refused, run
 
 import prune as P
-from data.loader import Loader, load_meta, write_texts
+from data.checkpoint import load_model, save_checkpoint
+from data.loader import Loader, load_meta
 from data.tokenizer import CharTokenizer, bpe_parts, cut_tokenizer, from_meta, recode, train_bpe
-from engine import Engine
-from model import GPT, GPTConfig, evaluate, load_model, make_optimizers, save_checkpoint
+from data.writer import write_texts
+from engine import Engine, Sampling, Speculation
+from model import GPT, GPTConfig, evaluate, make_optimizers
 from quantize import convert, export, load
 
 SHAPES = [dict(n_kv_head=4), dict(n_kv_head=2, tie_weights=True), dict(n_kv_head=1)]
@@ -24,6 +27,11 @@ HEADS = dict(multi_token_n=2, draft_n=3)
 
 def make(**shape):
     return randomise(GPT(GPTConfig(**(SMALL | dict(n_hidden=24, head_dim=6) | HEADS | shape))))
+
+
+def cut(model, how, *args):
+    """The model after one of the functions that turn indices into a new state and shape."""
+    return P.build(*how(model.state_dict(), model.config, *args))
 
 
 def batches(n=2, vocab_size=50):
@@ -43,25 +51,21 @@ def outputs(model, x=None):
     return model.logits(torch.cat(states)).flatten(0, 1)
 
 
-def everything(config):
-    """For every function, arguments that keep all there is."""
-    g = config.n_head // config.n_kv_head
-    heads = [[[kv * g + q for q in range(g)] for kv in range(config.n_kv_head)]] * config.n_layer
-    return ((P.keep_neurons, [list(range(config.n_hidden))] * config.n_layer),
-            (P.keep_heads, heads), (P.merge_kv_heads, config.n_kv_head),
-            (P.keep_channels, list(range(config.n_embd))), (P.keep_layers, list(range(config.n_layer))),
-            (P.keep_vocab, list(range(config.vocab_size))))
-
-
 @pytest.mark.parametrize('shape', SHAPES)
 def test_zero_per_cent_is_the_identity(shape):
     model = make(**shape)
-    moments = P.measure(model, batches())[1]
-    for cut, keep in everything(model.config):
-        for fit in ((), (moments,)) if cut not in (P.keep_layers, P.keep_vocab) else ((),):
-            state, config = cut(model.state_dict(), model.config, keep, *fit)
-            assert config == model.config and all(torch.equal(state[k], v) for k, v in model.state_dict().items())
-            assert torch.equal(outputs(P.build(state, config)), outputs(model))
+    c, moments = model.config, P.measure(model, batches())[1]
+    g = c.n_head // c.n_kv_head
+    heads = [[[kv * g + q for q in range(g)] for kv in range(c.n_kv_head)]] * c.n_layer
+    for how, keep, fits in ((P.keep_neurons, [list(range(c.n_hidden))] * c.n_layer, True),
+                            (P.keep_heads, heads, True), (P.merge_kv_heads, c.n_kv_head, True),
+                            (P.keep_channels, list(range(c.n_embd)), True),
+                            (P.keep_layers, list(range(c.n_layer)), False),
+                            (P.keep_vocab, list(range(c.vocab_size)), False)):
+        for fit in [(), (moments,)] if fits else [()]:
+            same = cut(model, how, keep, *fit)
+            assert same.config == c
+            assert all(torch.equal(same.state_dict()[k], v) for k, v in model.state_dict().items())
     for kind, field in P.KINDS.items():
         assert P.shrink(model, kind, getattr(model.config, field), batches()) is model
     assert list(P.cut_to(model, model.params()['total'], batches(), importance='l1', seed=0)) == []
@@ -99,13 +103,13 @@ def test_parts_of_zeros_are_the_first_to_go_and_are_not_missed(shape, importance
         # the fit is damped: where data is as scarce as here, that shows
         for refit, tolerance in ((False, 2e-5), (True, 2e-2)):
             smaller = P.shrink(model, kind, have - len(silent), batches(), importance, refit=refit, rotate=False)
-            assert (getattr(smaller.config, P.KINDS[kind]) == have - len(silent)
-                    and smaller.params()['total'] < model.params()['total'])
+            assert getattr(smaller.config, P.KINDS[kind]) == have - len(silent)
+            assert smaller.params()['total'] < model.params()['total']
             assert torch.allclose(outputs(smaller), outputs(model), atol=tolerance), (kind, refit)
         # what is not zero is missed
         if kind != 'layers':
-            assert (outputs(P.shrink(model, kind, have - len(silent) - 1, batches(), importance, rotate=False))
-                    - outputs(model)).abs().max() > 0.01
+            smaller = P.shrink(model, kind, have - len(silent) - 1, batches(), importance, rotate=False)
+            assert (outputs(smaller) - outputs(model)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
@@ -114,22 +118,22 @@ def test_what_is_cut_is_the_same_as_what_is_silent(kv):
     model, c = make(n_kv_head=kv), make(n_kv_head=kv).config
     neurons = [[0, 3, 20], [4, 5, 23]]
     heads = {4: [[[1], [2]], [[0], [3]]], 2: [[[1], [3]], [[0], [2]]], 1: [[[0, 3]], [[1, 2]]]}[kv]
-    for cut, keep in ((P.keep_neurons, neurons), (P.keep_heads, heads), (P.keep_layers, [1])):
-        smaller = P.build(*cut(model.state_dict(), c, keep))
+    for how, keep in ((P.keep_neurons, neurons), (P.keep_heads, heads), (P.keep_layers, [1])):
+        smaller = cut(model, how, keep)
         same = make(n_kv_head=kv)
         with torch.no_grad():
             for i, block in enumerate(same.transformer.h):
-                if cut is P.keep_neurons:
+                if how is P.keep_neurons:
                     block.mlp.c_proj.weight[:, [j for j in range(c.n_hidden) if j not in keep[i]]] = 0
-                elif cut is P.keep_heads:
-                    block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[
-                        :, [h for h in range(c.n_head) if h not in sum(keep[i], [])]] = 0
+                elif how is P.keep_heads:
+                    gone = [h for h in range(c.n_head) if h not in sum(keep[i], [])]
+                    block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[:, gone] = 0
                 elif i not in keep:
                     block.attn.c_proj.weight.zero_(), block.mlp.c_proj.weight.zero_()
-        assert (torch.allclose(outputs(smaller), outputs(same), atol=2e-5)
-                and (outputs(smaller) - outputs(model)).abs().max() > 0.01)
+        assert torch.allclose(outputs(smaller), outputs(same), atol=2e-5)
+        assert (outputs(smaller) - outputs(model)).abs().max() > 0.01
     if kv == 2:     # a whole group may go, too
-        smaller = P.build(*P.keep_heads(model.state_dict(), c, [[[2, 3]], [[0, 1]]]))
+        smaller = cut(model, P.keep_heads, [[[2, 3]], [[0, 1]]])
         assert (smaller.config.n_head, smaller.config.n_kv_head) == (2, 1)
 
 
@@ -212,20 +216,20 @@ def test_leave_one_out_is_the_loss_without_the_layer():
     model = make(n_layer=3)
     losses = P.leave_one_out(model, batches())
     for i in range(3):
-        without = P.build(*P.keep_layers(model.state_dict(), model.config, [j for j in range(3) if j != i]))
+        without = cut(model, P.keep_layers, [j for j in range(3) if j != i])
         assert abs(evaluate(without, batches())['loss'] - losses[i].item()) < 1e-6
     kept = P.shrink(model, 'layers', 2, batches(), 'loss')
-    assert torch.equal(outputs(kept), outputs(P.build(*P.keep_layers(
-        model.state_dict(), model.config, [j for j in range(3) if j != losses.argmin()]))))
+    best = cut(model, P.keep_layers, [j for j in range(3) if j != losses.argmin()])
+    assert torch.equal(outputs(kept), outputs(best))
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_a_rotation_of_the_stream_changes_nothing(shape):
     model = make(**shape)
     q = torch.linalg.qr(torch.randn(32, 32))[0]
-    turned = P.build(*P.rotate_channels(model.state_dict(), model.config, q))
-    assert (torch.allclose(outputs(turned), outputs(model), atol=5e-4)
-            and not torch.allclose(turned.lm_head.weight, model.lm_head.weight, atol=0.1))
+    turned = cut(model, P.rotate_channels, q)
+    assert torch.allclose(outputs(turned), outputs(model), atol=5e-4)
+    assert not torch.allclose(turned.lm_head.weight, model.lm_head.weight, atol=0.1)
     axes = P.to_principal_axes(model, P.measure(model, batches())[1])
     assert torch.allclose(outputs(axes), outputs(model), atol=5e-4)
     total = sum(m for site, m in P.measure(axes, batches())[1].items() if not site.endswith('c_proj'))
@@ -239,8 +243,9 @@ def test_the_norm_is_rescaled():
     """
     model = silence(make(), 'channels', torch.arange(16, 32))
     moments = P.measure(model, batches())[1]
-    cut = lambda *how: outputs(P.build(*P.keep_channels(model.state_dict(), model.config, list(range(16)), *how)))
-    assert torch.allclose(cut(moments, False), outputs(model), atol=2e-5) and (cut() - outputs(model)).abs().max() > 0.1
+    rescaled = cut(model, P.keep_channels, range(16), moments, False)
+    assert torch.allclose(outputs(rescaled), outputs(model), atol=2e-5)
+    assert (outputs(cut(model, P.keep_channels, range(16))) - outputs(model)).abs().max() > 0.1
 
 
 def test_refit_is_the_least_squares_solution():
@@ -250,7 +255,8 @@ def test_refit_is_the_least_squares_solution():
     best = torch.linalg.lstsq(x[:, keep], x @ w.T).solution.T
     assert torch.allclose(fitted, best, atol=0.02)
     error = lambda v: (x[:, keep] @ v.T - x @ w.T).square().mean()
-    assert error(fitted) < 1.001 * error(best) < 0.9 * error(w[:, keep]) and torch.equal(P.columns(w, keep), w[:, keep])
+    assert error(fitted) < 1.001 * error(best) < 0.9 * error(w[:, keep])
+    assert torch.equal(P.columns(w, keep), w[:, keep])
 
 
 @pytest.mark.parametrize('n, left', [(4, 2), (4, 1), (2, 1)])
@@ -270,19 +276,18 @@ def test_heads_that_are_turned_copies_merge_without_loss(n, left):
                     v[h] = (0.5 + h) * torch.linalg.qr(torch.randn(6, 6))[0] @ v[first]
     moments = P.measure(model, batches())[1]
     for how in ((), (moments,)):
-        merged = P.build(*P.merge_kv_heads(model.state_dict(), c, left, *how))
-        assert merged.config.n_kv_head == left and merged.config.n_head == c.n_head
+        merged = cut(model, P.merge_kv_heads, left, *how)
+        assert (merged.config.n_kv_head, merged.config.n_head) == (left, c.n_head)
         assert merged.kv_bytes_per_token() * n == model.kv_bytes_per_token() * left
         assert torch.allclose(outputs(merged), outputs(model), atol=5e-4)
-    plain = P.build(*P.merge_kv_heads(model.state_dict(), c, left, how='plain'))
+    plain = cut(model, P.merge_kv_heads, left, None, 'plain')
     assert (outputs(plain) - outputs(model)).abs().mean() > 0.1
 
 
 def test_aligned_averaging_is_better_than_plain():
     model = make()
     moments = P.measure(model, batches())[1]
-    error = lambda *how: (outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, *how)))
-                          - outputs(model)).square().mean().item()
+    error = lambda *how: (outputs(cut(model, P.merge_kv_heads, 1, *how)) - outputs(model)).square().mean().item()
     assert error(moments) < 0.9 * min(error(None, 'plain'), error(None, 'first'))
 
 
@@ -293,36 +298,34 @@ def test_copies_merge_without_loss_however_they_are_merged():
             for part in (block.attn.c_k, block.attn.c_v):
                 part.weight.copy_(part.weight[:model.config.head_dim].repeat(model.config.n_kv_head, 1))
     for how in P.MERGE:
-        assert torch.allclose(outputs(P.build(*P.merge_kv_heads(model.state_dict(), model.config, 1, None, how))),
-                              outputs(model), atol=5e-4)
-    state, c = make().state_dict(), model.config
-    first = P.merge_kv_heads(state, c, 1, None, 'first')[0]
+        assert torch.allclose(outputs(cut(model, P.merge_kv_heads, 1, None, how)), outputs(model), atol=5e-4)
+    model = make()
+    first = cut(model, P.merge_kv_heads, 1, None, 'first').transformer.h[0].attn
     for part in ('c_k', 'c_v'):
-        assert torch.equal(first[f'transformer.h.0.attn.{part}.weight'],
-                           state[f'transformer.h.0.attn.{part}.weight'][:c.head_dim])
+        w = model.transformer.h[0].attn.get_submodule(part).weight
+        assert torch.equal(first.get_submodule(part).weight, w[:model.config.head_dim])
 
 
 def check_that_it_works(model, path):
     """Decodes with a cache and with every drafter as the plain forward does, quantises, exports, saves, and learns."""
-    c = model.config
-    ids = [3, 1, 4]
+    c, ids = model.config, [3, 1, 4]
     for _ in range(12):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    engine = Engine(model)
-    how = dict(prompts=[[3, 1, 4]], max_new_tokens=12)
-    assert engine.complete(temperature=0, **how)[0] == ids[3:]
-    sampled = engine.complete(seed=3, **how)
+    engine, greedy = Engine(model), Sampling(temperature=0)
+    decode = lambda *how: engine.complete([[3, 1, 4]], 12, *how)[0]
+    assert decode(greedy) == ids[3:]
+    sampled = decode(Sampling(seed=3))
     for drafter in ('head', 'mtp', 'ngram', 'random'):
-        assert (engine.complete(temperature=0, drafter=drafter, draft_n=3, **how)[0] == ids[3:]
-                and engine.stats['drafted'] > 0)
-        assert engine.complete(seed=3, drafter=drafter, draft_n=3, **how) == sampled
+        assert decode(greedy, Speculation(drafter, 3)) == ids[3:]
+        assert engine.stats['drafted'] > 0
+        assert decode(Sampling(seed=3), Speculation(drafter, 3)) == sampled
     save_checkpoint(f'{path}/best.pt', model, {'kind': 'char', 'chars': 'a'})
     again = load_model(f'{path}/best.pt')[0]
-    assert again.config == c and torch.equal(outputs(again), outputs(model))
+    assert again.config == c
+    assert torch.equal(outputs(again), outputs(model))
     x, y = batches(1, c.vocab_size)[0]
     before = evaluate(again, [(x, y)])['loss']
-    for optimizer in (optimizers := make_optimizers(again, 0.001, 0.001)):
-        optimizer.zero_grad()
+    optimizers = make_optimizers(again, 0.001, 0.001)
     sum(again.train()(x, y).values()).backward()
     for optimizer in optimizers:
         optimizer.step()
@@ -342,17 +345,18 @@ def test_every_size_down_to_the_smallest_works(shape, tmp_path):
         for keep in range(1, getattr(c, field) + 1):
             model = P.shrink(whole, kind, keep, batches(1), rotate=False, measured=measured)
             sizes.append(getattr(model.config, field))
-            assert outputs(model).isfinite().all() and model.config.n_head % model.config.n_kv_head == 0
+            assert outputs(model).isfinite().all()
+            assert model.config.n_head % model.config.n_kv_head == 0
             # of heads it may keep fewer than asked for: groups stay equal
             assert sizes[-1] == keep or kind == 'heads' and keep - c.n_kv_head < sizes[-1] < keep
             assert model.config.n_kv_head == (min(keep, c.n_kv_head) if kind == 'heads' else c.n_kv_head)
-        assert sizes[0] == 1 and sizes[-1] == getattr(c, field)
+        assert (sizes[0], sizes[-1]) == (1, getattr(c, field))
     middle, smallest = whole, whole
     for kind, keep in (('layers', 1), ('neurons', 11), ('heads', 2), ('channels', 19)):
         middle, smallest = P.shrink(middle, kind, keep, batches()), P.shrink(smallest, kind, 1, batches(1))
-    check_that_it_works(P.build(*P.merge_kv_heads(middle.state_dict(), middle.config, 1,
-                                                  P.measure(middle, batches())[1])), tmp_path)
-    assert outputs(smallest).isfinite().all() and smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2
+    check_that_it_works(cut(middle, P.merge_kv_heads, 1, P.measure(middle, batches())[1]), tmp_path)
+    assert outputs(smallest).isfinite().all()
+    assert smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2
     assert [P.shrink(whole, kind, 1, batches(1)).config.n_embd for kind in P.KINDS] == [32, 32, 32, 1]
 
 
@@ -363,8 +367,8 @@ def test_keep_params_reaches_its_target():
     for share in (0.8, 0.3):
         steps = list(P.cut_to(model, share * n, batches(1), **how))
         smaller = steps[-1][3]
-        assert (smaller.params()['total'] <= share * n
-                and all(m.params()['total'] > share * n for _, _, _, m in steps[:-1]))
+        assert smaller.params()['total'] <= share * n
+        assert all(m.params()['total'] > share * n for _, _, _, m in steps[:-1])
         assert abs(evaluate(smaller, batches(1))['loss'] - steps[-1][2]) < 1e-6
     assert smaller.params()['total'] > 0.25 * n
     with pytest.raises(ValueError, match='smallest shape'):
@@ -421,96 +425,116 @@ def test_cut_bpe():
 def test_kept_rows_answer_as_before():
     for shape in SHAPES:
         model, keep = make(**shape), [0, 4, 5, 17, 49]
-        smaller = P.build(*P.keep_vocab(model.state_dict(), model.config, keep))
+        smaller = cut(model, P.keep_vocab, keep)
         x = torch.randint(5, (2, 20))
         assert torch.allclose(outputs(smaller, x), outputs(model, torch.tensor(keep)[x])[:, keep], atol=1e-5)
 
 
 def test_impossible_requests_are_refused_in_one_line():
     model = make(n_kv_head=2)
-    state, c = model.state_dict(), model.config
     bpe = train_bpe(TEXT, 275)
-    for request, word in (
-            (lambda: P.keep_neurons(state, c, [[1, 2], [3]]), 'neurons'),
-            (lambda: P.keep_neurons(state, c, [[], []]), 'at least one'),
-            (lambda: P.keep_heads(state, c, [[[0, 2]], [[0, 1]]]), 'key/value head'),
-            (lambda: P.keep_heads(state, c, [[[0], [2, 3]]] * 2), 'group'),
-            (lambda: P.merge_kv_heads(state, c, 3), 'kv_heads'), (lambda: P.merge_kv_heads(state, c, 4), 'kv_heads'),
-            (lambda: P.keep_channels(state, c, []), 'channels'),
-            (lambda: P.keep_layers(state, c, [2]), 'layers'), (lambda: P.keep_layers(state, c, []), 'layers'),
-            (lambda: P.shrink(model, 'heads', 5, batches()), 'at most the 4'),
-            (lambda: P.shrink(model, 'layers', 0, batches()), 'at least 1'),
-            (lambda: cut_tokenizer(bpe, [1] * 275, 264), 'at least 265'),
-            (lambda: cut_tokenizer(bpe, [1] * 275, 276), 'at most')):
-        with pytest.raises(ValueError, match=word) as e:
-            request()
+    for words, how, *args in (
+            ('neurons', cut, model, P.keep_neurons, [[1, 2], [3]]),
+            ('at least one', cut, model, P.keep_neurons, [[], []]),
+            ('key/value head', cut, model, P.keep_heads, [[[0, 2]], [[0, 1]]]),
+            ('group', cut, model, P.keep_heads, [[[0], [2, 3]]] * 2),
+            ('kv_heads', cut, model, P.merge_kv_heads, 3),
+            ('kv_heads', cut, model, P.merge_kv_heads, 4),
+            ('channels', cut, model, P.keep_channels, []),
+            ('layers', cut, model, P.keep_layers, [2]),
+            ('layers', cut, model, P.keep_layers, []),
+            ('at most the 4', P.shrink, model, 'heads', 5, batches()),
+            ('at least 1', P.shrink, model, 'layers', 0, batches()),
+            ('at least 265', cut_tokenizer, bpe, [1] * 275, 264),
+            ('at most', cut_tokenizer, bpe, [1] * 275, 276)):
+        with pytest.raises(ValueError, match=words) as e:
+            how(*args)
         assert '\n' not in str(e.value)
 
+# -----------------------------------------------------------------------------
+# the script
 
-def test_the_script_cuts_channels_then_neurons_then_heads(tmp_path):
+def prune(folder, *flags):
+    return run('prune.py', f'--out_dir={folder}/out', '--device=cpu', '--calibration_batches=1', *flags)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with a model in out/, its dataset beside it; the name wants quoting in a shell."""
+    folder = tmp_path_factory.mktemp("a model's")
+    write_texts(f'{folder}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
+    save_checkpoint(f'{folder}/out/best.pt', make(vocab_size=290, block_size=32),
+                    from_meta(load_meta(f'{folder}/data')).meta(), dataset=f'{folder}/data',
+                    knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01, 'quant_bits': 8})
+    return folder
+
+
+def test_the_script_cuts_channels_then_neurons_then_heads(trained):
     """Each cut is measured on what the one before has left."""
-    write_texts(f'{tmp_path}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
-    model = make(vocab_size=290, block_size=32)
-    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(),
-                    dataset=f'{tmp_path}/data')
-    got = run('prune.py', f'--out_dir={tmp_path}/out', '--channel_prune_ratio=0.5', '--neuron_prune_ratio=0.5',
-              '--head_prune_ratio=0.5', '--calibration_batches=1')
+    got = prune(trained, '--channel_prune_ratio=0.5', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5')
     assert got.status == 0, got.err
-    seen = [Loader(f'{tmp_path}/data', 'train', 16, 32, 1337).batch(0)]
+    seen = [Loader(f'{trained}/data', 'train', 16, 32, 1337).batch(0)]
+    model = make(vocab_size=290, block_size=32)
     for kind, keep in (('channels', 16), ('neurons', 12), ('heads', 2)):
         model = P.shrink(model, kind, keep, seen, seed=1337)
-    state = load_model(f'{tmp_path}/out-pruned/best.pt')[0].state_dict()
+    state = load_model(f'{trained}/out-pruned/best.pt')[0].state_dict()
     assert all(torch.allclose(state[name], w, atol=1e-5) for name, w in model.state_dict().items())
 
 
-def test_the_script(tmp_path):
-    write_texts(f'{tmp_path}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
-    model = make(vocab_size=290, block_size=32)
-    save_checkpoint(f'{tmp_path}/out/best.pt', model, from_meta(load_meta(f'{tmp_path}/data')).meta(),
-                    dataset=f'{tmp_path}/data',
-                    knobs={'init_from': 'scratch', 'muon_lr': 0.02, 'adam_lr': 0.01, 'quant_bits': 8})
-    got = run('prune.py', f'--out_dir={tmp_path}/out', '--vocab_keep=280', '--layers=1',
-              '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25',
-              '--keep_params=0.3', '--calibration_batches=1')
+TRAIN = ['--batch_size=4', '--max_iters=2', '--compile=False', '--sample_interval=0', '--device=cpu']
+
+
+def test_the_script(trained, tmp_path):
+    got = prune(trained, f'--save_dir={tmp_path}', '--vocab_keep=280', '--layers=1', '--neuron_prune_ratio=0.5',
+                '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25', '--keep_params=0.3')
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
     assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after',
                              'bpb_before', 'bpb_after', 'tok_s_before', 'tok_s_after'}
-    assert (result['params_after'] <= 0.3 * result['params_before'] == 0.3 * model.params()['total']
-            and '--muon_lr=0.004 --adam_lr=0.002' in got.out and '--teacher' not in got.out)
+    assert result['file'] == f'{tmp_path}/best.pt'
+    assert result['params_before'] == make(vocab_size=290).params()['total']
+    assert result['params_after'] <= 0.3 * result['params_before']
+    assert '--muon_lr=0.004 --adam_lr=0.002' in got.out and '--teacher' not in got.out
     smaller, state = load_model(result['file'])
-    assert result['file'] == f'{tmp_path}/out-pruned/best.pt' and state['dataset'] == f'{tmp_path}/data_v280'
     c = smaller.config
-    assert ((c.n_layer, c.n_kv_head, c.vocab_size) == (1, 1, 280) and c.n_hidden <= 12 and c.n_embd <= 24
-            and smaller.params()['total'] == result['params_after'])
-    quantised = run('quantize.py', f'--out_dir={tmp_path}/out-pruned')
-    assert quantised.status == 0, quantised.err
-    again = json.loads(quantised.out.splitlines()[-1])
-    # rtn and not qat: what was refitted was not trained through the rounding
-    assert again['method'] == 'rtn' and abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
-    trained = run('train.py', f'--init_from={tmp_path}/out-pruned/best.pt', f'--dataset={tmp_path}/data_v280',
-                  f'--out_dir={tmp_path}/again', '--block_size=32', '--batch_size=4', '--max_iters=2',
-                  '--compile=False', '--sample_interval=0', '--muon_lr=0', '--adam_lr=0')
-    assert trained.status == 0 and json.loads(trained.out.splitlines()[-1])['val_loss'] == pytest.approx(
-        result['val_loss_after'], abs=1e-3), trained.err
+    assert state['dataset'] == f'{trained}/data_v280'
+    assert (c.n_layer, c.n_kv_head, c.vocab_size) == (1, 1, 280)
+    assert c.n_hidden <= 12 and c.n_embd <= 24
+    assert smaller.params()['total'] == result['params_after']
+
+    got = run('quantize.py', f'--out_dir={tmp_path}', '--device=cpu')
+    again = json.loads(got.out.splitlines()[-1])
+    assert again['method'] == 'rtn'             # not qat: what was refitted was not trained through the rounding
+    assert abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
+    got = run('train.py', f'--init_from={tmp_path}/best.pt', f'--dataset={trained}/data_v280',
+              f'--out_dir={tmp_path}/again', '--block_size=32', '--muon_lr=0', '--adam_lr=0', *TRAIN)
+    assert got.status == 0, got.err
+    document = json.loads(got.out.splitlines()[-1])
+    assert document['val_loss'] == pytest.approx(result['val_loss_after'], abs=1e-3)
     assert load_model(f'{tmp_path}/again/best.pt')[0].config == c
-    # the command that it prints; a batch of 4 and 2 steps, for speed
-    got = run('prune.py', f'--out_dir={tmp_path}/out', '--neuron_prune_ratio=0.5', f'--save_dir={tmp_path}/half')
+    got = run('sample.py', f'--out_dir={tmp_path}', '--weights=float', '--start=low', '--max_new_tokens=5',
+              '--drafter=head', '--device=cpu')
+    assert got.status == 0, got.err
+    assert got.out.startswith('low')
+
+
+def test_the_command_that_it_prints(trained):
+    got = prune(trained, '--neuron_prune_ratio=0.5', f'--save_dir={trained}/half')
     command = re.search('python (train.py .*)', got.out)[1]
-    trained = run(*command.split(), '--batch_size=4', '--max_iters=2', '--compile=False', '--sample_interval=0')
-    assert trained.status == 0, trained.err
-    assert load_model(f'{tmp_path}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{tmp_path}/out'
-    sampled = run('sample.py', f'--out_dir={tmp_path}/out-pruned', '--weights=float', '--start=low',
-                  '--max_new_tokens=5', '--drafter=head')
-    assert sampled.status == 0 and sampled.out.startswith('low')
-    for flag, word in (
-            ('--head_prune_ratio=1', 'head_prune_ratio'), ('--neuron_prune_ratio=-0.1', 'neuron_prune_ratio'),
-            ('--layers=5', 'at most the 2'), ('--layers=0,7', r'0\.\.1'), ('--layers=x', 'layers'),
-            ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5', 'at least 265'), ('--importance=magic', 'taylor'),
-            ('--keep_params=0', 'keep_params'), (f'--save_dir={tmp_path}/out', 'another folder')):
-        refused(run('prune.py', f'--out_dir={tmp_path}/out', f'--save_dir={tmp_path}/bad',
-                    '--calibration_batches=1', flag), word)
-    assert not (tmp_path / 'bad').exists() and not (tmp_path / 'data_v5').exists()
+    learned = run(*shlex.split(command), *TRAIN)        # few steps, for speed
+    assert learned.status == 0, learned.err
+    assert load_model(f'{trained}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{trained}/out'
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--head_prune_ratio=1', 'head_prune_ratio'), ('--neuron_prune_ratio=-0.1', 'neuron_prune_ratio'),
+    ('--layers=5', 'at most the 2'), ('--layers=0,7', r'0\.\.1'), ('--layers=x', 'layers'),
+    ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5', 'at least 265'), ('--importance=magic', 'taylor'),
+    ('--keep_params=0', 'keep_params'), ('--save_dir={}/out', 'another folder')])
+def test_knobs_that_are_refused(trained, flag, words):
+    refused(prune(trained, f'--save_dir={trained}/bad', flag.format(trained)), words)
+    assert not (trained / 'bad').exists()
+    assert not (trained / 'data_v5').exists()
 
 
 def test_what_was_held_out_is_not_looked_at(tmp_path):
@@ -519,11 +543,12 @@ def test_what_was_held_out_is_not_looked_at(tmp_path):
     for other in 'abc', 'xyz':
         write_texts(f'{tmp_path}/data', ['low ' * 500 + f'{other} ' * 499], ['low ' * 20], 'char', 'a test',
                     tokenizer=tokenizer)
-        torch.manual_seed(0)
         save_checkpoint(f'{tmp_path}/out/best.pt', make(vocab_size=100, block_size=32), tokenizer.meta(),
                         dataset=f'{tmp_path}/data', knobs={'hold_out': '2/2'})
-        got = run('prune.py', f'--out_dir={tmp_path}/out', '--neuron_prune_ratio=0.5', '--calibration_batches=1')
-        assert got.status == 0 and '--hold_out=2/2' in got.out and '--teacher' not in got.out, got.err
+        got = prune(tmp_path, '--neuron_prune_ratio=0.5')
+        assert got.status == 0, got.err
+        assert '--hold_out=2/2' in got.out and '--teacher' not in got.out
         files.append(load_model(f'{tmp_path}/out-pruned/best.pt'))
-    assert all(torch.equal(a, b) for a, b in zip(files[0][0].state_dict().values(), files[1][0].state_dict().values()))
+    a, b = (model.state_dict() for model, _ in files)
+    assert all(torch.equal(a[name], b[name]) for name in a)
     assert files[0][1]['knobs']['hold_out'] == '2/2'
