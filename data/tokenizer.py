@@ -23,6 +23,7 @@ import hashlib
 import heapq
 import json
 import math
+import time
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -273,10 +274,13 @@ def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS)
     pieces = Counter()
     for text in texts:
         pieces.update(match.group() for match in split.finditer(text))
-
     pairs = _Pairs(pieces)
     tokens = [bytes([byte]) for byte in range(256)]
+    told = time.monotonic()
     while len(tokens) < n_merged:
+        if time.monotonic() - told > 10:
+            print(f'{len(tokens):,} of {n_merged:,} tokens learnt', flush=True)
+            told = time.monotonic()
         pair = pairs.most_frequent()
         if pair is None:
             raise ValueError(f'vocab_size ({vocab_size}) is out of reach: this text has only {len(tokens) - 256} '
@@ -323,16 +327,25 @@ class _Pairs:
 
     def merge(self, pair, new):
         """Where the pair stands in a word, the token new takes its place."""
+        left, right = pair
         fresh = set()
         for i in self.where.pop(pair):
-            old, count = self.words[i], self.counts[i]
-            word = self.words[i] = old.replace(pair, new)
-            if word == old:
+            parts = self.words[i].split(pair)
+            if len(parts) == 1:  # an earlier merge has taken the pair from this word
                 continue
-            for p in map(str.__add__, old, old[1:]):
-                self.pair_count[p] -= count
-            for p in map(str.__add__, word, word[1:]):
-                self.pair_count[p] += count
+            self.words[i] = new.join(parts)
+            # Only what touches the new token changes. Where a part is empty, two pairs were neighbours.
+            changes = Counter()
+            for k, (before, after) in enumerate(zip(parts, parts[1:])):
+                changes[pair] -= 1
+                if before or k > 0:
+                    changes[(before[-1] if before else right) + left] -= 1
+                    changes[(before[-1] if before else new) + new] += 1
+                if after:
+                    changes[right + after[0]] -= 1
+                    changes[new + after[0]] += 1
+            for p, change in changes.items():
+                self.pair_count[p] += change * self.counts[i]
                 if new in p:
                     self.where[p].add(i)
                     fresh.add(p)

@@ -162,6 +162,7 @@ def test_bpe_refuses_bad_tables():
     ('zyxw vuts abcd hgfe ' * 3, 14),  # nothing but ties
     ('aaaaaaa aaa aaaa baaab aaaaa', 6),  # nothing but runs
     ('\u4f60\u597d\u4f60 \u597d\u4f60' * 9, 8),
+    (''.join(random.Random(0).choices('ACGT', k=2000)), 60),  # one long piece
 ])
 def test_training_and_encoding_equal_the_definition(text, n):
     merges = naive_merges(text, n)
