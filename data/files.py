@@ -30,6 +30,27 @@ def read_text(path):
             raise ValueError(f'{path} is not UTF-8 text (byte {e.start:,}): convert it, or leave it out') from None
 
 
+def visible_files(folder, endings, below=True):
+    """
+    The files in a folder, and in folders below it, whose names end so -> list of paths, sorted. What begins with a dot,
+    or is in a folder that does, is skipped, and said: editors and file managers leave copies there that nobody means.
+    """
+    paths, n_hidden = [], 0
+    for at, folders, names in os.walk(folder):
+        hidden = any(part.startswith('.') for part in os.path.relpath(at, folder).split(os.sep) if part != '.')
+        for name in names:
+            if name.lower().endswith(endings):
+                if hidden or name.startswith('.'):
+                    n_hidden += 1
+                else:
+                    paths.append(os.path.join(at, name))
+        if not below:
+            folders.clear()
+    if n_hidden:
+        print(f'{n_hidden:,} hidden files skipped')
+    return sorted(paths)
+
+
 def sha256_of(path):
     """The sha256 of a file's bytes, as hex digits."""
     digest = hashlib.sha256()

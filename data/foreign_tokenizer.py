@@ -25,9 +25,9 @@ def load_tokenizer(path):
     if tokenizer:
         return tokenizer
     if not os.path.isfile(path) and not os.path.isfile(os.path.join(path, 'tokenizer.pkl')):
-        raise ValueError(f"no tokenizer at {path!r}: expected nanochat's tokenizer.pkl or its folder, a folder of Hugging "
-                         "Face's gpt2, or another data/<name>; python distill.py --fetch=d32 --out_dir=teachers/d32 "
-                         'brings one')
+        raise ValueError(f"no tokenizer at {str(path)!r}: expected nanochat's tokenizer.pkl or its folder, a folder of "
+                         "Hugging Face's gpt2, or another data/<name>; "
+                         'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
     return load_nanochat_tokenizer(path)
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sysconfig
+import time
 import zlib
 
 import numpy as np
@@ -114,6 +115,9 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=
     if not any(train) or not any(val):
         raise ValueError(f'there is too little text: {sum(map(len, train)):,} characters for training, '
                          f'{sum(map(len, val)):,} for validation')
+    n_chars = sum(map(len, train)) + sum(map(len, val))
+    if n_chars > 20_000_000 and level == 'bpe':
+        print(f'{n_chars:,} characters: at some 2 million a second', flush=True)
     if tokenizer is None and level == 'char':
         tokenizer = CharTokenizer(''.join(set().union(*train, *val)))
     elif tokenizer is None:
@@ -126,7 +130,14 @@ def text_ids(tokenizer, texts):
     if tokenizer.kind == 'char':
         return char_ids(tokenizer, ''.join(texts))
     start = [] if tokenizer.bos is None else [tokenizer.bos]
-    return np.concatenate([np.array(start + tokenizer.encode(text), dtype=np.uint32) for text in texts])
+    ids, told = [], time.monotonic()
+    for i in range(0, len(texts), 100):
+        for tokens in tokenizer.encode_batch(texts[i:i + 100]):
+            ids.append(np.array(start + tokens, dtype=np.uint32))
+        if time.monotonic() - told > 10:
+            print(f'{len(ids):,} of {len(texts):,} texts encoded', flush=True)
+            told = time.monotonic()
+    return np.concatenate(ids)
 
 
 def char_ids(tokenizer, text):

@@ -179,6 +179,22 @@ def test_your_own_chats(bpe_dir, tmp_path):
     assert from_meta(load_meta(bpe_dir)).decode(y[y >= 0]) in (a + b, b + a)
 
 
+def test_chats_as_sharegpt_has_them(bpe_dir, tmp_path):
+    """Other names for the same: the same dataset."""
+    ours = [[{'role': 'system', 'content': 'Be brief.'}][:i % 2] + [{'role': 'user', 'content': f'What is {i}?'},
+             {'role': 'assistant', 'content': f'{i}.'}] for i in range(9)]
+    names = {'system': 'system', 'user': 'human', 'assistant': 'gpt'}
+    theirs = [{'id': 'x', 'conversations': [{'from': names[m['role']], 'value': m['content']} for m in chat]}
+              for chat in ours]
+    held = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]'
+    (tmp_path / 'val.jsonl').write_text(held)
+    for name, chats in (('ours', ours), ('theirs', theirs)):
+        (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, chats)))
+        prepare('chat', f'--input={tmp_path}/in.jsonl', f'--val_input={tmp_path}/val.jsonl', f'--tokenizer={bpe_dir}',
+                f'--out_dir={tmp_path}/{name}', '--row=64')
+    assert [*content(tmp_path / 'ours').values()] == [*content(tmp_path / 'theirs').values()]
+
+
 GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]'
 
 
@@ -186,6 +202,9 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
     (f'{GOOD}\n\n{{"messages": ', [], r'line 3: this is not JSON \(.*column 14\)'),
     (f'{GOOD}\n[{{"role": "bot", "content": ""}}]', [], "line 2: message 0 has role 'bot', expected 'user'"),
     (f'{GOOD}\n"Hi."', [], 'line 2: a conversation is a list'),
+    (f'{GOOD}\n{{"conversations": [{{"from": "gpt", "value": "Hi."}}]}}', [], "line 2: message 0 has role 'assistant'"),
+    (f'{GOOD}\n{{"conversations": [{{"from": "human"}}]}}', [], 'line 2: message 0 must be'),
+    (f'{GOOD}\n{{"conversations": "Hi."}}', [], 'line 2: a conversation is a list'),
     (GOOD, [], r'has 1 conversation\(s\): at least two'),
     ('', [], r'has 0 conversation\(s\)'),
     (f'{GOOD}\n{GOOD}', [], r'has 1 conversation\(s\)'),
@@ -407,6 +426,18 @@ def test_text_in_a_teachers_tokens(tmp_path):
     assert load_meta(tmp_path / 'out')['chars'] == load_meta(tmp_path / 'chars')['chars']
     (tmp_path / 'words.txt').write_text(text + 'caf\u00e9' * 200)
     fails('no token for .*\u00e9.: the vocabulary', 'text', *how, f'--tokenizer={tmp_path}/chars')
+
+
+def test_text_leaves_out_hidden_files_and_copies(tmp_path):
+    """What editors leave: it would put validation text into training, and a file of metadata is not even text."""
+    for name, text in (('a.txt', 'words of a\n'), ('b.txt', 'other words\n'), ('below/c.md', 'words of a\n'),
+                       ('.ipynb_checkpoints/a.txt', 'words of an older a\n'), ('below/.trash/x/d.md', 'gone\n')):
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'in' / name).write_text(text * 100)
+    (tmp_path / 'in' / '._a.txt').write_bytes(b'\x00\x05\x16\xff')
+    said = prepare('text', f'--input={tmp_path}/in', f'--out_dir={tmp_path}/out')
+    assert '3 hidden files skipped\n1 files are the same as others and are left out\n2 file(s), 2,302 ' in said
+    assert sorted(texts_of(tmp_path / 'out')) == ['other words\n' * 100 + '\n', 'words of a\n' * 100 + '\n']
 
 
 @pytest.mark.parametrize('flags, error', [

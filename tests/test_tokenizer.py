@@ -197,6 +197,13 @@ def test_training_depends_on_the_text_alone(bpe):
         assert out.strip() == fingerprint(bpe)
 
 
+def test_training_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr(data.tokenizer.time, 'monotonic', lambda: next(clock))
+    train_bpe(['low lower'], 270)
+    assert capsys.readouterr().out.startswith('256 of 261 tokens learnt\n')
+
+
 def test_training_errors():
     message = error_of(train_bpe, ['low lower'], 4096, match='only 5 merges')  # lo, low, and three more to ' lower'
     assert 'vocab_size=270' in message

@@ -1,9 +1,10 @@
 """
-Your own conversations, for chat fine-tuning: a JSON document a line, a list of messages or an object with messages,
-of which the first may be a system message.
+Your own conversations, for chat fine-tuning: a JSON document a line, in any of these forms; the first message may be
+of the system.
 
     [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}      as ShareGPT has it
 
 $ python data/chat/prepare.py --input=chats.jsonl --name=mychat
     a tenth is held out; equal lines count once
@@ -39,6 +40,15 @@ out_dir = dataset_dir(out_dir, name)
 tokenizer = chat_tokenizer(tokenizer)
 
 
+def messages_of(document):
+    """A line's document -> the same with ShareGPT's names replaced by ours; what is wrong with it, render_chat says."""
+    if not isinstance(document, dict) or not isinstance(document.get('conversations'), list):
+        return document
+    roles = {'human': 'user', 'gpt': 'assistant'}
+    return [{'role': roles.get(turn.get('from'), turn.get('from')), 'content': turn.get('value')}
+            if isinstance(turn, dict) else turn for turn in document['conversations']]
+
+
 def read(path):
     """A file -> {line: (ids, mask)}, equal lines once."""
     chats = {}
@@ -46,7 +56,7 @@ def read(path):
         if not line.strip():
             continue
         try:
-            chats[line] = tokenizer.render_chat(json.loads(line))
+            chats[line] = tokenizer.render_chat(messages_of(json.loads(line)))
         except json.JSONDecodeError as e:
             raise ValueError(f'{path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): '
                              'expected a conversation a line') from None
@@ -62,7 +72,8 @@ if val_input:
     val = list(held.values())
 else:
     if len(chats) < 2:
-        raise ValueError(f'{input} has {len(chats)} conversation(s): at least two are needed, or --val_input=FILE.jsonl')
+        raise ValueError(f'{input} has {len(chats)} conversation(s): '
+                         'at least two are needed, or --val_input=FILE.jsonl')
     train_lines, val_lines = split_texts({line: line for line in chats}, val_fraction)
     train = [chats[line] for line in train_lines]
     val = [chats[line] for line in val_lines]

@@ -21,7 +21,7 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin, urlparse
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.files import DownloadError, download
+from data.files import DownloadError, download, visible_files
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def saved_pages(folder):
         raise ValueError(f'there is no file or folder {folder!r}: give --input=FOLDER of .html or .txt files')
     if not os.path.isdir(folder):
         return [folder]
-    names = [name for name in sorted(os.listdir(folder)) if name.endswith(('.html', '.htm', '.txt'))]
-    return [os.path.join(folder, name) for name in names if name not in (index_name, 'index.html')]
+    paths = visible_files(folder, ('.html', '.htm', '.txt'), below=False)
+    return [path for path in paths if os.path.basename(path) not in (index_name, 'index.html')]
 
 
 def fetched_pages():
@@ -142,7 +142,8 @@ def fetched_pages():
     with open(download(index_url, os.path.join(pages, index_name), pause=pause), 'rb') as f:
         urls = essay_urls(Page(decode(f.read())))
     if not urls:
-        raise ValueError(f'no essays are linked from {index_url}: has the site changed? --input=FOLDER takes saved pages')
+        raise ValueError(f'no essays are linked from {index_url}: has the site changed? '
+                         '--input=FOLDER takes saved pages')
     print(f'{index_url} lists {len(urls)} essays')
     paths, missing, failed = [], 0, 0
     for i, url in enumerate(urls):

@@ -4,7 +4,7 @@ Your own text, in one command.
 $ python data/text/prepare.py --input=diary.txt --name=diary
     characters; the last tenth is for validation
 $ python data/text/prepare.py --input=my_notes --level=bpe --vocab_size=1024 --name=notes
-    every .txt and .md in a folder; whole files held out
+    every .txt and .md in a folder and below, but for hidden ones; whole files held out
 $ python data/text/prepare.py --input=my_notes --tokenizer=teachers/d32 --name=notes
     in a teacher's tokens, for its students
 
@@ -15,7 +15,7 @@ import os
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.files import read_text
+from data.files import read_text, visible_files
 from data.foreign_tokenizer import load_tokenizer
 from data.writer import dataset_dir, split_texts, write_texts
 
@@ -36,13 +36,19 @@ assert os.path.exists(input), f'there is no file or folder {input!r}: give --inp
 out_dir = dataset_dir(out_dir, name)
 tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
-paths = [input]
-if os.path.isdir(input):
-    paths = sorted(os.path.join(folder, f) for folder, _, names in os.walk(input)
-                   for f in names if f.lower().endswith(('.txt', '.md')))
-texts = {os.path.relpath(path, input).replace(os.sep, '/'): read_text(path) for path in paths}
+paths = visible_files(input, ('.txt', '.md')) if os.path.isdir(input) else [input]
+texts, seen, n_same = {}, set(), 0
+for path in paths:
+    text = read_text(path)
+    if text in seen:
+        n_same += 1
+    elif text.strip():
+        texts[os.path.relpath(path, input).replace(os.sep, '/')] = text
+        seen.add(text)
+if n_same:
+    print(f'{n_same:,} files are the same as others and are left out')
 if len(texts) > 1:  # what one file ends with should not run into the next one's first line
-    texts = {key: text.rstrip('\n') + '\n\n' for key, text in texts.items() if text.strip()}
+    texts = {name: text.rstrip('\n') + '\n\n' for name, text in texts.items()}
 n_chars = sum(map(len, texts.values()))
 if n_chars < 1000:
     raise ValueError(f'{n_chars:,} characters in {len(texts)} .txt or .md file(s) at {input}: '
