@@ -600,7 +600,35 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
 # -----------------------------------------------------------------------------
-# one model on several devices: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
+# several processes, started by torchrun
+
+def join_processes(device):
+    """
+    device: 'cuda', 'mps', 'cpu' or one of them by number -> this process's rank, how many processes there are, and its
+    own device. What torchrun tells them is in the environment; without it there is one.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(name, default))
+                                    for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if world_size > 1:
+        device = f'cuda:{local_rank}' if device == 'cuda' else device
+        # gloo is for the CPU, where evaluate adds up its totals
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device if ':' in device else 0)       # what is waited for later is the current device
+        torch.set_float32_matmul_precision('high')
+    return rank, world_size, device
+
+
+def least(x):
+    """The least of the numbers that the processes bring; x itself if there is only one process."""
+    if not torch.distributed.is_initialized():
+        return x
+    x = torch.tensor(x, dtype=torch.float64)
+    torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MIN)
+    return x.item()
+
+# -----------------------------------------------------------------------------
+# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
 # of the rows
 
 def shard(model, device_type):

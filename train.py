@@ -32,8 +32,8 @@ from data.record import already, record
 from data.tokenizer import from_meta
 from distill import check_teachers, make_learner
 from engine import Engine, Sampling
-from model import (GPT, autocast, can_compile, compile_step, config_of, evaluate, load_optimizer,
-                   make_optimizers, peak_flops, pick_device, pick_dtype, shard, share, update)
+from model import (GPT, autocast, can_compile, compile_step, config_of, evaluate, join_processes,
+                   least, load_optimizer, make_optimizers, peak_flops, pick_device, pick_dtype, shard, share, update)
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -130,23 +130,12 @@ check_teachers(teacher)     # a missing teacher is reported before missing data:
 if wandb_log:
     import wandb
 
-rank = int(os.environ.get('RANK', 0))                   # torchrun sets these
-local_rank = int(os.environ.get('LOCAL_RANK', 0))
-world_size = int(os.environ.get('WORLD_SIZE', 1))
-main_process = rank == 0
-assert not fsdp or world_size > 1, ("fsdp=True shares a model out among processes and there is only one: "
-                                    "start several, torchrun --standalone --nproc_per_node=2 train.py ...")
+rank, world_size, device = join_processes(pick_device(device))
+device_type, main_process = device.split(':')[0], rank == 0
 assert not fsdp or batch_size != 'auto', ("batch_size=auto cannot go with fsdp=True: one process alone holds less than "
                                           "the whole model needs; give a number of rows")
-device = pick_device(device)
-if world_size > 1:
-    device = f'cuda:{local_rank}' if device == 'cuda' else device
-    # gloo is for the CPU, where evaluate adds up its totals
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-if device.startswith('cuda'):
-    torch.cuda.set_device(device if ':' in device else 0)       # what is waited for below is the current device
-    torch.set_float32_matmul_precision('high')
-device_type = device.split(':')[0]
+assert not fsdp or world_size > 1, ("fsdp=True shares a model out among processes and there is only one: "
+                                    "start several, torchrun --standalone --nproc_per_node=2 train.py ...")
 dtype = pick_dtype(dtype, device)
 compile = compile and can_compile(device)
 
@@ -172,7 +161,6 @@ if not resumed:
         print(json.dumps(made_before))
         sys.exit()
     will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
-os.makedirs(out_dir, exist_ok=True)
 if resumed:
     config['init_from'] = resumed['knobs']['init_from'] # where its weights are from
     total_batch_size = total_batch_size or resumed['total_batch_size']
@@ -181,45 +169,30 @@ if resumed:
         f"resume with the same, or start from it with --init_from={ckpt_path}")
 
 
-def say(*words):
-    """Prints, in the first process. When nobody reads any more, the training is saved and ends."""
-    try:
-        if main_process:
-            print(*words, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        stopping.append('a closed pipe')
 
+def micro_batches(rows):
+    """How many forward passes of so many rows make a step of total_batch_size tokens (0: one)."""
+    tokens = rows * block_size * world_size
+    assert total_batch_size % tokens == 0, (
+        f"total_batch_size ({total_batch_size}) must be a multiple of "
+        f"batch_size*block_size*processes ({rows}*{block_size}*{world_size}={tokens}): "
+        f"try {max(1, round(total_batch_size / tokens)) * tokens}")
+    return max(1, total_batch_size // tokens)
 
-def least(x):
-    """The least of the numbers that the processes bring."""
-    if world_size == 1:
-        return x
-    x = torch.tensor(x, dtype=torch.float64)
-    dist.all_reduce(x, op=dist.ReduceOp.MIN)
-    return x.item()
-
-
-stopping = []               # what asked for the end of this run
-for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    # nohup has SIGHUP ignored: so it stays
-    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-        signal.signal(getattr(signal, name), lambda signum, frame: stopping.append(signum))
 
 if batch_size == 'auto':
-    most = max(1, total_batch_size // (block_size * world_size) or loader.n_windows // world_size)
     knobs = config | {'init_from': ckpt_path if resumed else init_from, 'dtype': dtype, 'compile': compile}
+    most = micro_batches(1) if total_batch_size else max(1, loader.n_windows // world_size)
     batch_size, how = rows_that_fit(knobs, most, total_batch_size > 0, device,
                                     os.path.join(out_dir, 'batch_size.json'), lambda n: int(least(n)))
     loader.batch_size = val_loader.batch_size = batch_size
-    say(f'batch_size: {batch_size} rows, {how}')
-tokens_per_forward = batch_size * block_size * world_size
-total_batch_size = total_batch_size or tokens_per_forward
-assert total_batch_size % tokens_per_forward == 0, (
-    f"total_batch_size ({total_batch_size}) must be a multiple of "
-    f"batch_size*block_size*processes ({batch_size}*{block_size}*{world_size}={tokens_per_forward}): "
-    f"try {max(1, round(total_batch_size / tokens_per_forward)) * tokens_per_forward}")
-accumulation = total_batch_size // tokens_per_forward
+    print(f'batch_size: {batch_size} rows, {how}', flush=True)
+accumulation = micro_batches(batch_size)
+total_batch_size = accumulation * batch_size * block_size * world_size
+try:
+    os.makedirs(out_dir, exist_ok=True)
+except OSError as e:
+    raise ValueError(f"cannot make the folder out_dir ({out_dir}): {e.strerror}") from e
 
 # -----------------------------------------------------------------------------
 # the model, its optimizers, and what it learns from
@@ -247,21 +220,12 @@ trained, labels = make_learner(model, teacher, loader, tokenizer, divergence=div
                                dataset=dataset, device=device, dtype=dtype, fsdp=fsdp)
 forward = compile_step(trained, batch_size * block_size, tokenizer.vocab_size) if compile else trained
 if world_size > 1 and not fsdp:
-    forward = DDP(forward, device_ids=[local_rank] if device_type == 'cuda' else None)
+    forward = DDP(forward, device_ids=[torch.device(device).index] if device_type == 'cuda' else None)
 weight = {'ce': 1 - alpha if teacher else 1.0, 'kl': alpha, 'multi_token': multi_token_weight, 'draft': draft_weight}
 if train_only:
     weight = dict.fromkeys(weight, 0.0) | {train_only: 1.0}
 flops = trained.flops_per_token()               # what labels cost is in their meta.json
 peak = peak_flops(device)
-
-n_params = model.params()
-say(f"model: {n_params['total']:,} parameters "
-    f"({', '.join(f'{k} {v:,}' for k, v in n_params.items() if v and k != 'total')})")
-say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, "
-    f"{torch.get_num_threads()} threads")
-say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, "
-    f"vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, "
-    f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
 step, saved = resumed.get('step', 0), resumed.get('step')       # saved: the step that ckpt.pt holds
 best = resumed.get('best', {'loss': math.inf})
@@ -272,6 +236,22 @@ for part in ('model', 'optimizers', 'ema'):
 
 # -----------------------------------------------------------------------------
 # what happens now and then
+
+stopping = []               # what asked for the end of this run
+for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
+    # nohup has SIGHUP ignored: so it stays
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+        signal.signal(getattr(signal, name), lambda signum, frame: stopping.append(signum))
+
+def say(*words):
+    """Prints, in the first process. When nobody reads any more, the training is saved and ends."""
+    try:
+        if main_process:
+            print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stopping.append('a closed pipe')
+
 
 class Meter:
     """
@@ -436,6 +416,15 @@ def only_here(micro):
     waits = isinstance(forward, DDP) and micro < accumulation - 1
     return forward.no_sync() if waits else contextlib.nullcontext()
 
+
+n_params = model.params()
+say(f"model: {n_params['total']:,} parameters "
+    f"({', '.join(f'{k} {v:,}' for k, v in n_params.items() if v and k != 'total')})")
+say(f"machine: {device}, {dtype}, compile={compile}, {world_size} process{'es' if world_size > 1 else ''}, "
+    f"{torch.get_num_threads()} threads")
+say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} validation tokens, "
+    f"vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, "
+    f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
 model.train()
 log = open_log(step) if main_process else None

@@ -27,7 +27,7 @@ sys.path.insert(0, '.')
 import torch
 
 import data.loader
-from data.loader import write_texts
+from data.writer import write_texts
 from data.tokenizer import BPETokenizer, CharTokenizer, byte_characters, merges_of, train_bpe
 from model import GPT, GPTConfig
 
@@ -56,7 +56,7 @@ def run(script, *args, stdin=''):
     The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
     the excepthook of configurator.py tells in a line comes back as a status and that line; a traceback is raised here.
     """
-    argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
     sys.argv, sys.stdin = [script, *map(str, args)], io.StringIO(stdin)
     try:

@@ -23,8 +23,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')   # a fork and threads do not go t
 sys.path.insert(0, '.')                         # run from the repo root
 # torch's optimizers import it when first used: a second that each child would spend again
 import torch._dynamo
-from data.loader import write_texts
-from model import load_checkpoint
+from data.checkpoint import load_checkpoint
+from data.writer import write_texts
 
 # -----------------------------------------------------------------------------
 trials = 100

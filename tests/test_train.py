@@ -5,15 +5,12 @@ equal what does not; what cannot work must say so in one line and leave everythi
 $ python -m pytest tests/test_train.py        about a minute; most runs share this process, to import torch once
 """
 import contextlib
-import csv
 import io
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -28,10 +25,11 @@ import torch
 
 import data.loader
 import model as model_file
-from data.loader import write_chats, write_texts
+from data.checkpoint import load_checkpoint, load_model
 from data.tokenizer import train_bpe
-from engine import Engine
-from model import GPT, GPTConfig, fast_bf16, load_checkpoint, load_model
+from data.writer import write_chats
+from engine import Engine, Sampling
+from model import GPT, GPTConfig, fast_bf16
 from quantize import prepare
 
 
@@ -45,28 +43,12 @@ def poisoned(at):
     return nan_once
 
 
-def room(n, error=torch.OutOfMemoryError('CUDA out of memory')):
-    """A GPT.trunk for a machine on which n rows fit."""
-    trunk = GPT.trunk
-
-    @torch.compiler.disable                     # torch 2.11 cannot compile a raise
-    def check(rows):
-        if rows > n:
-            raise error
-
-    def limited(self, idx, *cache):
-        check(len(idx))
-        return trunk(self, idx, *cache)
-    return limited
-
-
-def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
+def one_of_two(rank, port, stop_in, nan_at, args, answers):
     """A process of two."""
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
     import model
     model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
-    GPT.trunk = room(rows)
     GPT.forward = poisoned(nan_at if rank == 1 else None)
     batch = data.loader.Loader.batch
 
@@ -79,9 +61,9 @@ def one_of_two(rank, port, rows, stop_in, nan_at, args, answers):
     answers.put((rank, got.status, got.out, got.err))
 
 
-def two(*args, rows=(math.inf, math.inf), stop_in=None, nan_at=None):
+def two(*args, stop_in=None, nan_at=None):
     """
-    train.py in two processes on gloo, forked where torch has been imported already; rows fit on each; the second one
+    train.py in two processes on gloo, forked where torch has been imported already; the second one
     gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
     """
     context = multiprocessing.get_context('forkserver')
@@ -90,7 +72,7 @@ def two(*args, rows=(math.inf, math.inf), stop_in=None, nan_at=None):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     answers = context.Queue()
-    children = [context.Process(target=one_of_two, args=(rank, port, rows[rank], stop_in, nan_at,
+    children = [context.Process(target=one_of_two, args=(rank, port, stop_in, nan_at,
                                                          [*TINY, *map(str, args)], answers), daemon=True)
                 for rank in (0, 1)]
     for child in children:
@@ -353,10 +335,10 @@ def test_own_samples_are_what_the_rounded_model_writes(toy, tmp_path, monkeypatc
               '--quant_bits=8', '--total_batch_size=128', '--max_iters=1', '--eval_interval=0',
               f'--out_dir={tmp_path}/draft')
     assert got.status == 0, got.err
-    own = got.names['own']                                                      # (64 * 4, 17)
+    own = got.names['own_rows']                                                      # (64 * 4, 17)
     rounded = load_model(best)[0]
     prepare(rounded, 8)
-    written = Engine(rounded).complete(own[:, :1].tolist(), 16, seed=1337)
+    written = Engine(rounded).complete(own[:, :1].tolist(), 16, Sampling(seed=1337))
     assert own.shape == (256, 17) and own[:, 1:].tolist() == written
     assert [x.tolist() for x in seen] == [own[:4, :-1].tolist(), own[4:8, :-1].tolist()]
 
@@ -383,103 +365,7 @@ def test_the_average_of_the_weights(toy, tmp_path, interrupt):
 
 
 # -----------------------------------------------------------------------------
-# batch_size=auto
-
-@pytest.mark.parametrize('args, rows', [
-    ([], 5),
-    (['--total_batch_size=192', '--dropout=0.3', '--quant_bits=8', '--qat_start=0.5', '--ema=0.9',
-      '--multi_token_n=1'], 4),
-    (['--teacher={}/t'], 5)], ids=['any', 'divisor', 'teacher'])
-def test_auto_equals_the_number_that_it_finds(toy, tmp_path, monkeypatch, interrupt, args, rows):
-    """
-    A search leaves no trace, at the start or in the middle of a run. Five rows fit; of 12 in a step, four are as many
-    as divide them.
-    """
-    train(tmp_path / 't', toy, '--max_iters=1')
-    args = [arg.replace('{}', str(tmp_path)) for arg in args]
-    monkeypatch.setattr(GPT, 'trunk', room(5))
-    train(tmp_path / 'number', toy, *args, f'--batch_size={rows}')
-    interrupt(2, signal.SIGTERM)
-    found = train(tmp_path / 'auto', toy, *args, '--batch_size=auto')
-    interrupt(None, None)
-    assert found['batch_size'] == rows and found['iters'] == 3
-    os.remove(tmp_path / 'auto' / 'batch_size.json')
-    train(tmp_path / 'auto', toy, *args, '--batch_size=auto', '--init_from=resume')
-    for name in ('ckpt.pt', 'best.pt'):
-        a, b = (load_checkpoint(f'{tmp_path}/{run}/{name}') for run in ('number', 'auto'))
-        assert largest_difference(a, b) == 0 and a['step'] == b['step']
-    assert ([row['train_loss'] for row in log(tmp_path / 'number')]
-            == [row['train_loss'] for row in log(tmp_path / 'auto')])
-
-
-def test_auto_finds_every_limit_once(toy, tmp_path, monkeypatch):
-    trunk = GPT.trunk
-
-    def search(n, out_dir, *args):
-        monkeypatch.setattr(GPT, 'trunk', trunk)
-        monkeypatch.setattr(GPT, 'trunk', room(n))        # room wraps what is there
-        return train(tmp_path / str(out_dir), toy, '--max_iters=1', '--eval_interval=0', '--batch_size=auto',
-                     *args)['batch_size']
-
-    assert [search(n, n) for n in (1, 2, 3, 8, 9)] == [1, 2, 3, 8, 9]
-    assert [search(n, f'divisor{n}', '--total_batch_size=192') for n in (1, 5, 7, 12, 13)] == [1, 4, 6, 12, 12]
-    # what is found is kept, each number by what it depends on
-    assert search(20, 9) == 9 and search(20, 9, '--n_embd=32') == 20 and search(30, 9) == 9
-    kept = json.load(open(tmp_path / '9' / 'batch_size.json'))
-    (tmp_path / '9' / 'batch_size.json').write_text(
-        json.dumps({key: (n, 2 * memory) for key, (n, memory) in kept.items()}))
-    assert search(4, 9) == 4                    # what was found with more memory than there is now does not count
-
-
-def test_auto_takes_nothing_else_for_out_of_memory(toy, tmp_path, monkeypatch):
-    trunk = GPT.trunk
-    monkeypatch.setattr(GPT, 'trunk', room(0))
-    args = ['train.py', *TINY, toy, '--batch_size=auto', f'--out_dir={tmp_path}/out']
-    refused(run(*args), 'not even one row of block_size .16. .*smaller')
-    monkeypatch.setattr(GPT, 'trunk', trunk)
-    monkeypatch.setattr(GPT, 'trunk', room(3, RuntimeError('an illegal memory access')))
-    with pytest.raises(RuntimeError, match='illegal'):
-        run(*args)
-    monkeypatch.setattr('platform.system', lambda: 'Darwin')
-    refused(run(*args), 'needs a CUDA GPU, or a CPU under Linux, not cpu under Darwin')
-    assert os.listdir(tmp_path / 'out') == []
-
-
-def test_auto_of_two_processes_is_the_smaller(toy, tmp_path):
-    for rows, args, found in (((9, 5), [], 5), ((3, 99), ['--total_batch_size=256'], 2)):
-        a, b = two(toy, *args, '--batch_size=auto', '--max_iters=2', f'--out_dir={tmp_path}/{found}', rows=rows)
-        assert a.status == b.status == 0 and json.loads(a.out.splitlines()[-1])['batch_size'] == found, a.err + b.err
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
-def test_auto_under_a_real_limit(toy, tmp_path):
-    """
-    100 MiB to train in: what is found is trained with, and eight times that runs out of memory (freed memory that
-    stays mapped makes the edge soft).
-    """
-    code = '''if 1:
-        import json, resource, runpy, sys
-        sys.path[:0] = ['.', 'tests']
-        import torch._dynamo
-        from conftest import run
-        from model import out_of_memory
-        args = sys.argv[1:]
-        run('train.py', *args)                      # what is only loaded once is there now
-        taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20,) * 2)
-        got = run('train.py', *args, '--batch_size=auto')
-        assert got.status == 0, got.err
-        found = json.loads(got.out.splitlines()[-1])['batch_size']
-        try:
-            run('train.py', *args, f'--batch_size={8 * found}')
-        except Exception as e:
-            assert out_of_memory(e), e
-            print(found)
-        '''
-    p = start('-c', code, *TINY, toy, '--n_embd=64', '--block_size=64', '--max_iters=2', f'--out_dir={tmp_path}/out')
-    out, err = p.communicate()
-    assert p.returncode == 0 and 8 < int(out) < 1000, err
-
+# signals
 
 def test_sigterm_to_a_process(toy, tmp_path, interrupt):
     """The real thing, once; and another process computes the same bits."""
@@ -545,12 +431,6 @@ def test_chats_are_compiled_once(tmp_path, monkeypatch):
     train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
           '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
     assert len(graphs) == 2
-    # a search for the batch size compiles each size that it tries, and meets the limit there, too
-    monkeypatch.setattr(GPT, 'trunk', room(5))
-    graphs.clear()
-    found = train(tmp_path / 'auto', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True',
-                  '--batch_size=auto', '--max_iters=2')
-    assert found['batch_size'] == 5 and len(graphs) > 1
 
 
 @pytest.mark.parametrize('name, value', [('CXX', 'no-such-compiler'), ('PATH', '')])
@@ -708,7 +588,7 @@ def test_bad_input(toy, house, monkeypatch, flags, pattern):
 def test_bad_input_to_a_process(tmp_path):
     p = start('train.py', '--dataset=nothing', f'--out_dir={tmp_path}/new')
     out, err = p.communicate()
-    refused(SimpleNamespace(status=p.returncode, err=err), 'data/text/prepare.py .*--name=nothing')
+    refused(SimpleNamespace(status=p.returncode, out=out, err=err), 'data/text/prepare.py .*--name=nothing')
     assert not out and os.listdir(tmp_path) == []
 
 
@@ -727,7 +607,7 @@ def test_the_documents(toy, tmp_path):
     assert math.isclose(result['val_bpb'], result['val_loss'] / math.log(2))           # one byte a character here
     assert got.out.count('----- sample at step') == 2
     assert [row['val_loss'] != '' for row in log(tmp_path / 'out')] == [False, True] * 4
-    assert sorted(os.listdir(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'log.csv']
+    assert sorted(os.listdir(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'log.csv', 'made.json']
 
     got = run('quantize.py', f'--out_dir={tmp_path}/out')
     small = json.loads(got.out.splitlines()[-1])
