@@ -68,7 +68,7 @@ def listed(names, most=8):
     """['a', 'b', 'c'] -> 'a, b and c'; of more than most, these and how many there are."""
     if len(names) > most:
         return f'{", ".join(names[:most])} and {len(names) - most} more'
-    return ' and '.join(filter(None, (', '.join(names[:-1]), *names[-1:])))
+    return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else names[0]
 
 
 def first_sentence(node):
@@ -82,14 +82,21 @@ def first_sentence(node):
     return sentence if 8 <= len(sentence) <= 300 else None
 
 
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+
+
 def definitions(body):
     """The public functions and classes that a body defines, also under an if or a try, each name once."""
     found = {}
     for node in body:
-        for inner in definitions(node.body) if isinstance(node, (ast.If, ast.Try)) else [node]:
-            if (isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-                    and (inner.name[0] != '_' or inner.name == '__init__')):
-                found.setdefault(inner.name, inner)
+        if isinstance(node, (ast.If, ast.Try)):
+            inside = definitions(node.body)
+        elif isinstance(node, (*FUNCTIONS, ast.ClassDef)) and (node.name[0] != '_' or node.name == '__init__'):
+            inside = [node]
+        else:
+            inside = []
+        for inner in inside:
+            found.setdefault(inner.name, inner)
     return list(found.values())
 
 
@@ -106,14 +113,16 @@ def arguments(function, bound):
 
 def about_call(x, args):
     """What calling x(args) is like: facts, and the argument whose default is asked for."""
-    plain, stars = ([*args.posonlyargs, *args.args],
-                    [('*', args.vararg), *(('', arg) for arg in args.kwonlyargs), ('**', args.kwarg)])
-    names = [arg.arg for arg in plain] + [star + arg.arg for star, arg in stars if arg]
+    plain = [*args.posonlyargs, *args.args]
+    names = [arg.arg for arg in plain]
+    names += [f'*{args.vararg.arg}'] if args.vararg else []
+    names += [arg.arg for arg in args.kwonlyargs]
+    names += [f'**{args.kwarg.arg}'] if args.kwarg else []
     facts = {'signature': f'{x}({ast.unparse(args)})',
              'arguments': f'It takes {listed(names, 20)}.' if names else 'It takes no arguments.'}
-    optional = [(arg, default)
-                for arg, default in [*zip(plain[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)]
-                if default]
+    # defaults belong to the last of the plain arguments; of those that are keywords only, some have None
+    with_default = [*zip(plain[::-1], args.defaults[::-1]), *zip(args.kwonlyargs, args.kw_defaults)]
+    optional = [(arg, default) for arg, default in with_default if default]
     if not optional:
         return facts, None
     arg, default = optional[-1]
@@ -131,8 +140,7 @@ def things(module, tree):
             yield about_function(x, node, module, 'function', False)
             continue
         members = definitions(node.body)
-        methods = [m for m in members
-                   if isinstance(m, (ast.FunctionDef, ast.AsyncFunctionDef)) and m.name != '__init__']
+        methods = [m for m in members if isinstance(m, FUNCTIONS) and m.name != '__init__']
         facts, argument = {}, None
         for init in members:
             if init.name == '__init__':
@@ -175,16 +183,19 @@ def conversation(x, facts, mentions):
 
 tokenizer = chat_tokenizer(tokenizer)
 warnings.simplefilter('ignore')  # of the parser, about other people's escapes
-sides, unread = ([], []), 0
+train, val, unread = [], [], 0
 for module, text in stdlib_files(root):
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):  # a template, or a test of the parser
         unread += 1
         continue
-    sides[stdlib_held_out(module)].extend(filter(None, (conversation(*thing) for thing in things(module, tree))))
-multi = [sum(len(messages) > 2 for messages in side) for side in sides]
-print(f'{len(sides[0]):,} conversations for training and {len(sides[1]):,} for validation, '
-      f'{multi[0]:,} and {multi[1]:,} of several exchanges; {unread} files are not Python')
-write_chats(out_dir, tokenizer, *([tokenizer.render_chat(messages) for messages in side] for side in sides),
-            row, stdlib_source())
+    for x, facts, mentions in things(module, tree):
+        messages = conversation(x, facts, mentions)
+        if messages:
+            (val if stdlib_held_out(module) else train).append(messages)
+several = [sum(len(messages) > 2 for messages in side) for side in (train, val)]
+print(f'{len(train):,} conversations for training and {len(val):,} for validation, '
+      f'{several[0]:,} and {several[1]:,} of several exchanges; {unread} files are not Python')
+train, val = ([tokenizer.render_chat(messages) for messages in side] for side in (train, val))
+write_chats(out_dir, tokenizer, train, val, row, stdlib_source())
