@@ -172,46 +172,51 @@ BOS, END = BPE.bos, BPE.special('<|assistant_end|>')
 def chats(n, longest, seed=0):
     """Conversations of one to three exchanges, every text another one."""
     rng, count = random.Random(seed), iter(range(10**6))
-    text = lambda: f'{next(count)}'.ljust(rng.randint(5, longest), '.')
-    return [BPE.render_chat([{'role': role, 'content': text()}
-                             for _ in range(rng.randint(1, 3)) for role in ('user', 'assistant')])
-            for _ in range(n)]
+    conversations = []
+    for _ in range(n):
+        messages = [{'role': role, 'content': f'{next(count)}'.ljust(rng.randint(5, longest), '.')}
+                    for _ in range(rng.randint(1, 3)) for role in ('user', 'assistant')]
+        conversations.append(BPE.render_chat(messages))
+    return conversations
 
 
 def test_rows_hold_whole_conversations():
     """Each once, in one piece, in one row, with its mask; the rest is masked; few rows are needed."""
     train, row = chats(60, 12), 100
-    ids, mask = (part.reshape(-1, row) for part in pack_rows(train, row, BOS))
+    all_ids, all_mask = (part.reshape(-1, row) for part in pack_rows(train, row, BOS))
     found = []
-    for tokens, learn in zip(ids.tolist(), mask.tolist()):
-        cuts = [i for i, token in enumerate(tokens) if token == BOS] + [row]
+    for ids, mask in zip(all_ids.tolist(), all_mask.tolist()):
+        cuts = [i for i, token in enumerate(ids) if token == BOS] + [row]
         assert cuts[0] == 0
-        found += [(tokens[a:b], learn[a:b]) for a, b in zip(cuts, cuts[1:])
-                  if (tokens[a:b], learn[a:b]) != ([BOS], [0])]     # that is padding
-    assert sorted(found) == sorted((ids, mask) for ids, mask in train)
-    assert len(ids) <= 1.1 * sum(len(ids) for ids, _ in train) / row + 1
+        parts = [(ids[a:b], mask[a:b]) for a, b in zip(cuts, cuts[1:])]
+        found += [part for part in parts if part != ([BOS], [0])]     # that is padding
+    assert sorted(found) == sorted(train)
+    assert len(all_ids) <= 1.1 * sum(len(ids) for ids, _ in train) / row + 1
 
 
+@pytest.mark.parametrize('split, n', [('train', 60), ('val', 7)])
 @pytest.mark.parametrize('world_size, batch_size', [(1, 1), (1, 4), (2, 3)])
-def test_an_epoch_of_rows_has_every_answer_once(tmp_path, world_size, batch_size):
-    train, val = chats(60, 12), chats(7, 12, seed=1)
-    write_chats(tmp_path, BPE, train, val, 100, 'test')
-    for split, given in (('train', train), ('val', val)):
-        loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size)
-                   for rank in range(world_size)]
-        answers = sorted(token for ids, mask in given for token, learn in zip(ids, mask) if learn)
-        rows = {tuple(row) for row in loaders[0].tokens.reshape(-1, 100).tolist()}
-        batches, n = [batch for loader in loaders for batch in loader.eval_batches()], loaders[0].n_windows
-        assert n == len(loaders[0].tokens) // 100
-        assert sorted(int(t) for _, y in batches for t in y[y >= 0]) == answers
-        for epoch in range(2):                          # sample by sample, as steps, ranks and rows count them
-            samples = [(x[0], y[0]) for i in range(epoch * n, (epoch + 1) * n)
-                       for x, y in [loaders[0].rows([int(loaders[0]._start(i))])]]
-            assert sorted(int(t) for _, y in samples for t in y[y >= 0]) == answers
-            assert {tuple(x.tolist()) for x, _ in samples} == rows
-            # no target is of another row
-            assert all(y[-1] == -1 and torch.equal(y[:-1][y[:-1] >= 0], x[1:][y[:-1] >= 0]) for x, y in samples)
-        assert all(tuple(x) in rows for loader in loaders for step in range(9) for x in loader.batch(step)[0].tolist())
+def test_an_epoch_of_rows_has_every_answer_once(tmp_path, split, n, world_size, batch_size):
+    given = {'train': chats(60, 12), 'val': chats(7, 12, seed=1)}
+    write_chats(tmp_path, BPE, given['train'], given['val'], 100, 'test')
+    loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size) for rank in range(world_size)]
+    rows = {tuple(row) for row in loaders[0].tokens.reshape(-1, 100).tolist()}
+    answers = sorted(token for ids, mask in given[split] for token, learn in zip(ids, mask) if learn)
+    learnt = lambda batches: sorted(token for _, y in batches for token in y[y >= 0].tolist())
+
+    assert learnt(batch for loader in loaders for batch in loader.eval_batches()) == answers
+    n_windows = loaders[0].n_windows
+    assert n_windows == len(rows)
+    for epoch in range(2):                          # sample by sample, as steps, ranks and rows count them
+        samples = [loaders[0].rows([loaders[0]._start(i)]) for i in range(epoch * n_windows, (epoch + 1) * n_windows)]
+        assert learnt(samples) == answers
+        assert {tuple(x[0].tolist()) for x, _ in samples} == rows
+        for x, y in samples:                        # no target is of another row
+            assert y[0, -1] == -1
+            assert torch.equal(y[:, :-1][y[:, :-1] >= 0], x[:, 1:][y[:, :-1] >= 0])
+    for loader in loaders:
+        for step in range(9):
+            assert {tuple(x) for x in loader.batch(step)[0].tolist()} <= rows
 
 
 def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
