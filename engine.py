@@ -1,29 +1,168 @@
 """
-Everything about producing tokens: the key/value cache, sampling, batched decoding, streaming, chat.
+Everything about producing tokens: plain decoding first, then what makes it fast.
 
-    from engine import Engine
+    from engine import Engine, Sampling, Speculation
     engine = Engine(model)
-    for step in engine.generate([ids], max_new_tokens=100, temperature=0.8, top_k=200, seed=1337):
+    rows = engine.complete([ids_a, ids_b], 100, Sampling(temperature=0.8, top_k=200, seed=1337))    # token lists
+    for step in engine.generate([ids], 100, Sampling(seed=1), Speculation('head', n=4)):
         for row, tokens in step: ...                                # new tokens of each row, as they come
-    rows = engine.complete([ids_a, ids_b], max_new_tokens=100)      # or all at once: a list of token lists
 
-Randomness is counter-based: the noise of a draw is a hash of (seed, row, position), nothing else. So a run is
-reproducible, rows of one prompt differ from their first token on, and a row does not depend on which other rows are
-decoded beside it.
+`decode` below is all of it for one text, one token at a time. What follows are its parts (the draw, the cache) and
+then, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
+cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine.
+The text is the same in all of them.
 """
 import codecs
 import functools
 import math
 import time
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
+from data.layouts import PackedInt4Linear, PackedInt8Linear, PackedLinear, for_decoding      # for those who import them
+from model import sees
 from quantize import round_rows
 
-PREFILL_CHUNK = 512     # tokens of prompt per pass: bounds the memory of a long prompt
-FEW = 16                # up to so many tokens at once are attended one by one, as decoding does
-BUCKET = 64             # decoding attends to the cache's length rounded up to this, masked; see KVCache.attend
+PREFILL_CHUNK = 512     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes
+FEW = 16                # up to so many tokens of a row in a pass are attended one by one, see attend_each
+BUCKET = 64             # attention reads the cache's length rounded up to a multiple of this, see attend_each
+
+# -----------------------------------------------------------------------------
+# plain decoding: read the prompt, then one step and one draw for every token
+
+@torch.inference_mode()
+def decode(model, prompt, max_new_tokens, sampling):
+    """
+    prompt (a list of token ids) -> the list of max_new_tokens ids that follow it. The slow and simple way, with which
+    tests/test_engine.py compares all the others.
+    """
+    device, text = model.cos.device, list(prompt)
+    cache = KVCache(model.config, batch=1, device=device)
+    noise = Noise(sampling.seed, model.config.vocab_size, device)
+
+    # prefill: all of the prompt but its last token goes through the trunk, many tokens in a pass. What the trunk
+    # returns is not needed; it leaves the keys and values of every layer in the cache.
+    for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
+        chunk = prompt[start:min(start + PREFILL_CHUNK, len(prompt) - 1)]
+        model.trunk(torch.tensor([chunk], device=device), cache)
+
+    for _ in range(max_new_tokens):
+        # one step: only the newest token is read; attention finds everything before it in the cache
+        last = torch.tensor([text[-1:]], device=device)                     # (1, 1)
+        logits = model.logits(model.trunk(last, cache))                     # (1, 1, vocab_size)
+        # the draw: noise depends only on the seed, the row (0) and the position, so that a run can be repeated
+        token = draw(logits, noise([0], [len(text)], 1), sampling)          # (1, 1)
+        text.append(token.item())
+    return text[len(prompt):]
+
+# -----------------------------------------------------------------------------
+# sampling
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's distribution. The filters apply in this order; None: off."""
+    temperature: float = 1.0        # 0: the most probable token
+    top_k: int | None = None        # keep the k most probable tokens
+    top_p: float | None = None      # keep the smallest set of tokens that holds this much probability
+    min_p: float | None = None      # keep tokens at least this share as probable as the most probable one
+    seed: int = 0
+
+
+def draw(logits, noise, sampling):
+    """
+    logits and noise (..., V) -> ids (...). The argmax of logits / temperature + Gumbel noise is a sample of
+    softmax(logits / temperature) (the Gumbel-max trick).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.size(-1):
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float('-inf'))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        # a token goes if those before it already hold top_p; the first one always stays
+        out = (p.cumsum(dim=-1) - p) >= max(sampling.top_p, 1e-9)
+        out = torch.zeros_like(out).scatter(-1, order, out)                 # back from sorted order to ids
+        logits = logits.masked_fill(out, float('-inf'))
+    if sampling.min_p is not None and sampling.min_p > 0:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), float('-inf'))
+    return (logits + noise).argmax(dim=-1)
+
+
+def mix(h):
+    """
+    A 32-bit hash of ints below 2^32, or of an int64 tensor of them (lowbias32, Ellis 2018): every bit of h changes
+    every bit of the result.
+    """
+    h = ((h ^ (h >> 16)) * 0x7feb352d) & 0xffffffff
+    h = ((h ^ (h >> 15)) * 0x846ca68b) & 0xffffffff
+    return h ^ (h >> 16)
+
+
+def gumbel(keys, vocab_size):
+    """
+    keys (...) int64 below 2^32, one for every draw -> Gumbel noise (..., vocab_size) float32. The noise of token i is
+    made of a hash of (key, i).
+    """
+    ids = torch.arange(1, vocab_size + 1, device=keys.device)
+    h = mix((keys.unsqueeze(-1) + 0x9e3779b9 * ids) & 0xffffffff)
+    # uniform in (0, 1), of 24 bits. float32 would round the largest up to 1, whose noise is infinite: hence the clamp
+    u = (((h >> 8).float() + 0.5) * 2.0 ** -24).clamp(max=1 - 2.0 ** -24)
+    return -torch.log(-torch.log(u))
+
+
+class Noise:
+    """
+    noise(rows, starts, n) -> (B, n, V): what row rows[b] is drawn with at the positions starts[b], starts[b] + 1, ...
+    of its text. A hash of seed, row and position and nothing else: runs can be repeated, samples of one prompt differ
+    from their first token on, and a row does not depend on the rows beside it.
+    """
+    def __init__(self, seed, vocab_size, device='cpu'):
+        self.seed = mix(mix(seed & 0xffffffff) ^ (seed >> 32 & 0xffffffff))
+        self.vocab_size, self.device = vocab_size, device
+        self.made = {}                              # row -> (first position, noise (positions, V)), made in advance
+
+    def __call__(self, rows, starts, n):
+        noise = [self.of_row(row, start, n) for row, start in zip(rows, starts)]
+        return noise[0][None] if len(noise) == 1 else torch.stack(noise)
+
+    def of_row(self, row, start, n):
+        """-> (n, V)"""
+        first, made = self.made.get(row, (0, ()))
+        if not first <= start <= start + n <= first + len(made):
+            # for many positions in one go if the vocabulary is small
+            positions = torch.arange(start, start + max(n, min(64, 8192 // self.vocab_size)), device=self.device)
+            key = mix(self.seed + row & 0xffffffff)
+            first, made = start, gumbel(mix(positions + key & 0xffffffff), self.vocab_size)
+            self.made[row] = first, made
+        return made[start - first:start - first + n]
+
+
+@torch.no_grad()
+def first_difference(model, prompt, plain, other, temperature=0.0, row=0, seed=0):
+    """
+    Two continuations of prompt (token lists), drawn as that row of that seed -> None if they are equal, else (place,
+    gap): where they differ first, and how far apart the scores of the two tokens are there according to a whole
+    forward. A gap of about 0 is a tie, which roundings may decide either way.
+    """
+    if plain == other:
+        return None
+    place = 0
+    while place < min(len(plain), len(other)) and plain[place] == other[place]:
+        place += 1
+    if place == min(len(plain), len(other)):        # one text ends early, which is never a tie
+        return place, math.inf
+    score = model(torch.tensor([prompt + plain[:place]], device=model.cos.device))[0, -1]       # (V,)
+    if temperature:
+        noise = Noise(seed, len(score), score.device)([row], [len(prompt) + place], 1)[0, 0]
+        score = score + temperature * noise
+    gap = (score[plain[place]] - score[other[place]]).abs().item()
+    return place, math.inf if math.isnan(gap) else gap
 
 # -----------------------------------------------------------------------------
 # the cache
@@ -32,63 +171,67 @@ def round_up(n):
     return -(-n // BUCKET) * BUCKET
 
 
+def additive(visible, dtype):
+    """visible (B or 1, T, S) bool -> what is added to attention scores, (B or 1, T, 1, 1, S): 0 or minus infinity."""
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, float('-inf'))[:, :, None, None]
+
+
 class KVCache:
     """
-    Keys and values of every layer, n_layer tensors (B, n_kv_head, T_max, head_dim) each, and a length per row.
-    dtype=torch.int8 keeps them as integers with a scale per token and head: 4 times less memory than float32.
-    advance(T) makes room for T more tokens in every row; the trunk then calls attend once per layer. rewind forgets
-    tokens again.
+    The keys and values of every layer, and the number of tokens in every row (rows may differ). advance(T) makes room
+    for T more tokens in each row; then every layer calls attend once. rewind forgets the last tokens again.
+    dtype=torch.int8 keeps integers with one scale for each token and head: 4 times less memory than float32.
     """
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
-        self.block_size, self.lengths = config.block_size, [0] * batch      # plain ints: asking a GPU would stall it
-        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size))
-        layers = lambda *width, dtype: [torch.zeros(*shape, *width, dtype=dtype, device=device)
-                                        for _ in range(config.n_layer)]
-        self.store = {name: layers(config.head_dim, dtype=dtype) for name in 'kv'}
+        self.block_size = config.block_size
+        self.lengths = [0] * batch                  # plain ints: asking a GPU for them would stall it
         self.int8 = dtype == torch.int8
+        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size))
+        widths = {'k': (config.head_dim, dtype), 'v': (config.head_dim, dtype)}
         if self.int8:
-            self.store |= {f'{name}_scale': layers(1, dtype=torch.float32) for name in 'kv'}
-        self.make_stairs()
+            widths |= {'k_scale': (1, torch.float32), 'v_scale': (1, torch.float32)}
+        # store['k'][layer] is (B, n_kv_head, T_max, head_dim)
+        self.store = {name: [torch.zeros(*shape, width, dtype=kind, device=device) for _ in range(config.n_layer)]
+                      for name, (width, kind) in widths.items()}
+        self.count()
 
-    def make_stairs(self):
-        """0, 0, ..., -inf, -inf, ...: a window of it is the mask of one query."""
-        first = self.store['k'][0]
-        self.size, n = first.size(2), max(first.size(0), first.size(2))
-        self.numbers = torch.arange(n, device=first.device)
-        self.stairs = torch.zeros(2 * n, dtype=torch.float32 if self.int8 else first.dtype, device=first.device)
-        self.stairs[n:] = float('-inf')
+    def count(self):
+        """0, 1, 2, ...: numbers of positions and of rows."""
+        k = self.store['k'][0]
+        self.size = k.size(2)
+        self.numbers = torch.arange(max(k.size(0), self.size), device=k.device)
 
     def change(self, f):
         """Every tensor of the store becomes f(tensor)."""
         self.store = {name: [f(t) for t in tensors] for name, tensors in self.store.items()}
-        self.make_stairs()
+        self.count()
 
     def grow(self, n):
-        """Room for n tokens a row, by doubling."""
+        """Makes room for n tokens in a row, by doubling."""
         if n > self.size:
             size = min(max(2 * self.size, round_up(n)), round_up(self.block_size))
             self.change(lambda t: F.pad(t, (0, 0, 0, size - self.size)))
 
     def advance(self, T):
         """
-        Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else
-        (B, T).
+        Takes T more tokens into every row and prepares the mask for them. Returns their positions: a slice when all
+        rows have the same length, else (B, T).
         """
         longest = max(self.lengths) + T
         assert longest <= self.block_size, (
             f"{longest} tokens do not fit the context of {self.block_size}: "
             "shorten the prompt or ask for fewer new tokens")
         self.grow(longest)
-        S, start = round_up(longest), self.lengths[0]
         if len(set(self.lengths)) == 1:
+            start = self.lengths[0]
             self.position = slice(start, start + T)
-            ends = self.numbers[self.position][None]                            # (1, T)
+            query = self.numbers[None, self.position]                           # (1, T)
         else:
-            self.rows = self.numbers[:len(self.lengths), None]                  # (B, 1)
-            self.position = ends = (torch.tensor(self.lengths, device=self.numbers.device)[:, None]
-                                    + self.numbers[:T])                         # (B, T)
-        # (B or 1, T, 1, 1, S): 0 up to the position, then -inf
-        self.mask = self.stairs.unfold(0, S, 1)[self.numbers.numel() - 1 - ends][:, :, None, None]
+            starts = torch.tensor(self.lengths, device=self.numbers.device)
+            self.position = query = starts[:, None] + self.numbers[:T]          # (B, T)
+        key = self.numbers[:round_up(longest)]                                  # (S,)
+        self.mask = additive(sees(query[..., None], key), torch.float32 if self.int8 else self.store['k'][0].dtype)
         self.lengths = [n + T for n in self.lengths]
         return self.position
 
@@ -98,29 +241,31 @@ class KVCache:
         if isinstance(self.position, slice):
             t[:, :, self.position] = x.transpose(1, 2)
         else:
-            t[self.rows, :, self.position] = x.to(t.dtype)
+            rows = self.numbers[:t.size(0), None]                               # (B, 1)
+            t[rows, :, self.position] = x.to(t.dtype)
         return t[:, :, :self.mask.size(-1)]
 
     def put_both(self, layer, k, v):
         """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
         if not self.int8:
             return self.put('k', layer, k), self.put('v', layer, v)
-        (k, k_scale), (v, v_scale) = round_rows(k), round_rows(v)
+        k, k_scale = round_rows(k)
+        v, v_scale = round_rows(v)
         return (self.put('k', layer, k).float() * self.put('k_scale', layer, k_scale),
                 self.put('v', layer, v).float() * self.put('v_scale', layer, v_scale))
 
     def attend(self, layer, q, k, v):
         """
         q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v
-        behind what the rows hold and lets every query see all keys up to its own position.
+        behind what the rows hold; then every query attends to the keys that it sees.
         """
         K, V = self.put_both(layer, k, v)
         q = q.to(K.dtype)
         if q.size(1) <= FEW:
             return attend_each(q, K, V, self.mask)
         # a prompt: all its queries in one call
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, self.mask[:, None, :, 0, 0],
-                                           enable_gqa=k.size(2) < q.size(2))
+        mask = self.mask[:, None, :, 0, 0]                                      # (B or 1, 1, T, S)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, mask, enable_gqa=k.size(2) < q.size(2))
         return y.transpose(1, 2)
 
     def rewind(self, lengths):
@@ -148,33 +293,446 @@ class KVCache:
 
 def attend_each(q, K, V, mask):
     """
-    A few queries per row, q (B, T, n_head, head_dim) over K and V (B, n_kv_head, S, head_dim), mask
-    (B or 1, T, 1, 1, S). Each is attended in a call of one query per head, the very shape that a single token has, and
-    S is a whole number of BUCKETs: sums are taken in the same order, and the result for a token is bit for bit the same
-    however many are verified with it, in whatever batch.
+    A few queries of each row, q (B, T, n_head, head_dim), over K and V (B, n_kv_head, S, head_dim); mask
+    (B or 1, T, 1, 1, S). Every query is attended in a call of one query per head, the very shape that a single token
+    has, and S is a whole number of BUCKETs. So sums are taken in the same order, and the result for a token is bit for
+    bit the same however many tokens are verified with it, in whatever batch.
     """
-    B, T, gqa = q.size(0), q.size(1), K.size(1) < q.size(2)
-    if B == 1:                          # the T queries take the place of the batch
+    B, T = q.shape[:2]
+    gqa = K.size(1) < q.size(2)
+    if B == 1:                                      # the T queries take the place of the batch
         return F.scaled_dot_product_attention(
             q[0].unsqueeze(2), K.expand(T, -1, -1, -1), V.expand(T, -1, -1, -1), mask[0], enable_gqa=gqa).view(q.shape)
-    return torch.stack([
-        F.scaled_dot_product_attention(q[:, t].unsqueeze(2), K, V, mask[:, t], enable_gqa=gqa).squeeze(2)
-        for t in range(T)], dim=1)
+    each = [F.scaled_dot_product_attention(q[:, t].unsqueeze(2), K, V, mask[:, t], enable_gqa=gqa).squeeze(2)
+            for t in range(T)]
+    return torch.stack(each, dim=1)
+
+# -----------------------------------------------------------------------------
+# speculation: guess some tokens, let the model read them all in one pass, keep those that it would have drawn itself
+
+@dataclass(frozen=True)
+class Speculation:
+    """
+    Speculative decoding. drafter: 'head' (the draft head), 'mtp' (multi-token heads), 'ngram' (what followed the same
+    words before), 'random', 'none', or a function like those below. Up to n tokens are drafted for a pass; with
+    adapt, as many of them as pay.
+    """
+    drafter: object = 'head'
+    n: int = 8
+    adapt: bool = True
+
+    def check(self, model):
+        """AssertionError if model cannot be decoded so."""
+        assert callable(self.drafter) or self.drafter in DRAFTERS, \
+            f"drafter ({self.drafter}) must be one of {', '.join(DRAFTERS)}, or a function"
+        assert 0 <= self.n < FEW, \
+            f"{self.n} drafts are too many: give at most {FEW - 1}, more tokens at once are attended in another order"
+        head = HEADS.get(self.drafter)
+        assert head is None or hasattr(model, head), (
+            f"drafter ({self.drafter}) needs a model with a {head} head, which this one has not: "
+            f"train one with --{head}_n=4, or draft with ngram")
+
+
+def count_kept(drafts, drawn):
+    """
+    How many drafts of a row are kept. drafts: the k tokens that were guessed; drawn: the k+1 tokens that the model drew,
+    drawn[i] after the text and i drafts.
+
+    drawn[0] stands behind the text itself, so it is right whatever was guessed. drawn[1] stands behind the first draft:
+    it is right if that draft is what the model drew in its place, drawn[0]; and so on. So the text goes on with the
+    model's own draws, up to and including the one that differs from its draft (or that follows the last draft), and no
+    probability is compared with another: the noise of a position is the same for every drafter, and so is the text
+    (drafter-invariant sampling, arXiv 2408.07978).
+    """
+    kept = 0
+    while kept < len(drafts) and drafts[kept] == drawn[kept]:
+        kept += 1
+    return kept
+
+
+def step_plain(model, cache, last, noise, pick):
+    """
+    One token after the other, as many as there is noise for: last (B, 1), the newest token of each row, noise
+    (B, n, V) -> the tokens read (B, n), the tokens drawn (B, n), the states of those read (B, n, n_embd).
+    """
+    tokens, states = [last], []
+    for i in range(noise.size(1)):
+        x = model.trunk(tokens[-1], cache)                                  # (B, 1, n_embd)
+        states.append(x)
+        tokens.append(pick(model.logits(x), noise[:, i:i + 1]))             # (B, 1)
+    return torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1), torch.cat(states, dim=1)
+
+
+def step_speculative(model, cache, x, last, texts, noise, draft, pick):
+    """
+    Drafts k tokens and reads them in one pass: x (B, 1, n_embd), the state from which last (B, 1) was drawn, and noise
+    (B, k+1, V) -> the tokens read, last and the drafts (B, k+1), what the model draws after each (B, k+1), and their
+    states (B, k+1, n_embd).
+    """
+    drafts = draft(model, x, last, texts, noise[:, :-1], pick)              # (B, k)
+    tokens = torch.cat((last, drafts), dim=1)
+    states = model.trunk(tokens, cache)
+    return tokens, pick(model.logits(states), noise[:, :tokens.size(1)]), states
+
+# -----------------------------------------------------------------------------
+# many rows at once
+
+class Rows:
+    """The rows that are still being written: place b of the batch is row numbers[b], whose text is texts[b]."""
+    def __init__(self, prompts, num_samples, max_new_tokens, stop):
+        self.numbers = list(range(len(prompts) * num_samples))
+        self.texts = [list(prompts[row // num_samples]) for row in self.numbers]
+        self.limits = [len(text) + max_new_tokens for text in self.texts]
+        self.stop = stop
+
+    def room(self, cache):
+        """How many tokens the longest row may still get, within its limit and the cache's context."""
+        return min(cache.block_size - max(cache.lengths), max(m - len(t) for m, t in zip(self.limits, self.texts)))
+
+    def add(self, drawn, kept):
+        """
+        Row b goes on with its drafts that were kept and one draw more, drawn[b][:kept[b] + 1], as far as its limit and
+        its stop tokens allow -> the new tokens of each row.
+        """
+        new = []
+        for text, limit, tokens, n in zip(self.texts, self.limits, drawn, kept):
+            tokens = tokens[:min(n + 1, limit - len(text))]
+            stops = [i for i, token in enumerate(tokens) if token in self.stop]
+            if stops:
+                tokens = tokens[:stops[0] + 1]
+            text += tokens
+            new.append(tokens)
+        return new
+
+    def going(self):
+        """The places whose text is not at its end."""
+        return [b for b, text in enumerate(self.texts) if len(text) < self.limits[b] and text[-1] not in self.stop]
+
+    def keep(self, places):
+        self.numbers, self.texts, self.limits = (
+            [old[b] for b in places] for old in (self.numbers, self.texts, self.limits))
+
+
+class Rounds:
+    """
+    How one generation makes its rounds. A round reads the last token of every row and up to n drafts: plain (k = 0),
+    speculative, or, for a single sequence, as one compiled call that always has n drafts.
+    """
+    def __init__(self, engine, rows, sampling, speculation):
+        self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n
+        if speculation.drafter == 'mtp':
+            self.n = min(self.n, engine.config.multi_token_n)
+        self.draft = DRAFTERS.get(speculation.drafter, speculation.drafter) if self.n else None
+        self.depth = Depth(self.n)
+        self.pick = functools.partial(draw, sampling=sampling)
+        self.device, self.temperature = engine.device, sampling.temperature
+        self.of = Noise(sampling.seed, engine.config.vocab_size, engine.device)
+        self.step = None
+        if engine.compile and len(rows.numbers) == 1 and self.draft in (None, draft_head, draft_multi_token):
+            self.step = engine.compiled_step(self.draft, sampling)
+
+    def drafts(self, x, room):
+        """How many of room tokens the next round drafts. Drafters read the state x of the token before the last."""
+        room -= 1                                   # a round gives one token more than it has drafts
+        if x is None:
+            return 0
+        if self.step:
+            return self.n if room >= self.n else room if self.draft else 0
+        if self.draft is None:
+            return 0
+        return min(room, self.depth.choose() if self.adapt else self.n)
+
+    def noise(self, rows, n):
+        """-> (B, n, V). Made only if it matters: at temperature 0 the largest logit wins whatever the noise."""
+        if self.temperature == 0:
+            return torch.zeros((), device=self.device).expand(len(rows.texts), n, self.of.vocab_size)
+        return self.of(rows.numbers, [len(text) for text in rows.texts], n)
+
+    def run(self, rows, cache, x, k):
+        """-> tokens read (B, k+1), tokens drawn (B, k+1), states (B, k+1, n_embd)"""
+        noise = self.noise(rows, k + 1)
+        last = torch.tensor([text[-1:] for text in rows.texts], device=self.device)
+        if self.step and k == self.n and x is not None:
+            start = torch.tensor(cache.lengths[0], device=self.device)
+            result = self.step(cache.store, start, x, last, noise)
+            cache.lengths[0] += k + 1
+            return result
+        if k:
+            return step_speculative(self.model, cache, x, last, rows.texts, noise, self.draft, self.pick)
+        return step_plain(self.model, cache, last, noise, self.pick)
+
+# -----------------------------------------------------------------------------
+# the engine
+
+class Engine:
+    """
+    Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
+    tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
+    prefill_seconds, first_seconds (to the first token), tok_s (once the prompts are read), drafted, kept, reused (tokens
+    of the prompt that a conversation's cache held), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
+    Compiled for a GPU, it makes one generation at a time.
+    """
+    def __init__(self, model, compile=False, cache_dtype=torch.float32):
+        self.model, self.config, self.device = model.eval(), model.config, model.cos.device
+        self.compile, self.cache_dtype = compile, cache_dtype
+        self.stats = {}
+        self.steps = {}                     # compiled steps
+        self.graph_cache = None             # the cache of compiled rounds on a GPU
+        self.forget()
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, sampling=Sampling(), speculation=None, stop=(), num_samples=1,
+                 slide=False, reuse=False):
+        """
+        Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt
+        r // num_samples. Yields, for every pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a
+        token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
+        max_new_tokens exceed block_size; with slide=True a row that has filled the context goes on from the later half
+        of it instead. speculation (a Speculation) never changes the text, up to what README says of compiling.
+        reuse=True (one prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the
+        same tokens, as in a chat.
+        """
+        clock = time.perf_counter()
+        speculation = speculation or Speculation('none')
+        self.check(prompts, max_new_tokens, num_samples, speculation, slide, reuse)
+        rows = Rows(prompts, num_samples, max_new_tokens, stop)
+        rounds = Rounds(self, rows, sampling, speculation)
+        cache, held = self.open_cache(rounds, prompts, max_new_tokens, reuse)
+        x = self.read(cache, [prompt[held:-1] for prompt in prompts], num_samples)
+        self.start_stats(rounds, held, clock)
+        while rows.numbers and max_new_tokens:
+            began = time.perf_counter()
+            k = rounds.drafts(x, rows.room(cache))
+            read, drawn, x = rounds.run(rows, cache, x, k)
+            k = read.size(1) - 1                                            # a drafter may have found fewer
+            drawn = drawn.tolist()
+            kept = [count_kept(tokens[1:], own) for tokens, own in zip(read.tolist(), drawn)]
+            new = rows.add(drawn, kept)
+            if k:       # the state and the cache go back to the last token that was right
+                places = torch.arange(len(kept), device=self.device)
+                x = x[places, torch.tensor(kept, device=self.device)][:, None]                  # (B, 1, n_embd)
+                cache.rewind([length - k + n for length, n in zip(cache.lengths, kept)])
+            if reuse:
+                self.held_text, self.held_cache = rows.texts[0], cache
+            if rounds.draft:
+                rounds.depth.saw(k, kept, time.perf_counter() - began)
+            self.count(rounds, k, kept, new, clock)
+            yield list(zip(rows.numbers, new))
+
+            going = rows.going()
+            if not going:
+                break
+            if len(going) < len(kept):
+                cache.keep(going)
+                rows.keep(going)
+                x = x[going]
+            if max(cache.lengths) == cache.block_size:
+                self.slide(cache, rows, x)
+                self.forget()               # the cache no longer holds the text from its beginning
+                reuse = False
+
+    def check(self, prompts, max_new_tokens, num_samples, speculation, slide, reuse):
+        speculation.check(self.model)
+        assert not reuse or len(prompts) * num_samples == 1, \
+            f"reuse=True is for one prompt and one sample, not {len(prompts)} and {num_samples}"
+        for prompt in prompts:
+            self.check_length(len(prompt), max_new_tokens, slide)
+
+    def check_length(self, n, max_new_tokens, slide=False):
+        """AssertionError if max_new_tokens cannot follow a prompt of n tokens."""
+        room = self.config.block_size
+        assert n > 0, "the prompt is empty: start with at least one character"
+        assert n <= room and (slide or n + max_new_tokens <= room + 1), (
+            f"the prompt's {n} tokens + max_new_tokens ({max_new_tokens}) do not fit the context of {room}: "
+            "shorten one of them, or let the window slide (slide=True)")
+
+    # -------------------------------------------------------------------------
+    # reading prompts
+
+    @torch.inference_mode()
+    def prefill(self, cache, prompts):
+        """
+        Reads prompts (token lists of any lengths) into the rows of cache. Returns the state of each one's last token
+        (B, 1, n_embd).
+        """
+        before = cache.lengths
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        # padded on the right: no real token ever sees the padding
+        ids = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)                            # (B, longest)
+        last = None
+        for start in range(0, ids.size(1), PREFILL_CHUNK):
+            x = self.model.trunk(ids[:, start:start + PREFILL_CHUNK].to(self.device), cache)
+            at = (lengths - 1 - start).clamp(0, x.size(1) - 1)
+            state = x[torch.arange(len(prompts), device=self.device), at][:, None]              # (B, 1, n_embd)
+            # rows that ended in an earlier chunk have their state already
+            last = state if last is None else torch.where((lengths > start)[:, None, None], state, last)
+        cache.rewind([n + len(prompt) for n, prompt in zip(before, prompts)])                   # forgets the padding
+        return last
+
+    def read(self, cache, prompts, num_samples):
+        """prefill, and a row for each sample -> the state of each row's last token, None if there was none to read."""
+        x = self.prefill(cache, prompts) if any(prompts) else None
+        if num_samples > 1:
+            copies = [b for b in range(len(prompts)) for _ in range(num_samples)]
+            cache.keep(copies)
+            x = x[copies] if x is not None else None
+        return x
+
+    # -------------------------------------------------------------------------
+    # reuse: what of the prompt is in the cache is not read again
+
+    def forget(self):
+        """The cache of an earlier generation is not gone on from."""
+        self.held_text, self.held_cache = [], None
+
+    def open_cache(self, rounds, prompts, max_new_tokens, reuse):
+        """
+        -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse all that the prompt
+        and the text before have in common.
+        """
+        on_gpu = rounds.step and self.device.type == 'cuda'
+        room = min(max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size)
+        if rounds.step:             # every size is compiled anew: powers of two, and on a GPU only the largest
+            room = self.config.block_size if on_gpu else min(1 << (room - 1).bit_length(), self.config.block_size)
+        text, cache = (self.held_text, self.held_cache) if reuse else ([], None)
+        if on_gpu and cache is not self.graph_cache:
+            text, cache = [], None              # a CUDA graph writes into its own cache only
+        if reuse:
+            self.forget()                       # until the first pass is through, it is not known what the cache holds
+        if cache is None and on_gpu:
+            cache = self.open_graph_cache()
+        elif cache is None:
+            cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
+        # The last token of a text is in the cache only if it was drafted; it is read again in any case, so that all
+        # drafters are alike. The last token of the prompt is the first one to be decoded.
+        held = 0
+        while held < min(len(text), len(prompts[0])) - 1 and text[held] == prompts[0][held]:
+            held += 1
+        cache.rewind([held] * len(prompts))
+        cache.grow(room)
+        return cache, held
+
+    # -------------------------------------------------------------------------
+    # sliding on beyond the context
+
+    def slide(self, cache, rows, x):
+        """Rows that have filled the context go on from its later half, which is read again; x (B, 1, n_embd) changes."""
+        for b, n in enumerate(cache.lengths):
+            if n == cache.block_size:
+                fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
+                later = rows.texts[b][-max(2, n // 2):-1]
+                x[b] = self.prefill(fresh, [later])[0]
+                cache.replace(b, fresh)
+
+    # -------------------------------------------------------------------------
+    # compiled rounds
+
+    def compiled_step(self, draft, sampling):
+        """
+        A whole round as one compiled call, (store, start, x, last, noise) -> (tokens read, tokens drawn, states). In a
+        small model most of a token's time is the calling of some hundred operations; this calls one.
+        """
+        key = draft, replace(sampling, seed=0)      # the seed is in the noise only
+        if key in self.steps:
+            return self.steps[key]
+        model, pick = self.model, functools.partial(draw, sampling=key[1])
+
+        def step(store, start, x, last, noise):
+            cache = StaticCache(store, start)
+            if draft is None:
+                return step_plain(model, cache, last, noise, pick)
+            return step_speculative(model, cache, x, last, None, noise, draft, pick)
+        # On a GPU a round is launched as one CUDA graph, instead of some hundred kernels. inplace_buffers is off
+        # because inductor of torch 2.13 lets a drafted pass's states be overwritten while they are still read.
+        options = {'cpp_wrapper' if self.device.type == 'cpu' else 'triton.cudagraphs': True, 'inplace_buffers': False}
+        # drafters, temperatures and cache sizes all compile this same function
+        torch._dynamo.config.recompile_limit = 64
+        self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, options=options)
+        return self.steps[key]
+
+    def open_graph_cache(self):
+        """The one cache of compiled rounds on a GPU, as long as the context: a CUDA graph knows tensors by address."""
+        if self.graph_cache is None:
+            self.graph_cache = KVCache(self.config, 1, None, self.cache_dtype, self.device)
+            for tensors in self.graph_cache.store.values():
+                for t in tensors:
+                    torch._dynamo.mark_static_address(t)
+        self.forget()                           # whatever text it held is overwritten
+        return self.graph_cache
+
+    # -------------------------------------------------------------------------
+    # what it cost
+
+    def start_stats(self, rounds, held, clock):
+        self.stats = {'tokens': 0, 'passes': 0, 'seconds': 0.0, 'drafted': 0, 'kept': 0,
+                      'accepted': [0] * (rounds.n + 1), 'reused': held,
+                      'prefill_seconds': time.perf_counter() - clock}
+
+    def count(self, rounds, k, kept, new, clock):
+        """Adds a round of k drafts, of which kept were right, with these new tokens."""
+        stats = self.stats
+        if rounds.draft:
+            stats['drafted'] += k * len(kept)
+            stats['kept'] += sum(kept)
+        for n in kept:
+            stats['accepted'][n] += 1
+        stats['passes'] += 1 if rounds.draft else k + 1
+        stats['tokens'] += sum(map(len, new))
+        stats['seconds'] = time.perf_counter() - clock
+        stats.setdefault('first_seconds', stats['seconds'])
+        stats['tok_s'] = stats['tokens'] / max(1e-9, stats['seconds'] - stats['prefill_seconds'])
+
+    # -------------------------------------------------------------------------
+    # ways to call it
+
+    def complete(self, prompts, max_new_tokens, sampling=Sampling(), speculation=None, num_samples=1, **how):
+        """The new tokens of every row, as a list of lists; arguments as generate."""
+        out = [[] for _ in range(len(prompts) * num_samples)]
+        for step in self.generate(prompts, max_new_tokens, sampling, speculation, num_samples=num_samples, **how):
+            for row, tokens in step:
+                out[row] += tokens
+        return out
+
+    def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), sampling=Sampling(), speculation=None,
+               stop=(), **how):
+        """
+        Yields the text that follows prompt (a token list), piece by piece and in whole characters: the bytes of an
+        unfinished one wait for the rest. Ends before the first of stop_strings; text that may be the beginning of one
+        is held back until that is decided. The tokens in stop end it, too, and are no part of it.
+        """
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        waiting = ''
+        for step in self.generate([prompt], max_new_tokens, sampling, speculation, stop, **how):
+            row, tokens = step[0]
+            waiting += decoder.decode(tokenizer.decode_bytes(t for t in tokens if t not in stop))
+            found = [waiting.find(s) for s in stop_strings if s in waiting]
+            if found:
+                yield waiting[:min(found)]
+                return
+            beginnings = [s[:n] for s in stop_strings for n in range(1, len(s))]
+            wait = max((len(s) for s in beginnings if waiting.endswith(s)), default=0)
+            if len(waiting) > wait:
+                yield waiting[:len(waiting) - wait]
+                waiting = waiting[len(waiting) - wait:]
+        yield waiting + decoder.decode(b'', final=True)
 
 
 class StaticCache(KVCache):
     """
-    A KVCache's tensors, of one row, seen from inside a compiled step: the length is a tensor, every call attends to all
+    A KVCache's tensors, of one row, as a compiled step sees them: the length is a tensor, and every call attends to all
     T_max places.
     """
     def __init__(self, store, start):
         self.store, self.start, self.int8 = store, start, 'k_scale' in store
 
     def advance(self, T):
-        self.position = self.start + torch.arange(T, device=self.start.device)               # (T,)
+        k = self.store['k'][0]
+        self.position = self.start + torch.arange(T, device=k.device)                        # (T,)
         self.start = self.start + T
-        visible = torch.arange(self.store['k'][0].size(2), device=self.start.device) <= self.position[:, None]
-        self.mask = torch.where(visible, 0.0, float('-inf'))[None, :, None, None]            # (1, T, 1, 1, T_max)
+        key = torch.arange(k.size(2), device=k.device)                                       # (T_max,)
+        visible = sees(self.position[:, None], key)[None]                                    # (1, T, T_max)
+        self.mask = additive(visible, torch.float32 if self.int8 else k.dtype)
         return self.position
 
     def put(self, name, layer, x):
@@ -186,398 +744,6 @@ class StaticCache(KVCache):
         # one query a call: compiled, attend_each's expand would copy K and V for every query
         each = zip(q.to(K.dtype).split(1, dim=1), self.mask.split(1, dim=1))
         return torch.cat([attend_each(q, K, V, mask) for q, mask in each], dim=1)
-
-# -----------------------------------------------------------------------------
-# sampling
-
-def mix(h):
-    """
-    A 32-bit hash of ints below 2^32, or of an int64 tensor of them (lowbias32, Ellis 2018): every bit of h changes
-    every bit of the result.
-    """
-    h = ((h ^ (h >> 16)) * 0x7feb352d) & 0xffffffff
-    h = ((h ^ (h >> 15)) * 0x846ca68b) & 0xffffffff
-    return h ^ (h >> 16)
-
-
-def gumbel(keys, vocab_size):
-    """
-    keys (...) int64 below 2^32, one per draw -> Gumbel noise (..., vocab_size) float32; id i of key k gets a hash of
-    (k, i).
-    """
-    h = mix((keys.unsqueeze(-1) + 0x9e3779b9 * torch.arange(1, vocab_size + 1, device=keys.device)) & 0xffffffff)
-    # 24 bits; the clamp is for the largest, which float32 would round up to 1, whose noise is infinite
-    u = (((h >> 8).float() + 0.5) * 2.0 ** -24).clamp(max=1 - 2.0 ** -24)
-    return -torch.log(-torch.log(u))
-
-
-class Noise:
-    """
-    noise(rows, starts, n) -> (B, n, V): what row rows[b] draws with at the positions starts[b], starts[b] + 1, ... of
-    its text.
-    """
-    def __init__(self, seed, vocab_size, device='cpu'):
-        self.seed = mix(mix(seed & 0xffffffff) ^ (seed >> 32 & 0xffffffff))
-        self.vocab_size, self.device, self.ahead = vocab_size, device, {}        # row -> (first position, noise (m, V))
-
-    def __call__(self, rows, starts, n):
-        out = []
-        for row, start in zip(rows, starts):
-            first, g = self.ahead.get(row, (0, ()))
-            # a small vocabulary's noise is made for many positions in one go
-            if not first <= start <= start + n <= first + len(g):
-                m, key = max(n, min(64, 8192 // self.vocab_size)), mix(self.seed + row & 0xffffffff)
-                g = gumbel(mix(torch.arange(start, start + m, device=self.device) + key & 0xffffffff), self.vocab_size)
-                self.ahead[row], first = (start, g), start
-            out.append(g[start - first:start - first + n])
-        return out[0][None] if len(out) == 1 else torch.stack(out)
-
-
-def draw(logits, noise, temperature, top_k=None, top_p=None, min_p=None):
-    """
-    logits, noise (..., V) -> ids (...). argmax(logits / temperature + Gumbel noise) is a sample of
-    softmax(logits / temperature) (Gumbel-max); temperature 0 is the argmax. The filters cut, in this order: all but the
-    top_k largest; all outside the smallest set with probability top_p; all less probable than min_p times the most
-    probable.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
-    if top_p is not None and top_p < 1:
-        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        # out: what comes before already holds top_p; the first always stays
-        out = (p.cumsum(dim=-1) - p) >= max(top_p, 1e-9)
-        logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), float('-inf'))
-    if min_p is not None and min_p > 0:
-        p = logits.softmax(dim=-1)
-        logits = logits.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), float('-inf'))
-    return (logits + noise).argmax(dim=-1)
-
-@torch.no_grad()
-def parting(model, prompt, plain, other, temperature=0.0, row=0, seed=0):
-    """
-    Two continuations of prompt (token lists), drawn as that row of that seed -> None if they are equal; else the place
-    where they part, and how far apart the scores of the two tokens are there, by a whole forward: 0 is a tie.
-    """
-    if plain == other:
-        return None
-    at = next((i for i, (a, b) in enumerate(zip(plain, other)) if a != b), None)
-    if at is None:                              # one text ends early: never a tie
-        return min(len(plain), len(other)), math.inf
-    score = model(torch.tensor([prompt + plain[:at]], device=model.cos.device))[0, -1]
-    if temperature:
-        score = score + temperature * Noise(seed, len(score), score.device)([row], [len(prompt) + at], 1)[0, 0]
-    gap = (score[plain[at]] - score[other[at]]).abs().item()
-    return at, math.inf if math.isnan(gap) else gap
-
-# -----------------------------------------------------------------------------
-# drafters: (model, x, last, ids, noise, pick) -> up to k tokens for every row, (B, k) int64, that may come next
-# ids is every row's text, last (B, 1) the end of it, x (B, 1, n_embd) the trunk's state from which last was drawn;
-# noise (B, k, V) is what the target itself will draw with at those positions, so a drafter that knows the distribution
-# guesses the very sample; pick draws ids from logits and noise.
-
-def draft_head(model, x, last, ids, noise, pick):
-    """The draft cell, fed its own draws."""
-    out = [last]
-    for n in range(noise.size(1)):
-        x = model.draft_state(x, out[-1])
-        logits = model.logits(x, model.draft_lm_head)
-        out.append(pick(logits, noise[:, n:n + 1, :logits.size(-1)]))    # (B, 1)
-    return torch.cat(out[1:], dim=1)
-
-
-def draft_multi_token(model, x, last, ids, noise, pick):
-    """The multi-token heads, all from one state: the first predicts what follows the last token, and so on."""
-    return pick(model.logits(torch.cat([model.multi_token_state(x, i) for i in range(noise.size(1))], dim=1)), noise)
-
-
-def draft_ngram(model, x, last, ids, noise, pick, longest=8):
-    """
-    What followed the latest earlier occurrence of the text's last tokens, as many of them as can be found (prompt
-    lookup).
-    """
-    k, out = noise.size(1), []
-    for row in ids:
-        found = row[-1:] * k
-        for n in range(min(longest, len(row) - 1), 0, -1):
-            tail = row[-n:]
-            at = next((i for i in range(len(row) - n - 1, -1, -1) if row[i:i + n] == tail), None)
-            if at is not None:
-                found = (row[at + n:at + n + k] + found)[:k]
-                break
-        out.append(found)
-    return torch.tensor(out, device=noise.device)
-
-
-def draft_random(model, x, last, ids, noise, pick):
-    """Nonsense: the adversary that must not change the text either."""
-    return torch.tensor([[mix(31 * len(row) + n + row[-1]) % noise.size(2) for n in range(noise.size(1))]
-                         for row in ids], device=noise.device)
-
-
-DRAFTERS = {'none': None, 'head': draft_head, 'mtp': draft_multi_token, 'ngram': draft_ngram, 'random': draft_random}
-HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a head -> the model's name for it
-
-
-class Depth:
-    """
-    How many tokens to draft: the k that promises most tokens a second. A chain of k drafts of which each is kept with
-    probability a gives (1 - a^(k+1)) / (1 - a) tokens; what a round of k costs is a line through the rounds timed so
-    far. It decides speed, never the text.
-    """
-    def __init__(self, most):
-        self.most, self.kept, self.offered = most, 1.0, 2.0   # a starts at 1/2
-        self.idle = 0                                         # rounds in a row without drafts
-        self.sums = [0.0] * 5                                 # n, k, k*k, t, k*t over rounds, older ones counting less
-
-    def choose(self):
-        n, k, kk, t, kt = self.sums
-        spread = n * kk - k * k
-        if spread <= 1e-3 * n * n:                                   # no line yet: alternate
-            return self.most // (1 + int(n + 0.5) % 2)
-        slope = max(0.0, (n * kt - k * t) / spread)
-        base = max(1e-9, (t - slope * k) / n)
-        a = min(0.99, self.kept / self.offered)
-        k = max(range(self.most + 1), key=lambda k: (1 - a ** (k + 1)) / (1 - a) / (base + slope * k))
-        self.idle = 0 if k else self.idle + 1
-        # without drafts for long: the text may have become easier, so try again now and then
-        return k if self.idle % 16 < 15 else max(1, self.most // 2)
-
-    def saw(self, k, kept, offered, seconds):
-        """A round of k drafts took seconds; of the offered drafts that were tried, kept were kept."""
-        self.kept, self.offered = 0.98 * self.kept + kept, 0.98 * self.offered + offered
-        self.sums = [0.95 * s + x for s, x in zip(self.sums, (1, k, k * k, seconds, k * seconds))]
-
-# -----------------------------------------------------------------------------
-# decoding
-
-class Engine:
-    """
-    Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
-    tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
-    prefill_seconds, first_seconds (to the first token), tok_s (once the prompts are read), drafted, kept, and accepted:
-    how many passes of a row kept 0, 1, 2, ... drafts. Compiled for a GPU, it makes one generation at a time.
-    """
-    def __init__(self, model, compile=False, cache_dtype=torch.float32):
-        self.model, self.config, self.device = model.eval(), model.config, model.cos.device
-        self.compile, self.cache_dtype = compile, cache_dtype
-        self.stats, self.steps, self.held, self.fixed = {}, {}, ([], None), None
-
-    def compiled(self, draft, n, pick):
-        """
-        A whole round as one compiled call, (store, start, x, last, noise) -> (tokens read, tokens drawn, the state of
-        each token read): n drafts, one pass over n+1 tokens, the draws. Without a drafter the n+1 tokens are decoded
-        one after the other, so its drafts are always right. In a small model most of a token's time is the calling of
-        some hundred operations; this calls one.
-        """
-        key = (draft, n, tuple(sorted(pick.keywords.items())))
-        if key not in self.steps:
-            def step(store, start, x, last, noise):
-                cache, model = StaticCache(store, start), self.model
-                if draft is None:
-                    tokens, states = [last], []
-                    for i in range(n + 1):
-                        states.append(model.trunk(tokens[-1], cache))
-                        tokens.append(pick(model.logits(states[-1]), noise[:, i:i + 1]))
-                    return torch.cat(tokens[:-1], dim=1), torch.cat(tokens[1:], dim=1), torch.cat(states, dim=1)
-                tokens = torch.cat((last, draft(model, x, last, None, noise[:, :n], pick)), dim=1)
-                states = model.trunk(tokens, cache)
-                return tokens, pick(model.logits(states), noise), states
-            # On a GPU a round is launched as one CUDA graph, instead of some hundred kernels. Without inplace_buffers:
-            # inductor of torch 2.13 lets a drafted pass's states be overwritten while they are read.
-            options = {'cpp_wrapper' if self.device.type == 'cpu' else 'triton.cudagraphs': True,
-                       'inplace_buffers': False}
-            # drafters, temperatures and cache sizes all compile this same function
-            torch._dynamo.config.recompile_limit = 64
-            self.steps[key] = torch.compile(step, dynamic=False, fullgraph=True, options=options)
-        return self.steps[key]
-
-    def graph_cache(self):
-        """The one cache of compiled rounds on a GPU, as long as the context: a CUDA graph knows tensors by address."""
-        if not self.fixed:
-            self.fixed = KVCache(self.config, 1, None, self.cache_dtype, self.device)
-            for tensors in self.fixed.store.values():
-                for t in tensors:
-                    torch._dynamo.mark_static_address(t)
-        self.held = ([], None)                  # whatever text it held is overwritten
-        return self.fixed
-
-    @torch.inference_mode()
-    def prefill(self, cache, prompts):
-        """
-        Reads prompts (token lists of any lengths) into the rows of cache. Returns the state of each one's last token
-        (B, 1, n_embd).
-        """
-        longest, before = max(map(len, prompts)), cache.lengths
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        # padded on the right: no real token ever sees the padding
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p, dtype=torch.long) for p in prompts], batch_first=True)
-        last = None
-        for start in range(0, longest, PREFILL_CHUNK):
-            x = self.model.trunk(ids[:, start:start + PREFILL_CHUNK].to(self.device), cache)
-            at = (lengths - 1 - start).clamp(0, x.size(1) - 1)
-            state = x[torch.arange(len(prompts), device=self.device), at][:, None]           # (B, 1, n_embd)
-            last = state if last is None else torch.where((lengths > start)[:, None, None], state, last)
-        cache.rewind([n + len(p) for n, p in zip(before, prompts)])    # the padding's keys are forgotten
-        return last
-
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, seed=0, stop=(),
-                 num_samples=1, slide=False, drafter='none', draft_n=8, adapt=True, reuse=False):
-        """
-        Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt
-        r // num_samples. Yields, per pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a token in
-        stop (which is yielded), and leaves the batch. Prompt + max_new_tokens beyond block_size raise an AssertionError
-        with the numbers; with slide=True a row that has filled the context goes on from the later half of it instead.
-
-        drafter ('head', 'mtp', 'ngram', 'random' or a function) makes decoding speculative: up to draft_n tokens (15 at
-        most) are guessed, one pass reads them all, the target makes its own draw at every position, and drafts are kept
-        exactly as long as they equal these draws; then the target's draw is taken. So the text is the target's own,
-        token for token, at any temperature and with any drafter (drafter-invariant sampling, arXiv 2408.07978; what
-        compiling adds to that, by its roundings, README says).
-        adapt=False always drafts draft_n.
-
-        reuse=True (one prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the
-        same tokens, as in a chat.
-        """
-        longest, block_size = max(map(len, prompts)), self.config.block_size
-        assert not reuse or len(prompts) * num_samples == 1, \
-            f"reuse=True is for one prompt and one sample, not {len(prompts)} and {num_samples}"
-        assert min(map(len, prompts)) > 0, "an empty prompt: start with at least one token"
-        assert longest <= block_size and (slide or longest + max_new_tokens <= block_size + 1), (
-            f"prompt ({longest} tokens) + max_new_tokens ({max_new_tokens}) exceed the context of {block_size}: "
-            "shorten one of them, or let the window slide")
-        assert callable(drafter) or drafter in DRAFTERS, \
-            f"drafter {drafter!r} must be one of {', '.join(DRAFTERS)}, or a function"
-        assert 0 <= draft_n < FEW, \
-            f"draft_n ({draft_n}) must be below {FEW}: more tokens at once are attended in another order"
-        assert drafter not in HEADS or hasattr(self.model, HEADS[drafter]), (
-            f"drafter {drafter!r} needs a model with a {HEADS[drafter]} head: "
-            f"train one with {HEADS[drafter]}_n > 0, or draft with ngram")
-        draft_n = min(draft_n, self.config.multi_token_n) if drafter == 'mtp' else draft_n
-        draft = DRAFTERS.get(drafter, drafter) if draft_n else None
-        self.stats = stats = {'tokens': 0, 'passes': 0, 'seconds': 0.0, 'drafted': 0, 'kept': 0,
-                              'accepted': [0] * (draft_n + 1)}
-        clock = time.perf_counter()
-        static, room = None, min(longest + max_new_tokens + draft_n, block_size)
-        pick = functools.partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        if self.compile and len(prompts) * num_samples == 1 and draft in (None, draft_head, draft_multi_token):
-            # few sizes, since each is compiled anew; on a GPU one
-            room = block_size if self.device.type == 'cuda' else min(1 << (room - 1).bit_length(), block_size)
-            static = self.compiled(draft, draft_n, pick)
-        # a conversation goes on: what of the prompt the last cache holds is not read again
-        text, cache = self.held if reuse else ([], None)
-        if static and self.device.type == 'cuda' and cache is not self.fixed:
-            text, cache = [], None              # kept by other drafters: no graph knows it
-        if reuse:
-            self.held = ([], None)      # stopped before the first pass is through, it holds no text that is known
-        cache = cache or (self.graph_cache() if static and self.device.type == 'cuda' else
-                          KVCache(self.config, len(prompts), room, self.cache_dtype, self.device))
-        # the last token is in the cache only if it was drafted: reading it again makes all drafters alike
-        pairs = list(zip(text[:-1], prompts[0][:-1]))
-        stats['reused'] = shared = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        cache.rewind([shared] * len(prompts))
-        cache.grow(room)
-        # the last token of the prompt is the first to be decoded
-        x = self.prefill(cache, [p[shared:-1] for p in prompts]) if longest - 1 > shared else None
-        rows = list(range(len(prompts) * num_samples))      # the rows still going; place b of the batch is row rows[b]
-        ids = [list(prompts[r // num_samples]) for r in rows]
-        limit = [len(i) + max_new_tokens for i in ids]
-        if num_samples > 1:
-            copies = [r // num_samples for r in rows]
-            cache.keep(copies)
-            x = x[copies] if x is not None else None
-        stats['prefill_seconds'] = time.perf_counter() - clock
-        depth = Depth(draft_n)
-        none = torch.zeros((), device=self.device)          # at temperature 0 the largest logit wins whatever the noise
-        noise = (Noise(seed, self.config.vocab_size, self.device) if temperature
-                 else lambda rows, starts, n: none.expand(len(rows), n, self.config.vocab_size))
-        while rows and max_new_tokens:
-            began = time.perf_counter()
-            room = min(block_size - max(cache.lengths), max(m - len(i) for m, i in zip(limit, ids))) - 1
-            k = (0 if x is None or (draft is None and not (static and room >= draft_n))
-                 else min(room, depth.choose() if adapt and not static else draft_n))
-            g = noise(rows, [len(i) for i in ids], k + 1)               # (B, k+1, V)
-            tokens = last = torch.tensor([i[-1:] for i in ids], device=self.device)
-            if static and k == draft_n and x is not None:
-                tokens, drawn, x = static(cache.store, torch.tensor(cache.lengths[0], device=self.device), x, last, g)
-                cache.lengths[0] += k + 1
-            else:
-                if k:
-                    drafts = draft(self.model, x, last, ids, g[:, :k], pick)
-                    k = drafts.size(1)
-                    tokens = torch.cat((last, drafts), dim=1)           # (B, k+1)
-                x = self.model.trunk(tokens, cache)                     # (B, k+1, n_embd)
-                drawn = pick(self.model.logits(x), g[:, :k + 1])
-            drawn = drawn.tolist()
-            kept = [next((n for n in range(k) if guess[n + 1] != own[n]), k)
-                    for guess, own in zip(tokens.tolist(), drawn)]
-            # n drafts that were right, and one token more
-            new = [own[:min(n + 1, m - len(i))] for own, n, m, i in zip(drawn, kept, limit, ids)]
-            if stop:
-                new = [t[:next((j + 1 for j, token in enumerate(t) if token in stop), len(t))] for t in new]
-            for i, t in zip(ids, new):
-                i += t
-            if k:
-                x = x[torch.arange(len(rows), device=self.device), torch.tensor(kept, device=self.device)][:, None]
-                cache.rewind([m - k + n for m, n in zip(cache.lengths, kept)])
-            if draft:
-                depth.saw(k, sum(kept), sum(min(n + 1, k) for n in kept), time.perf_counter() - began)
-                stats['drafted'] += k * len(rows)
-                stats['kept'] += sum(kept)
-            for n in kept:
-                stats['accepted'][n] += 1
-            if reuse:
-                self.held = (ids[0], cache)
-            stats['passes'] += 1 if draft else k + 1
-            stats['tokens'] += sum(map(len, new))
-            stats['seconds'] = time.perf_counter() - clock
-            stats.setdefault('first_seconds', stats['seconds'])
-            stats['tok_s'] = stats['tokens'] / max(1e-9, stats['seconds'] - stats['prefill_seconds'])
-            yield list(zip(rows, new))
-            going = [b for b, t in enumerate(new) if t[-1] not in stop and len(ids[b]) < limit[b]]
-            if not going:
-                break
-            if len(going) < len(rows):
-                cache.keep(going)
-                rows, ids, limit = ([old[b] for b in going] for old in (rows, ids, limit))
-                x = x[going]
-            for b, n in enumerate(cache.lengths):
-                if n == block_size:                                 # slide: read the later half again and go on from it
-                    fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
-                    x[b] = self.prefill(fresh, [ids[b][-max(2, block_size // 2):-1]])[0]
-                    cache.replace(b, fresh)
-                    self.held, reuse = ([], None), False            # it no longer holds the text from its beginning
-
-    def complete(self, prompts, max_new_tokens, **how):
-        """The new tokens of every row, as a list of lists; arguments as generate."""
-        out = [[] for _ in range(len(prompts) * how.get('num_samples', 1))]
-        for step in self.generate(prompts, max_new_tokens, **how):
-            for row, tokens in step:
-                out[row] += tokens
-        return out
-
-    def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), stop=(), **how):
-        """
-        Yields the text that follows prompt (a token list), piece by piece and in whole characters: the bytes of an
-        unfinished one wait for the rest. Ends before the first of stop_strings; text that may be the beginning of one
-        is held back until that is decided. The tokens in stop end it, too, and are no part of it.
-        """
-        decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        held = ''
-        for step in self.generate([prompt], max_new_tokens, stop=stop, **how):
-            held += decoder.decode(tokenizer.decode_bytes(t for t in step[0][1] if t not in stop))
-            found = [at for at in (held.find(s) for s in stop_strings) if at >= 0]
-            if found:
-                yield held[:min(found)]
-                return
-            wait = max((n for s in stop_strings for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-            if len(held) > wait:
-                yield held[:len(held) - wait]
-                held = held[len(held) - wait:]
-        yield held + decoder.decode(b'', final=True)
 
 # -----------------------------------------------------------------------------
 # chat
@@ -592,12 +758,12 @@ class Chat:
         self.engine, self.tokenizer, self.exchanges = engine, tokenizer, []
         self.special = frozenset(map(tokenizer.special, tokenizer.special_tokens))
 
-    def ask(self, question, max_new_tokens, **how):
+    def ask(self, question, max_new_tokens, stop_strings=(), **how):
         """
-        Streams the answer to question (str), a special token ends it; how as Engine.generate. Left early, by break or
-        Ctrl+C, what was said until then stays in the conversation. Where the context is too small for it all and for an
-        answer of max_new_tokens, or of a quarter of the context if that is less, the oldest exchanges go; self.dropped
-        says how many. ValueError, with the conversation as it was, if the question does not fit alone.
+        Streams the answer to question (str), which a special token ends; how as Engine.generate. Left early, by break
+        or Ctrl+C, what was said until then stays in the conversation. Where the context is too small for it all and for
+        an answer of max_new_tokens, or of a quarter of the context if that is less, the oldest exchanges go;
+        self.dropped says how many. ValueError, with the conversation as it was, if the question does not fit alone.
         """
         t, block_size = self.tokenizer, self.engine.config.block_size
         question = t.render_prompt([{'role': 'user', 'content': question}])[1:]      # without bos
@@ -611,10 +777,11 @@ class Chat:
         self.dropped = before - len(self.exchanges)
         prompt = [t.bos, *(token for exchange in self.exchanges for token in exchange), *question]
         try:
-            yield from self.engine.stream(t, prompt, min(max_new_tokens, block_size + 1 - len(prompt)),
+            yield from self.engine.stream(t, prompt, min(max_new_tokens, block_size + 1 - len(prompt)), stop_strings,
                                           stop=self.special, reuse=True, **how)
         finally:
-            answer = [token for token in self.engine.held[0][len(prompt):] if token not in self.special]
-            while any(s in t.decode(answer) for s in how.get('stop_strings', ())):
-                answer.pop()                    # the stop, and what one pass drew behind it, was not said
+            answer = [token for token in self.engine.held_text[len(prompt):] if token not in self.special]
+            # a stop string, and what one pass drew behind it, was not said
+            while any(s in t.decode(answer) for s in stop_strings):
+                answer.pop()
             self.exchanges.append([*question, *answer, t.special('<|assistant_end|>')])

@@ -1,0 +1,166 @@
+"""
+Layouts that run fast: the same weights, arranged for the kernels of the machine that decodes with them.
+
+    from engine import for_decoding
+    for_decoding(model)                         # float or integers: a joint product for q, k and v, packed vocabularies
+    for_decoding(model, torch.bfloat16)         # packs the other matrices, too
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from quantize import IntLinear, Rounded, round_rows
+
+
+def for_decoding(model, pack=None, draft_vocab=0):
+    """
+    Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
+    input, c_q, c_k and c_v, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
+    a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed. pack packs the other
+    matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there is arithmetic for it,
+    torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a byte a weight in memory,
+    see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only (a BPE learns the most
+    frequent first), and reads only their rows of a large vocabulary; 0: all.
+    """
+    # The lab notebook has d12 on an EPYC with bfloat16 arithmetic. On a Xeon without it (AVX-512, VNNI), in tokens/s:
+    # f32 47.6, f32-packed 40.7, bf16-packed 54.5, int8 89.0, int8-packed 94.9, int8-compiled 163.4
+    if draft_vocab and hasattr(model, 'draft'):
+        model.draft_lm_head = first_rows(model.lm_head, draft_vocab)
+    for block in model.transformer.h:
+        attn = block.attn
+        attn.c_qkv = joined([attn.c_q, attn.c_k, attn.c_v])
+        attn.c_q = attn.c_k = attn.c_v = None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, IntLinear):
+            model.set_submodule(name, packed_integers(module, pack))
+        elif isinstance(module, nn.Linear) and pack:
+            model.set_submodule(name, PackedLinear(module.weight, pack))
+    return model
+
+
+def float_linear(weight):
+    """A Linear that holds weight as it is, without a copy."""
+    linear = nn.Linear(*weight.T.shape, bias=False, device='meta')
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
+def first_rows(linear, n):
+    """The first n outputs of a Linear or an IntLinear."""
+    if isinstance(linear, IntLinear):
+        return IntLinear(Rounded(linear.integers()[:n].clone(), linear.scale[:n]))
+    return float_linear(linear.weight[:n])
+
+
+def joined(parts):
+    """Linears or IntLinears that read the same input, as one whose outputs are theirs, one after the other."""
+    first = parts[0]
+    if not isinstance(first, IntLinear):
+        return float_linear(torch.cat([part.weight for part in parts]))
+    v = torch.cat([part.integers() for part in parts])
+    scale = torch.cat([part.scale for part in parts])
+    step = None if first.step is None else torch.cat([part.step for part in parts])
+    return IntLinear(Rounded(v, scale, step, first.bits, first.group))
+
+
+def packed_integers(linear, pack):
+    """An IntLinear in the layout that is fastest here."""
+    if linear.step is not None and pack == torch.bfloat16 and PackedInt4Linear.fits(linear):
+        return PackedInt4Linear(linear)
+    linear = IntLinear(Rounded(linear.integers(), linear.scale))            # 8 bits, whatever they were
+    return PackedInt8Linear(linear) if PackedInt8Linear.pays(linear) else linear
+
+
+class PackedLinear(nn.Module):
+    """
+    A float Linear, its weights in float32, bfloat16 or float16. On a CPU the first two are in oneDNN's own layout, which
+    is read faster when several tokens pass at once; float16 is as it is, for which F.linear has a kernel that is fast
+    for one token, and slow for several. On a GPU all are as they are.
+    """
+    def __init__(self, weight, dtype):
+        super().__init__()
+        self.dtype, self.packed = dtype, weight.detach().to(dtype)
+        self.mkldnn = weight.device.type == 'cpu' and dtype != torch.float16 and torch.backends.mkldnn.is_available()
+        if self.mkldnn:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
+
+    def forward(self, x):
+        x = x.to(self.dtype)
+        if self.mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, 'none', [], '').float()
+        return F.linear(x, self.packed).float()
+
+
+@torch.library.custom_op('picochat::packed_int8', mutates_args=())
+def packed_int8(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,) -> (M, N) float32.
+    x travels as x + 128 in uint8.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        (x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None,
+        1.0, 0, torch.float32, 'none', [], '')
+
+
+@packed_int8.register_fake
+def _(x, packed, scale):
+    return x.new_empty(x.size(0), scale.size(0))
+
+
+class PackedInt8Linear(nn.Module):
+    """
+    An 8-bit IntLinear in oneDNN's own layout, for matrices with so many rows (vocabularies) that a pass over several
+    tokens must not read them slowly: five tokens cost little more than one there, and twice as much in _int_mm. The
+    results are the same bits.
+    """
+    ROWS = 8192             # from here on it pays; in smaller ones the call itself costs more than it saves
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale, self.packed = linear.scale, torch.ops.onednn.qlinear_prepack(linear.weight, None)
+
+    def forward(self, x):
+        xq, xs = round_rows(x.float())
+        return packed_int8(xq.flatten(0, -2), self.packed, self.scale).view(*x.shape[:-1], -1) * xs
+
+    @staticmethod
+    def pays(linear):
+        """
+        Whether linear should be packed: it is tall, it is on a CPU whose oneDNN has the kernel, and the kernel does not
+        saturate there (without VNNI it may).
+        """
+        rows, cols = linear.weight.shape
+        if linear.weight.device.type != 'cpu' or rows < PackedInt8Linear.ROWS or not torch.backends.mkldnn.is_available():
+            return False
+        edge = torch.full((2, cols), 127.0)
+        few = IntLinear(Rounded(edge.repeat(8, 1).to(torch.int8), torch.ones(16)))
+        return torch.equal(PackedInt8Linear(few)(edge), few(edge))
+
+
+class PackedInt4Linear(nn.Module):
+    """
+    An IntLinear of 4 bits in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile of
+    them in registers, and adds up in float32. It is given integers, activations and steps, which bfloat16 holds
+    exactly, as float32 does their sums: rows stay independent. But what it returns is rounded to bfloat16, off by up
+    to 1/512: this is not quite the network that the rule defines, and so never the default.
+    """
+    def __init__(self, linear):
+        super().__init__()
+        self.group, self.scale = linear.group, linear.scale
+        step = linear.step.t()                                                          # (groups, N)
+        self.steps = torch.stack((step, torch.zeros_like(step)), dim=-1).bfloat16()     # and zero points
+        q = linear.integers() // linear.step.repeat_interleave(linear.group, dim=1)     # -7, ..., 7
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
+
+    def forward(self, x):
+        xq, xs = round_rows(x.float())
+        xq = xq.flatten(0, -2).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(xq, self.packed, self.group, self.steps)
+        return y.float().view(*x.shape[:-1], -1) * self.scale * xs
+
+    @staticmethod
+    def fits(linear):
+        """Whether the kernel takes this shape and its sums cannot leave the integers that float32 holds."""
+        if linear.weight.device.type != 'cpu' or len(linear.scale) % 16 or linear.cols % linear.group:
+            return False
+        return 127 * linear.integers().int().abs().sum(dim=1).max() < 2**24
