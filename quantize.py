@@ -21,6 +21,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -36,16 +37,15 @@ from model import GPT, LOSS_CHUNK_BYTES, pick_device, rope_tables
 @dataclass(frozen=True)
 class IntFormat:
     """What a weight of so many bits is."""
-    edge: int           # v is -edge, ..., edge, times a step where there are steps
+    edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127, an int8
     steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
-    tries: int          # of these the search tries so many, from the least that clips nothing downwards
-    per_byte: int       # weights that file and memory hold in a byte
+    tries: int          # the search tries so many of these, downwards from the least that clips nothing
+    stored: int         # bits that a weight takes in the file and in memory
     method: str         # how quantize.py rounds a model that was trained in float
 
 
-# edge * steps must be at most 127, so that v is an int8 whatever the step
-BITS = {8: IntFormat(edge=127, steps=1, tries=1, per_byte=1, method='rtn'),
-        4: IntFormat(edge=7, steps=18, tries=4, per_byte=2, method='gptq')}
+BITS = {8: IntFormat(edge=127, steps=1, tries=1, stored=8, method='rtn'),
+        4: IntFormat(edge=7, steps=18, tries=4, stored=4, method='gptq')}
 GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
 GROUP = GROUPS[0]
 TABLES = ('transformer.wte', 'lm_head')     # the vocabulary's matrices, which have bits of their own
@@ -129,28 +129,40 @@ def choose_step(x, form, search=True):
 
 def pack(rounded):
     """
-    Rounded -> what file and memory hold of its v: v itself at 8 bits. At 4, (rows, ceil(cols / 2)) uint8: the left half
-    of the columns in the low 4 bits, the right half in the high ones, each as v / step + 8.
+    Rounded -> what file and memory hold of its v: v itself at 8 bits; at 4, v / step + 8, two of them in a byte,
+    (rows, ceil(cols / 2)) uint8.
     """
     form, cols = format_of(rounded.bits), rounded.v.size(1)
-    if form.per_byte == 1:
+    if form.stored == 8:
         return rounded.v
     each = rounded.step.repeat_interleave(rounded.group, dim=1)[:, :cols]
     q = (rounded.v // each + form.edge + 1).to(torch.uint8)
-    parts = F.pad(q, (0, -cols % form.per_byte)).chunk(form.per_byte, dim=1)
-    width = 8 // form.per_byte                               # bits of a byte that a weight has
-    return sum(part << (i * width) for i, part in enumerate(parts))
+    return into_bytes(q, form.stored)
 
 
 def unpack(packed, step, bits, group, cols):
     """pack's (..., bytes) and step (..., groups) -> v (..., cols) int8."""
     form = format_of(bits)
-    if form.per_byte == 1:
+    if form.stored == 8:
         return packed
-    width = 8 // form.per_byte
-    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(form.per_byte)]
-    q = torch.cat(parts, dim=-1)[..., :cols].to(torch.int8) - (form.edge + 1)
+    q = out_of_bytes(packed, form.stored, cols).to(torch.int8) - (form.edge + 1)
     return q * step.repeat_interleave(group, dim=-1)[..., :cols]
+
+
+def into_bytes(q, width):
+    """
+    q (rows, cols) uint8 below 2^width, which divides 8 -> (rows, ceil(cols * width / 8)) uint8. At 4 bits the left half
+    of the columns is in the low bits of the bytes, the right half in the high ones.
+    """
+    n = 8 // width
+    parts = F.pad(q, (0, -q.size(1) % n)).chunk(n, dim=1)
+    return sum(part << (i * width) for i, part in enumerate(parts))
+
+
+def out_of_bytes(packed, width, cols):
+    """into_bytes' (..., bytes) -> q (..., cols) uint8."""
+    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+    return torch.cat(parts, dim=-1)[..., :cols]
 
 
 def round_rows(x):
@@ -444,8 +456,9 @@ def load(path, device='cpu'):
     if path.endswith('.pt'):
         return load_model(path, device)
     if not os.path.isfile(path):
+        bits = re.fullmatch(r'int(\d+)\.safetensors', os.path.basename(path))
         raise ValueError(f"no quantised model at {path}: make one with python quantize.py "
-                         f"--out_dir={os.path.dirname(path) or '.'}{' --bits=4' * path.endswith('int4.safetensors')}")
+                         f"--out_dir={os.path.dirname(path) or '.'}{f' --bits={bits[1]}' if bits else ''}")
     tensors, metadata = read_safetensors(path, FORMAT, device)
     state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
     state['config'] = config = config_from(state['config'], path)
