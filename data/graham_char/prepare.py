@@ -117,7 +117,7 @@ def essay(path):
     """A saved essay -> its text and two blank lines; '' if there is no text in it."""
     with open(path, 'rb') as f:
         text = decode(f.read())
-    if not path.endswith('.txt'):
+    if not path.lower().endswith('.txt'):
         text = Page(text).text
     text = plain(text).strip()
     return text + '\n\n\n' if text else ''
