@@ -9,17 +9,16 @@ Completes text with a trained model: float, or the int8 or int4 file running on 
 stdout receives text only; what it cost goes to stderr with --show_stats=True, one JSON document last.
 """
 import json
-import math
 import os
 import sys
 
 import torch
 
-from data.loader import read_text
+from data.files import read_text
 from data.tokenizer import from_meta
-from engine import DRAFTERS, FEW, HEADS, Chat, Engine
-from model import GPT, can_compile, check_device, check_knobs
-from quantize import for_decoding, int_share, load
+from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation, for_decoding
+from model import GPT, can_compile, pick_device
+from quantize import int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
@@ -42,82 +41,115 @@ slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
 show_stats = False          # of the last prompt or question
-device = 'cuda' if torch.cuda.is_available() else 'cpu'
+device = 'auto'             # cuda, mps or cpu; auto: the first of them that is there
 threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
-# -----------------------------------------------------------------------------
+limits = {                  # what they may be
+    'weights': ['auto', 'float', 'int8', 'int4'],
+    'num_samples top_k': (1, None),
+    'max_new_tokens threads draft_vocab': (0, None),
+    'temperature': (0.0, None),
+    'top_p min_p': (0.0, 1.0),
+    'seed': (None, None),
+    'drafter': list(DRAFTERS),
+    'draft_n': (0, FEW - 1),
+}
 exec(open('configurator.py').read())
+# -----------------------------------------------------------------------------
+# what happens to a prompt
 
-for stream in (sys.stdin, sys.stdout):          # a byte that is no text, or a character the terminal has not, ends nothing
-    if hasattr(stream, 'reconfigure'):
-        stream.reconfigure(errors='replace')
-check_knobs(config, ('num_samples top_k', int, 1, math.inf), ('max_new_tokens threads draft_vocab', int, 0, math.inf),
-            ('draft_n', int, 0, FEW - 1), ('seed', int, -math.inf, math.inf),
-            ('temperature', float, 0, math.inf), ('top_p min_p', float, 0, 1),
-            ('drafter', DRAFTERS), ('weights', ('auto', 'float', 'int8', 'int4')), may_be_none='top_k top_p min_p')
-check_device(device)
-if chat and (num_samples > 1 or interactive):
-    raise SystemExit(f"error: chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 "
-                     f"and interactive ({interactive}) off")
-files = ({'float': os.path.join(out_dir, 'best.pt')}
-         | {name: os.path.join(out_dir, f'{name}.safetensors') for name in ('int8', 'int4')})
-if weights == 'auto':                           # the newest: integers may be left over from an earlier training
-    weights = max((name for name in files if os.path.exists(files[name])),
-                  key=lambda name: os.path.getmtime(files[name]), default='float')
-path = files[weights]
-model, state = load(path, device)
-tokenizer = from_meta(state['tokenizer'])
-if chat and '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
-    raise SystemExit("error: chat=True needs a model with special tokens like <|assistant_end|>, "
-                     f"and {path} has none: train on BPE, then config/sft_pydoc.py")
-needs = HEADS.get(drafter)
-if needs and not hasattr(model, needs):
-    raise SystemExit(f"error: drafter ({drafter}) needs a model with a {needs} head, which {path} has not: "
-                     f"train one with --{needs}_n=4, or draft with ngram")
-with torch.device('meta'):
-    n_params = GPT(model.config).params()['total']
-if threads or n_params < 4e6:
-    torch.set_num_threads(threads or 1)
-share = 0.0 if weights == 'float' else int_share(model)
-engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device),
-                torch.int8 if int8_cache else torch.float32)
-how = dict(drafter=drafter, draft_n=draft_n,
-           temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, slide=slide)
+def find_weights():
+    """-> the kind of weights and their file. With 'auto' the newest: integers may be left over from an earlier training."""
+    files = {'float': f'{out_dir}/best.pt', 'int8': f'{out_dir}/int8.safetensors', 'int4': f'{out_dir}/int4.safetensors'}
+    if weights != 'auto':
+        return weights, files[weights]
+    found = [name for name in files if os.path.exists(files[name])]
+    newest = max(found, key=lambda name: os.path.getmtime(files[name]), default='float')
+    if len(found) > 1:
+        print(f"weights=auto: {files[newest]}, the newest of {', '.join(found)}; --weights= chooses", file=sys.stderr)
+    return newest, files[newest]
 
 
 def encode(text):
-    try:
-        ids = tokenizer.encode(text)
-    except ValueError as e:                     # a character that the vocabulary lacks
-        raise SystemExit(f'error: {e}')
+    """text -> its token ids. ValueError or AssertionError if the model cannot go on from them."""
+    ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos] + ids
-    room = model.config.block_size
-    if not ids:
-        raise SystemExit("error: the prompt is empty: give --start= at least one character")
-    if len(ids) > room or (not slide and len(ids) + max_new_tokens > room + 1):
-        raise SystemExit(f"error: the prompt's {len(ids)} tokens + max_new_tokens ({max_new_tokens}) "
-                         f"do not fit the context of {room}: shorten one of them, or give --slide=True")
+    engine.check_length(len(ids), max_new_tokens, slide)
     return ids
+
+
+def stream(pieces):
+    for piece in pieces:
+        print(piece, end='', flush=True)
 
 
 def complete(prompt, ids):
     """Streams one sample; several are decoded together and printed one after the other."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     if num_samples == 1:
-        for piece in engine.stream(tokenizer, ids, max_new_tokens, stop_strings=[stop] if stop else [],
-                                   seed=seed, **how):
-            print(piece, end='', flush=True)
+        stream(engine.stream(tokenizer, ids, max_new_tokens, stops, sampling, speculation, slide=slide))
         print()
-    else:
-        for row in engine.complete([ids], max_new_tokens, num_samples=num_samples, seed=seed, **how):
-            text = tokenizer.decode(row)
-            print(prompt + (text.partition(stop)[0] if stop else text) + '\n---------------')
+        return
+    for row in engine.complete([ids], max_new_tokens, sampling, speculation, num_samples, slide=slide):
+        text = tokenizer.decode(row)
+        if stop:
+            text = text.partition(stop)[0]
+        print(prompt + text + '\n---------------')
+
+
+def interact():
+    """Completes one prompt after another."""
+    global seed
+    print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.',
+          file=sys.stderr)
+    grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
+    lines = []
+    for line in sys.stdin:
+        if line.rstrip('\n') != '###':
+            lines.append(line)
+            continue
+        prompt = ''.join(lines)[:-1] or '\n'
+        lines = []
+        try:
+            ids = encode(prompt)
+        except (AssertionError, ValueError) as e:       # the model stays loaded; only this prompt is refused
+            print(f'error: {e}', file=sys.stderr)
+            continue
+        if num_samples == 1:
+            print(f'{grey}{prompt}{plain}', end='')
+        complete(prompt, ids)
+        seed += 1
+
+
+def converse():
+    """Answers one line after another."""
+    global seed
+    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; '
+          'Ctrl+C stops an answer.', file=sys.stderr)
+    talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
+    while True:
+        if at_terminal:
+            print('> ', end='', flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        word = line.strip()
+        if not line or word == '/quit':
+            return
+        if word == '/reset':
+            talk.exchanges.clear()
+        elif word == '/undo':
+            del talk.exchanges[-1:]
+        elif word[:1] == '/':
+            print(f'error: {word} is no command: /undo, /reset, /quit', file=sys.stderr)
+        elif word:
+            answer(talk, word)
+            seed += 1                           # asked again after /undo, it may answer otherwise
 
 
 def answer(talk, question):
     """Streams the answer to a question; Ctrl+C stops it, and a question too long is refused."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     try:
-        for piece in talk.ask(question, max_new_tokens, stop_strings=[stop] if stop else [], seed=seed, **how):
-            print(piece, end='', flush=True)
+        stream(talk.ask(question, max_new_tokens, stops, sampling=sampling, speculation=speculation, slide=slide))
     except KeyboardInterrupt:
         pass
     except ValueError as e:                     # the conversation goes on without it
@@ -129,70 +161,65 @@ def answer(talk, question):
               f'the oldest {talk.dropped} of the exchanges are forgotten', file=sys.stderr)
 
 
-if chat:
-    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; '
-          'Ctrl+C stops an answer.', file=sys.stderr)
-    talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
+def print_stats():
+    """Two lines on stderr about the last text: one for people, one of JSON."""
+    stats = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'tok_s': 0.0, 'accepted': []} | engine.stats
+    numbers = {
+        'tokens': stats['tokens'],
+        'seconds': round(stats['seconds'], 4),
+        'prefill_seconds': round(stats['prefill_seconds'], 4),
+        'tok_s': round(stats['tok_s'], 1),
+        'tokens_per_verify': stats['tokens'] / max(1, sum(stats['accepted'])) if drafter != 'none' else 1.0,
+        'weights': kind,
+        'drafter': drafter,
+        'params': n_params,
+        'file': path,
+        'bytes': os.path.getsize(path),
+        'int_share': share,
+        'kv_bytes_per_token': model.kv_bytes_per_token(int8_cache),
+        'device': device}
+    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
+          f"{numbers['tok_s']:,} tok/s; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
+    print(json.dumps(numbers), file=sys.stderr)
+
+# -----------------------------------------------------------------------------
+# load the model
+
+assert not chat or (num_samples == 1 and not interactive), (
+    f"chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 and interactive ({interactive}) off")
+if hasattr(sys.stdin, 'reconfigure'):
+    sys.stdin.reconfigure(errors='replace')     # a byte that is no text ends nothing
+device = pick_device(device)
+kind, path = find_weights()
+model, state = load(path, device)
+tokenizer = from_meta(state['tokenizer'])
+assert not chat or '<|assistant_end|>' in getattr(tokenizer, 'special_tokens', ()), (
+    f"chat=True needs a model with special tokens like <|assistant_end|>, and {path} has none: "
+    "train on BPE, then config/sft_pydoc.py")
+stops = [stop] if stop else []
+speculation = Speculation(drafter, draft_n)
+speculation.check(model)
+with torch.device('meta'):
+    n_params = GPT(model.config).params()['total']
+share = 0.0 if kind == 'float' else int_share(model)
+if threads or n_params < 4e6:
+    torch.set_num_threads(threads or 1)
+engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device),
+                torch.int8 if int8_cache else torch.float32)
+
+# -----------------------------------------------------------------------------
+# and write
+
+if chat or interactive:
     try:
-        while True:
-            if at_terminal:
-                print('> ', end='', flush=True, file=sys.stderr)
-            line = sys.stdin.readline()
-            word = line.strip()
-            if not line or word == '/quit':
-                break
-            if word == '/reset':
-                talk.exchanges.clear()
-            elif word == '/undo':
-                del talk.exchanges[-1:]
-            elif word[:1] == '/':
-                print(f'error: {word} is no command: /undo, /reset, /quit', file=sys.stderr)
-            elif word:
-                answer(talk, word)
-                seed += 1                       # asked again after /undo, it may answer otherwise
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-elif interactive:
-    print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.',
-          file=sys.stderr)
-    grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
-    try:
-        while True:
-            lines = []
-            for line in sys.stdin:
-                if line.rstrip('\n') == '###':
-                    break
-                lines.append(line)
-            else:
-                break                           # end of input
-            prompt = ''.join(lines)[:-1] or '\n'
-            try:
-                ids = encode(prompt)
-            except SystemExit as e:             # the model stays loaded; only this prompt is refused
-                print(e, file=sys.stderr)
-                continue
-            if num_samples == 1:
-                print(f'{grey}{prompt}{plain}', end='')
-            complete(prompt, ids)
-            seed += 1
-    except KeyboardInterrupt:
-        print()
+        converse() if chat else interact()
+    except KeyboardInterrupt:                   # the way to leave
+        print(file=sys.stderr if chat else sys.stdout)
 else:
     prompt = read_text(start[5:]) if start.startswith('FILE:') else start
     ids = encode(prompt)
     if num_samples == 1:
         print(prompt, end='')
     complete(prompt, ids)
-
 if show_stats:
-    s = {'tokens': 0, 'seconds': 0.0, 'prefill_seconds': 0.0, 'tok_s': 0.0, 'accepted': []} | engine.stats
-    kv = model.kv_bytes_per_token(engine.cache_dtype == torch.int8)
-    numbers = {'tokens': s['tokens'],
-               'seconds': round(s['seconds'], 4), 'prefill_seconds': round(s['prefill_seconds'], 4),
-               'tok_s': round(s['tok_s'], 1),
-               'tokens_per_verify': s['tokens'] / max(1, sum(s['accepted'])) if drafter != 'none' else 1.0,
-               'weights': weights, 'drafter': drafter, 'params': n_params, 'file': path, 'bytes': os.path.getsize(path),
-               'int_share': share, 'kv_bytes_per_token': kv, 'device': device}
-    print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
-          f"{numbers['tok_s']:,} tok/s; {kv:,} bytes of cache a token", file=sys.stderr)
-    print(json.dumps(numbers), file=sys.stderr)
+    print_stats()
