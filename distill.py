@@ -6,7 +6,7 @@ Distillation: a student that learns from a teacher's distributions beside the te
     python distill.py --teacher=out-stdlib-bpe --out_dir=labels-stdlib-bpe
         # or only once: 12 sampled soft labels a token, on disk
     python train.py config/distill_stdlib_bpe.py
-        # ... and any number of students learn from them
+        # ... from which any number of students learn
 
     python distill.py --fetch=d32 --out_dir=teachers/d32
         # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
@@ -42,7 +42,7 @@ from data.foreign import FILES, KINDS, export_hf, fetch_nanochat
 from data.loader import Loader, copy_to, held_out
 from data.record import already, record
 from data.tokenizer import fingerprint, from_meta
-from model import GPT, autocast, can_compile, chunked, pick_device, pick_dtype, shard
+from model import GPT, autocast, can_compile, chunked, or_one, pick_device, pick_dtype, shard
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -97,8 +97,9 @@ class Distiller(nn.Module):
         teachers = sum(teacher.flops_per_token(training=False) for teacher in self.teachers)
         return self.student.flops_per_token() + teachers
 
-    def forward(self, idx, targets, *labels):
+    def forward(self, idx, targets, *labels, counts=None):
         T = self.temperature
+        counts = counts or self.student.target_counts(targets)                  # see there
         x = self.student.trunk(idx)
         with torch.no_grad():
             # with labels: (B, T, k) ids, (B, T, k) weights and (B, T) entropy; without: (B, T, n_embd) of each teacher
@@ -122,8 +123,8 @@ class Distiller(nn.Module):
 
         rows = [part.flatten(0, 1) for part in (x, *soft)]      # (B*T, ...) each
         both = chunked(nats, self.student.config.vocab_size, rows[0], targets.flatten(), *rows[1:])
-        ce, kl = both.sum(dim=0) / (targets >= 0).sum().clamp(min=1)
-        return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets, idx)
+        ce, kl = both.sum(dim=0) / or_one(counts['ce'])
+        return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets, idx, counts)
 
 # -----------------------------------------------------------------------------
 # teachers
@@ -141,8 +142,8 @@ class Teacher:
 
 def check_teachers(spec):
     """
-    'A+B+...', or a folder of labels -> the files that will be read. ValueError if a teacher of another project's making
-    is not there: its data are prepared with its tokenizer, so a script asks for it before it looks for data.
+    'A+B+...', or a folder of labels -> the files that they are read from. ValueError if a teacher of another project's
+    making is not there: its data are prepared with its tokenizer, so a script asks for it before it looks for data.
     """
     files = []
     for name in spec.split('+') if spec else []:
@@ -156,8 +157,8 @@ def check_teachers(spec):
 
 
 def checkpoint_of(name):
-    """A picochat teacher is the out_dir of its training, or a .pt."""
-    return name if name.endswith('.pt') else os.path.join(name, 'best.pt')
+    """A picochat teacher is named by its out_dir, or by a .pt in it."""
+    return os.path.join(name, 'best.pt') if os.path.isdir(name) else name
 
 
 def load_teacher(name, device='cpu'):
@@ -172,7 +173,7 @@ def load_teacher(name, device='cpu'):
     if not os.path.exists(name):
         raise ValueError(f"no teacher at {name}: train one (python train.py ...), "
                          f"or write its labels there (python distill.py --teacher=... --out_dir={name})")
-    model, state = load_model(os.path.join(name, 'best.pt') if os.path.isdir(name) else name, device)
+    model, state = load_model(checkpoint_of(name), device)
     return Teacher(name, model.requires_grad_(False), from_meta(state['tokenizer']), state.get('dataset'),
                    state.get('knobs', {}).get('hold_out', ''), state.get('data'))
 
@@ -266,9 +267,10 @@ def tokens_each_may_label(teachers, loader):
     return may.sum(dim=1).tolist()
 
 # -----------------------------------------------------------------------------
-# how teachers read a text: in windows of block_size tokens. A window starts three quarters of its length after the one
-# before, and labels what comes after that one's end, so every token is labelled with a quarter of a window or more to
-# its left. (Rows of chats hold whole conversations: they do not overlap.)
+# how teachers read a text: in windows of block_size tokens, each of which starts three quarters of a window after the
+# one before. So every place in the text lies beyond the first quarter of one window, and that one labels it: its
+# teacher has seen at least a quarter of a window before it. (Rows of chats hold whole conversations: they do not
+# overlap.)
 
 def overlap(loader):
     """How many tokens a window shares with the one before."""
@@ -282,8 +284,8 @@ def stride(loader):
 
 def first_place(batch, loader):
     """
-    Where batch number so many of windows begins to label, which is where the one before ends. The first begins at the
-    start of the text: no other window has that.
+    Where batch number so many of windows begins to label, which is where the one before ends. The first begins with
+    the text.
     """
     return batch * loader.batch_size * stride(loader) + overlap(loader) if batch else 0
 
@@ -298,28 +300,14 @@ def read_windows(batch, teachers, loader):
     windows = [batch * loader.batch_size + i for i in range(loader.batch_size)]
     x, _ = loader.rows([window * stride(loader) for window in windows])         # (B, T)
     places = torch.arange(first_place(batch, loader), first_place(batch + 1, loader), device=x.device)     # (N,)
-    # the window that labels a place: the earliest that has a quarter to its left, or the text's first
+    # the window that labels a place; the start of the text lies in the first one alone
     window = ((places - overlap(loader)) // stride(loader)).clamp(min=0)
-    position = places - window * stride(loader)                                 # within that window
-    tokens = (places + 1).clamp(max=loader.n_tokens - 1)
-    may = torch.stack([may_label(teacher, tokens, loader) for teacher in teachers])
+    position = places - window * stride(loader)                                 # of the place within that window
+    following = (places + 1).clamp(max=loader.n_tokens - 1)
+    may = torch.stack([may_label(teacher, following, loader) for teacher in teachers])
     models = [teacher.model for teacher, here in zip(teachers, may) if here.any()]
     states = [model.trunk(x)[window - windows[0], position] for model in models]
     return first_place(batch, loader), models, states, may[may.any(dim=1)]
-
-
-class Progress:
-    """tell(done) prints how far it is and how fast, at most every five seconds."""
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.start = what, total, done
-        self.began = self.told = time.perf_counter()
-
-    def tell(self, done):
-        now = time.perf_counter()
-        if now - self.told > 5:
-            self.told = now
-            rate = (done - self.start) / (now - self.began)
-            print(f'{self.what}: {done:,} of {self.total:,} tokens, {rate:,.0f} tokens/s', flush=True)
 
 
 @torch.no_grad()
@@ -330,11 +318,10 @@ def fit_temperature(teachers, loader, batches=16):
     read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
     """
     tokens_each_may_label(teachers, loader)     # raises if nobody may label some token
-    n, vocab_size = loader.n_tokens, teachers[0].model.config.vocab_size
+    vocab_size = teachers[0].model.config.vocab_size
     grid = [round(0.8 + 0.05 * i, 2) for i in range(25)]
     nats = torch.zeros(25, dtype=torch.float64)
-    total = math.ceil(n / (loader.batch_size * stride(loader)))
-    progress = Progress('calibrating', n)
+    total = math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
     for batch in range(0, total, math.ceil(total / batches)):
         first, models, states, may = read_windows(batch, teachers, loader)
         following = slice(first + 1, first + 1 + may.size(1))                   # ends where the text does
@@ -347,7 +334,7 @@ def fit_temperature(teachers, loader, batches=16):
         for i, temperature in enumerate(grid):
             log_p = teacher_log_probs(models, states, temperature, may[:, rows])
             nats[i] -= log_p.gather(1, y[rows, None]).sum().cpu()
-        progress.tell(first + len(y))
+        print(f'calibrating: at token {first:,} of {loader.n_tokens:,}', flush=True)
     return grid[nats.argmin()]
 
 # -----------------------------------------------------------------------------
@@ -434,12 +421,15 @@ def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
         done = f.tell() // size
         batch = max(0, done - overlap(loader)) // (loader.batch_size * stride(loader))
         f.seek(f.truncate(size * first_place(batch, loader)))
-        progress = Progress('labels', n, done)
+        began = told = time.perf_counter()
         while f.tell() < size * n:
             f.write(label_batch(batch, teachers, loader, recipe).tobytes())
             f.flush()
             batch += 1
-            progress.tell(f.tell() // size)
+            now, seen = time.perf_counter(), f.tell() // size
+            if now - told > 5:
+                told = now
+                print(f'{seen:,} of {n:,} tokens, {(seen - done) / (now - began):,.0f} tokens/s', flush=True)
     os.replace(part, os.path.join(folder, 'labels.bin'))
     os.replace(begun, os.path.join(folder, 'meta.json'))
     return meta
@@ -546,13 +536,14 @@ if __name__ == '__main__':
             f"calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
         assert method == 'sample' or k <= tokenizer.vocab_size, (
             f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
-        if compile and can_compile(device):
-            for t in teachers:
+        compiles, precision = compile and can_compile(device), pick_dtype(dtype, device)
+        for t in teachers:
+            if compiles:
                 t.model.trunk, t.model.logits = torch.compile(t.model.trunk), torch.compile(t.model.logits)
-        precision = pick_dtype(dtype, device)
-        if precision == 'bfloat16':
-            for t in teachers:
+            if precision == 'bfloat16':
                 in_bfloat16(t.model)
+        print(f"labels: {loader.n_tokens:,} tokens of {text} by {teacher}, on {device} in {precision}"
+              f"{'; the teachers are compiled first, which takes a minute' if compiles else ''}", flush=True)
         with autocast(device, precision):
             calibration = fit_temperature(teachers, loader) if calibrate else 1.0
             recipe = Recipe(method, k, temperature, calibration, seed)
@@ -564,31 +555,31 @@ if __name__ == '__main__':
 
     began = time.perf_counter()
     device = pick_device(device)
-    if fetch or to_picochat or to_hf:
-        needs = out_dir if fetch else teacher
-        assert needs and bool(fetch) + bool(to_picochat) + bool(to_hf) == 1, (
-            "--fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is "
-            "written there); one of the three at a time")
-    else:
-        assert teacher and out_dir, (
-            "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
+    jobs = bool(fetch) + bool(to_picochat) + bool(to_hf)
+    assert jobs or teacher and out_dir, (
+        "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
+    assert jobs == 0 or jobs == 1 and (out_dir if fetch else teacher), (
+        "--fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is "
+        "written there); one of the three at a time")
     if to_picochat:
         product = os.path.join(to_picochat, 'best.pt')
     elif to_hf:
         product = os.path.join(to_hf, 'model.safetensors')
     else:
         product = os.path.join(out_dir, 'labels.bin')
-    # in a ladder, what this very command has made from these files need not be made again
-    reads = check_teachers(teacher) + [os.path.join('data', dataset, 'meta.json')] * bool(dataset)
+    # in a ladder (bench.py), what this very command has made from these files is not made again
+    reads = check_teachers(teacher)
+    if dataset:
+        reads.append(os.path.join('data', dataset, 'meta.json'))
     document = None if fetch else already(product, reads)
     if document is None:
-        if fetch or to_picochat or to_hf:
+        if jobs:
             folder = fetch_nanochat(fetch, out_dir) if fetch else convert()
             size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
             document = {'file': folder, 'bytes': size, 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}
         else:
             meta = label()
-            seconds, size = time.perf_counter() - began, os.path.getsize(product)
+            size, seconds = os.path.getsize(product), time.perf_counter() - began
             print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")
             document = {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
         if not fetch:

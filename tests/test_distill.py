@@ -7,7 +7,6 @@ import math
 import os
 import re
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
