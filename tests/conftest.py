@@ -27,8 +27,9 @@ sys.path.insert(0, '.')
 import torch
 
 import data.loader
+from data.foreign_tokenizer import byte_characters, merges_of
+from data.tokenizer import BPETokenizer, CharTokenizer, train_bpe
 from data.writer import write_texts
-from data.tokenizer import BPETokenizer, CharTokenizer, byte_characters, merges_of, train_bpe
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
