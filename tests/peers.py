@@ -6,6 +6,7 @@ llama2.c, and nanochat's.
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
+    python bench.py --mode=train --peers=FOLDER             # our train.py beside nanoGPT's, in FOLDER; by --nanogpt here
 
 A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
 nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
@@ -14,22 +15,25 @@ it a little. The last line is JSON: for each decoder and format the tokens/s of 
 """
 import importlib.util
 import json
-import math
 import os
+import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, '.')
-from engine import Engine
-from model import GPT, GPTConfig, check_device, check_knobs
+from data.files import atomic_write
+from engine import Engine, Sampling
+from model import GPT, GPTConfig, pick_device
 
 # -----------------------------------------------------------------------------
 n_layer = 3
@@ -49,23 +53,87 @@ seed = 1337
 device = 'cpu'              # or cuda, where llama2.c does not run
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 peer = ''                   # private: the decoder and format that a child process measures
+# private: bench.py --mode=train gives these
+nanogpt = ''                # folder of a copy of github.com/karpathy/nanoGPT
+training = ''               # train.py's knobs as JSON; its dataset is random tokens
+steps = 10
+limits = {'prompt_tokens new_tokens rounds steps': (1, None), 'threads': (0, None)}
 # -----------------------------------------------------------------------------
 exec(open('configurator.py').read())
 
 
-def fail(message):
-    raise SystemExit(f'error: {message}')
+def say(line):
+    print(line, file=sys.stderr, flush=True)
 
 
-check_knobs(config, ('prompt_tokens new_tokens rounds', int, 1, math.inf), ('threads', int, 0, math.inf),
-            ('seed', int, -math.inf, math.inf))
-try:
-    c = GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config})
-except AssertionError as e:
-    fail(e)
+# -----------------------------------------------------------------------------
+# nanoGPT's training
+
+def output_of(command, **how):
+    """What a process prints. ValueError if it fails."""
+    got = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors='replace', **how)
+    if got.returncode:
+        raise ValueError(f"{' '.join(map(str, command[:2]))[-80:]} ended with status {got.returncode}: "
+                         f"{got.stderr.strip()[-200:]}")
+    return got.stdout
+
+
+def flags(knobs):
+    return [f'--{key}={value}' for key, value in knobs.items()]
+
+
+def training_rows(t):
+    """
+    t: train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT's, in turn. nanoGPT's are by the times that it
+    prints, the first five left out; it runs in a folder of its own, where it looks for two files.
+    """
+    forwards = max(1, round((t['total_batch_size'] or t['batch_size'] * t['block_size'])
+                            / (t['batch_size'] * t['block_size'])))
+    both = dict(log_interval=1, device=t['device'], dtype=t['dtype'])
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(t['dataset'], f'{folder}/data/random')
+        atomic_write(f'{folder}/data/random/meta.pkl', lambda f: pickle.dump({'vocab_size': vocab_size}, f))
+        shutil.copy(f'{nanogpt}/configurator.py', folder)
+        ours = t | both | dict(out_dir=f'{folder}/ours', max_iters=steps + 5, eval_interval=0, save_interval=0,
+                               sample_interval=0)
+        theirs = {k: t[k] for k in ('n_layer', 'n_head', 'n_embd', 'dropout', 'block_size', 'batch_size')} | both | dict(
+            dataset='random', out_dir='out', max_iters=steps + 4, eval_interval=10**9, eval_iters=1,
+            always_save_checkpoint=False, gradient_accumulation_steps=forwards)
+        rows = []
+        for way in ('eager', 'compiled')[:1 + t['compile']]:
+            rates = {'train.py': [], 'nanoGPT': []}
+            for r in range(rounds):
+                compiled = {'compile': way == 'compiled'}
+                said = output_of([sys.executable, 'train.py', *flags(ours | compiled)])
+                rates['train.py'].append(json.loads(said.splitlines()[-1])['tok_s'])
+                said = output_of([sys.executable, os.path.abspath(f'{nanogpt}/train.py'), *flags(theirs | compiled)],
+                                 cwd=folder)
+                ms = re.findall(r'^iter \d+: loss .*, time ([\d.]+)ms', said, re.M)[5:]
+                tokens = forwards * t['batch_size'] * t['block_size']
+                rates['nanoGPT'].append(1000 * tokens / median(map(float, ms)))
+                say(f'peers, {way}, round {r + 1} of {rounds}')
+            for who, seen in rates.items():
+                dtype = 'float32' if who == 'nanoGPT' and t['device'] == 'cpu' else t['dtype']
+                rows.append({'run': who, 'way': way, 'dtype': dtype, 'tok_s_rounds': seen, 'ours': rates['train.py']})
+    return rows
+
+
+if nanogpt:
+    t = json.loads(training)
+    odd = [k for k in ('n_kv_head', 'head_dim', 'n_hidden', 'multi_token_n', 'draft_n', 'teacher', 'quant_bits') if t[k]]
+    if odd or vocab_size > 65536 or not os.path.isfile(f'{nanogpt}/train.py'):
+        raise ValueError(f"peers ({nanogpt}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
+                         f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
+    print(json.dumps({'rows': training_rows(t)}))
+    sys.exit()
+
+# -----------------------------------------------------------------------------
+# the shape
+
+c = GPTConfig(**{k: config[k] for k in GPTConfig.__dataclass_fields__ if k in config})
 hidden = max(64, round(c.n_hidden * 2 / 3 / 64) * 64)    # a multiple of the groups of 64 that llama2.c quantises in
 prompt = torch.randint(c.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-check_device(device)
+device = pick_device(device)
 if threads:
     torch.set_num_threads(threads)
 
@@ -79,7 +147,7 @@ def picochat_rate():
         torch.nn.init.normal_(p, std=0.05)
     engine = Engine(model)
     for _ in range(2):                                               # the first run warms up
-        engine.complete([prompt], new_tokens, temperature=0)
+        engine.complete([prompt], new_tokens, Sampling(temperature=0))
     return {'tok_s': engine.stats['tok_s'], 'params': model.params()['total']}
 
 
@@ -175,40 +243,41 @@ def llama2c_rate(binary, file):
                          env=os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())},
                          capture_output=True, text=True, errors='replace')
     found = re.search(r'achieved tok/s: ([\d.]+)', got.stderr)
-    return float(found[1]) if found else fail(
-        f'{binary} reported no speed, status {got.returncode}: {got.stderr.strip()[-200:]}')
+    if not found:
+        raise ValueError(f'{binary} reported no speed, status {got.returncode}: {got.stderr.strip()[-200:]}')
+    return float(found[1])
 
 # -----------------------------------------------------------------------------
 # what will run; whatever cannot is said before anything is timed
 
 params = sum(GPT(c).params()[group] for group in ('embedding', 'trunk', 'head'))
-if c.n_head * c.head_dim != c.n_embd or abs(3 * hidden - 2 * c.n_hidden) * c.n_embd * c.n_layer > 0.02 * params:
-    fail('peers need a shape that a Llama can match within 2 % of its parameters, '
-         f'with n_head * head_dim = n_embd: {c} is not that')
-if prompt_tokens + new_tokens > c.block_size:
-    fail(f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit '
-         f'the context of {c.block_size}: lower them')
+assert c.n_head * c.head_dim == c.n_embd and abs(3 * hidden - 2 * c.n_hidden) * c.n_embd * c.n_layer <= 0.02 * params, (
+    'peers need a shape that a Llama can match within 2 % of its parameters, '
+    f'with n_head * head_dim = n_embd: {c} is not that')
+assert prompt_tokens + new_tokens <= c.block_size, (
+    f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of {c.block_size}: lower them')
+assert not llama2c or device == 'cpu', f'llama2c ({llama2c}) runs on --device=cpu, not on {device}'
 others = {}                                     # (decoder, format) -> binary
 if importlib.util.find_spec('transformers'):
     others |= {('transformers', 'f32'): None, ('transformers', 'bf16'): None}
 else:
-    print('transformers is absent: pip install transformers', file=sys.stderr)
-if llama2c and device != 'cpu':
-    fail(f'llama2c ({llama2c}) runs on --device=cpu, not on {device}')
+    say('transformers is absent: pip install transformers')
 if llama2c:
     folder = llama2c if os.path.isdir(llama2c) else os.path.dirname(llama2c)
     others |= {('llama2.c', 'f32'): os.path.join(folder, 'run'), ('llama2.c', 'int8'): os.path.join(folder, 'runq')}
 else:
-    print('llama2.c is absent: build its run and runq, and give --llama2c=FOLDER', file=sys.stderr)
+    say('llama2.c is absent: build its run and runq, and give --llama2c=FOLDER')
 if nanochat:
     if not os.path.isfile(f'{nanochat}/nanochat/engine.py') or c.n_hidden != 4 * c.n_embd or c.tie_weights:
-        fail(f'nanochat ({nanochat}) must be a copy of github.com/karpathy/nanochat, git checkout 790f3be, and '
-             f'n_hidden ({c.n_hidden}) 4 * n_embd ({c.n_embd}), as it has no other, with two vocabulary tables')
+        raise ValueError(f'nanochat ({nanochat}) must be a copy of github.com/karpathy/nanochat, git checkout 790f3be, '
+                         f'and n_hidden ({c.n_hidden}) 4 * n_embd ({c.n_embd}), as it has no other, with two '
+                         'vocabulary tables')
     others['nanochat', 'f32'] = None
 for binary in filter(None, others.values()):
     if not os.access(binary, os.X_OK):
-        fail(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of github.com/karpathy/llama2.c, '
-             'gcc -Ofast -fopenmp -march=native -o run run.c -lm; runq likewise')
+        raise ValueError(f'llama2c ({llama2c}) has no {os.path.basename(binary)}: in a copy of '
+                         'github.com/karpathy/llama2.c, gcc -Ofast -fopenmp -march=native -o run run.c -lm; '
+                         'runq likewise')
 
 # -----------------------------------------------------------------------------
 # the rounds
@@ -216,10 +285,7 @@ for binary in filter(None, others.values()):
 def child(what):
     """What a fresh process of this script prints with --peer=what."""
     knobs = config | {'peer': what, 'llama2c': '', 'threads': torch.get_num_threads()}
-    got = subprocess.run([sys.executable, 'tests/peers.py', *(f'--{k}={v}' for k, v in knobs.items())],
-                         capture_output=True, text=True)
-    return json.loads(got.stdout.splitlines()[-1]) if got.returncode == 0 else fail(
-        f"the process for {what} ended with status {got.returncode}: {got.stderr.strip()[-200:]}")
+    return json.loads(output_of([sys.executable, 'tests/peers.py', *flags(knobs)]).splitlines()[-1])
 
 
 rows = [{'decoder': decoder, 'format': format, 'params': None, 'tok_s_rounds': [], 'ours': []}
@@ -233,7 +299,7 @@ with tempfile.TemporaryDirectory() as folder:
                    else child(f'{decoder}-{format}'))
             row['tok_s_rounds'].append(got['tok_s'])
             row['params'] = got['params']
-        print(f'peers, round {r + 1} of {rounds}', file=sys.stderr)
+        say(f'peers, round {r + 1} of {rounds}')
 for row in rows:
     print(f"{row['decoder']} {row['format']}: {', '.join(f'{rate:,.1f}' for rate in row['tok_s_rounds'])} tokens/s; "
           f"picochat f32 beside it: {', '.join(f'{rate:,.1f}' for rate in row['ours'])}")

@@ -1,0 +1,174 @@
+"""
+What a training takes: a step of it, as train.py takes it, on random tokens or on tensors that have shapes but no memory.
+A library for bench.py --mode=train and --mode=memory.
+
+    training = Training(t, config, rows=4, folder='data/random')        # t: train.py's knobs, resolved, as a namespace
+    seconds = training.step(training.trained, T=256, accumulation=2)    # {'data', 'forward', 'backward', 'optimizer'}
+    training_bytes(t, config, rows=4)['peak']                           # bytes of a step that is not taken
+"""
+import contextlib
+import json
+import os
+import re
+import time
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data.loader import Loader
+from distill import Distiller, in_bfloat16, load_teacher
+from model import GPT, LOSS_CHUNK_BYTES, autocast, make_optimizers, update
+from quantize import prepare
+
+def micro_batches(t, rows):
+    """-> how many forwards of so many rows make a step"""
+    return max(1, round((t.total_batch_size or t.batch_size * t.block_size) / (rows * t.block_size)))
+
+
+def teachers_of_training(t, c):
+    """-> the teachers' models (of nanochat's d32 and its like with random weights); of labels, the samples a token."""
+    meta = os.path.join(t.teacher, 'meta.json')
+    if t.teacher and os.path.exists(meta):
+        return [], json.load(open(meta))['k']
+    if t.teacher.startswith('labels') and not os.path.exists(t.teacher):
+        return [], 12                           # what distill.py writes
+    models = []
+    for name in t.teacher.split('+') if t.teacher else ():
+        nanochat_shape = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)/?', name)
+        if nanochat_shape or name.startswith('random:'):                # no gigabytes are read to measure a shape
+            model = load_teacher(f'random:{nanochat_shape[1]}' if nanochat_shape else name, t.device).model
+        else:
+            with unset_fake_temporarily():      # a file has numbers to look at; what it takes is counted by a copy
+                model = load_teacher(name, t.device).model
+            model._apply(torch.clone)
+        assert model.config.vocab_size == c.vocab_size and model.config.block_size >= c.block_size, (
+            f'the teacher {name} has a vocabulary of {model.config.vocab_size:,} and a context of '
+            f'{model.config.block_size}, which must be {c.vocab_size:,} and at least block_size ({c.block_size}): '
+            'give --vocab_size= or another teacher')
+        model.config.block_size = c.block_size      # it attends to no more, which flops_per_token counts
+        models.append(model)
+    return models, 0
+
+
+class Training:
+    """
+    A training set up as train.py does: model; trained, which makes losses of (x, y, ...); optimizers; averages. Its
+    batches have so many rows of the dataset in folder; without one they are zeros.
+    """
+    def __init__(self, t, c, rows, folder=None):
+        torch.manual_seed(t.seed)
+        with torch.device(t.device):
+            self.model = GPT(c).train()
+        self.optimizers = make_optimizers(self.model, t.muon_lr, t.adam_lr, t.weight_decay, t.muon_steps)
+        if t.quant_bits:
+            prepare(self.model, t.quant_bits, t.quant_group, t.tables_bits)
+        self.teachers, self.k = teachers_of_training(t, c)
+        self.teacher_params = [sum(p.numel() for p in teacher.parameters()) for teacher in self.teachers]
+        if t.dtype == 'bfloat16' and not t.fsdp:                        # where tied tables come apart
+            self.teachers = [in_bfloat16(teacher) for teacher in self.teachers]
+        self.trained = (Distiller(self.model, self.teachers, t.divergence, t.temperature) if t.teacher
+                        else self.model)
+        self.loader = folder and Loader(folder, 'train', rows, c.block_size, t.seed, device=t.device)
+        self.averages = [p.detach().clone() for p in self.model.parameters()] if t.ema else []
+        self.t, self.rows, self.number = t, rows, 0
+
+    def batch(self, T):
+        """-> x and y (rows, T), and what labels add: ids and weights (rows, T, k), and the rest's weight (rows, T)"""
+        if self.loader:
+            x, y = self.loader.batch(self.number)
+            x, y = x[:, :T].contiguous(), y[:, :T].contiguous()
+            self.number += 1
+        else:
+            x, y = torch.zeros(2, self.rows, T, dtype=torch.long, device=self.t.device)
+        if not self.k:
+            return x, y
+        ids = x[..., None].expand(-1, -1, self.k).contiguous()
+        return x, y, ids, torch.full(ids.shape, 1 / self.k, device=self.t.device), torch.zeros(x.shape, device=self.t.device)
+
+    def step(self, forward, T, accumulation):
+        """Takes a step of so many forwards, on rows of T tokens -> its seconds by part."""
+        clock = Laps(self.t.device)
+        for _ in range(accumulation):
+            batch = self.batch(T)
+            clock.lap('data')
+            with autocast(self.t.device, self.t.dtype):
+                loss = sum(forward(*batch).values())
+                clock.lap('forward')
+                loss.backward()
+            clock.lap('backward')
+        update(self.model, self.optimizers, self.t.grad_clip)
+        for p, average in zip(self.model.parameters(), self.averages):
+            average.lerp_(p.detach(), 1 - self.t.ema)
+        clock.lap('optimizer')
+        return clock.took
+
+
+class Laps:
+    """A clock of a step's parts; a GPU is waited for."""
+    def __init__(self, device):
+        self.device = device
+        self.took, self.last = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0), self.now()
+
+    def now(self):
+        if not self.device.startswith('cpu'):
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def lap(self, part):
+        now = self.now()
+        self.took[part] += now - self.last
+        self.last = now
+
+# -----------------------------------------------------------------------------
+# memory
+
+class Living(TorchDispatchMode):
+    """Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake ones count as true."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.known:                    # not a view of one that is known
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+def training_bytes(t, c, rows, fake=True):
+    """
+    -> bytes of an eager step on so many rows, found by taking it, on fake tensors: nothing needs to fit anywhere,
+    nothing is multiplied. activations: what a forward keeps for backward; logits: one chunk of them in float32.
+    """
+    def nbytes(tensors):
+        return sum(x.nbytes for x in tensors)
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext(), Living() as living:
+        training, kept = Training(t, c, rows), []
+
+        def forward(*batch):
+            before, losses = living.now, training.trained(*batch)
+            kept.append(living.now - before)
+            return losses
+        for _ in range(2):                      # the first one makes the optimizers' states
+            living.peak = 0
+            training.step(forward, c.block_size, min(2, micro_batches(t, rows)))    # further forwards take no more memory
+        weights = nbytes(training.model.parameters())
+        states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
+        return {'weights': weights + nbytes(training.model.buffers()), 'gradients': weights,
+                'optimizer': sum(nbytes(state.values()) for state in states),
+                'averages': weights * (t.ema > 0),
+                'teacher': sum(nbytes(teacher.parameters()) for teacher in training.teachers),
+                'activations': kept[-1],
+                'logits': 4 * c.vocab_size * min(rows * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
+                'peak': living.peak, 'cache': rows * c.block_size * training.model.kv_bytes_per_token()}

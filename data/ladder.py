@@ -1,0 +1,225 @@
+"""
+A ladder of models: the commands that build its rungs, and its record, a JSON document that tables and pictures are
+made from. A library for bench.py --mode=ladder and --mode=table; without torch.
+
+    for name, seed, command in read_rungs(text, '1337'): ...    # "student | python train.py config/student.py && ..."
+    row = build_rung('out-ladder/ladder.json', name, seed, command)
+    write_record('config/ladder_quick.json', rows, machine)
+    for line in summary(read_record('config/ladder_quick.json')['rows']): ...
+
+A ladder is a list of commands. Each runs as you would type it; a script whose product is there, made by this very
+command and no older than what it was made from, says so and does nothing (data/record.py).
+"""
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from statistics import mean, stdev, variance
+
+from data.files import atomic_write
+from data.record import made
+
+FIRST = 'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py'
+
+# -----------------------------------------------------------------------------
+# building
+
+def read_rungs(rungs, seeds):
+    """Lines "name | command" -> [(name, seed or None, command)], a line with {seed} once for each of seeds."""
+    assert re.fullmatch(r'\d+(,\d+)*', seeds), f'seeds ({seeds}) must be numbers, like 1337,1338,1339'
+    out = []
+    for line in filter(None, map(str.strip, rungs.splitlines())):
+        name, bar, command = (part.strip() for part in line.partition('|'))
+        assert bar and all(part.split()[:1] == ['python'] for part in command.split('&&')), \
+            f'rungs: a line is "name | python SCRIPT ... && python SCRIPT ...", and {line!r} is not'
+        if '{seed}' in command:
+            out += [(name, int(s), command.replace('{seed}', s)) for s in seeds.split(',')]
+        else:
+            out.append((name, None, command))
+    assert any(name for name, *_ in out), f'rungs: none are given: {FIRST}'
+    return out
+
+
+def run_command(ladder, command, log):
+    """
+    Runs one command of a ladder. What it prints goes to the file log; its newest line to stderr, too, every ten seconds
+    and at the end. SIGINT and SIGTERM are its own to end by, and end the ladder then. -> the document that ends its
+    output, {} if there is none (a prepare.py); its exit status; its last line.
+    """
+    asked, last, document, shown = [], 'no word', {}, time.time()
+    environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
+    child = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+    def pass_on(signum, frame):
+        asked.append(signum)
+        child.send_signal(signum)
+    handlers = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for line in child.stdout:
+            print(line, end='', file=log, flush=True)
+            if line.startswith('{'):
+                document = json.loads(line)
+            elif line.strip():
+                last = line.strip()
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(f'    {last}', file=sys.stderr, flush=True)
+        status = child.wait()
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    print(f'    {last}', file=sys.stderr, flush=True)
+    if asked:
+        print(f'stopped by signal {asked[0]}; the same command goes on with this rung', file=sys.stderr)
+        raise SystemExit(128 + asked[0])
+    return document, status, last
+
+
+def build_rung(ladder, name, seed, command):
+    """
+    Runs a rung's commands; what they print goes to a file beside the ladder's record. -> its row: the file of the model, and what that cost with what it started
+    from; None if the rung has no name.
+    """
+    called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[-60:]
+    path, file = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log'), None
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with open(path, 'w') as log:
+        for part in map(str.strip, command.split('&&')):
+            print(f'[{called}] {part} > {path}', file=sys.stderr, flush=True)
+            print(f'$ {part}', file=log, flush=True)
+            document, status, last = run_command(ladder, part, log)
+            if status:
+                raise ValueError(f'rung {name!r}: {part!r} ended with status {status}: '
+                                 f"{last.removeprefix('error: ')}; what it printed is in {path}")
+            if 'out_dir' in document:
+                file = os.path.join(document['out_dir'], 'best.pt')
+            file = document.get('file', file)
+    if not name:
+        return None
+    assert file, f'rung {name!r}: its command names no model file; a line that only prepares has no name'
+    nothing = {'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
+    return {'name': name, 'seed': seed, 'command': command, 'file': file, 'made': made(file).get('date'),
+            **made(file).get('cost', nothing)}
+
+
+# -----------------------------------------------------------------------------
+# records
+
+def write_record(path, rows, machine):
+    document = {'mode': 'ladder', 'machine': machine, 'date': time.strftime('%Y-%m-%d'), 'rows': rows}
+    atomic_write(path, lambda f: f.write((json.dumps(document, indent=1) + '\n').encode()))
+
+
+def read_record(path):
+    """A ladder's record -> its document; of older ones the rungs alone."""
+    if not os.path.isfile(path):
+        raise ValueError(f'{path} is not there: {FIRST}')
+    with open(path) as f:
+        document = json.load(f)
+    document['rows'] = [row for row in document.get('rows', []) if row['name']]
+    if not document['rows']:
+        raise ValueError(f'{path} records no rung: {FIRST}')
+    return document
+
+
+def untimed(row):
+    """Timings of another run do not compare with those of this one."""
+    return {k: v for k, v in row.items() if not k.startswith(('tok', 'same', 'spec', 'memory'))}
+
+
+def compare_records(before, now):
+    """-> what has changed in bytes and loss, and in speed beyond noise, a line each"""
+    noise = {'bytes': 0, 'val_loss': 1e-4, 'tokens_per_verify': 0.1, 'tok_s': 0.3, 'tok_s_speculative': 0.3}
+    changes = []
+    for old, new in zip(before, now):
+        name = new['name'] if new['seed'] is None else f"{new['name']} {new['seed']}"
+        for key, most in noise.items():
+            if old.get(key) and new.get(key) and abs(new[key] / old[key] - 1) > most:
+                changes.append(f'{name}: {key} was {old[key]:.6g} and is {new[key]:.6g}')
+    return changes
+
+
+# -----------------------------------------------------------------------------
+# tables and pictures
+
+# a ladder's table: heading, key, format, divisor
+COLUMNS = [('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'),
+           ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
+           ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'),
+           ('tok/s', 'tok_s', ',.0f'), ('x', 'x_tok_s', '.2f'),
+           ('drafting', 'tok_s_speculative', ',.0f'), ('x', 'x_tok_s_speculative', '.2f'),
+           ('compiled', 'tok_s_compiled', ',.0f'), ('drafting', 'tok_s_speculative_compiled', ',.0f'),
+           ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
+           ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'),
+           ('PFLOPs', 'train_flops', ',.2f', 1e15)]
+
+
+def with_labels(row):
+    """The row, its FLOPs with those of the labels that it learnt from."""
+    return row | {'train_flops': (row.get('train_flops') or 0) + sum(row.get('labels', {}).values())}
+
+
+def by_name(rows):
+    """-> {name: its rows, one a seed}"""
+    names = {}
+    for row in rows:
+        names.setdefault(row['name'], []).append(row)
+    return names
+
+
+def welch(a, b):
+    """Two lists of losses -> p of Welch's two-sided t-test, by angles; None if one of them has a single value."""
+    if min(len(a), len(b)) < 2:
+        return None
+    va, vb = variance(a) / len(a), variance(b) / len(b)
+    if not va + vb:
+        return float(mean(a) == mean(b))
+    t = (mean(a) - mean(b)) / math.sqrt(va + vb)
+    df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
+    area = lambda end: end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
+    return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
+
+
+def summary(rows):
+    """-> a line for each rung: means over its seeds, their deviation, Welch's p against the first control"""
+    names, lines, first = by_name(rows), [], rows[0]
+    losses = {name: [row['val_loss'] for row in same if row.get('val_loss')] for name, same in names.items()}
+    control = next((name for name in names if 'control' in name), None)
+    for name, same in names.items():
+        line = with_labels(same[0])
+        if losses[name]:
+            line |= {'val_loss': mean(losses[name]), 'val_bpb': mean(row['val_bpb'] for row in same),
+                     'deviation': stdev(losses[name]) if len(same) > 1 else None,
+                     'p': welch(losses[name], losses[control]) if control not in (None, name) else None}
+        if line.get('bytes'):
+            line['smaller'] = first['bytes'] / line['bytes']
+        for key in ('tok_s', 'tok_s_speculative'):
+            if key in line and 'tok_s' in first:
+                line[f'x_{key}'] = line[key] / first['tok_s']
+        lines.append(line)
+    return lines
+
+
+def draw(lines, path):
+    """Bytes against bits per byte, as a picture; controls are crosses."""
+    import matplotlib.figure
+    figure = matplotlib.figure.Figure(figsize=(8, 5))
+    axes = figure.subplots()
+    for line in lines:
+        if line.get('bytes') and line.get('val_bpb'):
+            control = 'control' in line['name']
+            axes.scatter(line['bytes'], line['val_bpb'], marker='x' if control else 'o', color='gray' if control else None)
+            axes.annotate(line['name'], (line['bytes'], line['val_bpb']), xytext=(5, 4), textcoords='offset points',
+                          fontsize=8)
+    axes.set(xscale='log', xlabel='bytes of the file', ylabel='bits per byte of validation text')
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.2)
+    figure.tight_layout()
+    atomic_write(path, lambda f: figure.savefig(f, dpi=100, format='png'))
+    print(f'drawn: {path}', file=sys.stderr)
