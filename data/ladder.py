@@ -51,7 +51,7 @@ def run_command(ladder, command, log):
     and at the end. SIGINT and SIGTERM are its own to end by, and end the ladder then. -> the document that ends its
     output, {} if there is none (a prepare.py); its exit status; its last line.
     """
-    asked, last, document, shown = [], 'no word', {}, time.time()
+    asked, last, document, shown = [], 'no word', '{}', time.time()
     environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
     child = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.STDOUT, env=environment, start_new_session=True)
@@ -64,7 +64,7 @@ def run_command(ladder, command, log):
         for line in child.stdout:
             print(line, end='', file=log, flush=True)
             if line.startswith('{'):
-                document = json.loads(line)
+                document = line
             elif line.strip():
                 last = line.strip()
             if time.time() - shown > 10:
@@ -78,18 +78,18 @@ def run_command(ladder, command, log):
     if asked:
         print(f'stopped by signal {asked[0]}; the same command goes on with this rung', file=sys.stderr)
         raise SystemExit(128 + asked[0])
-    return document, status, last
+    return json.loads(document) if status == 0 else {}, status, last
 
 
 def build_rung(ladder, name, seed, command):
     """
-    Runs a rung's commands; what they print goes to a file beside the ladder's record. -> its row: the file of the model, and what that cost with what it started
-    from; None if the rung has no name.
+    Runs a rung's commands; what they print goes to a file beside the ladder's record. -> its row: the file of the
+    model, and what that cost with what it started from; None if the rung has no name.
     """
     called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[-60:]
     path, file = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log'), None
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with open(path, 'w') as log:
+    with open(path, 'a') as log:
         for part in map(str.strip, command.split('&&')):
             print(f'[{called}] {part} > {path}', file=sys.stderr, flush=True)
             print(f'$ {part}', file=log, flush=True)
@@ -162,7 +162,8 @@ COLUMNS = [('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', 
 
 def with_labels(row):
     """The row, its FLOPs with those of the labels that it learnt from."""
-    return row | {'train_flops': (row.get('train_flops') or 0) + sum(row.get('labels', {}).values())}
+    labels = sum(row.get('labels', {}).values())
+    return row | {'train_flops': row['train_flops'] + labels} if row.get('train_flops') else row
 
 
 def by_name(rows):
@@ -207,19 +208,18 @@ def summary(rows):
 
 
 def draw(lines, path):
-    """Bytes against bits per byte, as a picture; controls are crosses."""
+    """Bytes against bits per byte, as a picture: a number at each point, whose names stand beside it; controls are x."""
     import matplotlib.figure
-    figure = matplotlib.figure.Figure(figsize=(8, 5))
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5))
     axes = figure.subplots()
-    for line in lines:
-        if line.get('bytes') and line.get('val_bpb'):
-            control = 'control' in line['name']
-            axes.scatter(line['bytes'], line['val_bpb'], marker='x' if control else 'o', color='gray' if control else None)
-            axes.annotate(line['name'], (line['bytes'], line['val_bpb']), xytext=(5, 4), textcoords='offset points',
-                          fontsize=8)
+    points = [line for line in lines if line.get('bytes') and line.get('val_bpb')]
+    for number, line in enumerate(points, 1):
+        control = 'control' in line['name']
+        axes.scatter(line['bytes'], line['val_bpb'], marker='x' if control else 'o', color='gray' if control else 'C0',
+                     label=f"{number}  {line['name']}: {line['val_bpb']:.3f}, {line['bytes'] / 1e6:.2f} MB")
+        axes.annotate(str(number), (line['bytes'], line['val_bpb']), xytext=(0, 6), textcoords='offset points', ha='center')
     axes.set(xscale='log', xlabel='bytes of the file', ylabel='bits per byte of validation text')
-    axes.grid(alpha=0.3)
-    axes.margins(x=0.2)
-    figure.tight_layout()
-    atomic_write(path, lambda f: figure.savefig(f, dpi=100, format='png'))
+    axes.grid(alpha=0.3, which='both')
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
+    atomic_write(path, lambda f: figure.savefig(f, dpi=100, format='png', bbox_inches='tight'))
     print(f'drawn: {path}', file=sys.stderr)
