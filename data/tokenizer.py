@@ -475,10 +475,3 @@ def recode(ids, old, new):
         start = at + 1
     out += new.encode(old.decode(ids[start:]))
     return np.array(out)
-
-
-def __getattr__(name):  # for a while: these have moved
-    import data.foreign_tokenizer
-    if name.startswith('__'):
-        raise AttributeError(name)
-    return getattr(data.foreign_tokenizer, name)
