@@ -5,6 +5,7 @@
 # 2 CPU cores: some three and a half hours as one process of one thread, of which the second teacher and its labels take one and a half.
 mode = 'ladder'
 ladder = 'out-ladder-distill/ladder.json'
+record = 'config/ladder_distill.json'
 seeds = '1337,1338,1339'        # of the rows that are set against others
 timed = 'none'
 _train = 'python train.py config/distill_stdlib_bpe.py --max_iters=300'

@@ -9,6 +9,7 @@
 # results). The rungs that matter most come first.
 mode = 'ladder'
 ladder = 'out-ladder-prune/ladder.json'
+record = 'config/ladder_prune.json'
 seeds = '1337,1338,1339'        # of the half's recovery
 timed = ('teacher,MQA aligned,depth: 3 layers of 6,width: as many parameters,'
          'drafting: whole,drafting: halved neurons,drafting: halved neurons +5')

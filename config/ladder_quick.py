@@ -3,6 +3,7 @@
 # 2 CPU cores: 8 minutes.
 mode = 'ladder'
 ladder = 'out-ladder-quick/ladder.json'
+record = 'config/ladder_quick.json'
 rounds = 3
 _train = ('python train.py --dataset=stdlib_bpe --block_size=256 --batch_size=8 --max_iters=160 '
           '--eval_interval=0 --save_interval=0 --sample_interval=0 --compile=False')

@@ -5,6 +5,7 @@
 # README.md beside this file has those that were run.
 mode = 'ladder'
 ladder = 'out-ladder-recipe/ladder.json'
+record = 'config/ladder_recipe.json'
 timed = 'none'
 _how = '--eval_interval=0 --save_interval=0 --sample_interval=0'
 _train = f'python train.py config/qat_shakespeare_char.py --max_iters=1000 {_how}'

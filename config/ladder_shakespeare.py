@@ -3,6 +3,7 @@
 # 2 CPU cores: 33 minutes, nearly all of it for two trainings of 3,200 steps.
 mode = 'ladder'
 ladder = 'out-ladder-shakespeare/ladder.json'
+record = 'config/ladder_shakespeare.json'
 compiled = 'control: float,int8'
 draft_n = 6
 temperature = 1.0

@@ -5,6 +5,7 @@
 # README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
+record = 'config/ladder_stdlib.json'
 draft_n = 4
 compiled = 'teacher,student int8,student int4 qat,student int4 qat and cache'
 int8_cache = 'student int4 qat and cache'
