@@ -295,9 +295,9 @@ class _Pairs:
     """
     The words of a text, and how often each pair of adjacent tokens occurs in them.
 
-    A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, merging it is str.replace
-    (leftmost first, no overlaps, in C), and pairs compare as their ids do. In 'aaa' the pair 'aa' counts twice, as in
-    every BPE trainer.
+    A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, str.split finds it (leftmost
+    first, no overlaps, in C: also in a word of a million letters), and pairs compare as their ids do. In 'aaa' the pair
+    'aa' counts twice, as in every BPE trainer.
     """
 
     def __init__(self, pieces):
