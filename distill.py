@@ -342,7 +342,7 @@ def fit_temperature(teachers, loader, batches=16):
 
 @dataclass
 class Recipe:
-    """What labels are made of: the teachers' distributions at temperature * calibration, for a student at temperature."""
+    """Labels are of the teachers' distributions at temperature * calibration, for a student at temperature."""
     method: str = 'sample'      # sample: k draws a token; topk: the k most probable
     k: int = 12
     temperature: float = 1.0

@@ -43,7 +43,7 @@ def plain_names(state):
 
 @contextlib.contextmanager
 def expecting(what):
-    """Files of somebody else may hold anything: whatever goes wrong inside means that they are not what was expected."""
+    """Files of others may hold anything: whatever goes wrong inside means that they are not what was expected."""
     try:
         yield
     except Exception as e:
@@ -56,10 +56,16 @@ def make(kind, config, state, path, device):
     with torch.device('meta'):                  # a model without weights: so they are in memory only once
         model = kind(config)
     own = model.state_dict()
-    wrong = [f'{name} is missing' for name in own if name not in state]
-    wrong += [f'{name} is unknown' for name in state if name not in own]
-    wrong += [f'{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
-              for name in own if name in state and state[name].shape != own[name].shape]
+    wrong = []
+    for name in {**own, **state}:
+        if name not in state:
+            wrong.append(f'{name} is missing')
+        elif name not in own:
+            wrong.append(f'{name} is unknown')
+        elif not torch.is_tensor(state[name]):
+            wrong.append(f'{name} is no tensor')
+        elif state[name].shape != own[name].shape:
+            wrong.append(f'{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}')
     if wrong:
         raise ValueError(f"{path} does not have the tensors of its own settings: {', '.join(wrong[:3])}"
                          f"{', ...' if wrong[3:] else ''}: use another copy")
@@ -328,7 +334,7 @@ def read_nanogpt(file):
 
 
 def read_hf_gpt2(file):
-    """The weights' file of a Hugging Face gpt2 folder -> the shape as a dict (GPT2Config's names), and the state dict."""
+    """The weights' file in a Hugging Face gpt2 folder -> shape as a dict (GPT2Config's names), and the state dict."""
     if file.endswith('.bin'):
         stored = load_weights(file)
     else:
