@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from statistics import mean, stdev, variance
+from statistics import mean, median, stdev, variance
 
 from data.files import atomic_write
 from data.record import made
@@ -208,18 +208,32 @@ def summary(rows):
 
 
 def draw(lines, path):
-    """Bytes against bits per byte, as a picture: a number at each point, whose names stand beside it; controls are x."""
+    """
+    Bytes against bits per byte, as a picture: a number beside each point, and the names in a legend. Controls are
+    crosses; what is far worse than the others is a triangle at the upper edge.
+    """
     import matplotlib.figure
-    figure = matplotlib.figure.Figure(figsize=(9, 4.5))
+    figure = matplotlib.figure.Figure(figsize=(8, 4))
     axes = figure.subplots()
     points = [line for line in lines if line.get('bytes') and line.get('val_bpb')]
+    best, usual = min(line['val_bpb'] for line in points), median(line['val_bpb'] for line in points)
+    top = min(max(line['val_bpb'] for line in points), best + 3 * (usual - best) + 0.05)
+    step, placed = (top - best) / 16, []        # placed: where numbers are, so that no two are on one another
     for number, line in enumerate(points, 1):
-        control = 'control' in line['name']
-        axes.scatter(line['bytes'], line['val_bpb'], marker='x' if control else 'o', color='gray' if control else 'C0',
-                     label=f"{number}  {line['name']}: {line['val_bpb']:.3f}, {line['bytes'] / 1e6:.2f} MB")
-        axes.annotate(str(number), (line['bytes'], line['val_bpb']), xytext=(0, 6), textcoords='offset points', ha='center')
-    axes.set(xscale='log', xlabel='bytes of the file', ylabel='bits per byte of validation text')
-    axes.grid(alpha=0.3, which='both')
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
+        x, y = line['bytes'] / 1e6, min(line['val_bpb'], top)
+        marker, color = ('x', 'gray') if 'control' in line['name'] else ('^' if line['val_bpb'] > top else 'o', 'C0')
+        axes.scatter(x, y, marker=marker, color=color, zorder=2,
+                     label=f"{number}  {line['name']}: {line['val_bpb']:.3f}, {x:.2f} MB")
+        while any(abs(math.log(x / other_x)) < 0.1 and abs(y - other_y) < step for other_x, other_y in placed):
+            y += step / 4
+        placed.append((x, y))
+        axes.annotate(str(number), (x, y), xytext=(6, -3), textcoords='offset points')
+    ticks = [tick for power in range(-2, 5) for tick in (10**power, 2 * 10**power, 5 * 10**power)]
+    axes.set(xscale='log', xlabel='megabytes of the file', ylabel='bits per byte of validation text')
+    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(min(x for x, _ in placed) / 1.3, max(x for x, _ in placed) * 1.3)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     atomic_write(path, lambda f: figure.savefig(f, dpi=100, format='png', bbox_inches='tight'))
     print(f'drawn: {path}', file=sys.stderr)
