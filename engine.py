@@ -335,8 +335,8 @@ class Speculation:
 
 def count_kept(drafts, drawn):
     """
-    How many drafts of a row are kept. drafts: the k tokens that were guessed; drawn: the k+1 tokens that the model drew,
-    drawn[i] after the text and i drafts.
+    How many drafts of a row are kept. drafts: the k tokens that were guessed; drawn: the k+1 tokens that the model
+    drew, drawn[i] after the text and i drafts.
 
     drawn[0] stands behind the text itself, so it is right whatever was guessed. drawn[1] stands behind the first draft:
     it is right if that draft is what the model drew in its place, drawn[0]; and so on. So the text goes on with the
@@ -415,8 +415,8 @@ class Rows:
 
 class Rounds:
     """
-    How one generation makes its rounds. A round reads the last token of every row and up to n drafts: plain (k = 0),
-    speculative, or, for a single sequence, as one compiled call that always has n drafts.
+    How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
+    (k = 0), speculative, or, for a single sequence, as one compiled call with exactly n drafts.
     """
     def __init__(self, engine, rows, sampling, speculation):
         self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n
@@ -426,35 +426,35 @@ class Rounds:
         self.depth = Depth(self.n)
         self.pick = functools.partial(draw, sampling=sampling)
         self.device, self.temperature = engine.device, sampling.temperature
-        self.of = Noise(sampling.seed, engine.config.vocab_size, engine.device)
-        self.step = None
+        self.random = Noise(sampling.seed, engine.config.vocab_size, engine.device)
+        self.compiled = None
         if engine.compile and len(rows.numbers) == 1 and self.draft in (None, draft_head, draft_multi_token):
-            self.step = engine.compiled_step(self.draft, sampling)
+            self.compiled = engine.compiled_step(self.draft, sampling)
 
     def drafts(self, x, room):
         """How many of room tokens the next round drafts. Drafters read the state x of the token before the last."""
         room -= 1                                   # a round gives one token more than it has drafts
         if x is None:
             return 0
-        if self.step:
-            return self.n if room >= self.n else room if self.draft else 0
-        if self.draft is None:
-            return 0
-        return min(room, self.depth.choose() if self.adapt else self.n)
+        if self.draft is None:                      # compiled, several tokens are decoded in a round, if they fit
+            return self.n if self.compiled and room >= self.n else 0
+        if self.adapt and not self.compiled:
+            return min(room, self.depth.choose())
+        return min(room, self.n)
 
     def noise(self, rows, n):
         """-> (B, n, V). Made only if it matters: at temperature 0 the largest logit wins whatever the noise."""
         if self.temperature == 0:
-            return torch.zeros((), device=self.device).expand(len(rows.texts), n, self.of.vocab_size)
-        return self.of(rows.numbers, [len(text) for text in rows.texts], n)
+            return torch.zeros((), device=self.device).expand(len(rows.texts), n, self.random.vocab_size)
+        return self.random(rows.numbers, [len(text) for text in rows.texts], n)
 
     def run(self, rows, cache, x, k):
         """-> tokens read (B, k+1), tokens drawn (B, k+1), states (B, k+1, n_embd)"""
         noise = self.noise(rows, k + 1)
         last = torch.tensor([text[-1:] for text in rows.texts], device=self.device)
-        if self.step and k == self.n and x is not None:
+        if self.compiled and k == self.n and x is not None:
             start = torch.tensor(cache.lengths[0], device=self.device)
-            result = self.step(cache.store, start, x, last, noise)
+            result = self.compiled(cache.store, start, x, last, noise)
             cache.lengths[0] += k + 1
             return result
         if k:
@@ -467,10 +467,10 @@ class Rounds:
 class Engine:
     """
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
-    tokens; cache_dtype may be torch.int8. After a generation, stats holds tokens, passes of the trunk, seconds in all,
-    prefill_seconds, first_seconds (to the first token), tok_s (once the prompts are read), drafted, kept, reused (tokens
-    of the prompt that a conversation's cache held), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
-    Compiled for a GPU, it makes one generation at a time.
+    tokens; cache_dtype may be torch.int8. Compiled for a GPU, it makes one generation at a time.
+    After a generation, stats holds tokens, passes of the trunk, seconds in all, prefill_seconds, first_seconds (to the
+    first token), tok_s (once the prompts are read), drafted, kept, reused (tokens of the prompt that a conversation's
+    cache held), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
@@ -591,9 +591,9 @@ class Engine:
         -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse all that the prompt
         and the text before have in common.
         """
-        on_gpu = rounds.step and self.device.type == 'cuda'
+        on_gpu = rounds.compiled and self.device.type == 'cuda'
         room = min(max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size)
-        if rounds.step:             # every size is compiled anew: powers of two, and on a GPU only the largest
+        if rounds.compiled:             # every size is compiled anew: powers of two, and on a GPU only the largest
             room = self.config.block_size if on_gpu else min(1 << (room - 1).bit_length(), self.config.block_size)
         text, cache = (self.held_text, self.held_cache) if reuse else ([], None)
         if on_gpu and cache is not self.graph_cache:
@@ -617,7 +617,7 @@ class Engine:
     # sliding on beyond the context
 
     def slide(self, cache, rows, x):
-        """Rows that have filled the context go on from its later half, which is read again; x (B, 1, n_embd) changes."""
+        """Rows that have filled the context go on from its later half, which is read again; their x changes."""
         for b, n in enumerate(cache.lengths):
             if n == cache.block_size:
                 fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
@@ -717,6 +717,9 @@ class Engine:
                 waiting = waiting[len(waiting) - wait:]
         yield waiting + decoder.decode(b'', final=True)
 
+
+# -----------------------------------------------------------------------------
+# the cache inside compiled rounds
 
 class StaticCache(KVCache):
     """

@@ -58,8 +58,12 @@ exec(open('configurator.py').read())
 # what happens to a prompt
 
 def find_weights():
-    """-> the kind of weights and their file. With 'auto' the newest: integers may be left over from an earlier training."""
-    files = {'float': f'{out_dir}/best.pt', 'int8': f'{out_dir}/int8.safetensors', 'int4': f'{out_dir}/int4.safetensors'}
+    """
+    -> the kind of weights and their file. With 'auto' the newest, since integers may be left over from an earlier
+    training.
+    """
+    files = {'float': 'best.pt', 'int8': 'int8.safetensors', 'int4': 'int4.safetensors'}
+    files = {name: os.path.join(out_dir, file) for name, file in files.items()}
     if weights != 'auto':
         return weights, files[weights]
     found = [name for name in files if os.path.exists(files[name])]
@@ -186,7 +190,8 @@ def print_stats():
 # load the model
 
 assert not chat or (num_samples == 1 and not interactive), (
-    f"chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 and interactive ({interactive}) off")
+    f"chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 "
+    f"and interactive ({interactive}) off")
 if hasattr(sys.stdin, 'reconfigure'):
     sys.stdin.reconfigure(errors='replace')     # a byte that is no text ends nothing
 device = pick_device(device)

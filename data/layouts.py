@@ -16,11 +16,12 @@ def for_decoding(model, pack=None, draft_vocab=0):
     """
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
     input, c_q, c_k and c_v, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
-    a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed. pack packs the other
-    matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there is arithmetic for it,
-    torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a byte a weight in memory,
-    see PackedInt4Linear. draft_vocab: the draft head chooses among so many first tokens only (a BPE learns the most
-    frequent first), and reads only their rows of a large vocabulary; 0: all.
+    a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed.
+    pack packs the other matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there
+    is arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
+    byte a weight in memory, see PackedInt4Linear.
+    draft_vocab: the draft head chooses among so many first tokens only (a BPE learns the most frequent first), and
+    reads only their rows of a large vocabulary; 0: all.
     """
     # The lab notebook has d12 on an EPYC with bfloat16 arithmetic. On a Xeon without it (AVX-512, VNNI), in tokens/s:
     # f32 47.6, f32-packed 40.7, bf16-packed 54.5, int8 89.0, int8-packed 94.9, int8-compiled 163.4
@@ -73,9 +74,9 @@ def packed_integers(linear, pack):
 
 class PackedLinear(nn.Module):
     """
-    A float Linear, its weights in float32, bfloat16 or float16. On a CPU the first two are in oneDNN's own layout, which
-    is read faster when several tokens pass at once; float16 is as it is, for which F.linear has a kernel that is fast
-    for one token, and slow for several. On a GPU all are as they are.
+    A float Linear, its weights in float32, bfloat16 or float16. On a CPU the first two are in oneDNN's own layout,
+    which is read faster when several tokens pass at once; float16 is as it is, for which F.linear has a kernel that is
+    fast for one token, and slow for several. On a GPU all are as they are.
     """
     def __init__(self, weight, dtype):
         super().__init__()
@@ -130,7 +131,9 @@ class PackedInt8Linear(nn.Module):
         saturate there (without VNNI it may).
         """
         rows, cols = linear.weight.shape
-        if linear.weight.device.type != 'cpu' or rows < PackedInt8Linear.ROWS or not torch.backends.mkldnn.is_available():
+        if linear.weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+            return False
+        if rows < PackedInt8Linear.ROWS:
             return False
         edge = torch.full((2, cols), 127.0)
         few = IntLinear(Rounded(edge.repeat(8, 1).to(torch.int8), torch.ones(16)))
@@ -139,8 +142,8 @@ class PackedInt8Linear(nn.Module):
 
 class PackedInt4Linear(nn.Module):
     """
-    An IntLinear of 4 bits in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile of
-    them in registers, and adds up in float32. It is given integers, activations and steps, which bfloat16 holds
+    An IntLinear of 4 bits in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile
+    of them in registers, and adds up in float32. It is given integers, activations and steps, which bfloat16 holds
     exactly, as float32 does their sums: rows stay independent. But what it returns is rounded to bfloat16, off by up
     to 1/512: this is not quite the network that the rule defines, and so never the default.
     """

@@ -7,13 +7,13 @@ import json
 import os
 
 import pytest
-from conftest import CHAR, make_dataset, run, train, with_heads
 import torch
 from torch._inductor.cudagraph_trees import get_manager
 
 import quantize as Q
-from engine import Engine, parting
-from model import GPT, GPTConfig, memory_limit, out_of_memory
+from conftest import CHAR, make_dataset, run, train, with_heads
+from engine import Engine, PackedLinear, Sampling, Speculation, first_difference, for_decoding
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 
@@ -28,9 +28,9 @@ def on_gpu(model):
 
 
 def nearly(model, prompt, plain, other):
-    """Whether other is plain, or parts from it where one activation, rounded to the next integer, can bring it."""
-    parts = parting(model, prompt, plain, other, temperature=0.8, seed=9)
-    return parts is None or parts[1] < 0.1
+    """Whether other is plain, or differs first where one activation, rounded to the next integer, can make it so."""
+    found = first_difference(model, prompt, plain, other, temperature=0.8, seed=9)
+    return found is None or found[1] < 0.1
 
 
 @pytest.mark.parametrize('K', [64, 1100, 36])                   # 36 is no multiple of 8: products in float32
@@ -51,15 +51,16 @@ def test_logits_are_the_cpus(kv, bits):
     with torch.no_grad():
         mine, its = model(ids), on_gpu(model)(ids.cuda()).cpu()
     # an activation at the edge between two integers may be rounded to the other one
-    assert (mine - its).abs().mean() < 1e-4 * (1 + 10 * bits) and (mine - its).abs().max() < (0.3 if bits else 1e-3)
+    assert (mine - its).abs().mean() < 1e-4 * (1 + 10 * bits)
+    assert (mine - its).abs().max() < (0.3 if bits else 1e-3)
 
 
 @pytest.mark.parametrize('drafter', ['head', 'mtp', 'ngram', 'random'])
 def test_speculation_never_changes_the_text(drafter):
-    model = on_gpu(Q.for_decoding(Q.convert(with_heads(CHAR, 1))))
-    prompts, how = [CHAR.encode('To be'), CHAR.encode('or not to be'), [3]], dict(temperature=0.8, seed=5)
-    assert (Engine(model).complete(prompts, 100, drafter=drafter, draft_n=4, **how)
-            == Engine(model).complete(prompts, 100, **how))
+    engine = Engine(on_gpu(for_decoding(Q.convert(with_heads(CHAR, 1)))))
+    prompts, sampling = [CHAR.encode('To be'), CHAR.encode('or not to be'), [3]], Sampling(0.8, seed=5)
+    plain = engine.complete(prompts, 100, sampling)
+    assert engine.complete(prompts, 100, sampling, Speculation(drafter, 4)) == plain
 
 
 @pytest.mark.parametrize('drafter, dtype', [
@@ -68,34 +69,29 @@ def test_compiled_rounds_are_cuda_graphs_with_nearly_the_same_text(drafter, dtyp
     skips = torch._dynamo.utils.counters['inductor']
     before = skips['cudagraph_skips']
     model = on_gpu(Q.convert(with_heads(CHAR, 1, block_size=96)))
-    how = dict(temperature=0.8, seed=9)
-    drafting = how | dict(drafter=drafter, draft_n=4)
+    sampling, speculation = Sampling(0.8, seed=9), Speculation(drafter, 4)
     compiled, plain = (Engine(model, compile=how, cache_dtype=dtype) for how in (True, False))
+
+    def check(prompt, n, expected, **how):
+        got, = compiled.complete([prompt], n, sampling, speculation, **how)
+        assert nearly(model, prompt, expected, got)
     for p in [CHAR.encode('To be'), CHAR.encode('x')] * 2:
-        expected, = plain.complete([p], 80, **how)
-        assert nearly(model, p, expected, compiled.complete([p], 80, **drafting)[0])
-        assert nearly(model, p, expected[:60], compiled.complete([p], 60, reuse=True, **drafting)[0])
-        again = p + compiled.held[0][len(p):]               # the conversation goes on from what the cache holds
-        assert nearly(model, again, plain.complete([again], 20, **how)[0],
-                      compiled.complete([again], 20, reuse=True, **drafting)[0])
+        expected, = plain.complete([p], 80, sampling)
+        check(p, 80, expected)
+        check(p, 60, expected[:60], reuse=True)
+        again = list(compiled.held_text)                    # the conversation goes on from what the cache holds
+        check(again, 20, plain.complete([again], 20, sampling)[0], reuse=True)
         assert compiled.stats['reused'] > len(p)
-    assert len(compiled.steps) == 1 and skips['cudagraph_skips'] == before
+    assert len(compiled.steps) == 1
+    assert skips['cudagraph_skips'] == before
     assert any(get_manager(0, create_if_none_exists=False).roots.values())      # graphs were recorded
 
 
 def test_packed_floats_are_the_same_product():
     linear = torch.nn.Linear(64, 48, bias=False, device='cuda')
     x = torch.randn(2, 5, 64, device='cuda')
-    assert torch.allclose(Q.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
-    assert torch.allclose(Q.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
-
-
-def test_memory_runs_out_where_it_should():
-    with memory_limit('cuda') as free:
-        with pytest.raises(RuntimeError) as e:
-            torch.empty(free + 2**30, dtype=torch.uint8, device='cuda')
-        assert out_of_memory(e.value)
-    torch.empty(2**28, dtype=torch.uint8, device='cuda')
+    assert torch.allclose(PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
+    assert torch.allclose(PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
 
 
 def test_training_and_resuming(tmp_path):

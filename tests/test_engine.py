@@ -1,47 +1,106 @@
-"""engine.py: cached = chunked = batched = full forward; the sampling law; whole characters."""
+"""
+engine.py: every way to decode gives the text of the plain one, and that is the model's: cached = chunked = batched =
+speculative = compiled = full forward; the sampling law; whole characters.
+"""
+import copy
 import math
 import shutil
 from collections import Counter
 
 import pytest
-from conftest import BPE, CHAR, build, randomise, with_heads
 import torch
 
+import engine as E
+import model as M
 import quantize as Q
-from data.tokenizer import BPETokenizer, CharTokenizer
-from engine import Chat, Engine, KVCache, Noise, draw, gumbel, mix, parting
+from conftest import BPE, CHAR, build, randomise, with_heads
+from data.tokenizer import BPETokenizer
+from engine import Chat, Engine, KVCache, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
 from model import GPT, GPTConfig
 
-
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]
+GREEDY = Sampling(temperature=0)
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
+                                    reason='torch.compile needs a C++ compiler on a CPU')
 
+
+def in_passes(model, ids, widths, cache):
+    """ids (B, T) read in passes of so many tokens each -> logits (B, T, V)"""
+    parts = ids.split(widths, dim=1)
+    return torch.cat([model.logits(model.trunk(part, cache)) for part in parts], dim=1)
+
+# -----------------------------------------------------------------------------
+# who sees whom
+
+def window_of_3(query, key):
+    return (key <= query) & (key > query - 3)
+
+
+def by_the_rule(q, k, v):
+    """Attention written out, (B, heads, T, head_dim), with the mask that model.sees defines."""
+    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    place = torch.arange(q.size(2))
+    scores = (q @ k.mT * q.size(-1) ** -0.5).masked_fill(~M.sees(place[:, None], place), float('-inf'))
+    return scores.softmax(dim=-1) @ v
+
+
+def static_cache(model):
+    return E.StaticCache(KVCache(model.config, 1).store, torch.tensor(0))
+
+
+WAYS = {
+    'full forward (model.causal_attention)': lambda model, ids: model(ids),
+    'full forward in products (model.attention_by_products)': lambda model, ids: model(ids),
+    'one token after the other (engine.KVCache)': lambda model, ids: in_passes(model, ids, 1, KVCache(model.config, 2)),
+    'the prompt in chunks (engine.KVCache)': lambda model, ids: in_passes(model, ids, 25, KVCache(model.config, 2)),
+    'compiled rounds (engine.StaticCache)': lambda model, ids: torch.cat([
+        in_passes(model, row, 5, static_cache(model)) for row in ids[:, None]])}
+
+
+@pytest.mark.parametrize('rule', ['as it is', 'a window of 3'])
+@pytest.mark.parametrize('way', WAYS)
+def test_every_mask_is_the_rule_of_sees(way, rule, monkeypatch):
+    """
+    model.sees says which query sees which key. If you change it (a sliding window, say), this test names the masks that
+    do not follow. Only PyTorch's is_causal in model.causal_attention cannot follow by itself: you change that.
+    """
+    if rule == 'a window of 3':
+        if 'causal_attention' in way:
+            pytest.skip('is_causal is written out there')
+        for module in (M, E):
+            monkeypatch.setattr(module, 'sees', window_of_3)
+    model, ids = build(kv=2), torch.randint(96, (2, 100))
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(M, 'causal_attention', by_the_rule)
+            expected = model(ids)
+        if 'products' in way:
+            monkeypatch.setattr(M, 'causal_attention', M.attention_by_products)
+        assert torch.allclose(WAYS[way](model, ids), expected, atol=1e-4), f'another mask than sees: {way}'
+
+# -----------------------------------------------------------------------------
+# the cache
 
 @pytest.mark.parametrize('tokenizer, kv', MODELS)
-def test_cached_and_chunked_equal_the_full_forward(tokenizer, kv):
+@pytest.mark.parametrize('widths', [1, 7, [100, 1, 1, 90, 60, 28]])
+def test_cached_and_chunked_equal_the_full_forward(tokenizer, kv, widths):
     model = build(tokenizer, kv)
     ids = torch.randint(tokenizer.vocab_size, (3, 280))
     with torch.no_grad():
-        full = model(ids)
-        for chunks in ([1] * 280, [7] * 40, [100, 1, 1, 90, 60, 28]):
-            cache, at, out = KVCache(model.config, 3, max_tokens=10), 0, []         # it grows as it goes
-            for n in chunks:
-                out.append(model.logits(model.trunk(ids[:, at:at + n], cache)))
-                at += n
-            assert torch.allclose(torch.cat(out, 1), full, atol=1e-4)
+        got = in_passes(model, ids, widths, KVCache(model.config, 3, max_tokens=10))        # it grows as it goes
+        assert torch.allclose(got, model(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
-@pytest.mark.parametrize('ragged', [False, True])
-def test_ragged_rows_and_rewind_equal_the_full_forward(kv, ragged):
+@pytest.mark.parametrize('lengths', [[40, 40, 40], [40, 3, 77]])
+def test_ragged_rows_and_rewind_equal_the_full_forward(kv, lengths):
     model = build(kv=kv)
     ids = torch.randint(96, (3, 90))
-    lengths = [40, 3, 77] if ragged else [40, 40, 40]
     with torch.inference_mode():
         cache = KVCache(model.config, 3)
         Engine(model).prefill(cache, [ids[b, :n].tolist() for b, n in enumerate(lengths)])
         assert cache.lengths == lengths
-        junk = torch.randint(96, (3, 6))
-        model.trunk(junk, cache)                                                    # drafts that were wrong ...
+        model.trunk(torch.randint(96, (3, 6)), cache)                               # drafts that were wrong ...
         cache.rewind(lengths)                                                       # ... and are forgotten
         new = torch.stack([ids[b, n:n + 5] for b, n in enumerate(lengths)])
         got = model.logits(model.trunk(new, cache))
@@ -54,100 +113,126 @@ def test_ragged_rows_and_rewind_equal_the_full_forward(kv, ragged):
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
 def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv):
-    """
-    int8: sums of integers are exact and attention takes each token in the same shape, so nothing can differ, and
-    nothing does.
-    """
+    """int8: sums of integers are exact and attention takes each token in the same shape, so nothing can differ."""
     model = Q.convert(build(kv=kv))
     ids = torch.randint(96, (1, 200))
-    outs = []
     with torch.no_grad():
-        for width in (1, 5, 16):
-            cache, at, out = KVCache(model.config, 1), 0, []
-            while at < 200:
-                n = min(width, 200 - at)
-                out.append(model.logits(model.trunk(ids[:, at:at + n], cache)))
-                at += n
-            outs.append(torch.cat(out, 1))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+        one_by_one, *others = (in_passes(model, ids, width, KVCache(model.config, 1)) for width in (1, 5, 16))
+    for other in others:
+        assert torch.equal(other, one_by_one)
 
 
-def reference_greedy(model, ids, n):
-    ids = list(ids)
-    for _ in range(n):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    return ids[-n:]
+def test_int8_cache_equals_attending_to_rounded_keys():
+    """The same network with its keys and values rounded, in a float cache, gives the same logits."""
+    model = build(kv=2)
+    ids = torch.randint(96, (2, 150))
+    plain, small = KVCache(model.config, 2), KVCache(model.config, 2, dtype=torch.int8)
+    attend = plain.attend
 
+    def rounded(t):
+        r, scale = Q.round_rows(t)
+        return r * scale
+    plain.attend = lambda layer, q, k, v: attend(layer, q, rounded(k), rounded(v))
+    with torch.no_grad():
+        a, b = (in_passes(model, ids, [100, 1, 4, 45], cache) for cache in (plain, small))
+    assert torch.allclose(a, b, atol=1e-4)
+    # head_dim is only 8: the scales weigh half as much as the integers
+    assert small.nbytes() < 0.4 * plain.nbytes()
+    for cache, int8 in ((plain, False), (small, True)):
+        assert cache.nbytes() == 2 * cache.size * model.kv_bytes_per_token(int8)
+    engine, prompts = Engine(model, cache_dtype=torch.int8), [[3] * 9, [4] * 20]
+    assert engine.complete(prompts, 60, speculation=Speculation('random')) == engine.complete(prompts, 60)
+
+# -----------------------------------------------------------------------------
+# plain decoding, and many rows at once
 
 @pytest.mark.parametrize('tokenizer, kv', MODELS)
 def test_generation_equals_recomputing_everything(tokenizer, kv):
     model = build(tokenizer, kv)
     prompts = [tokenizer.encode(t) for t in ('the', 'a longer prompt, of the other kind', 'x')]
-    expected = [reference_greedy(model, p, 40) for p in prompts]
-    assert Engine(model).complete(prompts, 40, temperature=0) == expected
-    assert [Engine(model).complete([p], 40, temperature=0)[0] for p in prompts] == expected
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(40):
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        expected.append(ids[len(prompt):])
+    assert [decode(model, p, 40, GREEDY) for p in prompts] == expected
+    assert [Engine(model).complete([p], 40, GREEDY)[0] for p in prompts] == expected
+    assert Engine(model).complete(prompts, 40, GREEDY) == expected
 
 
-@pytest.mark.parametrize('how', [
-    dict(temperature=1.0), dict(temperature=0.7, top_k=5), dict(temperature=1.3, top_p=0.8), dict(min_p=0.1)])
-def test_a_row_does_not_depend_on_its_neighbours(how):
-    model = build(kv=2)
+@pytest.mark.parametrize('sampling', [
+    Sampling(seed=5), Sampling(0.7, top_k=5, seed=5), Sampling(1.3, top_p=0.8, seed=5), Sampling(min_p=0.1, seed=5)])
+def test_a_row_does_not_depend_on_its_neighbours(sampling):
+    engine = Engine(build(kv=2))
     prompts = [CHAR.encode(t) for t in ('hello', 'yes', 'a third one')]
-    together = Engine(model).complete(prompts, 60, seed=5, num_samples=2, **how)
-    assert together == Engine(model).complete(prompts, 60, seed=5, num_samples=2, **how)
-    assert together[:2] == Engine(model).complete(prompts[:1], 60, seed=5, num_samples=2, **how)
-    # rows differ from the first token on
-    assert len({r[0] for r in Engine(model).complete(prompts[:1], 1, seed=5, num_samples=30)}) > 5
-    assert together != Engine(model).complete(prompts, 60, seed=6, num_samples=2, **how)
+    together = engine.complete(prompts, 60, sampling, num_samples=2)
+    assert together == engine.complete(prompts, 60, sampling, num_samples=2)
+    assert together[:2] == engine.complete(prompts[:1], 60, sampling, num_samples=2)
+    assert together[0] == decode(engine.model, prompts[0], 60, sampling)
+    first = {row[0] for row in engine.complete(prompts[:1], 1, Sampling(seed=5), num_samples=30)}
+    assert len(first) > 5                                                   # rows differ from the first token on
+    assert together != engine.complete(prompts, 60, Sampling(seed=6), num_samples=2)
 
 
 def test_rows_end_where_they_should():
-    model = build()
+    engine = Engine(build())
     prompts = [CHAR.encode('ab'), CHAR.encode('cde')]
-    free = Engine(model).complete(prompts, 50, temperature=0)
+    free = engine.complete(prompts, 50, GREEDY)
     stop = free[0][10]
-    got = Engine(model).complete(prompts, 50, temperature=0, stop=[stop])
-    cut = lambda r: r[:r.index(stop) + 1] if stop in r else r
-    assert got == [cut(r) for r in free] and len(got[0]) <= 11
-    with pytest.raises(AssertionError, match='300'):
-        Engine(model).complete(prompts, 299)
-    assert len(Engine(model).complete(prompts, 298)[1]) == 298
-    long = Engine(model).complete(prompts, 500, temperature=0, slide=True)
-    assert len(long[0]) == 500 and long[0][:200] == Engine(model).complete(prompts, 200, temperature=0)[0]
+    got = engine.complete(prompts, 50, GREEDY, stop=[stop])
+    assert got == [row[:row.index(stop) + 1] if stop in row else row for row in free]
+    assert len(got[0]) <= 11
+    assert len(engine.complete(prompts, 298)[1]) == 298
+    long = engine.complete(prompts, 500, GREEDY, slide=True)
+    assert len(long[0]) == 500
+    assert long[0][:200] == engine.complete(prompts, 200, GREEDY)[0]
 
+
+@pytest.mark.parametrize('prompts, n, how, message', [
+    ([[1, 2]], 300, {}, r"2 tokens \+ max_new_tokens \(300\) do not fit the context of 300"),
+    ([[1] * 301], 1, dict(slide=True), '301 tokens .* do not fit'),
+    ([[1], []], 5, {}, 'prompt is empty'),
+    ([[1], [2]], 5, dict(reuse=True), 'one prompt and one sample, not 2 and 1'),
+    ([[1]], 5, dict(speculation=Speculation('heads')), 'drafter .heads. must be one of none, head'),
+    ([[1]], 5, dict(speculation=Speculation('ngram', 16)), '16 drafts are too many'),
+    ([[1]], 5, dict(speculation=Speculation('head')), 'needs a model with a draft head'),
+    ([[1]], 5, dict(speculation=Speculation('mtp')), 'needs a model with a multi_token head')])
+def test_what_cannot_be_decoded(prompts, n, how, message):
+    with pytest.raises(AssertionError, match=message):
+        next(Engine(build()).generate(prompts, n, **how))
+
+# -----------------------------------------------------------------------------
+# sampling
 
 def test_gumbel_is_gumbel():
     g = Noise(1, 20)(range(100), [7] * 100, 50)                                     # (rows, positions, ids)
     # a function of seed, row and position
     assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))
     g = g.flatten(0, 1)
-    assert len(g[:, 0].unique()) > 4990 and g.isfinite().all()
+    assert len(g[:, 0].unique()) > 4990
+    assert g.isfinite().all()
     assert Noise(1337, 65536)([0], [36], 1).isfinite().all()            # id 45874 has the largest hash there is
     # the distribution function is exp(-exp(-x))
     for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):
         p = math.exp(-math.exp(-x))
         assert abs((g < x).float().mean().item() - p) < 4.5 * math.sqrt(p * (1 - p) / g.numel())
-    z = (g - g.mean()) / g.std()
     # neighbouring draws and neighbouring ids are unrelated
+    z = (g - g.mean()) / g.std()
     for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):
         assert abs((a * b).mean().item()) < 0.02
 
 
-def test_the_filters():
-    p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
+@pytest.mark.parametrize('filters, left', [
+    ({}, 5), (dict(top_k=2), 2), (dict(top_k=9), 5), (dict(top_p=1.0), 5), (dict(top_p=0.4), 1), (dict(top_p=0.0), 1),
+    (dict(top_p=0.6), 2), (dict(top_p=0.95), 4), (dict(min_p=0.2), 3), (dict(top_k=4, min_p=0.4), 2)])
+def test_the_filters(filters, left):
+    """Of five tokens, sorted, the first so many are left."""
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]).log()
     noise = gumbel(torch.tensor([mix(i) for i in range(4000)]), 5)
-    seen = lambda **how: sorted(set(draw(p.log().expand(4000, 5), noise, 1.0, **how).tolist()))
-    assert seen() == [0, 1, 2, 3, 4] and seen(top_k=2) == [0, 1] and seen(top_k=9) == seen(top_p=1.0) == [0, 1, 2, 3, 4]
-    assert seen(top_p=0.4) == seen(top_p=0.0) == [0] and seen(top_p=0.6) == [0, 1] and seen(top_p=0.95) == [0, 1, 2, 3]
-    assert seen(min_p=0.2) == [0, 1, 2] and seen(top_k=4, min_p=0.4) == [0, 1]
-    assert draw(p.log(), None, 0).item() == 0
-
-
-def g_test(counts, probabilities, n):
-    """G = 2 sum O ln(O / E) and its degrees of freedom."""
-    assert set(counts) <= {k for k, p in probabilities.items() if p > 0}
-    return (2 * sum(c * math.log(c / (n * probabilities[k])) for k, c in counts.items()),
-            sum(p > 0 for p in probabilities.values()) - 1)
+    seen = draw(logits.expand(4000, 5), noise, Sampling(**filters))
+    assert sorted(set(seen.tolist())) == list(range(left))
+    assert draw(logits, None, Sampling(temperature=0, **filters)).item() == 0
 
 
 def test_the_sampling_law():
@@ -157,43 +242,68 @@ def test_the_sampling_law():
     exact = {(): 1.0}
     with torch.no_grad():
         for _ in range(3):
-            exact = {k + (v,): p * q for k, p in exact.items()
-                     for v, q in enumerate((model(torch.tensor([[1, *k]]))[0, -1] / T).softmax(-1).tolist())}
+            longer = {}
+            for text, p in exact.items():
+                law = (model(torch.tensor([[1, *text]]))[0, -1] / T).softmax(-1).tolist()
+                longer |= {(*text, token): p * q for token, q in enumerate(law)}
+            exact = longer
     counts = Counter()
     for seed in range(N // 5000):
-        counts.update(map(tuple, Engine(model).complete([[1]], 3, temperature=T, seed=seed, num_samples=5000)))
-    g, dof = g_test(counts, exact, N)
+        counts.update(map(tuple, Engine(model).complete([[1]], 3, Sampling(T, seed=seed), num_samples=5000)))
+    # a G-test
+    g = 2 * sum(n * math.log(n / (N * exact[text])) for text, n in counts.items())
+    dof = len(exact) - 1
     assert g < dof + 4 * math.sqrt(2 * dof), f'G = {g:.1f} for {dof} degrees of freedom'
 
 
-def test_streaming_whole_characters_and_stop_strings():
-    model = build(BPE, 1)
-    engine = Engine(model)
-    prompt = BPE.encode('the')
-    # random bytes: a torture for a UTF-8 decoder
-    for seed in range(3):
-        ids = engine.complete([prompt], 200, seed=seed)[0]
-        assert ''.join(engine.stream(BPE, prompt, 200, seed=seed)) == BPE.decode(ids)
-    euro = '€'.encode()
-    fake = Engine(model)
-    fake.generate = lambda *a, **k: iter([[(0, [b])] for b in b'a' + euro + b'bSTxSTOPyz'])
-    assert list(fake.stream(BPE, prompt, 9)) == ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']
-    assert list(fake.stream(BPE, prompt, 9, stop_strings=['STOP'])) == ['a', '€', 'b', 'STx', '']
+def test_where_two_texts_differ():
+    model = build()
+    text, = Engine(model).complete([[1, 2]], 20, Sampling(0.8, seed=9))
+    other = text[:7] + [(text[7] + 1) % 96] + text[8:]
+    assert first_difference(model, [1, 2], text, text, 0.8, 0, 9) is None
+    place, gap = first_difference(model, [1, 2], text, other, 0.8, 0, 9)
+    assert place == 7 and 0 < gap < math.inf
+    assert first_difference(model, [1, 2], text, text[:5]) == (5, math.inf)
+
+# -----------------------------------------------------------------------------
+# streaming
+
+@pytest.mark.parametrize('seed', range(3))
+def test_streaming_equals_decoding_at_the_end(seed):
+    """Random bytes: a torture for a UTF-8 decoder."""
+    engine, prompt = Engine(build(BPE, 1)), BPE.encode('the')
+    ids, = engine.complete([prompt], 200, Sampling(seed=seed))
+    assert ''.join(engine.stream(BPE, prompt, 200, sampling=Sampling(seed=seed))) == BPE.decode(ids)
+
+
+@pytest.mark.parametrize('stops, pieces', [
+    ([], ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']),
+    (['STOP'], ['a', '€', 'b', 'STx', ''])])
+def test_streaming_whole_characters_and_stop_strings(stops, pieces):
+    fake = Engine(build(BPE, 1))
+    fake.generate = lambda *args, **how: iter([[(0, [b])] for b in 'a€bSTxSTOPyz'.encode()])
+    assert list(fake.stream(BPE, [1], 9, stops)) == pieces
 
 # -----------------------------------------------------------------------------
 # speculation: the same seed gives the same text, whatever the drafter
 
-
 def oracle(accuracy, texts):
     """A drafter that knows the text and is wrong now and then: exercises every length of acceptance."""
-    def draft(model, x, last, ids, noise, pick):
+    def draft(model, x, last, rows, noise, pick):
+        k, vocab_size = noise.shape[1:]
         out = []
-        for row in ids:
-            truth = next(t for t in texts if t[:len(row)] == row)[len(row):]
-            out.append([t if mix(len(row) + n) % 100 < accuracy else (t + 1) % noise.size(2)
-                        for n, t in enumerate(truth + [0] * noise.size(1))][:noise.size(1)])
+        for row in rows:
+            truth = next(t for t in texts if t[:len(row)] == row)[len(row):] + [0] * k
+            right = [mix(len(row) + n) % 100 < accuracy for n in range(k)]
+            out.append([token if ok else (token + 1) % vocab_size for token, ok in zip(truth, right)])
         return torch.tensor(out)
     return draft
+
+
+@pytest.mark.parametrize('drafts, drawn, kept', [
+    ([], [5], 0), ([5], [5, 6], 1), ([5], [4, 6], 0), ([5, 6, 7], [5, 9, 7, 8], 1), ([5, 6], [5, 6, 7], 2)])
+def test_drafts_are_kept_until_the_first_that_differs(drafts, drawn, kept):
+    assert E.count_kept(drafts, drawn) == kept
 
 
 @pytest.mark.parametrize('quantised', [False, True])
@@ -203,49 +313,43 @@ def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
     engine = Engine(Q.convert(model) if quantised else model)
     prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
     n = 0
-    for temperature in (0, 0.7, 1, 1.3):
-        how = dict(seed=3, temperature=temperature, top_k=20 if temperature == 0.7 else None,
-                   top_p=0.9 if temperature == 1.3 else None)
-        plain = engine.complete(prompts, 60, **how)
+    for sampling in (Sampling(0, seed=3), Sampling(0.7, top_k=20, seed=3), Sampling(1, seed=3),
+                     Sampling(1.3, top_p=0.9, seed=3)):
+        plain = engine.complete(prompts, 60, sampling)
         texts = [p + t for p, t in zip(prompts, plain)]
-        alone = engine.complete(prompts[1:2], 60, **(how | dict(seed=4)))
+        alone = decode(engine.model, prompts[0], 60, sampling)
         for i, drafter in enumerate(('head', 'mtp', 'ngram', 'random', oracle(100, texts), oracle(60, texts))):
             for k in {1, 8, 2 + (n + i) % 5}:
-                assert engine.complete(prompts, 60, drafter=drafter, draft_n=k, adapt=k % 2 == 0,
-                                       **how) == plain, (drafter, k, temperature)
+                speculation = Speculation(drafter, k, adapt=k % 2 == 0)
+                assert engine.complete(prompts, 60, sampling, speculation) == plain, speculation
                 n += 1
-            if isinstance(drafter, str):
-                assert engine.complete(prompts[1:2], 60, drafter=drafter, **(how | dict(seed=4))) == alone
-        engine.complete(prompts[:1], 60, drafter=oracle(100, texts), draft_n=5, adapt=False, **how)
-        # 6 tokens a pass but for the first and the last
-        assert engine.stats['passes'] <= 13 and engine.stats['accepted'][5] >= 9 and engine.stats['tokens'] == 60
+            assert engine.complete(prompts[:1], 60, sampling, Speculation(drafter)) == [alone], drafter
+        engine.complete(prompts[:1], 60, sampling, Speculation(oracle(100, texts), 5, adapt=False))
+        assert engine.stats['tokens'] == 60
+        assert engine.stats['passes'] <= 13                 # 6 tokens a pass but for the first and the last
+        assert engine.stats['accepted'][5] >= 9
 
 
-def test_speculation_with_stops_samples_streams_and_sliding():
-    model = with_heads(CHAR, 2)
-    engine = Engine(model)
+@pytest.mark.parametrize('drafter', ['head', 'ngram', 'random'])
+@pytest.mark.parametrize('length, how', [
+    (100, dict(stop=[5, 40, 70])), (100, dict(num_samples=3)), (300, dict(slide=True))])
+def test_speculation_with_stops_samples_and_sliding(drafter, length, how):
+    engine = Engine(with_heads(CHAR, 2))
     prompts = [CHAR.encode('ab'), CHAR.encode('something else')]
-    for how in (dict(stop=[5, 40, 70]), dict(num_samples=3), dict(slide=True)):
-        length = 300 if 'slide' in how else 100
-        plain = engine.complete(prompts, length, seed=1, **how)
-        for drafter in ('head', 'ngram', 'random'):
-            assert engine.complete(prompts, length, seed=1, drafter=drafter, draft_n=4, **how) == plain, (how, drafter)
-    text = ''.join(engine.stream(CHAR, prompts[0], 100, seed=2))
-    for stops in ([], [text[30:33]]):
-        assert (''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2, drafter='random'))
-                == ''.join(engine.stream(CHAR, prompts[0], 100, stops, seed=2)))
-    assert engine.complete(prompts, 50, seed=1, drafter='head', draft_n=0) == engine.complete(prompts, 50, seed=1)
-    for drafter, n in (('heads', 4), ('head', 16)):
-        with pytest.raises(AssertionError, match='draft'):
-            next(engine.generate(prompts, 5, drafter=drafter, draft_n=n))
-    with pytest.raises(AssertionError, match='draft head'):
-        next(Engine(build()).generate([[1]], 5, drafter='head'))
+    plain = engine.complete(prompts, length, Sampling(seed=1), **how)
+    assert engine.complete(prompts, length, Sampling(seed=1), Speculation(drafter, 4), **how) == plain
+    assert engine.complete(prompts, length, Sampling(seed=1), Speculation(drafter, 0), **how) == plain
+
+
+def test_speculation_in_a_stream():
+    engine, prompt = Engine(with_heads(CHAR, 2)), CHAR.encode('ab')
+    text = ''.join(engine.stream(CHAR, prompt, 100, sampling=Sampling(seed=2)))
+    for stops, expected in (([], text), ([text[30:33]], text[:text.index(text[30:33])])):
+        assert ''.join(engine.stream(CHAR, prompt, 100, stops, Sampling(seed=2), Speculation('random'))) == expected
 
 
 def test_heads_draft_what_they_were_trained_for():
-    """
-    A draft head and multi-token heads trained to know the next tokens of a fixed cycle have all their drafts kept.
-    """
+    """Heads trained to know the next tokens of a fixed cycle have all their drafts kept."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=16, n_layer=1, n_head=2, n_embd=32, multi_token_n=2, draft_n=3))
     text = torch.arange(2000) * 5 % 16
@@ -258,117 +362,32 @@ def test_heads_draft_what_they_were_trained_for():
         optimizer.step()
     engine = Engine(model)
     for drafter, k in (('head', 6), ('mtp', 2)):
-        engine.complete([[0, 5]], 40, temperature=0, drafter=drafter, draft_n=k, adapt=False)
+        engine.complete([[0, 5]], 40, GREEDY, Speculation(drafter, k, adapt=False))
         assert engine.stats['kept'] >= 0.9 * engine.stats['drafted'] - k
 
-
-@pytest.mark.parametrize('bits', [0, 8, 4])
-def test_prepared_for_decoding_is_the_same_model(bits):
-    """The same logits and text; its drafts are chosen among the first 64 tokens, and the text is still the same."""
-    model, fused = (with_heads(BPE, 2) for _ in range(2))
-    if bits:
-        Q.convert(model, bits), Q.convert(fused, bits)
-    x = torch.randint(259, (2, 30))
-    Q.for_decoding(fused, draft_vocab=64)
-    assert torch.allclose(model(x), fused(x), atol=0 if bits else 1e-4)
-    assert model.logits(x := model.trunk(x))[..., :64].allclose(
-        fused.logits(x, fused.draft_lm_head), atol=0 if bits else 1e-4)
-    plain = Engine(model).complete([[1, 2]], 50)
-    assert (max(plain[0]) >= 64
-            and Engine(fused).complete([[1, 2]], 50) == Engine(fused).complete([[1, 2]], 50, drafter='head') == plain)
-
-
-def test_packed_floats_are_nearly_the_same_model():
-    model, x = with_heads(BPE, 2), torch.randint(259, (2, 30))
-    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)):
-        assert (Q.for_decoding(with_heads(BPE, 2), dtype)(x) - model(x)).abs().max() < close
-
-
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
-def test_packed_floats_are_the_same_product():
-    linear = torch.nn.Linear(64, 48, bias=False)
-    x = torch.randn(2, 5, 64)
-    assert torch.allclose(Q.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
-    assert torch.allclose(Q.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
-                    reason='torch.compile needs a C++ compiler on a CPU')
-@pytest.mark.parametrize('drafter, dtype', [
-    ('none', torch.float32), ('head', torch.float32), ('mtp', torch.float32), ('head', torch.int8)])
-def test_compiled_rounds_give_the_same_text(drafter, dtype):
-    model = Q.convert(with_heads(CHAR, 1, block_size=96))
-    how = dict(drafter=drafter, draft_n=4, temperature=0.8, seed=9)
-    prompts = [CHAR.encode('To be'), CHAR.encode('x')]
-    compiled = Engine(model, compile=True, cache_dtype=dtype)
-    for p in prompts:
-        plain = Engine(model, cache_dtype=dtype).complete([p], 80, temperature=0.8, seed=9)
-        assert compiled.complete([p], 80, **how) == plain and compiled.stats['tokens'] == 80
-        assert compiled.complete([p], 80, stop=plain[0][20:21], **how)[0] == plain[0][:plain[0].index(plain[0][20]) + 1]
-        assert compiled.complete([p], 60, reuse=True, **how) == [plain[0][:60]]
-    assert len(compiled.steps) == 1
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
-                    reason='torch.compile needs a C++ compiler on a CPU')
-def test_a_compiled_draft_head_alone_gives_the_same_text():
-    """Without other heads: inductor, reusing buffers in place, made NaN of this one's states."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=96, vocab_size=96, n_layer=2, n_head=4, n_kv_head=1, n_embd=32, draft_n=4))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    how = dict(temperature=0.8, seed=9)
-    plain, = Engine(Q.convert(model)).complete([[1, 2, 3]], 40, **how)
-    got, = Engine(model, compile=True).complete([[1, 2, 3]], 40, drafter='head', draft_n=4, **how)
-    assert parting(model, [1, 2, 3], plain, got, 0.8, 0, 9) is None
-
-
-def test_int8_cache_equals_attending_to_rounded_keys():
-    """
-    An int8 cache is a cache of rounded keys and values: the same network with its keys and values rounded gives the
-    same logits.
-    """
-    model = build(kv=2)
-    ids = torch.randint(96, (2, 150))
-    plain = KVCache(model.config, 2)
-    plain.attend_exactly = plain.attend
-    def rounded(layer, q, k, v):
-        k, v = ((lambda r, s: r * s)(*Q.round_rows(t)) for t in (k, v))
-        return plain.attend_exactly(layer, q, k, v)
-    plain.attend = rounded
-    small = KVCache(model.config, 2, dtype=torch.int8)
-    with torch.no_grad():
-        for at, n in ((0, 100), (100, 1), (101, 4)):
-            a, b = (model.logits(model.trunk(ids[:, at:at + n], cache)) for cache in (plain, small))
-            assert torch.allclose(a, b, atol=1e-4)
-    # head_dim is only 8 here: the scales weigh half as much as the integers
-    assert small.nbytes() < 0.4 * plain.nbytes()
-    for cache, int8 in ((plain, False), (small, True)):
-        assert cache.nbytes() == 2 * cache.size * model.kv_bytes_per_token(int8)
-    engine = Engine(model, cache_dtype=torch.int8)
-    assert engine.complete([[3] * 9, [4] * 20], 60, drafter='random') == engine.complete([[3] * 9, [4] * 20], 60)
-
+# -----------------------------------------------------------------------------
+# reuse
 
 def test_a_conversation_keeps_its_cache():
     model = build(kv=1)
     engine, text = Engine(model), CHAR.encode('first question')
+
+    def check(prompt, reused):
+        answer, = engine.complete([prompt], 30, GREEDY, reuse=True)
+        assert engine.stats['reused'] == reused
+        assert answer == decode(model, prompt, 30, GREEDY)
+        return answer
     for turn in range(4):
-        answer = engine.complete([text], 30, temperature=0, reuse=True)[0]
         # all but the new question and the answer's last token
-        assert engine.stats['reused'] == (0 if turn == 0 else len(text) - 10), turn
-        assert answer == Engine(model).complete([text], 30, temperature=0)[0]
-        text = text + answer + CHAR.encode('and then?')
+        text = text + check(text, len(text) - 10 if turn else 0) + CHAR.encode('and then?')
     engine.complete([CHAR.encode('something else')], 5, reuse=True)
     assert engine.stats['reused'] == 0
     edited = text[:40] + CHAR.encode('no, rather')
     engine.complete([text], 5, reuse=True)
-    assert (engine.complete([edited], 30, temperature=0, reuse=True)
-            == Engine(model).complete([edited], 30, temperature=0)
-            and engine.stats['reused'] == 40)
+    check(edited, 40)
     # read, but nothing was said: the cache no longer holds the text of before
     engine.complete([CHAR.encode('something else')], 0, reuse=True)
-    assert (engine.complete([edited], 30, temperature=0, reuse=True)
-            == Engine(model).complete([edited], 30, temperature=0))
+    check(edited, 0)
 
 
 def test_an_exchange_taken_back_leaves_no_trace():
@@ -376,11 +395,79 @@ def test_an_exchange_taken_back_leaves_no_trace():
     tokenizer = BPETokenizer({bytes([b]): b for b in range(256)})
     model = build(tokenizer, kv=1)
     one, other = (Chat(Engine(model), tokenizer) for _ in range(2))
-    ask = lambda chat, question: ''.join(chat.ask(question, 20, temperature=0))
+
+    def ask(chat, question):
+        return ''.join(chat.ask(question, 20, sampling=GREEDY))
     assert ask(one, 'first') == ask(other, 'first') != ''
     ask(one, 'a question to be taken back')
     one.exchanges.pop()
-    other.engine.held = ([], None)
-    assert (ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it')
-            and one.engine.stats['reused'] > 20 and other.engine.stats['reused'] == 0)
-    assert one.exchanges == other.exchanges and len(one.exchanges) == 2
+    other.engine.forget()
+    assert ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it')
+    assert one.engine.stats['reused'] > 20
+    assert other.engine.stats['reused'] == 0
+    assert one.exchanges == other.exchanges
+    assert len(one.exchanges) == 2
+
+# -----------------------------------------------------------------------------
+# compiled rounds
+
+@needs_compiler
+@pytest.mark.parametrize('drafter, dtype', [
+    ('none', torch.float32), ('head', torch.float32), ('mtp', torch.float32), ('head', torch.int8)])
+def test_compiled_rounds_give_the_same_text(drafter, dtype):
+    model = Q.convert(with_heads(CHAR, 1, block_size=96))
+    how = dict(sampling=Sampling(0.8, seed=9), speculation=Speculation(drafter, 4))
+    compiled = Engine(model, compile=True, cache_dtype=dtype)
+    for p in [CHAR.encode('To be'), CHAR.encode('x')]:
+        plain, = Engine(model, cache_dtype=dtype).complete([p], 80, Sampling(0.8, seed=9))
+        stop = plain[20]
+        assert compiled.complete([p], 80, **how) == [plain]
+        assert compiled.stats['tokens'] == 80
+        assert compiled.complete([p], 80, stop=[stop], **how) == [plain[:plain.index(stop) + 1]]
+        assert compiled.complete([p], 60, reuse=True, **how) == [plain[:60]]
+    assert len(compiled.steps) == 1
+
+
+@needs_compiler
+def test_a_compiled_draft_head_alone_gives_the_same_text():
+    """Without other heads: inductor, reusing buffers in place, made NaN of this one's states."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=96, vocab_size=96, n_layer=2, n_head=4, n_kv_head=1, n_embd=32, draft_n=4))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    plain, = Engine(Q.convert(model)).complete([[1, 2, 3]], 40, Sampling(0.8, seed=9))
+    got, = Engine(model, compile=True).complete([[1, 2, 3]], 40, Sampling(0.8, seed=9), Speculation('head', 4))
+    assert first_difference(model, [1, 2, 3], plain, got, 0.8, 0, 9) is None
+
+# -----------------------------------------------------------------------------
+# layouts
+
+@pytest.mark.parametrize('bits', [0, 8, 4])
+def test_prepared_for_decoding_is_the_same_model(bits):
+    """The same logits and text; its drafts are chosen among the first 64 tokens, and the text is still the same."""
+    model = with_heads(BPE, 2)
+    if bits:
+        Q.convert(model, bits)
+    fused = E.for_decoding(copy.deepcopy(model), draft_vocab=64)
+    ids, close = torch.randint(259, (2, 30)), 0 if bits else 1e-4
+    states = model.trunk(ids)
+    assert torch.allclose(model(ids), fused(ids), atol=close)
+    assert torch.allclose(model.logits(states)[..., :64], fused.logits(states, fused.draft_lm_head), atol=close)
+    plain = Engine(model).complete([[1, 2]], 50)
+    assert max(plain[0]) >= 64
+    assert Engine(fused).complete([[1, 2]], 50) == plain
+    assert Engine(fused).complete([[1, 2]], 50, speculation=Speculation('head')) == plain
+
+
+@pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)])
+def test_packed_floats_are_nearly_the_same_model(dtype, close):
+    model, ids = with_heads(BPE, 2), torch.randint(259, (2, 30))
+    assert (E.for_decoding(copy.deepcopy(model), dtype)(ids) - model(ids)).abs().max() < close
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
+def test_packed_floats_are_the_same_product():
+    linear = torch.nn.Linear(64, 48, bias=False)
+    x = torch.randn(2, 5, 64)
+    assert torch.allclose(E.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
+    assert torch.allclose(E.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)

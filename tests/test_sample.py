@@ -1,5 +1,5 @@
 """
-sample.py and quantize.py on a model that train.py has just made: float and int8, one sample and several, files, stops,
+sample.py on a model that train.py and quantize.py have just made: float and int8, one sample and several, files, stops,
 a conversation with stdin, a chat; and one line for whatever cannot work.
 
 $ python -m pytest tests/test_sample.py       some fifteen seconds
@@ -11,18 +11,16 @@ import shutil
 import signal
 
 import pytest
-from conftest import TINY, content, make_dataset, refused, run, start, toy_text, train
 import torch
 
 import engine
-from data.loader import write_chats
+from conftest import TINY, content, make_dataset, refused, run, start, toy_text
 from data.tokenizer import from_meta, train_bpe
-from engine import Engine
-from model import load_model
+from data.writer import write_chats
+from engine import Engine, Sampling
 from quantize import load
 
-LOAD = {'float': lambda out_dir: load_model(f'{out_dir}/best.pt')} | {
-    name: lambda out_dir, name=name: load(f'{out_dir}/{name}.safetensors') for name in ('int8', 'int4')}
+FILES = {'float': 'best.pt', 'int8': 'int8.safetensors', 'int4': 'int4.safetensors'}
 GREEDY = ['--temperature=0', '--max_new_tokens=30', '--start=the cat', '--device=cpu']
 
 
@@ -50,53 +48,60 @@ def sample(out_dir, *args, stdin=''):
     return got.out
 
 
-def expected(out_dir, weights, prompt, n, cache=torch.float32, **how):
-    """The same text straight from the engine."""
-    model, state = LOAD[weights](out_dir)
+def expected(out_dir, weights, prompt, n, sampling, cache=torch.float32, **how):
+    """The same texts straight from the engine."""
+    model, state = load(f'{out_dir}/{FILES[weights]}')
     tokenizer = from_meta(state['tokenizer'])
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
-    return [prompt + tokenizer.decode(row) for row in Engine(model, cache_dtype=cache).complete([ids], n, **how)]
+    rows = Engine(model, cache_dtype=cache).complete([ids], n, sampling, **how)
+    return [prompt + tokenizer.decode(row) for row in rows]
 
 
 @pytest.mark.parametrize('weights', ['float', 'int8'])
 def test_one_sample(out_dir, weights):
     got = run('sample.py', f'--out_dir={out_dir}', *GREEDY, f'--weights={weights}', '--show_stats=True')
-    assert got.out == expected(out_dir, weights, 'the cat', 30, temperature=0)[0] + '\n'
+    assert got.out == expected(out_dir, weights, 'the cat', 30, Sampling(temperature=0))[0] + '\n'
     assert got.out == sample(out_dir, *GREEDY, f'--weights={weights}')
     assert got.out.split()[-2] in toy_text().split()                                   # it has learnt words
     stats = json.loads(got.err.splitlines()[-1])
     assert stats.keys() >= {'tokens', 'tok_s', 'tokens_per_verify', 'weights', 'drafter', 'bytes', 'int_share'}
-    file = f"{out_dir}/{'best.pt' if weights == 'float' else 'int8.safetensors'}"
-    assert (stats['tokens'] == 30 and stats['tokens_per_verify'] == 1 and stats['weights'] == weights
-            and stats['bytes'] == os.path.getsize(file))
+    assert stats['tokens'] == 30
+    assert stats['tokens_per_verify'] == 1
+    assert stats['weights'] == weights
+    assert stats['bytes'] == os.path.getsize(f'{out_dir}/{FILES[weights]}')
     assert stats['int_share'] == 0 if weights == 'float' else stats['int_share'] > 0.9
 
 
 def test_an_int8_cache(out_dir):
     how = ['--start=the cat', '--seed=4', '--max_new_tokens=200', '--temperature=1', '--slide=True']
     got = run('sample.py', f'--out_dir={out_dir}', *how, '--int8_cache=True', '--show_stats=True')
-    assert got.out == expected(out_dir, 'int8', 'the cat', 200, cache=torch.int8, seed=4, slide=True)[0] + '\n'
-    c = LOAD['int8'](out_dir)[0].config
-    assert (json.loads(got.err.splitlines()[-1])['kv_bytes_per_token']
-            == 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4))
+    assert got.out == expected(out_dir, 'int8', 'the cat', 200, Sampling(seed=4), torch.int8, slide=True)[0] + '\n'
+    c = load(f'{out_dir}/int8.safetensors')[0].config
+    stats = json.loads(got.err.splitlines()[-1])
+    assert stats['kv_bytes_per_token'] == 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4)
 
 
-def test_int8_is_taken_when_it_is_there(out_dir, tmp_path):
+def test_the_newest_weights_are_taken(out_dir, tmp_path):
+    """And said, where there is a choice."""
     how = ['--start=the', '--seed=3', '--max_new_tokens=40', '--top_k=9', '--top_p=0.9', '--min_p=0.01',
            '--show_stats=True']
-    assert json.loads(run('sample.py', f'--out_dir={out_dir}', *how).err.splitlines()[-1])['weights'] == 'int8'
+    said, *_, stats = run('sample.py', f'--out_dir={out_dir}', *how).err.splitlines()
+    assert said.startswith('weights=auto: ') and 'int8.safetensors, the newest of float, int8' in said
+    assert json.loads(stats)['weights'] == 'int8'
     shutil.copy(f'{out_dir}/best.pt', tmp_path)
     got = run('sample.py', f'--out_dir={tmp_path}', *how)
-    assert (json.loads(got.err.splitlines()[-1])['weights'] == 'float'
-            and got.out == sample(out_dir, *how, '--weights=float'))
+    assert 'weights=auto' not in got.err
+    assert json.loads(got.err.splitlines()[-1])['weights'] == 'float'
+    assert got.out == sample(out_dir, *how, '--weights=float')
 
 
 def test_several_samples(out_dir):
     """Each begins with the prompt and has its own noise; a row does not depend on how many others there are."""
     args = ['--start=the cat', '--seed=5', '--max_new_tokens=40', '--temperature=1']
     texts = sample(out_dir, *args, '--num_samples=3').split('\n---------------\n')
-    assert (texts.pop() == '' and texts == expected(out_dir, 'int8', 'the cat', 40, seed=5, num_samples=3)
-            and len(set(texts)) == 3)
+    assert texts.pop() == ''
+    assert texts == expected(out_dir, 'int8', 'the cat', 40, Sampling(seed=5), num_samples=3)
+    assert len(set(texts)) == 3
     assert sample(out_dir, *args) == texts[0] + '\n'
     assert sample(out_dir, *args, '--seed=6') != texts[0] + '\n'
 
@@ -116,22 +121,27 @@ def test_prompts_from_a_file_and_beyond_the_context(out_dir, tmp_path):
             == sample(out_dir, *how, '--start=the cat\nsat on'))
     assert sample(out_dir, *how, '--start=the', '--max_new_tokens=0') == 'the\n'
     long = sample(out_dir, *GREEDY, '--max_new_tokens=150', '--slide=True')
-    assert len(long) >= 150 and long.startswith(sample(out_dir, *GREEDY)[:-1])
+    assert len(long) >= 150
+    assert long.startswith(sample(out_dir, *GREEDY)[:-1])
 
 
 def test_a_conversation(out_dir):
     """Prompts of several lines, one that is refused, one without an end; the seed moves on from prompt to prompt."""
-    how = ['--interactive=True', '--max_new_tokens=20', '--seed=7', '--temperature=1']
+    how = ['--interactive=True', '--max_new_tokens=20', '--seed=7', '--temperature=1', '--weights=int8']
     too_long = 'the ' * 100
     got = run('sample.py', f'--out_dir={out_dir}', *how,
               stdin=f'the cat\nsat on\n###\n{too_long}\n###\na mat\n###\nno end')
-    first, second = (expected(out_dir, 'int8', prompt, 20, temperature=1.0, seed=seed)[0]
+    first, second = (expected(out_dir, 'int8', prompt, 20, Sampling(seed=seed))[0]
                      for prompt, seed in (('the cat\nsat on', 7), ('a mat', 8)))
-    assert got.status == 0 and got.out == f'{first}\n{second}\n'
-    asked, *rest = got.err.splitlines()
-    assert '###' in asked and len(rest) == 1 and rest[0].startswith('error: the prompt')
+    assert got.status == 0
+    assert got.out == f'{first}\n{second}\n'
+    asked, refusal = got.err.splitlines()
+    assert '###' in asked
+    assert refusal.startswith('error: the prompt')
     got = run('sample.py', f'--out_dir={out_dir}', '--interactive=True', '--show_stats=True')
-    assert got.status == 0 and got.out == '' and json.loads(got.err.splitlines()[-1])['tokens'] == 0
+    assert got.status == 0
+    assert got.out == ''
+    assert json.loads(got.err.splitlines()[-1])['tokens'] == 0
 
 
 # -----------------------------------------------------------------------------
@@ -157,40 +167,43 @@ def chat_dir(tmp_path_factory):
     return f'{root}/out'
 
 
-def chat(out_dir, *lines, **knobs):
-    got = run('sample.py', '--chat=True', f'--out_dir={out_dir}', *(f'--{k}={v}' for k, v in knobs.items()),
+def chat(out_dir, *lines, weights='int8', **knobs):
+    """-> what was said, and the lines on stderr"""
+    knobs = [f'--{k}={v}' for k, v in knobs.items()]
+    got = run('sample.py', '--chat=True', f'--out_dir={out_dir}', f'--weights={weights}', *knobs,
               stdin=''.join(f'{line}\n' for line in lines))
     assert got.status == 0, got.err
     return got.out, got.err.splitlines()[1:]            # the first says how it is used
 
 
-def reference(out_dir, weights, lines, max_new_tokens=20, seed=1337, cut={}, **how):
+def reference(out_dir, weights, lines, seed=1337, temperature=0.8, cut={}):
     """
-    What a chat must say, every answer decoded from nothing but its whole conversation; cut: number of an answer -> how
-    many of its tokens are said.
+    What a chat of 20 tokens an answer must say, every answer decoded from nothing but its whole conversation; cut:
+    number of an answer -> how many of its tokens are said.
     """
-    model, state = LOAD[weights](out_dir)
+    model, state = load(f'{out_dir}/{FILES[weights]}')
     t, exchanges, out = from_meta(state['tokenizer']), [], []
     bos, u0, u1, a0, a1 = map(t.special, t.special_tokens[:5])
     for line in lines:
         if line == '/undo':
             exchanges = exchanges[:-1]
-        elif line == '/reset':
+            continue
+        if line == '/reset':
             exchanges = []
-        else:
-            question = [u0, *t.encode(line), u1, a0]
-            if 1 + len(question) + min(16, max_new_tokens) > 64:
-                seed += 1                       # a question that is refused takes a seed, too
-                continue
-            while 1 + sum(map(len, exchanges)) + len(question) + min(16, max_new_tokens) > 64:
-                exchanges = exchanges[1:]
-            prompt = [bos, *sum(exchanges, []), *question]
-            new = Engine(model).complete([prompt], min(max_new_tokens, 65 - len(prompt)),
-                                         stop=range(u0 - 1, t.vocab_size), seed=seed + len(out),
-                                         **{'temperature': 0.8, **how})[0]
-            answer = [token for token in new if token < bos][:cut.get(len(out))]
-            exchanges = [*exchanges, question + answer + [a1]]
-            out.append(t.decode(answer))
+            continue
+        question = [u0, *t.encode(line), u1, a0]
+        room = 64 - 16                              # a quarter of the context is the answer's
+        if 1 + len(question) > room:
+            seed += 1                               # a question that is refused takes a seed, too
+            continue
+        while 1 + sum(map(len, exchanges)) + len(question) > room:
+            exchanges = exchanges[1:]
+        prompt = [bos, *sum(exchanges, []), *question]
+        new, = Engine(model).complete([prompt], min(20, 65 - len(prompt)), Sampling(temperature, seed=seed + len(out)),
+                                      stop=range(u0 - 1, t.vocab_size))
+        answer = [token for token in new if token < bos][:cut.get(len(out))]
+        exchanges = [*exchanges, question + answer + [a1]]
+        out.append(t.decode(answer))
     return ''.join(f'{text}\n' for text in out)
 
 
@@ -200,20 +213,23 @@ LINES = ['the cat', 'sat on', '/undo', 'a mat and', 'ran', '/reset', '/undo', 't
 @pytest.mark.parametrize('weights', ['float', 'int8', 'int4'])
 def test_chat_equals_decoding_from_scratch(chat_dir, weights):
     said, notes = chat(chat_dir, *LINES, weights=weights, max_new_tokens=20)
-    assert said == reference(chat_dir, weights, LINES) and '<|' not in said and not notes
-    # not everything was cut by max_new_tokens
-    assert len(set(said.splitlines())) > 3 and min(map(len, said.splitlines())) < 15
+    assert said == reference(chat_dir, weights, LINES)
+    assert '<|' not in said
+    assert not notes
+    assert len(set(said.splitlines())) > 3
+    assert min(map(len, said.splitlines())) < 15                # not everything was cut by max_new_tokens
     assert said != reference(chat_dir, weights, [line for line in LINES if line[0] != '/'])
 
 
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_no_drafter_changes_a_chat(chat_dir, temperature):
     """Nor what is kept of an answer that a stop string ends, and with it the answers to come."""
-    how = dict(temperature=temperature, max_new_tokens=20, weights='int8')
+    how = dict(temperature=temperature, max_new_tokens=20)
     plain = chat(chat_dir, *LINES, **how)
     assert plain[0] == reference(chat_dir, 'int8', LINES, temperature=temperature)
     stopped = chat(chat_dir, *LINES, **how, stop='n')
-    assert stopped != plain and 'n' not in stopped[0]
+    assert stopped != plain
+    assert 'n' not in stopped[0]
     for drafter in ('head', 'mtp', 'ngram', 'random'):
         assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5) == plain, drafter
         assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5, stop='n') == stopped, drafter
@@ -233,27 +249,30 @@ def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return draw(*args, **how)
     monkeypatch.setattr(engine, 'draw', draw_and_signal)
-    said, _ = chat(chat_dir, *(lines := ['the cat', 'sat on', 'a']), weights='int8', max_new_tokens=20, seed=seed)
+    lines = ['the cat', 'sat on', 'a']
+    said, _ = chat(chat_dir, *lines, max_new_tokens=20, seed=seed)
     monkeypatch.undo()
     signal.signal(signal.SIGINT, before)
-    assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: 3}) and len(said.splitlines()) == 3
+    assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: 3})
+    assert len(said.splitlines()) == 3
     assert said.splitlines()[0] != reference(chat_dir, 'int8', lines[:1], seed=seed)[:-1]
 
 
 def test_a_full_context_forgets_the_oldest(chat_dir):
     lines = ['the cat sat', 'on a mat', 'and ran', 'the mat', 'a cat ran'] * 2
     asked = [*lines[:5], 'the cat sat on a mat ' * 5, *lines[5:]]
-    said, notes = chat(chat_dir, *asked, '/quit', 'never asked', weights='int8', max_new_tokens=20)
-    assert said == reference(chat_dir, 'int8', asked) and len(said.splitlines()) == 10
+    said, notes = chat(chat_dir, *asked, '/quit', 'never asked', max_new_tokens=20)
+    assert said == reference(chat_dir, 'int8', asked)
+    assert len(said.splitlines()) == 10
     assert any('are forgotten' in note for note in notes)
     refusal, = (note for note in notes if note.startswith('error'))
-    assert ('do not fit the context of 64 with an answer of 16' in refusal
-            and '/bye is no command' in chat(chat_dir, '/bye')[1][0])
+    assert 'do not fit the context of 64 with an answer of 16' in refusal
+    assert '/bye is no command' in chat(chat_dir, '/bye')[1][0]
 
 
 def test_a_chat_model_is_pruned(chat_dir, tmp_path):
     assert run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--neuron_prune_ratio=0.5').status == 0
-    said, _ = chat(tmp_path, *LINES, max_new_tokens=20)
+    said, _ = chat(tmp_path, *LINES, weights='float', max_new_tokens=20)
     assert said == reference(tmp_path, 'float', LINES)
     refused(run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--vocab_keep=270'), 'is a chat dataset')
 
@@ -270,10 +289,11 @@ def house(tmp_path_factory):
     for script, args in (('train.py', [*TINY, data, '--max_iters=1']), ('quantize.py', [])):
         assert run(script, *args, f'--out_dir={root}/good').status == 0
     best, small = ((root / 'good' / name).read_bytes() for name in ('best.pt', 'int8.safetensors'))
+    (root / 'good' / 'int8.safetensors').unlink()
     torch.save({'model': {}, 'iter_num': 3}, root / 'foreign.pt')
     for name, file, damaged in (
             ('truncated', 'best.pt', best[:-100]), ('text', 'best.pt', b'hello'),
-            ('foreign', 'best.pt', (root / 'foreign.pt').read_bytes()), ('float', 'best.pt', best),
+            ('foreign', 'best.pt', (root / 'foreign.pt').read_bytes()),
             ('short', 'int8.safetensors', small[:-100]),
             ('flipped', 'int8.safetensors', small[:-9] + bytes([small[-9] ^ 1]) + small[-8:]),
             ('header', 'int8.safetensors', small[:100]), ('mixed', 'int8.safetensors', best),
@@ -284,60 +304,67 @@ def house(tmp_path_factory):
     return root
 
 
-BAD = [                                             # script, flags, what the line must say. {} is the folder above
-    ('sample.py', '--out_dir={}/nothing', 'no checkpoint at'),
-    ('sample.py', '--out_dir={}/truncated', 'not a whole'),
-    ('sample.py', '--out_dir={}/text', 'not a whole'),
-    ('sample.py', '--out_dir={}/foreign', 'expected the keys .* found .*iter_num'),
-    ('sample.py', '--out_dir={}/float --weights=int8', 'python quantize.py --out_dir='),
-    ('sample.py', '--out_dir={}/short', 'damaged'),
-    ('sample.py', '--out_dir={}/flipped', 'damaged'),
-    ('sample.py', '--out_dir={}/header', 'not a whole'),
-    ('sample.py', '--out_dir={}/mixed', 'not a whole'),
-    ('sample.py', '--out_dir={}/empty', 'not a whole'),
-    ('sample.py', '--weights=int3', 'auto, float, int8, int4'),
-    ('sample.py', '--start=the%cat', "no token for '%'"),
-    ('sample.py', '--start=', 'prompt is empty'),
-    ('sample.py', '--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
-    ('sample.py', '--start=thecatsatonamatandran --slide=True', 'do not fit'),
-    ('sample.py', '--max_new_tokens=15', r'3 tokens \+ max_new_tokens \(15\) do not fit'),
-    ('sample.py', '--start=FILE:{}/missing.txt', 'missing.txt'),
-    ('sample.py', '--start=FILE:{}/latin.txt', 'not UTF-8'),
-    ('sample.py', '--temprature=1', 'temperature'),
-    ('sample.py', '--interactive=maybe', 'takes a bool'),
-    ('sample.py', '--chat=True', 'special tokens'),
-    ('sample.py', '--chat=True --num_samples=2', 'num_samples .2. at 1'),
-    ('sample.py', '--chat=True --interactive=True', 'interactive .True. off'),
-    ('sample.py', '--device=foo', 'device'),
-    *(('sample.py', f'--{knob}={value}', knob) for knob, values in {
-        'max_new_tokens': '-1 none', 'temperature': '-0.5 none warm', 'top_k': 'fifty 0 -3 1.5 True',
-        'top_p': 'x 2 -0.1', 'min_p': 'x 3', 'num_samples': '0 none', 'seed': 'none', 'threads': '-1 none'}.items()
-      for value in values.split()),
-    ('quantize.py', '--out_dir={}/nothing', 'no checkpoint at'),
-    ('quantize.py', '--out_dir={}/truncated', 'not a whole'),
-    ('quantize.py', '--out_dir={}/foreign', 'expected the keys'),
-    ('quantize.py', '--weights=last.pt', 'no checkpoint at'),
-    ('quantize.py', '--bits=3', 'bits'),
-    ('quantize.py', '--bits=none', 'bits'),
-    ('quantize.py', '--device=foo', 'foo'),
-    ('quantize.py', '--dataset={}/nothing --out_dir={}/float', 'data/text/prepare.py'),
-    ('quantize.py', '--dataset={}/other --out_dir={}/float', 'tokenizer'),
-]
-
-
-@pytest.mark.parametrize('script, flags, pattern', BAD)
-def test_bad_input(house, script, flags, pattern):
+def refuses(house, flags, pattern, script='sample.py', first=('--start=the', '--max_new_tokens=5')):
+    """One line, and nothing written."""
     before = content(house)
-    first = [f'--out_dir={house}/good'] + (['--start=the', '--max_new_tokens=5'] if script == 'sample.py' else [])
-    got = run(script, *first, *flags.replace('{}', str(house)).split(' '))
+    got = run(script, f'--out_dir={house}/good', *first, *flags.replace('{}', str(house)).split(' '))
     refused(got, pattern)
-    assert got.out == '' and content(house) == before
+    assert got.out == ''
+    assert content(house) == before
+
+
+@pytest.mark.parametrize('flags, pattern', [                    # what the line must say. {} is the folder above
+    ('--out_dir={}/nothing', 'no checkpoint at'),
+    ('--out_dir={}/truncated', 'not a whole'),
+    ('--out_dir={}/text', 'not a whole'),
+    ('--out_dir={}/foreign', 'expected the keys .* found .*iter_num'),
+    ('--weights=int8', 'python quantize.py --out_dir='),
+    ('--out_dir={}/short', 'damaged'),
+    ('--out_dir={}/flipped', 'damaged'),
+    ('--out_dir={}/header', 'not a whole'),
+    ('--out_dir={}/mixed', 'not a whole'),
+    ('--out_dir={}/empty', 'not a whole'),
+    ('--start=the%cat', "no token for '%'"),
+    ('--start=', 'prompt is empty'),
+    ('--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
+    ('--start=thecatsatonamatandran --slide=True', 'do not fit'),
+    ('--max_new_tokens=15', r'3 tokens \+ max_new_tokens \(15\) do not fit'),
+    ('--start=FILE:{}/missing.txt', 'missing.txt'),
+    ('--start=FILE:{}/latin.txt', 'not UTF-8'),
+    ('--drafter=head', 'needs a model with a draft head'),
+    ('--chat=True', 'special tokens'),
+    ('--chat=True --num_samples=2', 'num_samples .2. at 1'),
+    ('--chat=True --interactive=True', 'interactive .True. off'),
+    ('--device=foo', 'device')])
+def test_bad_input(house, flags, pattern):
+    refuses(house, flags, pattern)
+
+
+@pytest.mark.parametrize('knob, values', [
+    ('weights', 'int3'), ('drafter', 'heads'), ('draft_n', '-1 16'), ('max_new_tokens', '-1 none'),
+    ('temperature', '-0.5 none warm'), ('top_k', 'fifty 0 -3 1.5 True'), ('top_p', 'x 2 -0.1'), ('min_p', 'x 3'),
+    ('num_samples', '0 none'), ('seed', 'none'), ('threads', '-1 none')])
+def test_limits(house, knob, values):
+    for value in values.split():
+        refuses(house, f'--{knob}={value}', knob)
+
+
+@pytest.mark.parametrize('flags, pattern', [
+    ('--out_dir={}/nothing', 'no checkpoint at'),
+    ('--out_dir={}/truncated', 'not a whole'),
+    ('--out_dir={}/foreign', 'expected the keys'),
+    ('--dataset={}/nothing', 'data/text/prepare.py'),
+    ('--dataset={}/other', 'tokenizer')])
+def test_bad_input_of_quantize(house, flags, pattern):
+    refuses(house, flags, pattern, 'quantize.py', first=())
 
 
 def test_in_a_process(house):
     """stdout is text and nothing else; an error is one line on stderr."""
     good = [f'--out_dir={house}/good', '--start=the', '--max_new_tokens=9', '--temperature=0']
     for args, status in (([], 0), (['--start=%'], 1)):
-        out, err = (p := start('sample.py', *good, *args)).communicate()
+        process = start('sample.py', *good, *args)
+        out, err = process.communicate()
         inside = run('sample.py', *good, *args)
-        assert (p.returncode, out, err) == (inside.status, inside.out, inside.err) and p.returncode == status
+        assert (process.returncode, out, err) == (inside.status, inside.out, inside.err)
+        assert process.returncode == status
