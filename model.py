@@ -288,13 +288,14 @@ class GPT(nn.Module):
         """
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)))
 
-    def forward(self, idx, targets=None, return_multi_token=False):
+    def forward(self, idx, targets=None, return_multi_token=False, counts=None):
         """
         model(idx)                    -> logits (B, T, vocab_size) float32
         model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
                                          the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
-        targets (B, T) int64 are idx shifted by one; -1 masks a position.
+        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, what the sums of nats
+        are divided by; by default the targets of this very batch.
         """
         x = self.trunk(idx)
         if return_multi_token:
@@ -303,19 +304,36 @@ class GPT(nn.Module):
             return self.cross_entropy(x, targets), self.logits(x), heads
         if targets is None:
             return self.logits(x)
-        return {'ce': self.cross_entropy(x, targets)} | self.head_losses(x, targets, idx)
+        counts = counts or self.target_counts(targets)
+        ce = self.cross_entropy(x, targets, reduction='sum') / or_one(counts['ce'])
+        return {'ce': ce} | self.head_losses(x, targets, idx, counts)
 
-    def head_losses(self, x, targets, idx):
+    def target_counts(self, targets):
         """
-        The trunk's states x (B, T, n_embd), targets and the trunk's input, (B, T) both -> {'multi_token': ...,
-        'draft': ...}, nats per unmasked target, for the heads that exist.
+        targets (B, T) -> how many of them each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
+        (draft_n,)}, for the heads that exist. A step of several batches whose masks differ divides all of them by their
+        mean counts: then it does not matter how the step is cut into batches.
+        """
+        places = torch.arange(targets.size(1), device=targets.device)
+        learnt = targets >= 0
+        counts = {'ce': learnt.sum()}
+        for head, n in (('multi_token', self.config.multi_token_n), ('draft', self.config.draft_n)):
+            if n:                               # the first 1+i places of a row are nobody's target for head i
+                counts[head] = torch.stack([(learnt & (places > i)).sum() for i in range(n)])
+        return counts
+
+    def head_losses(self, x, targets, idx, counts=None):
+        """
+        The trunk's states x (B, T, n_embd), targets and the trunk's input, (B, T) both, counts of target_counts ->
+        {'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist.
         """
         losses, c = {}, self.config
+        counts = counts or self.target_counts(targets)
         # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
         if c.multi_token_n:
             losses['multi_token'] = sum(
-                self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i))
-                for i in range(c.multi_token_n)) / c.multi_token_n
+                self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
+                / or_one(counts['multi_token'][i]) for i in range(c.multi_token_n)) / c.multi_token_n
         # unrolled as it is used, fed the text's tokens, masked ones too. A draft counts when it is the model's own
         # draw, so the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of
         # the model
@@ -334,18 +352,20 @@ class GPT(nn.Module):
             loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
             step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
             keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
-            losses['draft'] = ((loss * keep).sum(dim=0) / keep.sum(dim=0).clamp(min=1)).mean()
+            losses['draft'] = ((loss * keep).sum(dim=0) / or_one(counts['draft'])).mean()
         return losses
 
     def cross_entropy(self, x, targets, reduction='mean'):
         """
-        States (B, T, n_embd), targets (B, T) with -1 masked -> nats: the mean over unmasked targets, or (B * T,) for
-        reduction='none'.
+        States (B, T, n_embd), targets (B, T) with -1 masked -> nats: the mean over unmasked targets, their sum, or
+        (B * T,) for reduction='none'.
         """
         def nats(x, targets):
             return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction='none')
         loss = chunked(nats, self.config.vocab_size, x.flatten(0, 1), targets.flatten())
-        return loss if reduction == 'none' else loss.sum() / (targets >= 0).sum().clamp(min=1)
+        if reduction == 'none':
+            return loss
+        return loss.sum() if reduction == 'sum' else loss.sum() / or_one((targets >= 0).sum())
 
     # -------------------------------------------------------------------------
     # accounting: one definition each; the groups sum to the total
@@ -375,6 +395,11 @@ class GPT(nn.Module):
         """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""
         c = self.config
         return 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4 if int8 else 4 * c.head_dim)
+
+
+def or_one(count):
+    """A count of targets to divide by: 1 where there are none, and the sum is 0."""
+    return count + (count == 0)
 
 
 def shift(x, n, fill=-1):
@@ -612,7 +637,9 @@ def join_processes(device):
     if world_size > 1:
         device = f'cuda:{local_rank}' if device == 'cuda' else device
         # gloo is for the CPU, where evaluate adds up its totals
+        hook = sys.excepthook                   # torch would put its own around it; errors stay one plain line
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+        sys.excepthook = hook
     if device.startswith('cuda'):
         torch.cuda.set_device(device if ':' in device else 0)       # what is waited for later is the current device
         torch.set_float32_matmul_precision('high')

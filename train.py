@@ -411,6 +411,21 @@ def batch(step, micro):
     return x, y, *soft
 
 
+def counts_of(step):
+    """
+    Where masks differ from row to row: how many targets a micro-batch has on average over the step and its processes.
+    All of them divide by that, so that it does not matter how a step is cut. Of plain text all have the same: None.
+    """
+    if loader.mask is None:
+        return None
+    each = [model.target_counts(batch(step, micro)[1]) for micro in range(accumulation)]
+    counts = {name: torch.stack([count[name] for count in each]).float().mean(dim=0) for name in each[0]}
+    for count in counts.values() if world_size > 1 else ():
+        dist.all_reduce(count)
+        count /= world_size
+    return counts
+
+
 def only_here(micro):
     """DDP adds up the gradients of all processes at the last micro-batch; until then each keeps its own."""
     waits = isinstance(forward, DDP) and micro < accumulation - 1
@@ -454,9 +469,10 @@ while step < max_iters:
         for group in optimizer.param_groups:
             group['lr'] = group['peak_lr'] * factor
 
+    counts = counts_of(step)
     for micro in range(accumulation):
         with only_here(micro), autocast(device, dtype):
-            losses = forward(*batch(step, micro))                                # {'ce': nats per token, ...}
+            losses = forward(*batch(step, micro), counts=counts)                 # {'ce': nats per token, ...}
             loss = sum(weight[name] * value for name, value in losses.items()) / accumulation
             loss.backward()
         meter.losses.append((step, {name: value.detach() for name, value in losses.items()}))

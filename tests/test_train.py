@@ -37,9 +37,9 @@ def poisoned(at):
     """A GPT.forward whose losses are NaN in call number at."""
     forward, calls = GPT.forward, []
 
-    def nan_once(self, *batch):
+    def nan_once(self, *batch, **how):
         calls.append(batch)
-        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch).items()}
+        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch, **how).items()}
     return nan_once
 
 
@@ -225,6 +225,34 @@ def test_accumulation_equals_one_large_batch(toy, tmp_path, monkeypatch):
     at = {name: load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')['model'] for name in 'abc'}
     assert a['tokens'] == b['tokens'] == 2 * c['tokens'] and abs(a['val_loss'] - b['val_loss']) < 1e-5
     assert largest_difference(at['a'], at['b']) < 1e-4 and largest_difference(at['a'], at['c']) > 1e-2
+
+
+@pytest.fixture(scope='module')
+def chats(tmp_path_factory):
+    """Conversations whose answers are of very different lengths, in rows of 32 -> the flag that names them."""
+    tokenizer = train_bpe([toy_text()], 280)
+    chats = [tokenizer.render_chat([{'role': 'user', 'content': 'the' * n}, {'role': 'assistant', 'content': 'cat' * m}])
+             for n, m in ((1, 6), (5, 1), (2, 3), (4, 2))] * 8
+    folder = tmp_path_factory.mktemp('chats')
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_chats(str(folder), tokenizer, chats, chats[:6], 32, 'toy')
+    return [f'--dataset={folder}', '--block_size=32', '--total_batch_size=256', '--max_iters=20']
+
+
+@pytest.mark.parametrize('more', [['--multi_token_n=2', '--draft_n=2'], ['--teacher={}/t']], ids=['heads', 'teacher'])
+def test_uneven_masks_are_accumulated_exactly(chats, tmp_path, monkeypatch, more):
+    """However a step is cut into batches, by one process or two, a token that is learnt counts the same."""
+    monkeypatch.setattr('model.fast_bf16', lambda device: False)
+    train(tmp_path / 't', *chats, '--max_iters=2')
+    args = [*chats, *(arg.replace('{}', str(tmp_path)) for arg in more)]
+    losses = {}
+    for batch_size in (8, 4, 2):
+        losses[batch_size] = train(tmp_path / str(batch_size), *args, f'--batch_size={batch_size}')['val_loss']
+    first, _ = two(*args, '--batch_size=2', f'--out_dir={tmp_path}/two')
+    losses['two'] = json.loads(first.out.splitlines()[-1])['val_loss']
+    assert max(losses.values()) - min(losses.values()) < 2e-5, losses
+    at = {name: load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')['model'] for name in losses}
+    assert max(largest_difference(at[8], at[name]) for name in at) < 1e-3
 
 
 def test_two_processes_equal_one(toy, tmp_path, interrupt):
