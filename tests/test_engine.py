@@ -315,19 +315,19 @@ def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
     n = 0
     for sampling in (Sampling(0, seed=3), Sampling(0.7, top_k=20, seed=3), Sampling(1, seed=3),
                      Sampling(1.3, top_p=0.9, seed=3)):
-        plain = engine.complete(prompts, 60, sampling)
+        plain = engine.complete(prompts, 40, sampling)
         texts = [p + t for p, t in zip(prompts, plain)]
-        alone = decode(engine.model, prompts[0], 60, sampling)
+        alone = decode(engine.model, prompts[0], 40, sampling)
         for i, drafter in enumerate(('head', 'mtp', 'ngram', 'random', oracle(100, texts), oracle(60, texts))):
             for k in {1, 8, 2 + (n + i) % 5}:
                 speculation = Speculation(drafter, k, adapt=k % 2 == 0)
-                assert engine.complete(prompts, 60, sampling, speculation) == plain, speculation
+                assert engine.complete(prompts, 40, sampling, speculation) == plain, speculation
                 n += 1
-            assert engine.complete(prompts[:1], 60, sampling, Speculation(drafter)) == [alone], drafter
-        engine.complete(prompts[:1], 60, sampling, Speculation(oracle(100, texts), 5, adapt=False))
-        assert engine.stats['tokens'] == 60
-        assert engine.stats['passes'] <= 13                 # 6 tokens a pass but for the first and the last
-        assert engine.stats['accepted'][5] >= 9
+            assert engine.complete(prompts[:1], 40, sampling, Speculation(drafter)) == [alone], drafter
+        engine.complete(prompts[:1], 40, sampling, Speculation(oracle(100, texts), 5, adapt=False))
+        assert engine.stats['tokens'] == 40
+        assert engine.stats['passes'] <= 9                  # 6 tokens a pass but for the first and the last
+        assert engine.stats['accepted'][5] >= 5
 
 
 @pytest.mark.parametrize('drafter', ['head', 'ngram', 'random'])
