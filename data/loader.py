@@ -185,12 +185,3 @@ def data_of(state, source, dataset=''):
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
                          f"was trained on ({state['dataset']}), or prepare that as it was")
     return data_dir, tokenizer
-
-
-def __getattr__(name):                          # for a while: these have moved
-    import data.files
-    import data.writer
-    for module in (data.writer, data.files):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
