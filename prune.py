@@ -313,9 +313,9 @@ def measure(model, batches, importance='taylor', seed=0):
     scores = sums_over_parts(table, model.config)
     if importance == 'obs':
         for kind, part, size in (('neurons', 'mlp', 1), ('heads', 'attn', model.config.head_dim)):
-            layers = progress(range(model.config.n_layer), model.config.n_layer, f'layers whose {kind} are in order')
-            sites = [f'transformer.h.{i}.{part}.c_proj' for i in layers]
-            orders = [elimination_order(state[f'{site}.weight'], moments[site], size) for site in sites]
+            sites = [f'transformer.h.{i}.{part}.c_proj' for i in range(model.config.n_layer)]
+            orders = [elimination_order(state[f'{site}.weight'], moments[site], size)
+                      for site in progress(sites, len(sites), f'layers whose {kind} have been scored')]
             scores[kind] = torch.stack(orders).to(scores[kind].device)
     return scores, moments
 
@@ -366,15 +366,13 @@ def sums_over_parts(table, config):
         neurons.append((fc + mlp.T).sum(dim=1))
         layers.append(sum(w.sum() for w in parts))
 
-    def read(site, w):
-        channels.append(w.sum(dim=0))
-        return w
+    def sums_over(dim):
+        def add(site, w):
+            channels.append(w.sum(dim=dim))
+            return w
+        return add
 
-    def write(site, w):
-        channels.append(w.sum(dim=1))
-        return w
-
-    over_channels(table, config, read, write)
+    over_channels(table, config, sums_over(0), sums_over(1))
     return {'neurons': torch.stack(neurons), 'heads': torch.stack(heads), 'layers': torch.stack(layers),
             'channels': sum(channels)}
 
@@ -499,7 +497,7 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
 
 
 def a_little_smaller(model, kind, target, batches, **how):
-    """The model with an eighth of its neurons or channels, a layer, or a head of each group less; None if it has one."""
+    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None where none is left."""
     have, kv = getattr(model.config, KINDS[kind]), model.config.n_kv_head
     step = max(1, have // 8)
     if kind == 'layers':
@@ -548,7 +546,7 @@ def cut_layers(model, layers, batches):
 def measure_speeds(models):
     """tokens/s of one sequence, for each. They take turns, and the fastest counts: neighbours can only slow it down."""
     best = [0.0] * len(models)
-    for turn in range(3):
+    for turn in progress(range(3), 3, 'rounds of decoding'):
         for i, model in enumerate(models):
             engine, n = Engine(model), min(100, model.config.block_size)
             engine.complete([[0]], n, Sampling(temperature=0.8, seed=seed))

@@ -37,7 +37,7 @@ from model import GPT, LOSS_CHUNK_BYTES, pick_device, rope_tables
 @dataclass(frozen=True)
 class IntFormat:
     """What a weight of so many bits is."""
-    edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127, an int8
+    edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127
     steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
     tries: int          # the search tries so many of these, downwards from the least that clips nothing
     stored: int         # bits that a weight takes in the file and in memory
@@ -94,7 +94,7 @@ def round_weight(w, bits=8, group=GROUP, search=True):
     # Whole groups, and the columns that are left, are rounded apart: when the last group is padded with zeros instead,
     # inductor of torch 2.11 and 2.13 gets it wrong.
     whole = w.size(1) - w.size(1) % group
-    parts = [x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]]         # (rows, groups, group), (rows, 1, rest)
+    parts = [x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]]     # (rows, groups, group), (rows, 1, rest)
     parts = [part for part in parts if part.numel()]
     steps = [choose_step(part, form, search) for part in parts]                  # (rows, groups, 1), (rows, 1, 1)
     v = torch.cat([round_to(part, step, form.edge).flatten(1) for part, step in zip(parts, steps)], dim=1)
@@ -518,6 +518,7 @@ def compare(model, quantised, batches, token_bytes):
             n += len(kl)
         for total, each in zip(totals, nats):
             total.add(torch.cat(each), y)
+    assert n > 0, "the validation split has no unmasked targets"
     (loss_float, bpb_float), (loss_quant, bpb_quant) = (total.loss() for total in totals)
     return {'val_loss_float': loss_float, 'val_loss_quant': loss_quant, 'bpb_float': bpb_float, 'bpb_quant': bpb_quant,
             'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
