@@ -561,12 +561,8 @@ if __name__ == '__main__':
     assert jobs == 0 or jobs == 1 and (out_dir if fetch else teacher), (
         "--fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is "
         "written there); one of the three at a time")
-    if to_picochat:
-        product = os.path.join(to_picochat, 'best.pt')
-    elif to_hf:
-        product = os.path.join(to_hf, 'model.safetensors')
-    else:
-        product = os.path.join(out_dir, 'labels.bin')
+    name = 'best.pt' if to_picochat else 'model.safetensors' if to_hf else 'labels.bin'
+    product = os.path.join(to_picochat or to_hf or out_dir, name)
     # in a ladder (bench.py), what this very command has made from these files is not made again
     reads = check_teachers(teacher)
     if dataset:
