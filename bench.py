@@ -635,16 +635,13 @@ def measure_train():
     tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
     with tempfile.TemporaryDirectory() as folder:
         write_random(folder, c.vocab_size)
-        training = Training(t, c, t.batch_size, folder)
-        runs, gemm, peaks = time_steps(training, c)
-        flops, params = training.trained.flops_per_token(), training.model.params()['total']
-        del training                            # the other processes get the memory
-        gc.collect()
-        torch.cuda.empty_cache()
         others = []
         if peers:                               # nanoGPT beside our train.py
             others = start('tests/peers.py', nanogpt=peers, training=json.dumps(vars(t) | {'dataset': folder}),
                            vocab_size=c.vocab_size, steps=steps, rounds=rounds, device=device)['rows']
+        training = Training(t, c, t.batch_size, folder)
+        runs, gemm, peaks = time_steps(training, c)
+    flops, params = training.trained.flops_per_token(), training.model.params()['total']
     rows, rates = [], {way: [1000 * tokens / sum(ms.values()) for ms in run] for way, run in runs.items()}
     for way, run in runs.items():
         rows.append({'run': 'steps', 'way': way, 'dtype': t.dtype, **speed(rates[way], ratio=rates['eager']),
