@@ -498,28 +498,26 @@ def compare(model, quantised, batches, token_bytes):
     'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and 'top1_flips', at what
     share of the positions another token is the most probable one.
     """
-    totals = [Total(token_bytes, model.cos.device) for _ in range(2)]
+    total_float, total_quant = (Total(token_bytes, model.cos.device) for _ in range(2))
     kl_sum = kl_max = flips = n = 0
     rows = max(1, LOSS_CHUNK_BYTES // (4 * model.config.vocab_size))             # as evaluate has them at a time
     for x, y in batches:
-        y = y.flatten()
-        chunks = zip(model.trunk(x).flatten(0, 1).split(rows), quantised.trunk(x).flatten(0, 1).split(rows),
-                     y.split(rows))
-        nats = [], []
-        for a, b, targets in chunks:
+        y, nats_float, nats_quant = y.flatten(), [], []
+        states = model.trunk(x).flatten(0, 1), quantised.trunk(x).flatten(0, 1)  # (B * T, n_embd)
+        for a, b, targets in zip(states[0].split(rows), states[1].split(rows), y.split(rows)):
             a = F.log_softmax(model.logits(a), dim=-1)                           # (rows, vocab_size)
             b = F.log_softmax(quantised.logits(b), dim=-1)
-            for each, log_p in zip(nats, (a, b)):
-                each.append(F.nll_loss(log_p, targets, ignore_index=-1, reduction='none'))
-            kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0]
+            nats_float.append(F.nll_loss(a, targets, ignore_index=-1, reduction='none'))
+            nats_quant.append(F.nll_loss(b, targets, ignore_index=-1, reduction='none'))
+            kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0].cpu()
             kl_sum += kl.double().sum().item()
             kl_max = max([kl_max] + kl.tolist())
             flips += (a.argmax(-1) != b.argmax(-1))[targets >= 0].sum().item()
             n += len(kl)
-        for total, each in zip(totals, nats):
-            total.add(torch.cat(each), y)
+        total_float.add(torch.cat(nats_float), y)
+        total_quant.add(torch.cat(nats_quant), y)
     assert n > 0, "the validation split has no unmasked targets"
-    (loss_float, bpb_float), (loss_quant, bpb_quant) = (total.loss() for total in totals)
+    (loss_float, bpb_float), (loss_quant, bpb_quant) = total_float.loss(), total_quant.loss()
     return {'val_loss_float': loss_float, 'val_loss_quant': loss_quant, 'bpb_float': bpb_float, 'bpb_quant': bpb_quant,
             'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
 
