@@ -29,6 +29,11 @@ import numpy as np
 import torch
 
 from data.checkpoint import load_model, save_checkpoint
+from data.loader import Loader, data_of, load_meta
+from data.record import already, record
+from data.tokenizer import cut_tokenizer, recode
+from data.writer import write_dataset
+from engine import Engine, Sampling
 from model import GPT, evaluate, pick_device
 from quantize import progress
 
@@ -515,7 +520,7 @@ def a_little_smaller(model, kind, target, batches, **how):
     return smaller
 
 # -----------------------------------------------------------------------------
-# the script
+# the script, whose functions read its knobs
 
 def cut_vocabulary(model, tokenizer, keep, data_dir):
     """
@@ -598,11 +603,6 @@ def print_next_command(result, knobs, dataset, block_size, fold):
 
 
 if __name__ == '__main__':
-    from data.loader import Loader, data_of, load_meta
-    from data.record import already, record
-    from data.tokenizer import cut_tokenizer, recode
-    from data.writer import write_dataset
-    from engine import Engine, Sampling
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
