@@ -60,7 +60,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.checkpoint import config_from, load_checkpoint
-from data.estimate import Training, micro_batches, training_bytes
+from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
+                           bill, micro_batches, shape_of_size, training_bytes)
 from data.files import atomic_write
 from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
                          with_labels, write_record)
@@ -69,7 +70,7 @@ from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_dataset
 from engine import (DRAFTERS, FEW, HEADS, Engine, KVCache, PackedInt8Linear, Sampling, Speculation, first_difference,
                     for_decoding)
-from model import (GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, can_compile, compile_step, evaluate, peak_flops,
+from model import (GPT, GPTConfig, PEAK_FLOPS, can_compile, compile_step, evaluate, peak_flops,
                    pick_device, pick_dtype)
 from quantize import convert, export, load, rounding_of
 
@@ -86,15 +87,6 @@ FORMATS = {
     'int4': (4, None), 'int4-packed': (4, None), 'int4-compiled': (4, None),
     'int4-bf16': (4, torch.bfloat16), 'int4-bf16-compiled': (4, torch.bfloat16)}
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
-GPUS = {'a100-40': ('A100', 40e9), 'a100-80': ('A100', 80e9), 'h100': ('H100', 80e9), 'h200': ('H200', 141e9),
-        'rtx3090': ('RTX 3090', 24e9), 'rtx4090': ('RTX 4090', 24e9)}          # name in PEAK_FLOPS, bytes of memory
-# shares of a GPU: of its FLOP/s, where none was measured; of its memory, as CUDA and gaps between tensors take some
-ASSUMED_UTILISATION, USABLE = 0.4, 0.9
-# what a step takes compiled for a GPU, over the estimate, which is of an eager one: losses come in larger chunks there
-# (d12 with its teacher, 8 rows, on an H100: 22.5 GB, eager 13.3, the estimate 11.7)
-COMPILED_MEMORY = 1.9
-# a shard of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 of them are 1.1B tokens of 65,536 kinds and 2 GB
-SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
 
 # -----------------------------------------------------------------------------
 mode = 'decode'             # decode, quality, train, memory, plot, ladder, table
@@ -111,7 +103,7 @@ rounds = 5                  # of mode=train, too
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
-peers = ''                  # True: transformers, and llama2.c and nanochat if given; in mode=train a folder: a copy of nanoGPT
+peers = ''                  # True: other programs, see tests/peers.py; in mode=train the folder of a copy of nanoGPT
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # train and memory; what is not here is a knob of train.py's
@@ -154,10 +146,11 @@ limits = {                  # what they may be
     'vocab_size threads': (0, None),
     'seed': (0, 2**63 - 1)}
 # -----------------------------------------------------------------------------
-# Of the command line train.py gets its configs, and all knobs that are not ours alone. FILE.csv stands for --logs=FILE.csv
-# (a shell has spelt out-*/log.csv out), FILE.json for --record=FILE.json.
-training_words, ours = [], {key for key, value in globals().items() if value is None or isinstance(value, (int, float, str))}
-ours -= {'seed', 'device', 'temperature', 'draft_n'}
+# Of the command line train.py gets its configs, and all knobs that are not ours alone. FILE.csv stands for
+# --logs=FILE.csv (a shell has spelt out-*/log.csv out), FILE.json for --record=FILE.json.
+training_words = []
+ours = {key for key, value in globals().items() if value is None or isinstance(value, (int, float, str))}
+ours -= {'seed', 'device', 'temperature', 'draft_n'}                    # train.py has these, too
 if {'--mode=train', '--mode=memory'} & set(sys.argv) and not {'-h', '--help', '--knobs'} & set(sys.argv):
     training_words = [word for word in sys.argv[1:] if word[:2] != '--' or word[2:].partition('=')[0] not in ours]
     sys.argv = [word for word in sys.argv if word not in training_words]
@@ -358,7 +351,7 @@ def decode(engine, prompts, seed, drafter):
 def memory_taken(path):
     """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
     small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
-    Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # what libraries take for themselves is taken
+    Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
     before, dtype = resident(), torch.int8 if int8_cache == path else torch.float32
     engine = Engine(for_decoding(load(path, device)[0]), cache_dtype=dtype)
     for _ in engine.generate([[1] * prompt_tokens], new_tokens, Sampling(temperature, seed=seed)):
@@ -445,8 +438,8 @@ def measure_peers(c):
 
 def decode_in_rounds(engines, prompts, wanted):
     """
-    Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> the stats of
-    each of wanted, {format: passes' seconds}, tokens/s without a cache, bytes/s of memory, by round; what is wrong.
+    Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> by round
+    the stats of each of wanted, {format: passes' seconds}, tokens/s without a cache, bytes/s of memory; what is wrong.
     """
     runs, texts, wrong = {key: [] for key in wanted}, {}, []
     costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
@@ -723,37 +716,16 @@ def measure_memory():
 # -----------------------------------------------------------------------------
 # --mode=memory --plan=True: what a training would take on a GPU
 
-def bill(tokens, flops):
-    """For so many tokens, at so many FLOPs each -> a row's tokens/s, hours, dollars; what they are counted by."""
+def budget():
+    return SimpleNamespace(gpu=gpu, utilisation=utilisation, price=price)
+
+
+def source_of_rate():
+    """-> where a plan's FLOP/s come from, in words, and for its document"""
     share, peak = utilisation or ASSUMED_UTILISATION, PEAK_FLOPS[GPUS[gpu][0]]
-    hours = tokens * flops / (share * peak) / 3600
-    row = {'tokens': tokens, 'flops_per_token': flops, 'tok_s': share * peak / flops,
-           'hours': hours, 'dollars': hours * price if price else None}
     source = 'given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='
-    return row, f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, {source}'
-
-
-def counted_on():
-    return {'gpu': gpu, 'utilisation': utilisation or ASSUMED_UTILISATION, 'assumed': not utilisation}
-
-
-def shape_of_size(depth, target, c):
-    """-> of this depth the shape of about target parameters, 64 channels a head, and what it takes to train it"""
-    # 12 * depth * width^2 + tables * width = target, solved for the width, which is rounded to whole heads
-    tables = (1 if t.tie_weights else 2) * c.vocab_size
-    width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
-    if not 32 * depth <= width <= 192 * depth:
-        return None
-    with torch.device('meta'):
-        model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights))
-    n = model.params()['total']
-    tokens = round(tokens_per_param * n)
-    shards = math.ceil(tokens / SHARD_TOKENS)
-    return {'n_layer': depth, 'n_embd': width, 'n_head': width // 64, 'params': n,
-            'shards': shards, 'download_bytes': shards * SHARD_BYTES,
-            'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
-            'steps': math.ceil(tokens / (t.total_batch_size or t.batch_size * t.block_size)),
-            **bill(tokens, model.flops_per_token())[0]}
+    return (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, {source}',
+            {'gpu': gpu, 'utilisation': share, 'assumed': not utilisation})
 
 
 def plan_shapes(c):
@@ -761,44 +733,33 @@ def plan_shapes(c):
     found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
     assert found, f'target_params ({target_params}) must be a number of parameters, like 38M'
     target = float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]]
-    rows = [row for row in (shape_of_size(depth, target, c) for depth in range(1, 97)) if row]
+    rows, (source, counted_on) = [], source_of_rate()
+    for model in filter(None, (shape_of_size(t, c, depth, target) for depth in range(1, 97))):
+        n = model.params()['total']
+        tokens = round(tokens_per_param * n)
+        shards = math.ceil(tokens / SHARD_TOKENS)
+        rows.append({'n_layer': model.config.n_layer, 'n_embd': model.config.n_embd, 'n_head': model.config.n_head,
+                     'params': n, 'shards': shards, 'download_bytes': shards * SHARD_BYTES,
+                     'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
+                     'steps': math.ceil(tokens / (t.total_batch_size or t.batch_size * t.block_size)),
+                     **bill(budget(), tokens, model.flops_per_token())})
     assert rows, (f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}, whose tables '
                   'alone take more, or too many for 96 layers: give another number, or a smaller --vocab_size')
     print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
-          f'{gpu}, {bill(1, 1)[1]}')
+          f'{gpu}, {source}')
     report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
             ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
             ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
             ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
-           sorted(rows, key=lambda row: abs(row['params'] - target))[:5], **counted_on())
-
-
-def batches_that_fit(c, room):
-    """-> rows for 1, 2, 4, ... rows of the training, up to the first that takes more than room, and the largest that fits"""
-    rows, decides = [], 'compiled' if t.compile else 'peak'
-    while not rows or rows[-1]['fits']:
-        batch = 2 ** len(rows)
-        if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
-            parts = training_bytes(t, c, batch)
-        else:
-            # So many chunks of logits would take minutes. By now everything grows in proportion to the batch, to within
-            # 1 % (d12 with its teacher, 128 rows): twice as many rows more take twice as much more.
-            parts = {part: 3 * rows[-1][part] - 2 * rows[-2][part] for part in parts}
-        if t.compile:
-            parts['compiled'] = COMPILED_MEMORY * parts['peak']
-        rows.append({'batch': batch} | parts | {'fits': parts[decides] <= room})
-    if len(rows) == 1:
-        return rows, 0
-    # The peak grows by as much or more for each further row: a straight line between the last two errs on the safe side.
-    a, b = rows[-2:]
-    return rows, a['batch'] + int((room - a[decides]) / (b[decides] - a[decides]) * a['batch'])
+           sorted(rows, key=lambda row: abs(row['params'] - target))[:5], **counted_on)
 
 
 def plan_training(c, groups, flops):
     """What fits of the config's training, and what all of it would take."""
     memory, room = GPUS[gpu][1], USABLE * GPUS[gpu][1]
-    rows, largest = batches_that_fit(c, room)
-    cost, source = bill(t.max_iters * (t.total_batch_size or t.batch_size * t.block_size), flops)
+    rows, largest = batches_that_fit(t, c, room)
+    cost = bill(budget(), t.max_iters * (t.total_batch_size or t.batch_size * t.block_size), flops)
+    source, counted_on = source_of_rate()
     print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
           f"the largest batch that fits is {largest} rows of {c.block_size}, between two of these by proportion"
           if largest else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
@@ -808,7 +769,7 @@ def plan_training(c, groups, flops):
     print('GB:')
     parts = [(part, part, ',.2f', 1e9) for part in rows[0] if part not in ('batch', 'fits')]
     report([('batch', 'batch', 'd'), ('fits', lambda r: 'yes' if r['fits'] else 'no'), *parts],
-           rows, params=groups, largest_batch=largest, **counted_on(), **cost)
+           rows, params=groups, largest_batch=largest, **counted_on, **cost)
 
 # -----------------------------------------------------------------------------
 # --mode=plot
@@ -882,7 +843,7 @@ def measure_again(recorded):
 
 
 def timed_runs(rows):
-    """-> what is timed, (row, key of its tokens/s, engine, its text, drafter, a list for what is seen), a plain one first"""
+    """-> what is timed: (row, key of its tokens/s, engine, text, drafter, a list for what is seen)"""
     runs = []
     for row in rows:
         model, data, _ = open_model(row['file'])

@@ -1,6 +1,6 @@
 """
-What a training takes: a step of it, as train.py takes it, on random tokens or on tensors that have shapes but no memory.
-A library for bench.py --mode=train and --mode=memory.
+What a training takes: a step of it, as train.py takes it, on random tokens, or on tensors that have shapes but no
+memory; and what all of it would take on a GPU. A library for bench.py --mode=train and --mode=memory.
 
     training = Training(t, config, rows=4, folder='data/random')        # t: train.py's knobs, resolved, as a namespace
     seconds = training.step(training.trained, T=256, accumulation=2)    # {'data', 'forward', 'backward', 'optimizer'}
@@ -8,6 +8,7 @@ A library for bench.py --mode=train and --mode=memory.
 """
 import contextlib
 import json
+import math
 import os
 import re
 import time
@@ -20,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from data.loader import Loader
 from distill import Distiller, in_bfloat16, load_teacher
-from model import GPT, LOSS_CHUNK_BYTES, autocast, make_optimizers, update
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, autocast, make_optimizers, update
 from quantize import prepare
+
 
 def micro_batches(t, rows):
     """-> how many forwards of so many rows make a step"""
@@ -86,7 +88,8 @@ class Training:
         if not self.k:
             return x, y
         ids = x[..., None].expand(-1, -1, self.k).contiguous()
-        return x, y, ids, torch.full(ids.shape, 1 / self.k, device=self.t.device), torch.zeros(x.shape, device=self.t.device)
+        weights = torch.full(ids.shape, 1 / self.k, device=self.t.device)
+        return x, y, ids, weights, torch.zeros(x.shape, device=self.t.device)
 
     def step(self, forward, T, accumulation):
         """Takes a step of so many forwards, on rows of T tokens -> its seconds by part."""
@@ -162,7 +165,8 @@ def training_bytes(t, c, rows, fake=True):
             return losses
         for _ in range(2):                      # the first one makes the optimizers' states
             living.peak = 0
-            training.step(forward, c.block_size, min(2, micro_batches(t, rows)))    # further forwards take no more memory
+            # further forwards take no more memory
+            training.step(forward, c.block_size, min(2, micro_batches(t, rows)))
         weights = nbytes(training.model.parameters())
         states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
         return {'weights': weights + nbytes(training.model.buffers()), 'gradients': weights,
@@ -172,3 +176,60 @@ def training_bytes(t, c, rows, fake=True):
                 'activations': kept[-1],
                 'logits': 4 * c.vocab_size * min(rows * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
                 'peak': living.peak, 'cache': rows * c.block_size * training.model.kv_bytes_per_token()}
+
+# -----------------------------------------------------------------------------
+# a plan: what a training would take on a GPU
+
+GPUS = {'a100-40': ('A100', 40e9), 'a100-80': ('A100', 80e9), 'h100': ('H100', 80e9), 'h200': ('H200', 141e9),
+        'rtx3090': ('RTX 3090', 24e9), 'rtx4090': ('RTX 4090', 24e9)}          # name in PEAK_FLOPS, bytes of memory
+# shares of a GPU: of its FLOP/s, where none was measured; of its memory, as CUDA and gaps between tensors take some
+ASSUMED_UTILISATION, USABLE = 0.4, 0.9
+# what a step takes compiled for a GPU, over the estimate, which is of an eager one: losses come in larger chunks there
+# (d12 with its teacher, 8 rows, on an H100: 22.5 GB, eager 13.3, the estimate 11.7)
+COMPILED_MEMORY = 1.9
+# a shard of FineWeb-Edu, see data/fineweb_edu/prepare.py: 20 of them are 1.1B tokens of 65,536 kinds and 2 GB
+SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
+
+
+def bill(budget, tokens, flops):
+    """
+    budget: a namespace of gpu (a name of GPUS), utilisation (0: the assumed one) and price (dollars an hour). For so
+    many tokens, at so many FLOPs each -> a row's tokens/s, hours, dollars.
+    """
+    rate = (budget.utilisation or ASSUMED_UTILISATION) * PEAK_FLOPS[GPUS[budget.gpu][0]] / flops
+    hours = tokens / rate / 3600
+    return {'tokens': tokens, 'flops_per_token': flops, 'tok_s': rate,
+            'hours': hours, 'dollars': hours * budget.price if budget.price else None}
+
+
+def shape_of_size(t, c, depth, target):
+    """-> a GPT without memory of so many layers, 64 channels a head, about target parameters; None if far too wide"""
+    # 12 * depth * width^2 + tables * width = target, solved for the width, which is rounded to whole heads
+    tables = (1 if t.tie_weights else 2) * c.vocab_size
+    width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
+    if not 32 * depth <= width <= 192 * depth:
+        return None
+    with torch.device('meta'):
+        model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights))
+    return model
+
+
+def batches_that_fit(t, c, room):
+    """-> a row each for batches of 1, 2, 4, ... up to the first that takes more than room; and the largest that fits"""
+    rows, decides = [], 'compiled' if t.compile else 'peak'
+    while not rows or rows[-1]['fits']:
+        batch = 2 ** len(rows)
+        if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
+            parts = training_bytes(t, c, batch)
+        else:
+            # So many chunks of logits would take minutes. By now everything grows in proportion to the batch, to within
+            # 1 % (d12 with its teacher, 128 rows): twice as many rows more take twice as much more.
+            parts = {part: 3 * rows[-1][part] - 2 * rows[-2][part] for part in parts}
+        if t.compile:
+            parts['compiled'] = COMPILED_MEMORY * parts['peak']
+        rows.append({'batch': batch} | parts | {'fits': parts[decides] <= room})
+    if len(rows) == 1:
+        return rows, 0
+    # The peak grows by as much or more for each further row: a straight line between the last two is on the safe side.
+    a, b = rows[-2:]
+    return rows, a['batch'] + int((room - a[decides]) / (b[decides] - a[decides]) * a['batch'])

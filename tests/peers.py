@@ -6,7 +6,7 @@ llama2.c, and nanochat's.
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
-    python bench.py --mode=train --peers=FOLDER             # our train.py beside nanoGPT's, in FOLDER; by --nanogpt here
+    python bench.py --mode=train --peers=FOLDER             # our train.py beside nanoGPT's, in FOLDER
 
 A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
 nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
@@ -84,8 +84,8 @@ def flags(knobs):
 
 def training_rows(t):
     """
-    t: train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT's, in turn. nanoGPT's are by the times that it
-    prints, the first five left out; it runs in a folder of its own, where it looks for two files.
+    t: train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT's, in turn. nanoGPT's are by the times that
+    it prints, the first five left out; it runs in a folder of its own, where it looks for two files.
     """
     forwards = max(1, round((t['total_batch_size'] or t['batch_size'] * t['block_size'])
                             / (t['batch_size'] * t['block_size'])))
@@ -96,7 +96,8 @@ def training_rows(t):
         shutil.copy(f'{nanogpt}/configurator.py', folder)
         ours = t | both | dict(out_dir=f'{folder}/ours', max_iters=steps + 5, eval_interval=0, save_interval=0,
                                sample_interval=0)
-        theirs = {k: t[k] for k in ('n_layer', 'n_head', 'n_embd', 'dropout', 'block_size', 'batch_size')} | both | dict(
+        theirs = {k: t[k] for k in ('n_layer', 'n_head', 'n_embd', 'dropout', 'block_size', 'batch_size')}
+        theirs |= both | dict(
             dataset='random', out_dir='out', max_iters=steps + 4, eval_interval=10**9, eval_iters=1,
             always_save_checkpoint=False, gradient_accumulation_steps=forwards)
         rows = []
@@ -120,7 +121,8 @@ def training_rows(t):
 
 if nanogpt:
     t = json.loads(training)
-    odd = [k for k in ('n_kv_head', 'head_dim', 'n_hidden', 'multi_token_n', 'draft_n', 'teacher', 'quant_bits') if t[k]]
+    odd = [k for k in ('n_kv_head', 'head_dim', 'n_hidden', 'multi_token_n', 'draft_n', 'teacher', 'quant_bits')
+           if t[k]]
     if odd or vocab_size > 65536 or not os.path.isfile(f'{nanogpt}/train.py'):
         raise ValueError(f"peers ({nanogpt}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
                          f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
@@ -157,7 +159,8 @@ def transformers_rate(dtype):
     model = LlamaForCausalLM(LlamaConfig(
         hidden_size=c.n_embd, intermediate_size=hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
         num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
-        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0)).to(device, dtype).eval()
+        tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0))
+    model = model.to(device, dtype).eval()
 
     class Clock:                                        # generate() calls put with the prompt, then with every token
         def __init__(self): self.times = []

@@ -149,7 +149,8 @@ def test_memory(out_dir):
     row = document['rows'][-1]
     assert row['file_bytes'] > 4 * 7 + row['params'] and row['cache_bytes'] == 4 * 2 * 16 * 64   # places come in 64s
     assert row['memory_bytes'] % 4096 == 0
-    assert row['memory_ratio'] == pytest.approx(row['memory_bytes'] / (row['file_bytes'] + row['cache_bytes']), rel=1e-5)
+    least = row['file_bytes'] + row['cache_bytes']
+    assert row['memory_ratio'] == pytest.approx(row['memory_bytes'] / least, rel=1e-5)
 
 # -----------------------------------------------------------------------------
 # other programs
@@ -387,7 +388,8 @@ def test_plot(tmp_path, monkeypatch):
     shutil.copy(logs, tmp_path / 'again.csv')       # a shell has spelt out --mode=plot out-*/log.csv
     assert len(bench('--mode=plot', logs, tmp_path / 'again.csv', f'--png={tmp_path}/losses.png')['rows']) == 2
     document = bench('--mode=plot', f'--logs={tmp_path}/log.*', f'--png={tmp_path}/losses.png')
-    assert document['rows'] == [{'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2, 'best_val_loss': 2.125}]
+    assert document['rows'] == [
+        {'log': str(logs), 'steps': 30, 'tokens': 1920, 'train_loss': 2, 'best_val_loss': 2.125}]
     assert document['file'] == f'{tmp_path}/losses.png' and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG'
 
 
