@@ -436,34 +436,50 @@ def compile_step(module, tokens, vocab_size, **how):
 # -----------------------------------------------------------------------------
 # evaluation: the one place that measures loss
 
+class LossTotal:
+    """
+    Adds up the losses of one batch after another. token_bytes: the bytes of each id; ids of 0 bytes (specials) count
+    towards neither side of bits per byte (nanochat's definition).
+    """
+    def __init__(self, token_bytes=None, device='cpu'):
+        self.size = None if token_bytes is None else torch.tensor(token_bytes, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of tokens with bytes, bytes
+
+    def add(self, nats, targets):
+        """nats (N,) float32 of targets (N,) int64; -1 is masked."""
+        self.sums[0] += nats.sum().item()
+        self.sums[1] += (targets >= 0).sum().item()
+        if self.size is not None:
+            size = self.size[targets.clamp(min=0)] * (targets >= 0)
+            self.sums[2] += nats[size > 0].sum().item()
+            self.sums[3] += size.sum().item()
+
+    def result(self):
+        """-> {'loss': nats per token, 'bpb': bits per byte or None, 'tokens': targets counted}, over all processes."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.sums)
+        nats, tokens, nats_of_bytes, n_bytes = self.sums.tolist()
+        assert tokens > 0, "the validation split has no unmasked targets"
+        bpb = nats_of_bytes / math.log(2) / n_bytes if n_bytes else None
+        return {'loss': nats / tokens, 'bpb': bpb, 'tokens': int(tokens)}
+
+
 @torch.no_grad()
 def evaluate(model, batches, token_bytes=None, make_cache=None):
     """
     The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has
     it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
-    token_bytes: the bytes of each id; ids of 0 bytes (specials) count towards neither side of bpb (nanochat's
-    definition).
     """
     was_training = model.training
     model.eval()
     device = model.cos.device
-    size = None if token_bytes is None else torch.tensor(token_bytes, device=device)
-    total = torch.zeros(4, dtype=torch.float64)         # nats, tokens, nats of tokens with bytes, bytes
+    total = LossTotal(token_bytes, device)
     for x, y in batches:
-        x, y = x.to(device), y.to(device).flatten()
-        nats = model.cross_entropy(model.trunk(x, make_cache and make_cache(len(x))), y.view_as(x), reduction='none')
-        total[0] += nats.sum().item()
-        total[1] += (y >= 0).sum().item()
-        if size is not None:
-            b = size[y.clamp(min=0)] * (y >= 0)
-            total[2] += nats[b > 0].sum().item()
-            total[3] += b.sum().item()
+        x, y = x.to(device), y.to(device)                                        # (B, T) both
+        states = model.trunk(x, make_cache and make_cache(len(x)))
+        total.add(model.cross_entropy(states, y, reduction='none'), y.flatten())
     model.train(was_training)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    nats, tokens, nats_b, n_bytes = total.tolist()
-    assert tokens > 0, "the validation split has no unmasked targets"
-    return {'loss': nats / tokens, 'bpb': nats_b / math.log(2) / n_bytes if n_bytes else None, 'tokens': int(tokens)}
+    return total.result()
 
 # -----------------------------------------------------------------------------
 # what this machine can do

@@ -29,13 +29,12 @@ import numpy as np
 import torch
 
 from data.checkpoint import load_model, save_checkpoint
-from data.loader import Loader, data_of, load_meta
+from data.loader import Loader, data_of, load_meta, progress
 from data.record import already, record
 from data.tokenizer import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
 from model import GPT, evaluate, pick_device
-from quantize import progress
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
 MERGE = ('aligned', 'plain', 'first')
@@ -562,9 +561,7 @@ def measure_speeds(models):
 def measure_side(when, model, file, data_dir, tokenizer, speed):
     """What there is to know of the model before or after, as part of the document."""
     validation = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
-    n_batches = math.ceil((validation.n_tokens - 1) / (16 * model.config.block_size))
-    batches = progress(validation.eval_batches(), n_batches, f'batches of the validation split measured, {when}')
-    measured = evaluate(model, batches, tokenizer.token_bytes)
+    measured = evaluate(model, validation.eval_batches(), tokenizer.token_bytes)
     shape = [f'{name} {getattr(model.config, name)}'
              for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')]
     print(f'{when}:'.ljust(7), ', '.join(shape))

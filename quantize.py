@@ -23,7 +23,6 @@ import math
 import os
 import re
 import sys
-import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,7 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import config_from, load_model, read_safetensors, write_safetensors
-from model import GPT, LOSS_CHUNK_BYTES, pick_device, rope_tables
+from data.loader import Loader, data_of, progress
+from model import GPT, LOSS_CHUNK_BYTES, LossTotal, pick_device, rope_tables
 
 
 @dataclass(frozen=True)
@@ -473,24 +473,6 @@ def load(path, device='cpu'):
 # -----------------------------------------------------------------------------
 # what it cost
 
-class Total:
-    """The loss of one batch after another, in the sums that model.evaluate has."""
-    def __init__(self, token_bytes, device):
-        self.size = torch.tensor(token_bytes, device=device)
-        self.sums = torch.zeros(4, dtype=torch.float64)     # nats, tokens, nats of tokens with bytes, bytes
-
-    def add(self, nats, targets):
-        """nats (N,) float32 of targets (N,) int64; -1 is masked."""
-        size = self.size[targets.clamp(min=0)] * (targets >= 0)
-        parts = (nats.sum(), (targets >= 0).sum(), nats[size > 0].sum(), size.sum())
-        self.sums += torch.tensor([part.item() for part in parts], dtype=torch.float64)
-
-    def loss(self):
-        """-> nats per token, bits per byte (None without bytes)."""
-        nats, tokens, nats_of_bytes, n_bytes = self.sums.tolist()
-        return nats / tokens, nats_of_bytes / math.log(2) / n_bytes if n_bytes else None
-
-
 @torch.no_grad()
 def compare(model, quantised, batches, token_bytes):
     """
@@ -498,7 +480,7 @@ def compare(model, quantised, batches, token_bytes):
     'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and 'top1_flips', at what
     share of the positions another token is the most probable one.
     """
-    total_float, total_quant = (Total(token_bytes, model.cos.device) for _ in range(2))
+    total_float, total_quant = (LossTotal(token_bytes, model.cos.device) for _ in range(2))
     kl_sum = kl_max = flips = n = 0
     rows = max(1, LOSS_CHUNK_BYTES // (4 * model.config.vocab_size))             # as evaluate has them at a time
     for x, y in batches:
@@ -516,20 +498,10 @@ def compare(model, quantised, batches, token_bytes):
             n += len(kl)
         total_float.add(torch.cat(nats_float), y)
         total_quant.add(torch.cat(nats_quant), y)
-    assert n > 0, "the validation split has no unmasked targets"
-    (loss_float, bpb_float), (loss_quant, bpb_quant) = total_float.loss(), total_quant.loss()
-    return {'val_loss_float': loss_float, 'val_loss_quant': loss_quant, 'bpb_float': bpb_float, 'bpb_quant': bpb_quant,
+    before, after = total_float.result(), total_quant.result()
+    return {'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
+            'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
             'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
-
-
-def progress(steps, total, what, every=4.0):
-    """Yields from steps, and every few seconds says on stderr how many of the total there have been."""
-    said = time.perf_counter()
-    for n, step in enumerate(steps):
-        if time.perf_counter() - said > every:
-            print(f'{n:,} of {total:,} {what}', file=sys.stderr, flush=True)
-            said = time.perf_counter()
-        yield step
 
 # -----------------------------------------------------------------------------
 # the script
@@ -579,7 +551,6 @@ def say(result):
 
 
 if __name__ == '__main__':
-    from data.loader import Loader, data_of
     from data.record import already, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -629,13 +600,12 @@ if __name__ == '__main__':
     size = export(path, quantised, state['tokenizer'], dataset or state['dataset'])
 
     quantised = load(path, device)[0]                        # what is measured is the file
-    n_batches = math.ceil((validation.n_tokens - 1) / (16 * block_size))
-    batches = progress(validation.eval_batches(), n_batches, 'batches of the validation split measured')
     n = model.params()['total']
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
-              'bytes_by_group': bytes_by_group(quantised), **compare(model, quantised, batches, tokenizer.token_bytes)}
+              'bytes_by_group': bytes_by_group(quantised),
+              **compare(model, quantised, validation.eval_batches(), tokenizer.token_bytes)}
     say(result)
     record(path, result, [source], starts_from=source)
     print(json.dumps(result))

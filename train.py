@@ -34,7 +34,7 @@ from distill import check_teachers, make_learner
 from engine import Engine, Sampling
 from model import (GPT, autocast, can_compile, compile_step, config_of, evaluate, join_processes,
                    least, load_optimizer, make_optimizers, peak_flops, pick_device, pick_dtype, shard, share, update)
-from quantize import prepare
+from quantize import BITS, GROUPS, prepare
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -110,9 +110,9 @@ limits = {
     'muon_lr adam_lr weight_decay grad_clip multi_token_weight multi_token_hidden_mult draft_weight '
     'draft_hidden_mult': (0, None),
     'muon_steps': [5, 3],
-    'quant_bits': [0, 8, 4],
-    'tables_bits': [8, 4],
-    'quant_group': [32, 64, 128],
+    'quant_bits': [0, *BITS],
+    'tables_bits': [*BITS],
+    'quant_group': [*GROUPS],
     'divergence': ['forward_kl', 'reverse_kl', 'jsd'],
     'train_only': ['', 'draft', 'multi_token'],
     'dtype': ['auto', 'float32', 'bfloat16'],
@@ -126,7 +126,7 @@ assert not (train_only and teacher), (f"train_only ({train_only}) goes without a
                                       "a head learns from the frozen model and the text")
 assert train_only or not own_samples, (f"own_samples ({own_samples}) is for train_only=draft or multi_token: "
                                        "while the trunk learns, what it writes is not what it will write")
-check_teachers(teacher)     # a missing teacher is reported before missing data: the data are in this teacher's tokens
+teacher_files = check_teachers(teacher)      # before the data, which are in the teacher's tokens: both may be missing
 if wandb_log:
     import wandb
 
@@ -151,10 +151,7 @@ ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, '
 gpt_config = config_of(config, tokenizer.vocab_size)
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
-reads = [os.path.join(data_dir, 'meta.json'), init_from]            # files that this run depends on
-for name in teacher.split('+'):
-    reads += [name, os.path.join(name, 'best.pt'), os.path.join(name, 'labels.bin')]
-reads = [path for path in reads if os.path.isfile(path)]
+reads = [os.path.join(data_dir, 'meta.json'), *teacher_files, *[init_from] * bool(source and not resumed)]
 if not resumed:
     made_before = already(best_path, reads)     # a ladder (bench.py) may have run this very command before
     if made_before:

@@ -19,11 +19,23 @@ import json
 import math
 import os
 import re
+import sys
+import time
 
 import numpy as np
 
 from data.tokenizer import from_meta
 # torch is imported by Loader.rows alone: preparing a dataset needs none, and it takes seconds to import
+
+
+def progress(steps, total, what, every=5.0, quiet=False):
+    """Yields from steps, and every few seconds says on stderr how many of the total there have been."""
+    said = time.perf_counter()
+    for n, step in enumerate(steps):
+        if time.perf_counter() - said > every and not quiet:
+            print(f'{n:,} of {total:,} {what}', file=sys.stderr, flush=True)
+            said = time.perf_counter()
+        yield step
 
 
 class Loader:
@@ -116,7 +128,8 @@ class Loader:
         """
         batch_size = batch_size or self.batch_size
         n_windows = math.ceil((self.n_tokens - 1) / self.block_size)
-        for i in range(math.ceil(n_windows / (batch_size * self.world_size))):
+        n_batches = math.ceil(n_windows / (batch_size * self.world_size))
+        for i in progress(range(n_batches), n_batches, 'batches measured', quiet=self.rank > 0):
             first = (i * self.world_size + self.rank) * batch_size
             yield self.rows([(first + row) * self.block_size for row in range(batch_size)])
 
