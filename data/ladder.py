@@ -2,7 +2,7 @@
 A ladder of models: the commands that build its rungs, and its record, a JSON document that tables and pictures are
 made from. A library for bench.py --mode=ladder and --mode=table; without torch.
 
-    for name, seed, command in read_rungs(text, '1337'): ...    # "student | python train.py config/student.py && ..."
+    for name, seed, command in read_rungs(text, '1337'): ...    # "student | python train.py config/quickstart.py && ..."
     row = build_rung('out-ladder/ladder.json', name, seed, command)
     write_record('config/ladder_quick.json', rows, machine)
     for line in summary(read_record('config/ladder_quick.json')['rows']): ...
