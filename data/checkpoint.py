@@ -11,7 +11,9 @@ else was given. What guards against damaged and foreign files raises a ValueErro
 """
 import hashlib
 import json
+import math
 import os
+import re
 import zipfile
 from dataclasses import asdict
 
@@ -51,50 +53,162 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
 # -----------------------------------------------------------------------------
 # reading
 
+LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'      # how files of torch before 1.6 begin, which are no zip archives
+
+
 def load_tensors(path, device='cpu', mmap=False):
     """
     A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until
     they are used. ValueError for a file that is damaged, or holds more than that.
     """
-    if not zipfile.is_zipfile(path):
+    with open(path, 'rb') as f:
+        legacy = f.read(len(LEGACY)) == LEGACY
+    if not legacy and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not a whole checkpoint: expected a zip archive, as torch.save writes it, "
                          f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
                          "use another copy")
     try:
-        with zipfile.ZipFile(path) as z:
-            damaged = z.testzip()               # torch.load does not check the sums that torch.save writes
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        damaged = None if legacy else damage(path)  # torch.load does not check the sums that torch.save writes
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap and not legacy)
     except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
         raise ValueError(f"{path} was refused ({type(e).__name__}): "
                          "a checkpoint holds tensors and plain types only; use another copy") from e
     if damaged:
         raise ValueError(f"{path} is damaged: expected the checksum that was saved with {damaged}, "
                          "found another: use another copy")
+    for name, t in tensors_in(state):
+        if t.untyped_storage().nbytes() < t.numel() * t.element_size():
+            raise ValueError(f"{path} was refused: {name} says that it has {t.numel():,} numbers, and fewer are there: "
+                             "use another copy")
     return state
+
+
+def damage(path):
+    """The first member of a zip archive that is not what was written, or None. torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as z:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in z.infolist()):
+            raise ValueError('it is compressed')
+        return z.testzip()
+
+
+def tensors_in(x, name=''):
+    """Yields name, tensor for every tensor in nested dicts and lists; the name says where it is."""
+    if torch.is_tensor(x):
+        yield name, x
+    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+    for key, value in items:
+        yield from tensors_in(value, f'{name}/{key}' if name else str(key))
+
+
+def plain_names(state):
+    """
+    A state dict without what wrappers put into its names: torch.compile _orig_mod., DDP and DataParallel module.
+    ValueError for what is no state dict.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"expected tensors by their names, found {type(state).__name__}")
+    plain = {re.sub(r'(?<![^.])(?:_orig_mod|module)\.', '', name): t for name, t in state.items()}
+    if len(plain) < len(state):
+        raise ValueError("some tensors are there twice, with and without a wrapper's prefix")
+    return plain
 
 
 def config_from(shape, source):
     """A shape as a dict, and where it is from -> GPTConfig. ValueError for what this version does not know."""
-    unknown = set(shape) - set(GPTConfig.__dataclass_fields__)
+    fields = GPTConfig.__dataclass_fields__
+    if not isinstance(shape, dict):
+        raise ValueError(f"{source} does not say its shape, but {shape!r:.40}: use another copy")
+    unknown = set(shape) - set(fields)
     if unknown:
         raise ValueError(f"{source} was written by another version: its shape has {sorted(unknown)}, "
                          "which this model does not know: use the version that wrote it")
+    for name, value in shape.items():
+        kind = (int, float) if fields[name].type is float else fields[name].type
+        if not isinstance(value, kind) or value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{source} says that {name} is {value!r:.40}: use another copy")
     return GPTConfig(**shape)
 
 
+def check_size(config, tensors, path):
+    """
+    ValueError if the shape is larger than what the file holds. It comes before a model of that shape is made: a small
+    file must not take much memory, or time.
+    """
+    widest = 2 * max((max(t.shape, default=1) for t in tensors.values()), default=0)    # a byte may hold two numbers
+    held = sum(t.numel() for t in tensors.values())
+    layers = {name.split('.')[2] for name in tensors if name.startswith('transformer.h.')}
+    c = config
+    for name, asked, most in (
+            ('n_layer', c.n_layer, len(layers)),
+            ('multi_token_n', c.multi_token_n, len(tensors)),
+            ('vocab_size', c.vocab_size, widest),
+            ('n_embd', c.n_embd, widest),
+            ('n_hidden', c.n_hidden, widest),
+            ('n_head * head_dim', c.n_head * c.head_dim, widest),
+            ('multi_token_hidden_mult', c.multi_token_hidden_mult * c.n_embd, widest),
+            ('draft_hidden_mult', c.draft_hidden_mult * c.n_embd, widest),
+            # the tables of positions are in no file: 8 MiB, or more where the weights take more
+            ('block_size * head_dim', c.block_size * c.head_dim, 2**21 + 16 * held)):
+        if asked > most:
+            raise ValueError(f"{path} does not hold the model that it describes: its {name} is {asked:,}, "
+                             f"and its {len(tensors):,} tensors are those of at most {most:,}: use another copy")
+
+
+def check_tensors(own, state, path):
+    """
+    own: the state dict that a model has, which needs no memory; state: what the file at path holds for it. ValueError
+    unless names, shapes and kinds are the same and all numbers are finite.
+    """
+    wrong = []
+    for name in {**own, **state}:
+        if name not in state:
+            wrong.append(f'{name} is missing')
+        elif name not in own:
+            wrong.append(f'{name} is unknown')
+        elif not torch.is_tensor(state[name]):
+            wrong.append(f'{name} is no tensor')
+        elif state[name].shape != own[name].shape:
+            wrong.append(f'{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}')
+        elif state[name].dtype != own[name].dtype and not (
+                state[name].is_floating_point() and own[name].is_floating_point()):
+            wrong.append(f'{name} is {state[name].dtype} instead of {own[name].dtype}')
+    if wrong:
+        raise ValueError(f"{path} does not have the tensors of its own settings: {', '.join(wrong[:3])}"
+                         f"{', ...' if wrong[3:] else ''}: use another copy")
+    check_finite(state, path)
+
+
+def check_finite(state, path):
+    """ValueError names the first tensor of nested dicts and lists that has a number that is NaN or infinite."""
+    for name, t in tensors_in(state):
+        # least and most are NaN if any number is: one pass that needs no memory
+        if t.is_floating_point() and t.numel() and not t.is_meta and not torch.stack(t.aminmax()).isfinite().all():
+            n = (~t.isfinite()).sum().item()
+            raise ValueError(f"{path} is of no use: {n:,} of the {t.numel():,} numbers of {name} are NaN or infinite: "
+                             "use another copy, or train again with lower learning rates")
+
+
 def load_checkpoint(path, device='cpu'):
-    """path -> the saved dict. ValueError for a file that is missing, damaged, foreign or unsafe."""
+    """
+    path -> the saved dict, whose weights are those of its config. ValueError for a file that is missing, damaged,
+    foreign or unsafe.
+    """
     if os.path.isdir(path):
         raise ValueError(f"no checkpoint at {path}: it is a folder, name the file in it, {path}/best.pt")
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}: train one first (python train.py ...), "
                          "or name its folder with --out_dir=")
     state = load_tensors(path, device)
-    if not isinstance(state, dict) or 'picochat' not in state:
-        found = sorted(state)[:6] if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or not {'picochat', 'config', 'tokenizer', 'model'} <= state.keys():
+        found = sorted(map(str, state))[:6] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not a picochat checkpoint: "
                          f"expected the keys picochat, config, tokenizer and model, found {found}")
-    config_from(state['config'], path)
+    config = config_from(state['config'], path)
+    state['model'] = plain_names(state['model'])
+    check_size(config, dict(tensors_in(state['model'])), path)
+    with torch.device('meta'):                  # takes no memory
+        model = GPT(config)
+    check_tensors(model.state_dict(), state['model'], path)
     return state
 
 
@@ -138,6 +252,8 @@ def check_resumable(state, path, knobs, data_dir, data_hash):
     start_anew = f"start from it with --init_from={path}"
     if 'optimizers' not in state:
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
+    for part in ('optimizers', 'ema'):
+        check_finite(state.get(part), path)
     before = state['knobs']
     shape = [key for key in GPTConfig.__dataclass_fields__ if key != 'dropout']
     differ = [f'{key} is {before[key]!r} there and {knobs[key]!r} here'
@@ -186,6 +302,7 @@ def load_weights(model, source):
 # -----------------------------------------------------------------------------
 # the container of integer checkpoints: 8 bytes of length, a JSON header, the tensors (safetensors' layout)
 
+HEADER = 2**23              # bytes that a header may have; a vocabulary of 65,536 tokens takes 2 MB
 DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
 
 
@@ -209,6 +326,9 @@ def write_safetensors(path, tensors, metadata):
     header['__metadata__']['sha256'] = checksum(header, data)
     head = json.dumps(header, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)
+    if len(head) > HEADER:
+        raise ValueError(f"{path}: a header of {len(head):,} bytes is more than the {HEADER:,} that a file may have: "
+                         "use a smaller vocabulary")
     atomic_write(path, lambda f: f.write(len(head).to_bytes(8, 'little') + head + data))
     return os.path.getsize(path)
 
@@ -216,17 +336,17 @@ def write_safetensors(path, tensors, metadata):
 def read_safetensors(path, format, device='cpu'):
     """
     A file of write_safetensors whose metadata say this format -> {name: tensor on device}, metadata. ValueError for a
-    damaged or foreign file.
+    damaged or foreign file. (The checksum finds damage; who changes a file on purpose can write another one.)
     """
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
-        head = f.read(size) if size < 2**30 else b''
+        head = f.read(size) if size <= HEADER else b''
         data = f.read()
     try:
-        header = json.loads(head)
+        header = json.loads(head, object_pairs_hook=names_once)
         metadata = header['__metadata__']
         found = metadata['format']
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         found = None
     if found != format:
         raise ValueError(f"{path} is not a whole picochat file of integers: "
@@ -237,10 +357,41 @@ def read_safetensors(path, format, device='cpu'):
         raise ValueError(f"{path} is damaged: its {len(data)} bytes of weights and its header "
                          "do not have the checksum written there: use another copy, or run quantize.py again")
     del header['__metadata__']
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    tensors = {}
-    for name, t in header.items():
-        start, end = t['data_offsets']
-        flat = torch.frombuffer(bytearray(data[start:end]), dtype=dtypes[t['dtype']])
-        tensors[name] = flat.view(t['shape']).to(device)
+    tensors, end = {}, 0
+    for name, dtype, shape, start in entries(header, path):
+        n = math.prod(shape) * dtype.itemsize
+        if start != end or n > len(data) - start:
+            raise ValueError(f"{path} was refused: {name} is not where the tensor before it ends, or ends beyond the "
+                             "file: use another copy, or run quantize.py again")
+        end = start + n
+        flat = torch.frombuffer(bytearray(data[start:end]), dtype=dtype) if n else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(shape).to(device)
+    if end != len(data):
+        raise ValueError(f"{path} was refused: {len(data) - end:,} bytes behind its tensors belong to none: "
+                         "use another copy, or run quantize.py again")
     return tensors, metadata
+
+
+def names_once(pairs):
+    """A JSON object as a dict. ValueError if a name is there twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError('a name is there twice')
+    return dict(pairs)
+
+
+def entries(header, path):
+    """The header's tensors in the order of their bytes -> a list of name, dtype, shape and first byte. ValueError."""
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    found = []
+    for name, t in header.items():
+        try:
+            shape, (start, end) = t['shape'], t['data_offsets']
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            dtype = dtypes[t['dtype']] if whole else None
+        except (ValueError, TypeError, KeyError):
+            dtype = None
+        if dtype is None or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path} was refused: what its header says of {name} is no tensor of "
+                             f"{', '.join(dtypes)}: use another copy, or run quantize.py again")
+        found.append((name, dtype, shape, start))
+    return sorted(found, key=lambda entry: entry[3])

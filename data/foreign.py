@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import load_tensors
+from data.checkpoint import check_tensors, load_tensors, plain_names
 from data.files import atomic_write, download, read_text
 from data.foreign_tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import GPT, GPTConfig, SOFTCAP, rope_tables
@@ -34,11 +34,6 @@ def load_weights(file):
     if os.path.getsize(file) > 2**30:
         print(f'reading {file}, {os.path.getsize(file) / 1e9:.1f} GB', flush=True)
     return load_tensors(file, mmap=True)
-
-
-def plain_names(state):
-    """The same tensors without the _orig_mod. that torch.compile puts into their names."""
-    return {name.replace('_orig_mod.', ''): tensor for name, tensor in state.items()}
 
 
 @contextlib.contextmanager
@@ -53,25 +48,31 @@ def expecting(what):
 
 def make(kind, config, state, path, device):
     """kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode."""
-    with torch.device('meta'):                  # a model without weights: so they are in memory only once
+    # a model without weights: so they are in memory only once
+    with expecting(f"{path} does not have the tensors of its own settings"), torch.device('meta'):
         model = kind(config)
-    own = model.state_dict()
-    wrong = []
-    for name in {**own, **state}:
-        if name not in state:
-            wrong.append(f'{name} is missing')
-        elif name not in own:
-            wrong.append(f'{name} is unknown')
-        elif not torch.is_tensor(state[name]):
-            wrong.append(f'{name} is no tensor')
-        elif state[name].shape != own[name].shape:
-            wrong.append(f'{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}')
-    if wrong:
-        raise ValueError(f"{path} does not have the tensors of its own settings: {', '.join(wrong[:3])}"
-                         f"{', ...' if wrong[3:] else ''}: use another copy")
+    check_tensors(model.state_dict(), state, path)
     weights = {name: tensor.to(device, torch.float32).contiguous() for name, tensor in state.items()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+def padded(n):
+    """Tables of a vocabulary of n are often given as many rows as the next multiple of 64: that is faster."""
+    return -(-n // 64) * 64
+
+
+def cut_padding(state, vocab_size, tokenizer=None):
+    """
+    Takes the rows that stand for no token out of a state dict's tables. vocab_size: what the model's settings say,
+    which may count the padding; the tokenizer, if there is one, knows. -> the true vocab_size.
+    """
+    if tokenizer is not None and vocab_size == padded(tokenizer.vocab_size):
+        vocab_size = tokenizer.vocab_size
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        if torch.is_tensor(state.get(name)) and state[name].ndim and len(state[name]) == padded(vocab_size):
+            state[name] = state[name][:vocab_size]
+    return vocab_size
 
 # -----------------------------------------------------------------------------
 # nanochat, of its first era (E0, 2025-10-13 to 2026-01-11): picochat's own block
@@ -149,12 +150,9 @@ def load_nanochat(path, device='cpu', step=None):
         config = GPTConfig(c['sequence_len'], c['vocab_size'], c['n_layer'], c['n_head'], c['n_kv_head'], c['n_embd'],
                            rope_bf16=True)
         tokenizer = load_nanochat_tokenizer(home)
+    # nanochat pads the vocabulary's tables, and cuts the logits of the padding off
+    config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
     check_token_bytes(tokenizer, home, config.vocab_size, file)
-    # nanochat pads the vocabulary's tables to a multiple of 64 rows, and cuts the logits of the padding off
-    padded = -(-config.vocab_size // 64) * 64
-    for name in ('transformer.wte.weight', 'lm_head.weight'):
-        if name in state and len(state[name]) == padded:
-            state[name] = state[name][:config.vocab_size]
     model = make(GPT, config, state, file, device)
     model.cos, model.sin = (table.to(device) for table in rope_tables(config))     # they were made without memory, too
     return model, tokenizer
@@ -272,6 +270,7 @@ GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 PLAIN = {'model_type': ['gpt2'], 'activation_function': GELU, 'scale_attn_weights': [True],
          'scale_attn_by_inverse_layer_idx': [False]}
 HF_FILES = ['model.safetensors', 'pytorch_model.bin']
+HF_FILES += [f'{name}.index.json' for name in HF_FILES]     # a large model's, which say in which file each tensor is
 
 
 def find_gpt2(path):
@@ -292,7 +291,7 @@ def find_gpt2(path):
 def load_gpt2(path, device='cpu'):
     """
     nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or
-    pytorch_model.bin) -> GPT2, float32, in eval mode on device, and the tokenizer that lies beside it
+    pytorch_model.bin, or several of them and an index) -> GPT2, float32, in eval mode on device, and the tokenizer that lies beside it
     (load_gpt2_tokenizer), or None. ValueError for anything else.
     """
     file = find_gpt2(path)
@@ -301,11 +300,12 @@ def load_gpt2(path, device='cpu'):
     with expecting(f"{file} and what lies beside it are not a whole checkpoint of GPT-2 or nanoGPT"):
         # old checkpoints hold their causal masks
         state = {name: t for name, t in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+        tokenizer = load_gpt2_tokenizer(os.path.dirname(file))
+        shape['vocab_size'] = cut_padding(state, shape['vocab_size'], tokenizer)
         wte = state['transformer.wte.weight']
         tied = 'lm_head.weight' not in state or torch.equal(state['lm_head.weight'], wte)
         state.setdefault('lm_head.weight', wte)
         config = GPT2Config(**shape, bias='transformer.ln_f.bias' in state)
-        tokenizer = load_gpt2_tokenizer(os.path.dirname(file))
     model = make(GPT2, config, state, file, device)
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
@@ -325,22 +325,15 @@ def read_nanogpt(file):
         odd = [f'{key}={c[key]}' for key in c if key not in known]      # the setting of a fork, with other blocks
         shape = {key: c[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
         shape |= {'n_hidden': 4 * c['n_embd'], 'gelu': 'none'}
-        if shape['vocab_size'] == 50304:        # GPT-2's 50,257 tokens, which nanoGPT pads to a multiple of 64
+        if shape['vocab_size'] == padded(50257):    # GPT-2's, whose tokenizer nanoGPT does not keep
             shape['vocab_size'] = 50257
-            for name in ('transformer.wte.weight', 'lm_head.weight'):
-                state[name] = state[name][:50257]
     refuse_odd(file, odd)
     return shape, state
 
 
 def read_hf_gpt2(file):
     """The weights' file in a Hugging Face gpt2 folder -> shape as a dict (GPT2Config's names), and the state dict."""
-    if file.endswith('.bin'):
-        stored = load_weights(file)
-    else:
-        import safetensors.torch
-        with expecting(f"{file} is not a whole file of safetensors"):
-            stored = safetensors.torch.load_file(file)
+    stored = read_shards(file) if file.endswith('.json') else read_hf(file)
     with expecting(f"{file} and its config.json are not a whole checkpoint of GPT-2"):
         c = json.loads(read_text(os.path.join(os.path.dirname(file), 'config.json')))
         odd = [f'{key}={c[key]}' for key in PLAIN if key in c and c[key] not in PLAIN[key]]
@@ -349,7 +342,7 @@ def read_hf_gpt2(file):
                   'eps': c.get('layer_norm_epsilon', 1e-5),
                   'gelu': GELU.get(c.get('activation_function', 'gelu_new'))}
         state = {}
-        for name, tensor in stored.items():
+        for name, tensor in plain_names(stored).items():
             if not name.startswith(('transformer.', 'lm_head.')):
                 name = f'transformer.{name}'
             if re.search(r'\.(c_attn|c_proj|c_fc)\.weight$', name):
@@ -357,6 +350,36 @@ def read_hf_gpt2(file):
             state[name] = tensor
     refuse_odd(file, odd)
     return shape, state
+
+
+def read_hf(file):
+    """A .bin of torch.save or a .safetensors -> {name: tensor}."""
+    if file.endswith('.bin'):
+        return load_weights(file)
+    import safetensors.torch
+    with expecting(f"{file} is not a whole file of safetensors"):
+        return safetensors.torch.load_file(file)
+
+
+def read_shards(index):
+    """An index.json, which names the file beside it that each tensor is in -> {name: tensor} of them all."""
+    with expecting(f"{index} does not say which tensor is in which file"):
+        where = json.loads(read_text(index))['weight_map']
+        files = sorted(set(where.values()))
+        if any(name != os.path.basename(name) for name in files):
+            raise ValueError("it names files elsewhere")
+    state = {}
+    for name in files:
+        path = os.path.join(os.path.dirname(index), name)
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is not there, one of the {len(files)} files that {index} names: "
+                             "copy or download it as well")
+        shard = read_hf(path)
+        lost = [tensor for tensor, at in where.items() if at == name and tensor not in shard]
+        if lost:
+            raise ValueError(f"{path} does not hold {lost[0]}, as {index} says: use another copy")
+        state |= shard
+    return state
 
 
 def refuse_odd(file, odd):
