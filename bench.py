@@ -531,7 +531,7 @@ def measure_decode():
     runs, costs, slow, rates, wrong = decode_in_rounds(engines, prompts, wanted)
     rows = decoding_rows(engines, runs, costs, slow, rates)
     del plain, engines                          # the other process gets the memory
-    if memory and device == 'cpu' and tells_memory:
+    if tells_memory:
         rows.append(memory_row())
     # what a row does not have is None
     empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
@@ -697,6 +697,7 @@ def measure_memory():
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
     rows, n = [], t.batch_size
     for batch in numbered('batches') or sorted({max(1, n // 4), max(1, n // 2), n}):
+        print(f'a batch of {batch} rows', file=sys.stderr, flush=True)
         row = {'batch': batch, **training_bytes(t, c, batch), 'eager': None, 'compiled': None, 'ratio': None}
         for way in ('eager', 'compiled')[:1 + t.compile] if can_measure else ():
             step_tokens = micro_batches(t, batch) * batch * c.block_size
@@ -807,6 +808,7 @@ def measure_plot():
 
 def measure_rung(file, int8):
     """-> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one."""
+    print(f'    measuring {file}', file=sys.stderr, flush=True)
     model, data, tokenizer = open_model(file)
     with torch.device('meta'):
         params = GPT(model.config).params()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import weakref
 
@@ -219,6 +220,7 @@ def batches_that_fit(t, c, room):
     rows, decides = [], 'compiled' if t.compile else 'peak'
     while not rows or rows[-1]['fits']:
         batch = 2 ** len(rows)
+        print(f'a batch of {batch} rows', file=sys.stderr, flush=True)
         if batch < 4 or 4 * c.vocab_size * c.block_size * batch <= 32 * LOSS_CHUNK_BYTES:
             parts = training_bytes(t, c, batch)
         else:
