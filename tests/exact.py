@@ -49,16 +49,16 @@ def models(kind):
         yield name, model if kind == 'float32' else convert(model, int(kind[3:]))
 
 
-def compare(model, temperature, run):
+def compare(engine, temperature, run):
     """Plain texts against every drafter's -> tokens compared, and (what it was, gap) of each text that differs."""
-    engine, c, tokens_seen, differ = Engine(for_decoding(model)), model.config, 0, []
+    c, tokens_seen, differ = engine.config, 0, []
     g = torch.Generator().manual_seed(run)
     lengths = torch.randint(1, 40, (batch,), generator=g).tolist()
     prompts = [torch.randint(c.vocab_size, (n,), generator=g).tolist() for n in lengths]
     sampling, new_tokens = Sampling(temperature, seed=run), c.block_size - 40
     plain = engine.complete(prompts, new_tokens, sampling)
     for drafter in ('head', 'mtp', 'ngram', 'random'):
-        if drafter in HEADS and not hasattr(model, HEADS[drafter]):
+        if drafter in HEADS and not hasattr(engine.model, HEADS[drafter]):
             continue
         k = torch.randint(1, 9, (), generator=g).item()
         adapt = torch.rand((), generator=g).item() < 0.5
@@ -66,7 +66,7 @@ def compare(model, temperature, run):
         tokens_seen += sum(map(len, texts))
         for row, (a, b) in enumerate(zip(plain, texts)):
             if a != b:
-                gap = first_difference(model, prompts[row], a, b, temperature, row, run)[1]
+                gap = first_difference(engine.model, prompts[row], a, b, temperature, row, run)[1]
                 differ.append((f'T={temperature}, {drafter} k={k}, row {row}', gap))
     return tokens_seen, differ
 
@@ -76,9 +76,10 @@ for kind in ('float32', 'int8', 'int4'):
     done, run, gaps = 0, 0, []
     while done < tokens:
         for name, model in models(kind):
+            engine = Engine(for_decoding(model))
             for temperature in (0, 0.7, 1, 1.3):
                 run += 1
-                seen, differ = compare(model, temperature, run)
+                seen, differ = compare(engine, temperature, run)
                 done += seen
                 for what, gap in differ:
                     gaps.append(gap)
