@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.batch_size import rows_that_fit
 from data.checkpoint import load_weights, save_checkpoint, shape_of_student, starting_point, will_replace
-from data.files import atomic_write
+from data.files import atomic_write, hold
 from data.loader import Loader, load_meta
 from data.record import already, record
 from data.tokenizer import from_meta
@@ -146,6 +146,8 @@ rows = 1 if batch_size == 'auto' else batch_size
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
+if main_process:
+    hold(out_dir, make=False)                   # another training in it must be over before its checkpoint is read
 # the checkpoint to start from, if there is one; resumed: it is this very training, which goes on
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
@@ -177,6 +179,8 @@ def micro_batches(rows):
     return max(1, total_batch_size // tokens)
 
 
+if main_process:
+    hold(out_dir)                               # the trials of batch_size=auto have folders of their own
 if batch_size == 'auto':
     knobs = config | {'init_from': ckpt_path if resumed else init_from, 'dtype': dtype, 'compile': compile}
     most = micro_batches(1) if total_batch_size else max(1, loader.n_windows // world_size)
@@ -186,10 +190,6 @@ if batch_size == 'auto':
     print(f'batch_size: {batch_size} rows, {how}', flush=True)
 accumulation = micro_batches(batch_size)
 total_batch_size = accumulation * batch_size * block_size * world_size
-try:
-    os.makedirs(out_dir, exist_ok=True)
-except OSError as e:
-    raise ValueError(f"cannot make the folder out_dir ({out_dir}): {e.strerror}") from e
 
 # -----------------------------------------------------------------------------
 # the model, its optimizers, and what it learns from
@@ -245,9 +245,9 @@ def say(*words):
     try:
         if main_process:
             print(*words, flush=True)
-    except BrokenPipeError:
+    except OSError:                             # a closed pipe, a terminal that is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        stopping.append('a closed pipe')
+        stopping.append('nobody reads')
 
 
 class Meter:

@@ -1,5 +1,6 @@
 """
-Files: read a text, write one so that a crash leaves the old or the new, download. A library, without torch.
+Files: read a text, write one so that a crash leaves the old or the new, keep other writers out, download. A library,
+without torch.
 
 >>> from data.files import atomic_write, read_text
 >>> atomic_write('/tmp/picochat/hello.txt', lambda f: f.write(b'hello'))
@@ -7,6 +8,7 @@ Files: read a text, write one so that a crash leaves the old or the new, downloa
 'hello'
 """
 
+import atexit
 import contextlib
 import glob
 import hashlib
@@ -14,6 +16,11 @@ import os
 import re
 import secrets
 import time
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two writers are not kept apart
+    fcntl = None
 
 # requests is imported by download alone: nothing else here needs it
 
@@ -124,6 +131,78 @@ def sync_folder(folder):
 
 
 # -----------------------------------------------------------------------------
+# One writer at a time
+
+LOCKS = {}  # path of a lock -> the open file by which this process holds it
+
+
+def hold(folder, name='', make=True):
+    """
+    From now on this process alone writes in folder, or, if a name is given, that one file in it: until it ends, or to
+    the end of a with block. A process may ask again for what it holds already. The folder is made; with make=False one
+    that is not there is left so.
+
+    What is held is an open file, FOLDER/.lock, and the system lets go of it however the process ends: the lock of one
+    that was killed is in nobody's way. Where the file system knows no locks, nothing is held.
+    ValueError names the process that holds it.
+    """
+    free = contextlib.ExitStack()
+    if make:
+        try:
+            os.makedirs(folder or '.', exist_ok=True)
+        except OSError as e:
+            raise ValueError(f'cannot make the folder {folder}: {e.strerror}; give another') from e
+    if fcntl is None or not os.path.isdir(folder or '.'):
+        return free
+    path = os.path.join(os.path.realpath(folder), f'.{name}.lock' if name else '.lock')
+    if path not in LOCKS:
+        LOCKS[path] = _lock(path, os.path.join(folder, name) if name else folder)
+        free.callback(release, path)
+    return free
+
+
+def _lock(path, what):
+    """-> the open file at path, locked, with this process's number in it; None if there can be no file."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError:  # what cannot be written is told when it is
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.1)  # its holder writes its number right after it has got the lock
+        holder = os.read(handle, 20).decode() or '(unknown)'
+        os.close(handle)
+        raise ValueError(f'{what} is being written by process {holder}: wait for it, or give another folder') from None
+    except OSError:  # no locks here
+        return handle
+    if not os.fstat(handle).st_nlink:  # its holder has just removed it: others would lock another
+        os.close(handle)
+        return _lock(path, what)
+    with contextlib.suppress(OSError):  # a full disk: then it has no number
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+    return handle
+
+
+def release(path):
+    """Lets go of a lock, and removes its file first, so that none is left."""
+    handle = LOCKS.pop(path)
+    if handle is not None:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+        os.close(handle)
+
+
+def release_all():
+    for path in [*LOCKS]:
+        release(path)
+
+
+atexit.register(release_all)
+
+
+# -----------------------------------------------------------------------------
 # Downloads
 
 class DownloadError(ValueError):
@@ -149,15 +228,15 @@ def download(url, path, sha256=None, size=None, pause=0.0):
     part = path + '.part'
     if os.path.exists(path) and not _mismatch(path, sha256, size):
         return path
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    time.sleep(pause)
-    told = _receive(url, path, size)
-    mismatch = _mismatch(part, sha256 or told, size)
-    if mismatch:
-        os.remove(part)
-        raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, '
-                            f'{path} is as it was', 'altered')
-    os.replace(part, path)
+    with hold(os.path.dirname(path)):  # two processes must not add to one .part
+        time.sleep(pause)
+        told = _receive(url, path, size)
+        mismatch = _mismatch(part, sha256 or told, size)
+        if mismatch:
+            os.remove(part)
+            raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, '
+                                f'{path} is as it was', 'altered')
+        os.replace(part, path)
     return path
 
 

@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from data.files import saving, sha256_of, sync_folder, write_temporary
+from data.files import hold, saving, sha256_of, sync_folder, write_temporary
 from data.loader import load_meta
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
 
@@ -271,8 +271,7 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
 
     new = {}  # name -> the complete file that is to take it
     try:
-        with saving(data_dir):
-            os.makedirs(data_dir, exist_ok=True)
+        with hold(data_dir), saving(data_dir):
             for name, (values, kind, bound) in arrays.items():
                 write = lambda f: write_integers(f, values, kind, bound, name)
                 new[name] = write_temporary(os.path.join(data_dir, name), write)
@@ -283,6 +282,7 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
             text = json.dumps(meta).encode()
             new['meta.json'] = write_temporary(os.path.join(data_dir, 'meta.json'), lambda f: f.write(text))
             replace_dataset(data_dir, new)
+            sync_folder(data_dir)  # from here on its sources may go
     finally:
         for path in new.values():
             if os.path.exists(path):
@@ -318,4 +318,3 @@ def replace_dataset(data_dir, new):
             os.remove(here(name))
     for name in [name for name in changed if name != 'meta.json'] + ['meta.json']:
         os.replace(new[name], here(name))
-    sync_folder(data_dir)

@@ -27,6 +27,7 @@ sys.path.insert(0, '.')
 import torch
 
 import data.loader
+from data.files import release_all
 from data.foreign_tokenizer import byte_characters, merges_of
 from data.tokenizer import BPETokenizer, CharTokenizer, train_bpe
 from data.writer import write_texts
@@ -74,6 +75,7 @@ def run(script, *args, stdin=''):
         err.write(f'{e.code}\n' if isinstance(e.code, str) else '')
     finally:
         sys.argv, sys.stdin, sys.excepthook = argv, sys.__stdin__, hook
+        release_all()
         for s, handler in before.items():
             signal.signal(s, handler)
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)

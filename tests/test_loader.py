@@ -317,7 +317,7 @@ def test_killed_while_files_are_replaced_there_is_no_dataset(tmp_path, monkeypat
     (lambda at: write_dataset(at, TOKENIZER, np.arange(N), [N], 'x'), AssertionError, 'val.bin: .*expected 0..999'),
     (lambda at: write_dataset(at, TOKENIZER, [], [1], 'x'), AssertionError, 'train.bin: no tokens'),
     (lambda at: write_dataset(at, TOKENIZER, [1, 2], [1], 'x', ([1], [1])), AssertionError, 'one value a token'),
-    (lambda at: write_dataset(at / 'meta.json', TOKENIZER, [1], [1], 'x'), ValueError, 'could not save .*File exists'),
+    (lambda at: write_dataset(at / 'meta.json', TOKENIZER, [1], [1], 'x'), ValueError, 'cannot make the folder .*File exists'),
     (lambda at: write_texts(at, ['abc'], [''], 'char', 'x'), ValueError, 'too little text: 3 characters for training'),
     (lambda at: write_texts(at, ['text'], ['more'], 'bpe', 'x', 100_000), ValueError, 'vocab_size .* is out of reach')])
 def test_what_cannot_be_written_leaves_the_old_dataset(tmp_path, write, error, message):

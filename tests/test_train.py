@@ -274,7 +274,7 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     timer.cancel()
     assert p.wait() == 0, p.stderr.read()
     assert sum(text.startswith('{') for text in out) == sum(text.startswith('model:') for text in out) == 1
-    assert os.listdir(tmp_path / 'rank1') == []
+    assert not os.path.exists(tmp_path / 'rank1')
     two = json.loads(out[-1])
     assert 2 <= two['iters'] < 100
     interrupt(two['iters'] - 1, signal.SIGTERM)
@@ -482,11 +482,18 @@ def test_nan_keeps_the_last_good_checkpoint(toy, tmp_path):
                            'weights .* at step 2; .*ckpt.pt still holds step 2: .*adam_lr'),
                           (['--init_from=resume', '--adam_lr=1e300', '--log_interval=3'],
                            'loss .*nan.* at step 3; .*ckpt.pt still holds step 2: '),
-                          ([f'--init_from={tmp_path}/poisoned.pt', f'--out_dir={tmp_path}/new'],
-                           'loss .*nan.* at step 0; nothing had been saved')):
+                          (['--adam_lr=1e300', f'--out_dir={tmp_path}/new'],
+                           'loss .*nan.* at step 1; nothing had been saved'),
+                          ([f'--init_from={tmp_path}/poisoned.pt', f'--out_dir={tmp_path}/newer'],
+                           'poisoned.pt is of no use: 1 of the 256 numbers of transformer.h.0.attn.c_q.weight are NaN')):
         refused(run('train.py', *TINY, toy, '--eval_interval=0', f'--out_dir={tmp_path}/run', *args), pattern)
         assert all(content(tmp_path)[path] == was for path, was in before.items() if path.endswith('.pt'))
-    assert [row['step'] for row in log(tmp_path / 'run')][:2] == ['1', '2']
+    assert [row['step'] for row in log(tmp_path / 'run')][:2] == ['1', '2'] and not (tmp_path / 'newer').exists()
+    resumed = load_checkpoint(f'{tmp_path}/run/ckpt.pt')
+    tensors(resumed['optimizers'])['/0/state/0/momentum_buffer'][0, 0] = math.inf
+    torch.save(resumed, tmp_path / 'run' / 'ckpt.pt')
+    refused(run('train.py', *TINY, toy, '--init_from=resume', f'--out_dir={tmp_path}/run'),
+            'numbers of 0/state/0/momentum_buffer are NaN or infinite')
 
 
 def test_nan_in_a_batch(toy, tmp_path, monkeypatch):

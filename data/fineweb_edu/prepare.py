@@ -20,7 +20,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.files import atomic_write, download
+from data.files import atomic_write, download, hold
 from data.foreign_tokenizer import load_tokenizer
 from data.tokenizer import fingerprint
 from data.writer import write_dataset
@@ -104,6 +104,7 @@ class Joined:
         return np.concatenate(out)
 
 
+hold(out_dir)
 train = [tokens_of(shard) for shard in range(shards)]
 val = tokens_of(val_shard, val_docs)
 write_dataset(out_dir, words, Joined(train), Joined([val]), f'FineWeb-Edu, shards 0 to {shards - 1} of {input or url}')

@@ -21,7 +21,7 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin, urlparse
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.files import DownloadError, download, visible_files
+from data.files import DownloadError, download, hold, visible_files
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
@@ -191,6 +191,7 @@ def fetch(url, path):
 # Essays -> dataset
 
 index_name = os.path.basename(urlparse(index_url).path) or 'index.html'
+hold(out_dir)
 paths = saved_pages(input) if input else fetched_pages()
 texts = {os.path.basename(path): essay(path) for path in paths}
 empty = [name for name, text in texts.items() if not text]

@@ -16,7 +16,7 @@ import os
 import sys
 
 sys.path.insert(0, '.')  # run from the repo root
-from data.files import download, read_text
+from data.files import download, hold, read_text
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
@@ -27,6 +27,7 @@ url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 exec(open('configurator.py').read())
 
 sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+hold(out_dir)
 path = input or download(url, os.path.join(out_dir, 'input.txt'), sha256, size=1_115_394)
 text = read_text(path)
 train, val = split_texts({path: text}, 0.1)
