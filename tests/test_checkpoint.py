@@ -2,15 +2,19 @@
 data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused; a full disk loses
 nothing.
 """
+import json
+import math
 import os
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
 
 from conftest import SMALL, randomise
-from data.checkpoint import load_checkpoint, load_model, read_safetensors, save_checkpoint, write_safetensors
+from data.checkpoint import (checksum, load_checkpoint, load_model, read_safetensors, save_checkpoint,
+                             write_safetensors)
 from model import GPT, GPTConfig
 
 
@@ -92,3 +96,139 @@ def test_the_container_of_integers(tmp_path):
         open(path, 'wb').write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
         with pytest.raises(ValueError, match='damaged|not a whole'):
             read_safetensors(path, 'ours')
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    for number, name in ((math.nan, 'lm_head.weight'), (-math.inf, 'transformer.h.1.mlp.c_fc.weight')):
+        state = torch.load(path, weights_only=True)
+        state['model'][name][3, 2] = number
+        torch.save(state, f'{tmp_path}/worse.pt')
+        for load in (load_checkpoint, load_model):
+            with pytest.raises(ValueError, match=f'worse.pt .*: 1 of the .* numbers of {name} are NaN or infinite'):
+                load(f'{tmp_path}/worse.pt')
+
+
+@pytest.mark.parametrize('prefix, how', [
+    ('module.', {}), ('_orig_mod.', {}), ('module._orig_mod.', {}),
+    ('', dict(_use_new_zipfile_serialization=False))])
+def test_other_ways_to_save(tmp_path, prefix, how):
+    """DDP's and torch.compile's names, and the files of torch before 1.6, which are no zip archives."""
+    path, model = f'{tmp_path}/best.pt', randomise(GPT(GPTConfig(**SMALL)))
+    save_checkpoint(path, model, {})
+    state = torch.load(path, weights_only=True)
+    state['model'] = {prefix + name: t for name, t in state['model'].items()}
+    torch.save(state, path, **how)
+    x = torch.randint(50, (1, 9))
+    assert torch.equal(load_model(path)[0](x), model(x))
+    if how:                                             # cut short, or hostile, it is refused all the same
+        whole = open(path, 'rb').read()
+        open(path, 'wb').write(whole[:len(whole) // 2])
+        with pytest.raises(ValueError, match='was refused'):
+            load_model(path)
+        torch.save({'picochat': Evil(f'{tmp_path}/made')}, path, **how)
+        with pytest.raises(ValueError, match='was refused'):
+            load_model(path)
+        assert os.listdir(tmp_path) == ['best.pt']
+    else:
+        state['model'] |= {'lm_head.weight': state['model'][f'{prefix}lm_head.weight']}
+        torch.save(state, path)
+        with pytest.raises(ValueError, match='twice'):
+            load_model(path)
+
+
+@pytest.mark.parametrize('change, match', [
+    (dict(block_size=2_000_000), r'its block_size \* head_dim is 16,000,000'),
+    (dict(block_size=10**12), 'its block_size'),
+    (dict(n_layer=2000), 'its n_layer is 2,000, .* at most 2'),
+    (dict(n_embd=10**12), 'its n_embd is'),
+    (dict(vocab_size=10**30), 'its vocab_size is'),
+    (dict(n_hidden=129), r'c_fc.weight is \(128, 32\) instead of \(129, 32\)'),
+    (dict(draft_hidden_mult=math.inf), 'draft_hidden_mult is inf'),
+    (dict(n_layer='2'), "n_layer is '2'"),
+    ([2, 4], 'does not say its shape')])
+def test_a_shape_that_the_file_does_not_hold_takes_no_memory(tmp_path, change, match):
+    """Refused before a model of that shape is made."""
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    state = torch.load(path, weights_only=True)
+    state['config'] = state['config'] | change if isinstance(change, dict) else change
+    torch.save(state, path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=match) as e:
+        load_model(path)
+    assert '\n' not in str(e.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8000       # kB
+
+
+@pytest.mark.parametrize('change, match', [
+    (lambda s: s['model'].pop('lm_head.weight'), 'lm_head.weight is missing'),
+    (lambda s: s['model'].update(more=torch.ones(1)), 'more is unknown'),
+    (lambda s: s['model'].update({'lm_head.weight': torch.ones(50, 32).int()}), 'is torch.int32 instead of'),
+    (lambda s: s['model'].update({'lm_head.weight': torch.ones(1, 1).expand(50, 32)}), 'fewer are there'),
+    (lambda s: s.update(model={1: torch.ones(1)}), 'expected tensors by their names'),
+    (lambda s: s.update(model=torch.ones(1)), 'found Tensor'),
+    (lambda s: s.pop('config'), r"expected the keys .* found \['model'")])
+def test_tensors_that_are_not_those_of_the_shape(tmp_path, change, match):
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=match):
+        load_model(path)
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """torch.save compresses nothing: what is small on the disk stays small in memory."""
+    path, small = f'{tmp_path}/best.pt', f'{tmp_path}/small.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match='was refused'):
+        load_model(small)
+
+
+def header(tensors, metadata=None, data=b'\0' * 12):
+    """The bytes of a container whose checksum is right, whatever else is wrong."""
+    whole = tensors | {'__metadata__': metadata or {'format': 'ours'}}
+    whole['__metadata__']['sha256'] = checksum(whole, data)
+    head = json.dumps(whole).encode()
+    return len(head).to_bytes(8, 'little') + head + data
+
+
+def entry(start, end, shape, dtype='I8'):
+    return {'dtype': dtype, 'shape': shape, 'data_offsets': [start, end]}
+
+
+@pytest.mark.parametrize('tensors, match', [
+    ({'a': entry(0, 12, [12]), 'b': entry(0, 12, [12])}, 'b is not where'),         # they share their bytes
+    ({'a': entry(0, 4, [4]), 'b': entry(8, 12, [4])}, 'b is not where'),            # between them lies what none reads
+    ({'a': entry(0, 8, [8])}, '4 bytes behind its tensors'),
+    ({'a': entry(0, 16, [16])}, 'a is not where'),
+    ({'a': entry(0, 12, [4])}, 'says of a is no tensor'),
+    ({'a': entry(0, 12, [-12])}, 'says of a is no tensor'),
+    ({'a': entry(0, 12, [3], 'F64')}, 'says of a is no tensor'),
+    ({'a': entry(0, 12, [3.0], 'F32')}, 'says of a is no tensor'),
+    ({'a': [12]}, 'says of a is no tensor')])
+def test_tensors_tile_the_container(tmp_path, tensors, match):
+    path = tmp_path / 'x.safetensors'
+    path.write_bytes(header(tensors))
+    with pytest.raises(ValueError, match=match):
+        read_safetensors(path, 'ours')
+
+
+def test_a_container_of_nothing_but_header_is_refused(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    right = header({'a': entry(0, 12, [12])})
+    path.write_bytes(right)
+    assert read_safetensors(path, 'ours')[0]['a'].tolist() == [0] * 12
+    twice = right.replace(b'{"a":', b'{"a":{},"a":', 1)
+    path.write_bytes((len(twice) - 20).to_bytes(8, 'little') + twice[8:])
+    with pytest.raises(ValueError, match='not a whole'):
+        read_safetensors(path, 'ours')
+    path.write_bytes(header({}, {'format': 'ours', 'x': 'y' * 9_000_000}, b''))
+    with pytest.raises(ValueError, match='not a whole'):
+        read_safetensors(path, 'ours')

@@ -20,7 +20,8 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import TINY, content, largest_difference, log, make_dataset, refused, run, start, toy_text, train
+from conftest import (TINY, content, largest_difference, log, make_dataset, refused, run, start, tensors, toy_text,
+                      train)
 import torch
 
 import data.loader
@@ -490,10 +491,10 @@ def test_nan_keeps_the_last_good_checkpoint(toy, tmp_path):
         assert all(content(tmp_path)[path] == was for path, was in before.items() if path.endswith('.pt'))
     assert [row['step'] for row in log(tmp_path / 'run')][:2] == ['1', '2'] and not (tmp_path / 'newer').exists()
     resumed = load_checkpoint(f'{tmp_path}/run/ckpt.pt')
-    tensors(resumed['optimizers'])['/0/state/0/momentum_buffer'][0, 0] = math.inf
+    next(t for name, t in tensors(resumed['optimizers']).items() if 'momentum' in name)[0, 0] = math.inf
     torch.save(resumed, tmp_path / 'run' / 'ckpt.pt')
     refused(run('train.py', *TINY, toy, '--init_from=resume', f'--out_dir={tmp_path}/run'),
-            'numbers of 0/state/0/momentum_buffer are NaN or infinite')
+            'numbers of 0/state/.*/momentum_buffer are NaN or infinite')
 
 
 def test_nan_in_a_batch(toy, tmp_path, monkeypatch):
