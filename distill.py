@@ -25,9 +25,11 @@ Labels are written for every token of the training split, with at least a quarte
 the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
 Those of --method=topk are not, unless k is the vocabulary.
 """
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -37,10 +39,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
-from data.files import atomic_write, read_text
+from data.files import atomic_write, hold, read_text, sync_folder
 from data.foreign import FILES, KINDS, export_hf, fetch_nanochat
 from data.loader import Loader, copy_to, held_out
 from data.record import already, record
+from data.signals import interrupt_on_stop
 from data.tokenizer import fingerprint, from_meta
 from model import GPT, autocast, can_compile, chunked, or_one, pick_device, pick_dtype, shard
 
@@ -401,38 +404,64 @@ def describe(teachers, loader, recipe):
             'flops': T / stride(loader) * flops}
 
 
+def refuse_labels(folder):
+    """ValueError if there are labels already."""
+    if os.path.exists(os.path.join(folder, 'meta.json')):
+        raise ValueError(f"{folder} already holds labels: give another --out_dir, or remove it")
+
+
 def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
     """
     Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it
     a folder is not a set of labels. about: what else meta.json is to say. Goes on with a labels.bin.part that it finds,
     and ends with the same bytes. Returns what meta.json says.
     """
-    n = loader.n_tokens
     meta = dict(about) | describe(teachers, loader, recipe)
-    size = label_type(recipe.method, recipe.k, meta['vocab_size']).itemsize
-    os.makedirs(folder, exist_ok=True)
-    part, begun = os.path.join(folder, 'labels.bin.part'), os.path.join(folder, 'begun.json')
-    if os.path.exists(begun) and json.loads(read_text(begun)) != meta:
-        raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
-                         "remove the folder, or give another --out_dir")
-    atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
-    with open(part, 'ab') as f:
+    whole, begun = os.path.join(folder, 'labels.bin'), os.path.join(folder, 'begun.json')
+    part = f'{whole}.part'
+    with hold(folder):
+        refuse_labels(folder)
+        if not os.path.exists(begun):
+            for path in (whole, part):          # without a meta.json they are no labels
+                if os.path.exists(path):
+                    os.remove(path)
+            atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
+        elif json.loads(read_text(begun)) != meta:
+            raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
+                             "remove the folder, or give another --out_dir")
+        # if only what is whole is there, we were killed between the last two lines
+        if os.path.exists(part) or not os.path.exists(whole):
+            write_records(part, teachers, loader, recipe)
+            os.replace(part, whole)
+            sync_folder(folder)
+        os.replace(begun, os.path.join(folder, 'meta.json'))
+    return meta
+
+
+def write_records(path, teachers, loader, recipe):
+    """The records of all tokens -> the file at path, which may hold the first of them already."""
+    n = loader.n_tokens
+    size = label_type(recipe.method, recipe.k, teachers[0].model.config.vocab_size).itemsize
+    with open(path, 'ab') as f:
         # what is there ends with a whole batch, or with a torn one, which is written again
         done = f.tell() // size
         batch = max(0, done - overlap(loader)) // (loader.batch_size * stride(loader))
         f.seek(f.truncate(size * first_place(batch, loader)))
         began = told = time.perf_counter()
         while f.tell() < size * n:
-            f.write(label_batch(batch, teachers, loader, recipe).tobytes())
-            f.flush()
+            records = label_batch(batch, teachers, loader, recipe).tobytes()
+            try:
+                f.write(records)
+                f.flush()
+            except OSError as e:
+                raise OSError(f"could not write {path}: {e.strerror}; what is there is kept: "
+                              "free some disk space and run the same command again") from e
             batch += 1
             now, seen = time.perf_counter(), f.tell() // size
             if now - told > 5:
                 told = now
                 print(f'{seen:,} of {n:,} tokens, {(seen - done) / (now - began):,.0f} tokens/s', flush=True)
-    os.replace(part, os.path.join(folder, 'labels.bin'))
-    os.replace(begun, os.path.join(folder, 'meta.json'))
-    return meta
+        os.fsync(f.fileno())
 
 
 class Labels:
@@ -517,6 +546,7 @@ if __name__ == '__main__':
         path = os.path.join(to_picochat, 'best.pt')
         if os.path.exists(path):
             raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
+        hold(to_picochat)
         # a teacher that held out a part stays one
         save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
                         knobs={'hold_out': t.hold_out})
@@ -524,8 +554,7 @@ if __name__ == '__main__':
 
     def label():
         """Labels of the dataset, in out_dir -> what meta.json says."""
-        if os.path.exists(os.path.join(out_dir, 'meta.json')):
-            raise ValueError(f"{out_dir} already holds labels: give another --out_dir, or remove it")
+        refuse_labels(out_dir)                  # before it takes long
         teachers = [load_teacher(name, device) for name in teacher.split('+')]
         text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
         assert text, f"{teacher} does not say which dataset to label: give --dataset="
@@ -547,11 +576,7 @@ if __name__ == '__main__':
         with autocast(device, precision):
             calibration = fit_temperature(teachers, loader) if calibrate else 1.0
             recipe = Recipe(method, k, temperature, calibration, seed)
-            try:
-                return write_labels(out_dir, teachers, loader, recipe, {'teacher': teacher, 'dtype': precision})
-            except OSError as e:
-                raise OSError(f"could not write in {out_dir}: {e.strerror}; what is there is kept: "
-                              "free some disk space and run the same command again") from e
+            return write_labels(out_dir, teachers, loader, recipe, {'teacher': teacher, 'dtype': precision})
 
     began = time.perf_counter()
     device = pick_device(device)
@@ -567,15 +592,25 @@ if __name__ == '__main__':
     reads = check_teachers(teacher)
     if dataset:
         reads.append(os.path.join('data', dataset, 'meta.json'))
+    hold(os.path.dirname(product), make=False)
     document = None if fetch else already(product, reads)
     if document is None:
+        interrupt_on_stop()
+        try:
+            if jobs:
+                folder = fetch_nanochat(fetch, out_dir) if fetch else convert()
+            else:
+                meta = label()
+        except KeyboardInterrupt as stop:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f'stopped: the same command goes on from what is in {os.path.dirname(product)}', flush=True)
+            sys.exit(128 + stop.args[0])
+        seconds = time.perf_counter() - began
         if jobs:
-            folder = fetch_nanochat(fetch, out_dir) if fetch else convert()
-            size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
-            document = {'file': folder, 'bytes': size, 'tokens': 0, 'seconds': round(time.perf_counter() - began, 2)}
+            size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder) if name[0] != '.')
+            document = {'file': folder, 'bytes': size, 'tokens': 0, 'seconds': round(seconds, 2)}
         else:
-            meta = label()
-            size, seconds = os.path.getsize(product), time.perf_counter() - began
+            size = os.path.getsize(product)
             print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")
             document = {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
         if not fetch:

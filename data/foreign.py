@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import check_tensors, load_tensors, plain_names
-from data.files import atomic_write, download, read_text
+from data.files import atomic_write, download, hold, read_text
 from data.foreign_tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
 from model import GPT, GPTConfig, SOFTCAP, rope_tables
 
@@ -105,8 +105,9 @@ def fetch_nanochat(name, folder, host='https://huggingface.co'):
     assert name in NANOCHAT, f"fetch ({name}) must be one of {', '.join(NANOCHAT)}"
     repo, step, size = (NANOCHAT[name][key] for key in ('repo', 'step', 'bytes'))
     print(f"{host}/{repo} -> {folder}: about {size / 1e9:.1f} GB", flush=True)
-    for file in ('tokenizer.pkl', 'token_bytes.pt', f'meta_{step:06d}.json', f'model_{step:06d}.pt'):
-        download(f'{host}/{repo}/resolve/main/{file}', os.path.join(folder, file))
+    with hold(folder):
+        for file in ('tokenizer.pkl', 'token_bytes.pt', f'meta_{step:06d}.json', f'model_{step:06d}.pt'):
+            download(f'{host}/{repo}/resolve/main/{file}', os.path.join(folder, file))
     return folder
 
 
@@ -409,8 +410,9 @@ def export_hf(model, tokenizer, folder):
              'config.json': hf_config(model.config, tokenizer)}
     files = {'model.safetensors': safetensors.torch.save(hf_tensors(model), metadata={'format': 'pt'})}
     files |= {name: json.dumps(text).encode() for name, text in texts.items()}
-    for name, content in files.items():
-        atomic_write(os.path.join(folder, name), lambda f: f.write(content))
+    with hold(folder):
+        for name, content in files.items():
+            atomic_write(os.path.join(folder, name), lambda f: f.write(content))
     return folder
 
 
