@@ -20,7 +20,8 @@ Distillation: a student that learns from a teacher's distributions beside the te
 
 A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt
 or Hugging Face's folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose
-probabilities are averaged. data/foreign.py reads those that are not ours.
+probabilities are averaged. data/foreign.py reads those that are not ours. Before it teaches, its loss on some of the
+text is printed beside what guessing by the tokens' frequencies gives, and it is refused if it is no better than that.
 Labels are written for every token of the training split, with at least a quarter of the context to its left (but for
 the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
 Those of --method=topk are not, unless k is the vocabulary.
@@ -40,8 +41,9 @@ import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
 from data.files import atomic_write, hold, read_text, sync_folder
-from data.foreign import FILES, KINDS, export_hf, fetch_nanochat
-from data.loader import Loader, copy_to, held_out
+from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
+from data.judge import check_reading, may_label, tokens_each_may_label
+from data.loader import Loader, copy_to
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.tokenizer import fingerprint, from_meta
@@ -143,13 +145,31 @@ class Teacher:
     data: str = None            # the sha256 of the text that it was trained on
 
 
+def teacher_names(spec):
+    """'A+B+...' -> the names A, B, ...; where a path with a + in it is there, it is one name."""
+    parts, names = spec.split('+') if spec else [], []
+    while parts:
+        n = len(parts)                          # the longest name that is there, or what stands before the next +
+        while n > 1 and not os.path.exists(path_of('+'.join(parts[:n]))):
+            n -= 1
+        names.append('+'.join(parts[:n]))
+        parts = parts[n:]
+    return names
+
+
+def path_of(name):
+    """'gpt2:PATH' -> PATH; a name without a kind is a path."""
+    kind, _, path = name.partition(':')
+    return path if kind in KINDS else name
+
+
 def check_teachers(spec):
     """
     'A+B+...', or a folder of labels -> the files that they are read from. ValueError if a teacher of another project's
     making is not there: its data are prepared with its tokenizer, so a script asks for it before it looks for data.
     """
     files = []
-    for name in spec.split('+') if spec else []:
+    for name in teacher_names(spec):
         kind, _, path = name.partition(':')
         if kind in FILES:
             files.append(FILES[kind](path))
@@ -187,6 +207,8 @@ def fitted(teacher, tokenizer, block_size, dataset=None):
     fewer of them at once.
     """
     theirs, c = teacher.tokenizer, teacher.model.config
+    if theirs is None and c.vocab_size == padded(tokenizer.vocab_size):
+        drop_padding(teacher.model, tokenizer.vocab_size)
     if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
         raise ValueError(f"the teacher {teacher.name} has another tokenizer ({theirs.vocab_size:,} tokens) "
                          f"than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
@@ -201,7 +223,7 @@ def fitted(teacher, tokenizer, block_size, dataset=None):
 
 def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
     """'A+B+...' -> list of Teacher, all of them fitted. ValueError says which is not there, or does not fit."""
-    return [fitted(load_teacher(name, device), tokenizer, block_size, dataset) for name in spec.split('+')]
+    return [fitted(load_teacher(name, device), tokenizer, block_size, dataset) for name in teacher_names(spec)]
 
 
 def in_bfloat16(model):
@@ -240,34 +262,9 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
         models = [shard(model, kind) if isinstance(model, GPT) else model.to(device) for model in models]
     elif dtype == 'bfloat16':
         models = [in_bfloat16(model) for model in models]
+    with autocast(device, dtype):
+        check_reading([replace(teacher, model=model) for teacher, model in zip(teachers, models)], loader)
     return Distiller(student, models, divergence, temperature), None
-
-# -----------------------------------------------------------------------------
-# who may label what: a teacher that was trained with hold_out labels only what it has not seen
-
-def may_label(teacher, tokens, loader):
-    """tokens: (N,) places in the text -> (N,) bool, whether the teacher may label them."""
-    if not teacher.hold_out:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    return held_out(teacher.hold_out, tokens, loader.n_tokens, loader.row)
-
-
-def tokens_each_may_label(teachers, loader):
-    """How many of the loader's tokens each teacher may label. ValueError if there is one that nobody may."""
-    folds = [teacher for teacher in teachers if teacher.hold_out]
-    if not folds:
-        return [loader.n_tokens] * len(teachers)
-    for teacher in folds:
-        if teacher.data not in (None, loader.meta['sha256']['train.bin']):
-            raise ValueError(f"a teacher held out {teacher.hold_out} of a text that has been prepared anew since, and "
-                             "has other tokens now: train it again")
-    tokens = torch.arange(loader.n_tokens)
-    may = torch.stack([may_label(teacher, tokens, loader) for teacher in teachers])     # (teachers, n_tokens)
-    nobody = ~may.any(dim=0)
-    if nobody.any():
-        raise ValueError(f"nobody can label token {nobody.int().argmax().item():,} of {loader.n_tokens:,}: every "
-                         "teacher has seen it; add one that was trained with --hold_out= of that part")
-    return may.sum(dim=1).tolist()
 
 # -----------------------------------------------------------------------------
 # how teachers read a text: in windows of block_size tokens, each of which starts three quarters of a window after the
@@ -555,7 +552,7 @@ if __name__ == '__main__':
     def label():
         """Labels of the dataset, in out_dir -> what meta.json says."""
         refuse_labels(out_dir)                  # before it takes long
-        teachers = [load_teacher(name, device) for name in teacher.split('+')]
+        teachers = [load_teacher(name, device) for name in teacher_names(teacher)]
         text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
         assert text, f"{teacher} does not say which dataset to label: give --dataset="
         loader = Loader(os.path.join('data', text), 'train', batch_size, context, device=device)
@@ -566,6 +563,8 @@ if __name__ == '__main__':
         assert method == 'sample' or k <= tokenizer.vocab_size, (
             f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
         compiles, precision = compile and can_compile(device), pick_dtype(dtype, device)
+        with autocast(device, precision):
+            check_reading(teachers, loader)
         for t in teachers:
             if compiles:
                 t.model.trunk, t.model.logits = torch.compile(t.model.trunk), torch.compile(t.model.logits)

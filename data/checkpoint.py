@@ -252,8 +252,7 @@ def check_resumable(state, path, knobs, data_dir, data_hash):
     start_anew = f"start from it with --init_from={path}"
     if 'optimizers' not in state:
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
-    for part in ('optimizers', 'ema'):
-        check_finite(state.get(part), path)
+    check_finite({part: state.get(part) for part in ('optimizers', 'ema')}, path)
     before = state['knobs']
     shape = [key for key in GPTConfig.__dataclass_fields__ if key != 'dropout']
     differ = [f'{key} is {before[key]!r} there and {knobs[key]!r} here'

@@ -74,6 +74,13 @@ def cut_padding(state, vocab_size, tokenizer=None):
             state[name] = state[name][:vocab_size]
     return vocab_size
 
+
+def drop_padding(model, vocab_size):
+    """The same for a model that is loaded, in place, when only the data know how many tokens there are."""
+    for table in {model.transformer.wte.weight, model.lm_head.weight}:
+        table.data = table.data[:vocab_size]
+    model.config.vocab_size = vocab_size
+
 # -----------------------------------------------------------------------------
 # nanochat, of its first era (E0, 2025-10-13 to 2026-01-11): picochat's own block
 

@@ -2,27 +2,30 @@
 distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the
 whole path.
 """
+import copy
 import json
 import math
 import os
 import re
+import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text, train, write_nanochat
+from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text, train, write_nanochat, write_nanogpt
 
 import model as model_file
 from data.checkpoint import load_checkpoint
 from data.foreign import GPT2, GPT2Config
-from data.foreign_tokenizer import load_nanochat_tokenizer
+from data.judge import check_reading, loss_on_text
 from data.loader import Loader, held_out
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_dataset
-from distill import (DIVERGENCES, Distiller, Labels, Recipe, Teacher, choose_labels, fit_temperature, in_bfloat16,
-                     load_teacher, make_learner, write_labels)
+from distill import (DIVERGENCES, Distiller, Labels, Recipe, Teacher, check_teachers, choose_labels, fit_temperature,
+                     in_bfloat16, load_teacher, load_teachers, make_learner, teacher_names, write_labels)
 from model import GPT, GPTConfig, shift
 
 SHAPE = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
@@ -41,6 +44,19 @@ def batch(B=3, T=16, seed=1):
     targets = text[:, 1:].clone()
     targets[0, 3:7] = -1
     return text[:, :-1], targets
+
+
+def taught(model, ids, steps=40):
+    """The model after some steps on this text: better than guessing by frequencies."""
+    torch.manual_seed(0)
+    optimizer, ids = torch.optim.Adam(model.parameters(), 0.01), torch.as_tensor(ids)
+    for _ in range(steps):
+        rows = ids[torch.randint(len(ids) - 17, (16, 1)) + torch.arange(17)]
+        logits = model.logits(model.trunk(rows[:, :-1]))
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+        optimizer.step()
+    return model.eval()
 
 
 def close(a, b, rtol=1e-5, atol=0):
@@ -332,7 +348,7 @@ def folds(toy, tmp_path_factory):
     """Two teachers, each of which has not seen half of the text."""
     folders = [str(tmp_path_factory.mktemp(f'fold{i}')) for i in (1, 2)]
     for i, folder in enumerate(folders):
-        train(folder, toy, f'--hold_out={i + 1}/2', '--max_iters=4', '--eval_interval=4')
+        train(folder, toy, f'--hold_out={i + 1}/2', '--max_iters=30', '--eval_interval=30')
     return folders
 
 
@@ -439,9 +455,10 @@ def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
     Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its
     labels.
     """
-    folder = write_nanochat(tmp_path / 'd2', train_bpe([toy_text(), *TEXTS], V), sequence_len=32)
-    tokenizer = load_nanochat_tokenizer(folder)
+    tokenizer = train_bpe([toy_text(), *TEXTS], V)
     ids = np.array(tokenizer.encode(toy_text()))
+    model = taught(GPT(GPTConfig(32, V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, rope_bf16=True)), ids)
+    folder = write_nanochat(tmp_path / 'd2', tokenizer, model.state_dict(), sequence_len=32)
     write_dataset(str(tmp_path / 'data'), tokenizer, ids, ids[:200], 'toy')
     how = (f'--dataset={tmp_path}/data', '--n_kv_head=1', '--multi_token_n=3', '--draft_n=4',
            '--max_iters=6', '--eval_interval=6')
@@ -485,6 +502,82 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     assert run('train.py', *how, f'--out_dir={tmp_path}/twice', '--init_from=resume').status == 0
     once, twice = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('once', 'twice'))
     assert largest_difference(*({k: c[k] for k in ('model', 'optimizers')} for c in (once, twice))) == 0
+
+
+# -----------------------------------------------------------------------------
+# teachers that know the text, and those that do not
+
+@pytest.fixture(scope='module')
+def nanogpts(data, tmp_path_factory):
+    """
+    Three of nanoGPT's files, which do not say what their tokens mean: right has learnt this text, wrong the same one
+    in another alphabet of as many characters, padded is right with as many rows as the next multiple of 64.
+    """
+    root, loader = tmp_path_factory.mktemp('nanogpts'), Loader(data, 'train', 4, 16)
+    n, ids = len(loader.meta['chars']), torch.from_numpy(loader.tokens.astype('int64'))
+    shape = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, bias=False)
+    for name, size, text in (('right', n, ids), ('wrong', n, n - 1 - ids), ('padded', 64, ids)):
+        model = taught(GPT2(GPT2Config(vocab_size=size, n_hidden=64, **shape)), text, 80)
+        write_nanogpt(root / f'{name}.pt', model.state_dict(), vocab_size=size, **shape)
+    return root
+
+
+def test_a_learnt_teacher_of_another_alphabet_is_refused(toy, nanogpts, tmp_path):
+    line = r'teacher gpt2:.*: loss ([\d.]+) nats a token on ([\d,]+) tokens of the text, where guessing .* ([\d.]+)\n'
+    for script, args in (('train.py', TINY), ('distill.py', ['--compile=False'])):
+        for name in ('right', 'padded'):
+            got = run(script, *args, toy, f'--teacher=gpt2:{nanogpts}/{name}.pt', f'--out_dir={tmp_path}/{script}-{name}')
+            loss, n, guess = re.search(line, got.out).groups()
+            assert got.status == 0 and float(loss) < float(guess) - 0.3 and 1000 < int(n.replace(',', '')) <= 8192
+        got = run(script, *args, toy, f'--teacher=gpt2:{nanogpts}/wrong.pt', f'--out_dir={tmp_path}/{script}-wrong')
+        refused(got, r'wrong.pt is no better on this text \([\d.]+ nats a token\) than guessing .*its own|own, or take')
+        assert not list(tmp_path.glob(f'{script}-wrong/*.pt')) + list(tmp_path.glob(f'{script}-wrong/labels*'))
+
+
+@pytest.mark.parametrize('fold', ['', '2/3'])
+def test_a_teachers_loss_on_the_text(data, teachers, fold):
+    """On a short text all windows are read, of what it may label; the same as plain cross-entropy over them."""
+    loader = Loader(data, 'train', 3, 16)
+    teacher = replace(teachers[0], hold_out=fold)
+    n_windows, n_ids = loader.n_tokens // 16, len(loader.meta['chars'])
+    x, y = loader.rows([16 * i for i in range(n_windows)])
+    may = torch.ones_like(y, dtype=torch.bool)
+    if fold:
+        may = held_out(fold, 16 * torch.arange(n_windows)[:, None] + torch.arange(1, 17), loader.n_tokens)
+        may &= held_out(fold, 16 * torch.arange(n_windows) + 8, loader.n_tokens)[:, None]
+    may &= y >= 0
+    share = torch.from_numpy(np.bincount(loader.tokens, minlength=n_ids) + 1.0)
+    loss, guess, n = loss_on_text(teacher, loader)
+    with torch.no_grad():
+        assert loss == pytest.approx(F.cross_entropy(teacher.model(x)[may], y[may]).item(), rel=1e-5)
+    assert guess == pytest.approx(-(share / share.sum()).log()[y[may]].mean().item(), rel=1e-6)
+    assert n == may.sum() and (n < loader.n_tokens / 2 if fold else n > loader.n_tokens - 17)
+    assert loss_on_text(teacher, loader, most=100)[2] <= 96
+    loader.mask = np.zeros(loader.n_tokens, 'uint8')
+    assert loss_on_text(teacher, loader)[2] == 0
+
+
+def test_looking_at_a_teacher_changes_nothing(data, teacher):
+    """No random number is drawn: what is trained after it is trained as without it."""
+    loader = Loader(data, 'train', 4, 16)
+    found, = load_teachers(teacher, from_meta(loader.meta), 16)
+    state, weights = torch.get_rng_state(), copy.deepcopy(found.model.state_dict())
+    check_reading([found], loader)
+    assert torch.equal(torch.get_rng_state(), state) and loader.batch_size == 4 and not found.model.training
+    assert all(torch.equal(t, weights[name]) for name, t in found.model.state_dict().items())
+
+
+def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
+    """A path that is there is one name, whatever is in it."""
+    shutil.copytree(teacher, tmp_path / 'a+b')
+    shutil.copy(nanogpts / 'right.pt', tmp_path / 'c++.pt')
+    a, c = f'{tmp_path}/a+b', f'gpt2:{tmp_path}/c++.pt'
+    for names in ([a], [c], [a, teacher], [teacher, a, c], ['x', 'y'], ['random:d2', 'random:d4'], []):
+        assert teacher_names('+'.join(names)) == names
+    assert check_teachers(f'{a}+{c}') == [f'{a}/best.pt', c[5:]]
+    loader = Loader(data, 'train', 4, 16)
+    found = load_teachers(f'{a}+{c}', from_meta(loader.meta), 16)
+    assert [t.name for t in found] == [a, c]
 
 
 @pytest.mark.parametrize('flags, pattern', [
