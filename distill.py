@@ -543,7 +543,6 @@ if __name__ == '__main__':
         path = os.path.join(to_picochat, 'best.pt')
         if os.path.exists(path):
             raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
-        hold(to_picochat)
         # a teacher that held out a part stays one
         save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
                         knobs={'hold_out': t.hold_out})
@@ -591,7 +590,7 @@ if __name__ == '__main__':
     reads = check_teachers(teacher)
     if dataset:
         reads.append(os.path.join('data', dataset, 'meta.json'))
-    hold(os.path.dirname(product), make=False)
+    hold(os.path.dirname(product))
     document = None if fetch else already(product, reads)
     if document is None:
         interrupt_on_stop()

@@ -28,7 +28,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from data.checkpoint import load_model, save_checkpoint
+from data.checkpoint import load_model, save_checkpoint, will_replace
+from data.files import hold
 from data.loader import Loader, data_of, load_meta, progress
 from data.record import already, record
 from data.tokenizer import cut_tokenizer, recode
@@ -641,6 +642,7 @@ if __name__ == '__main__':
     path = os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
     if os.path.realpath(source) == os.path.realpath(path):
         raise ValueError(f"save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
+    hold(os.path.dirname(path))
     done = already(path, [source])
     if done is not None:
         print(json.dumps(done))
@@ -649,6 +651,7 @@ if __name__ == '__main__':
     whole, state = load_model(source, device)
     knobs, data_name = state.get('knobs', {}), dataset or state['dataset']
     old_dir, old = data_of(state, out_dir, dataset)
+    will_replace([path], [source], save_dir)
     model, data_dir, tokenizer = whole, old_dir, old
     if vocab_keep:
         model, tokenizer = cut_vocabulary(whole, old, vocab_keep, old_dir)

@@ -551,6 +551,7 @@ def say(result):
 
 
 if __name__ == '__main__':
+    from data.files import hold
     from data.record import already, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -577,6 +578,8 @@ if __name__ == '__main__':
     device = pick_device(device)
     source = os.path.join(out_dir, weights)
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
+    # this file alone is held, not the folder: a training there may go on, of whose best.pt a whole one is read
+    hold(os.path.dirname(path), os.path.basename(path))
     done = already(path, [source])
     if done is not None:
         print(json.dumps(done))

@@ -147,7 +147,7 @@ loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, dev
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
 if main_process:
-    hold(out_dir, make=False)                   # another training in it must be over before its checkpoint is read
+    hold(out_dir)                               # another training in it must be over before its checkpoint is read
 # the checkpoint to start from, if there is one; resumed: it is this very training, which goes on
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
@@ -179,8 +179,6 @@ def micro_batches(rows):
     return max(1, total_batch_size // tokens)
 
 
-if main_process:
-    hold(out_dir)                               # the trials of batch_size=auto have folders of their own
 if batch_size == 'auto':
     knobs = config | {'init_from': ckpt_path if resumed else init_from, 'dtype': dtype, 'compile': compile}
     most = micro_batches(1) if total_batch_size else max(1, loader.n_windows // world_size)

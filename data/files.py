@@ -133,30 +133,30 @@ def sync_folder(folder):
 # -----------------------------------------------------------------------------
 # One writer at a time
 
-LOCKS = {}  # path of a lock -> the open file by which this process holds it
+LOCKS = {}  # path of a lock -> the open file by which this process holds it, and whether the folder was made for it
 
 
-def hold(folder, name='', make=True):
+def hold(folder, name=''):
     """
     From now on this process alone writes in folder, or, if a name is given, that one file in it: until it ends, or to
-    the end of a with block. A process may ask again for what it holds already. The folder is made; with make=False one
-    that is not there is left so.
+    the end of a with block. A process may ask again for what it holds already. The folder is made, and goes again if
+    nothing has been written in it.
 
     What is held is an open file, FOLDER/.lock, and the system lets go of it however the process ends: the lock of one
     that was killed is in nobody's way. Where the file system knows no locks, nothing is held.
     ValueError names the process that holds it.
     """
     free = contextlib.ExitStack()
-    if make:
-        try:
-            os.makedirs(folder or '.', exist_ok=True)
-        except OSError as e:
-            raise ValueError(f'cannot make the folder {folder}: {e.strerror}; give another') from e
-    if fcntl is None or not os.path.isdir(folder or '.'):
+    made = not os.path.isdir(folder or '.')
+    try:
+        os.makedirs(folder or '.', exist_ok=True)
+    except OSError as e:
+        raise ValueError(f'cannot make the folder {folder}: {e.strerror}; give another') from e
+    if fcntl is None:
         return free
     path = os.path.join(os.path.realpath(folder), f'.{name}.lock' if name else '.lock')
     if path not in LOCKS:
-        LOCKS[path] = _lock(path, os.path.join(folder, name) if name else folder)
+        LOCKS[path] = _lock(path, os.path.join(folder, name) if name else folder), made
         free.callback(release, path)
     return free
 
@@ -165,6 +165,9 @@ def _lock(path, what):
     """-> the open file at path, locked, with this process's number in it; None if there can be no file."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except FileNotFoundError:  # another process has just removed the folder, which was empty
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return _lock(path, what)
     except OSError:  # what cannot be written is told when it is
         return None
     try:
@@ -187,10 +190,13 @@ def _lock(path, what):
 
 def release(path):
     """Lets go of a lock, and removes its file first, so that none is left."""
-    handle = LOCKS.pop(path)
-    if handle is not None:
-        with contextlib.suppress(OSError):
+    handle, made = LOCKS.pop(path)
+    with contextlib.suppress(OSError):
+        if handle is not None:
             os.remove(path)
+        if made:
+            os.rmdir(os.path.dirname(path))  # if it is empty
+    if handle is not None:
         os.close(handle)
 
 
