@@ -244,7 +244,7 @@ def chats(tmp_path_factory):
 def test_uneven_masks_are_accumulated_exactly(chats, tmp_path, monkeypatch, more):
     """However a step is cut into batches, by one process or two, a token that is learnt counts the same."""
     monkeypatch.setattr('model.fast_bf16', lambda device: False)
-    train(tmp_path / 't', *chats, '--max_iters=2')
+    train(tmp_path / 't', *chats, '--max_iters=120', '--adam_lr=0.02')
     args = [*chats, *(arg.replace('{}', str(tmp_path)) for arg in more)]
     losses = {}
     for batch_size in (8, 4, 2):
@@ -302,7 +302,7 @@ def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
     everything.
     """
     monkeypatch.setattr('model.fast_bf16', lambda device: False)
-    train(tmp_path / 't', toy, '--max_iters=4', '--muon_lr=0.1')
+    train(tmp_path / 't', toy, '--max_iters=30')
     args = [toy, '--total_batch_size=256', *(arg.replace('{}', str(tmp_path)) for arg in args)]
     whole = train(tmp_path / 'one', *args)
     if '--train_only=draft' in args:
