@@ -62,10 +62,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.checkpoint import config_from, load_checkpoint
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
-from data.files import atomic_write
+from data.files import atomic_write, hold
 from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
                          with_labels, write_record)
 from data.loader import Loader, data_of, load_meta
+from data.signals import passed_on
 from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_dataset
 from engine import (DRAFTERS, FEW, HEADS, Engine, KVCache, PackedInt8Linear, Sampling, Speculation, first_difference,
@@ -212,11 +213,13 @@ def start(script, *words, **knobs):
     with tempfile.TemporaryFile('w+') as out:
         command = [sys.executable, script, *words, *(f'--{key}={value}' for key, value in knobs.items())]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
-        for line in process.stderr:
-            said = line.strip() or said
-            if not said.startswith('error: '):
-                print(line, end='', file=sys.stderr, flush=True)
-        if process.wait():
+        with passed_on(process):
+            for line in process.stderr:
+                said = line.strip() or said
+                if not said.startswith('error: '):
+                    print(line, end='', file=sys.stderr, flush=True)
+            process.wait()
+        if process.returncode:
             raise ValueError(f"{script}: {said.removeprefix('error: ')}")
         out.seek(0)
         return json.loads(out.read().splitlines()[-1])
@@ -818,6 +821,7 @@ def measure_rung(file, int8):
 
 def build_ladder(wanted):
     """-> the rows of all rungs, measured; what the ladder's last run measured of the same file is not measured again"""
+    hold(os.path.dirname(ladder), os.path.basename(ladder))         # rungs are held by the scripts that make them
     identity = ('command', 'file', 'made', 'int8_cache')
     known = {}
     if os.path.exists(ladder):

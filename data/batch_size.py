@@ -15,6 +15,7 @@ import tempfile
 import torch
 
 from data.files import atomic_write
+from data.signals import passed_on
 
 PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
 OUT_OF_MEMORY = (3, -9, 137)
@@ -64,7 +65,8 @@ def run_trial(knobs, rows, device, memory):
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone)
         if device == 'cpu':
             limit_memory(trial.pid, memory)
-        said = trial.communicate()[1].strip()
+        with passed_on(trial):
+            said = trial.communicate()[1].strip()
     fits = trial.returncode == 0
     print(f"batch_size=auto: {rows} rows {'fit' if fits else 'do not fit'}", file=sys.stderr, flush=True)
     if not fits and trial.returncode not in OUT_OF_MEMORY:

@@ -10,12 +10,12 @@ made from. A library for bench.py --mode=ladder and --mode=table; without torch.
 A ladder is a list of commands. Each runs as you would type it; a script whose product is there, made by this very
 command and no older than what it was made from, says so and does nothing (data/record.py).
 """
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +23,7 @@ from statistics import mean, median, stdev, variance
 
 from data.files import atomic_write
 from data.record import made
+from data.signals import passed_on
 
 FIRST = 'build a ladder first, python bench.py --mode=ladder config/ladder_quick.py'
 
@@ -45,22 +46,23 @@ def read_rungs(rungs, seeds):
     return out
 
 
+def tell(text):
+    """To stderr, whether or not its terminal is still there."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def run_command(ladder, command, log):
     """
     Runs one command of a ladder. What it prints goes to the file log; its newest line to stderr, too, every ten seconds
-    and at the end. SIGINT and SIGTERM are its own to end by, and end the ladder then. -> the document that ends its
+    and at the end. What tells us to stop is its own to end by, and ends the ladder then. -> the document that ends its
     output, {} if there is none (a prepare.py); its exit status; its last line.
     """
-    asked, last, document, shown = [], 'no word', '{}', time.time()
+    last, document, shown = 'no word', '{}', time.time()
     environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
     child = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-
-    def pass_on(signum, frame):
-        asked.append(signum)
-        child.send_signal(signum)
-    handlers = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with passed_on(child) as asked:
         for line in child.stdout:
             print(line, end='', file=log, flush=True)
             if line.startswith('{'):
@@ -69,15 +71,11 @@ def run_command(ladder, command, log):
                 last = line.strip()
             if time.time() - shown > 10:
                 shown = time.time()
-                print(f'    {last}', file=sys.stderr, flush=True)
+                tell(f'    {last}')
         status = child.wait()
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    print(f'    {last}', file=sys.stderr, flush=True)
-    if asked:
-        print(f'stopped by signal {asked[0]}; the same command goes on with this rung', file=sys.stderr)
-        raise SystemExit(128 + asked[0])
+        tell(f'    {last}')
+        if asked:
+            tell(f'stopped by signal {asked[0]}; the same command goes on with this rung')
     return json.loads(document) if status == 0 else {}, status, last
 
 

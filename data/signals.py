@@ -2,7 +2,7 @@
 Being told to stop: by Ctrl+C, by SIGTERM, or by a terminal that is closed (SIGHUP). A library, without torch.
 
     on_stop(lambda signum, frame: stopping.append(signum))      # what to do then
-    with passed_on(child):                                      # or who is told instead
+    with passed_on(child):                                      # or who is told instead, and ends first
         child.wait()
 """
 
@@ -35,7 +35,8 @@ def interrupt_on_stop():
 def passed_on(child):
     """
     While a process that we have started runs, it is told in our place, and ends as it likes: leave the block when it
-    has. Gives the list of the signals that came. If the block fails, the child is told to stop, and waited for.
+    has. Gives the list of the signals that came; if one did, this process ends after the block, with 128 + its number
+    as its status. If the block fails, the child is told to stop, and waited for.
     """
     asked = []
 
@@ -53,3 +54,5 @@ def passed_on(child):
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+    if asked:
+        raise SystemExit(128 + asked[0])
