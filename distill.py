@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
-from data.files import atomic_write, hold, read_text, sync_folder
+from data.files import atomic_write, hold, json_line, read_text, sync_folder
 from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
 from data.judge import check_reading, may_label, tokens_each_may_label
 from data.loader import Loader, copy_to
@@ -613,4 +613,4 @@ if __name__ == '__main__':
             document = {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
         if not fetch:
             record(product, document, reads)
-    print(json.dumps(document))
+    print(json_line(document))

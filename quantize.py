@@ -29,8 +29,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.checkpoint import config_from, load_model, read_safetensors, write_safetensors
-from data.loader import Loader, data_of, progress
+from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors,
+                             write_safetensors)
+from data.loader import Loader, data_are_gone, data_of, progress
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, pick_device, rope_tables
 
 
@@ -460,18 +461,37 @@ def load(path, device='cpu'):
         raise ValueError(f"no quantised model at {path}: make one with python quantize.py "
                          f"--out_dir={os.path.dirname(path) or '.'}{f' --bits={bits[1]}' if bits else ''}")
     tensors, metadata = read_safetensors(path, FORMAT, device)
-    state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
+    state = read_metadata(metadata, path)
     state['config'] = config = config_from(state['config'], path)
+    check_size(config, tensors, path)
     with torch.device('meta'):                               # the float model never takes any memory
         model = convert(GPT(config), **state['rounding'])
     if config.tie_weights:
         tensors |= {name.replace('transformer.wte', 'lm_head'): t for name, t in tensors.items() if 'wte' in name}
+    check_tensors(model.state_dict(), tensors, path)
     model.load_state_dict(tensors, assign=True)
     model.cos, model.sin = (t.to(device) for t in rope_tables(config))
     return model.eval(), state
 
+
+def read_metadata(metadata, path):
+    """What export wrote about a model. ValueError if it is something else."""
+    try:
+        state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
+        bits, group, tables_bits = (state['rounding'][key] for key in ('bits', 'group', 'tables_bits'))
+        known = {bits, tables_bits} <= {*BITS} and type(group) is int and group > 0 and len(state['rounding']) == 3
+    except (ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} does not say how its weights are rounded: use another copy, or run quantize.py again")
+    return state
+
 # -----------------------------------------------------------------------------
 # what it cost
+
+# compare's, in a document
+MEASURED = ('val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'max_kl', 'top1_flips')
+
 
 @torch.no_grad()
 def compare(model, quantised, batches, token_bytes):
@@ -545,13 +565,15 @@ def say(result):
     print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {result['params']:,} weights in "
           f"float32; {100 * result['int_share']:.1f} % of its numbers are integers")
     print(f"bytes: {', '.join(f'{name} {n:,}' for name, n in parts.items())}")
+    if result['val_loss_quant'] is None:
+        return
     print("loss on the whole validation split: "
           f"float {result['val_loss_float']:.4f} nats ({result['bpb_float']:.4f} bits per byte), "
           f"int{result['bits']} by {result['method']} {result['val_loss_quant']:.4f} ({result['bpb_quant']:.4f})")
 
 
 if __name__ == '__main__':
-    from data.files import hold
+    from data.files import hold, json_line
     from data.record import already, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -582,7 +604,7 @@ if __name__ == '__main__':
     hold(os.path.dirname(path), os.path.basename(path))
     done = already(path, [source])
     if done is not None:
-        print(json.dumps(done))
+        print(json_line(done))
         sys.exit()
 
     model, state = load_model(source, device)
@@ -590,9 +612,18 @@ if __name__ == '__main__':
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
-    data_dir, tokenizer = data_of(state, out_dir, dataset)
     block_size = model.config.block_size
-    validation = Loader(data_dir, 'val', 16, block_size, device=device)
+    gone = data_are_gone(state, dataset)
+    if gone:
+        text = f"{os.path.join('data', str(state.get('dataset')))}, which {source} was trained on, is gone"
+        if method == 'gptq':
+            raise ValueError(f"{text}, and method gptq is fitted to a text: give --method=clip, which needs none, or "
+                             "--dataset= with another text in the same tokens")
+        print(f"note: {text}: the file is written and not measured; --dataset= with another text in the same tokens "
+              "would measure it")
+    else:
+        data_dir, tokenizer = data_of(state, out_dir, dataset)
+        validation = Loader(data_dir, 'val', 16, block_size, device=device)
 
     if method == 'gptq':
         training = Loader(data_dir, 'train', 16, block_size, device=device)
@@ -600,15 +631,16 @@ if __name__ == '__main__':
         quantised = gptq(model, batches, bits, group, tables_bits)
     else:
         quantised = convert(copy.deepcopy(model), bits, group, tables_bits, search=method != 'rtn')
-    size = export(path, quantised, state['tokenizer'], dataset or state['dataset'])
+    size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
 
     quantised = load(path, device)[0]                        # what is measured is the file
     n = model.params()['total']
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
-              'bytes_by_group': bytes_by_group(quantised),
-              **compare(model, quantised, validation.eval_batches(), tokenizer.token_bytes)}
+              'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
+    if not gone:
+        result |= compare(model, quantised, validation.eval_batches(), tokenizer.token_bytes)
     say(result)
     record(path, result, [source], starts_from=source)
-    print(json.dumps(result))
+    print(json_line(result))

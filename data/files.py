@@ -12,6 +12,8 @@ import atexit
 import contextlib
 import glob
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -65,6 +67,22 @@ def sha256_of(path):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def finite(document):
+    """Nested dicts and lists of plain values -> the same, with None for numbers that are NaN or infinite."""
+    if isinstance(document, dict):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [finite(value) for value in document]
+    if isinstance(document, float) and not math.isfinite(document):
+        return None
+    return document
+
+
+def json_line(document):
+    """A document as one line of JSON that every reader takes, which knows no NaN and no Infinity: they are null."""
+    return json.dumps(finite(document), allow_nan=False)
 
 
 # -----------------------------------------------------------------------------

@@ -299,8 +299,8 @@ def find_gpt2(path):
 def load_gpt2(path, device='cpu'):
     """
     nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or
-    pytorch_model.bin, or several of them and an index) -> GPT2, float32, in eval mode on device, and the tokenizer that lies beside it
-    (load_gpt2_tokenizer), or None. ValueError for anything else.
+    pytorch_model.bin, or several of them and an index) -> GPT2, float32, in eval mode on device, and the tokenizer that
+    lies beside it (load_gpt2_tokenizer), or None. ValueError for anything else.
     """
     file = find_gpt2(path)
     read = read_hf_gpt2 if os.path.basename(file) in HF_FILES else read_nanogpt

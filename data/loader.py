@@ -186,6 +186,11 @@ def load_meta(data_dir):
             raise ValueError(f'{path} is damaged, it is not JSON: run python {script} again') from None
 
 
+def data_are_gone(state, dataset=''):
+    """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
+    return not dataset and not os.path.exists(os.path.join('data', state.get('dataset') or '', 'meta.json'))
+
+
 def data_of(state, source, dataset=''):
     """
     The data that belong to a checkpoint -> the folder, and the tokenizer.

@@ -364,7 +364,7 @@ def from_meta(meta):
     """
     bpe = ('ranks', 'pattern', 'special_tokens')
     needs = {'char': ('chars',), 'bpe': bpe, 'chat': bpe}
-    kind = meta.get('kind')
+    kind = meta.get('kind') if isinstance(meta, dict) else None
     if kind not in needs:
         raise ValueError(f'unknown tokenizer kind {kind!r}: expected one of {", ".join(needs)}; '
                          'run the data set\'s prepare.py again')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import SMALL, make_dataset, randomise, refused, run
 
 import quantize as Q
-from data.checkpoint import save_checkpoint
+from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.loader import Loader
 from data.tokenizer import from_meta
 from engine import Engine, PackedInt4Linear, PackedInt8Linear, Sampling, for_decoding
@@ -340,6 +340,39 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         Q.load(path)
 
 
+@pytest.mark.parametrize('number', [float('nan'), float('inf')])
+def test_scales_that_are_no_numbers_are_refused(tmp_path, number):
+    model, path = Q.convert(small(), 4), f'{tmp_path}/m.safetensors'
+    model.transformer.h[1].mlp.c_fc.scale[3] = number
+    Q.export(path, model, {})
+    with pytest.raises(ValueError, match='m.safetensors .*1 of the .* of transformer.h.1.mlp.c_fc.scale are NaN or inf'):
+        Q.load(path)
+
+
+@pytest.mark.parametrize('change, match', [
+    (dict(config={'block_size': 2_000_000}), 'its block_size'),
+    (dict(config={'n_layer': 2000}), 'its n_layer is 2,000'),
+    (dict(config={'n_embd': 10**12}), 'its n_embd'),
+    (dict(config={'n_hidden': 7}), 'c_fc.weight is .* instead of'),
+    (dict(rounding={'bits': 8}), r'c_q.weight is .* instead of|is torch.uint8 instead of torch.int8'),
+    (dict(rounding={'bits': 3}), 'how its weights are rounded'),
+    (dict(rounding={'group': 0}), 'how its weights are rounded'),
+    (dict(rounding={'more': 0}), 'how its weights are rounded')])
+def test_files_that_do_not_hold_what_they_describe(tmp_path, change, match):
+    """They are whole, and yet no model's: refused before one is made."""
+    path = f'{tmp_path}/m.safetensors'
+    Q.export(path, Q.convert(small(), 4), {})
+    tensors, metadata = read_safetensors(path, Q.FORMAT)
+    for key, new in change.items():
+        metadata[key] = json.dumps(json.loads(metadata[key]) | new)
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=match):
+        Q.load(path)
+    write_safetensors(path, tensors, metadata | {'rounding': 'not JSON'})
+    with pytest.raises(ValueError, match='how its weights are rounded'):
+        Q.load(path)
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """Checkpoints of one model: trained in float, through 4 bits, and stopped before its rounding began."""
@@ -386,6 +419,34 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     assert (result['method'], result['bits']) == (method, how['bits'])
     assert result['group'] == (how.get('group', 32) if how['bits'] == 4 else None)
     assert result['file'] == f"{tmp_path}/int{how['bits']}.safetensors"
+
+
+@pytest.mark.parametrize('source, flags, method', [
+    ('float', '', 'rtn'), ('float', '--bits=4 --method=clip', 'clip'), ('qat', '--bits=4', 'qat')])
+def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):
+    """Its file is the same, and not measured; another text in the same tokens measures it."""
+    folder, model, loader = trained
+    state = torch.load(folder / source / 'best.pt', weights_only=True) | {'dataset': f'{tmp_path}/gone'}
+    (tmp_path / 'm').mkdir()
+    torch.save(state, tmp_path / 'm' / 'best.pt')
+    got = quantize(tmp_path / 'm', *flags.split())
+    assert got.status == 0 and got.out.count('gone: the file is written and not measured') == 1, got.err
+    result = json.loads(got.out.splitlines()[-1])
+    assert result['method'] == method and [result[key] for key in Q.MEASURED] == [None] * 7
+    measured = quantize(tmp_path / 'm', *flags.split(), f'--dataset={folder}/data', f'--save_dir={tmp_path}/again')
+    again = json.loads(measured.out.splitlines()[-1])
+    assert all(again[key] is not None for key in Q.MEASURED) and again['bytes_by_group'] == result['bytes_by_group']
+    assert same_tensors(Q.load(result['file'])[0], Q.load(again['file'])[0])
+
+
+def test_what_needs_data_says_so(trained, tmp_path):
+    state = torch.load(trained[0] / 'float' / 'best.pt', weights_only=True) | {'dataset': 'gone'}
+    torch.save(state, tmp_path / 'best.pt')
+    refused(quantize(tmp_path, '--bits=4'), 'data/gone, which .*best.pt was trained on, is gone, .*--method=clip')
+    refused(quantize(tmp_path, '--dataset=nowhere'), 'no dataset in data/nowhere')
+    make_dataset(tmp_path / 'other', 'another text, of other characters\n' * 90)
+    refused(quantize(tmp_path, f'--dataset={tmp_path}/other'), 'has another tokenizer than')
+    assert not list(tmp_path.glob('*.safetensors'))
 
 
 @pytest.mark.parametrize('source, flags, words', [
