@@ -17,7 +17,6 @@ gave (refit), and the residual stream is turned onto its principal axes before c
 weights does not notice a rotation, so that changes nothing by itself (SliceGPT, arXiv 2401.15024).
 And neurons go in an order that knows of the refit (elimination_order).
 """
-import json
 import math
 import os
 import re
@@ -29,15 +28,16 @@ import numpy as np
 import torch
 
 from data.checkpoint import load_model, save_checkpoint, will_replace
-from data.files import hold
-from data.loader import Loader, data_of, load_meta, progress
+from data.files import hold, json_line
+from data.loader import Loader, data_are_gone, data_of, load_meta, progress
 from data.record import already, record
-from data.tokenizer import cut_tokenizer, recode
+from data.tokenizer import cut_tokenizer, from_meta, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
 from model import GPT, evaluate, pick_device
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
+BY_WEIGHTS = ('l1', 'random')           # those that need no text to measure on
 MERGE = ('aligned', 'plain', 'first')
 # what shrink cuts -> how the shape calls its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
@@ -548,6 +548,29 @@ def cut_layers(model, layers, batches):
     return shrink(model, 'layers', int(layers), batches, layer_importance, seed=seed)
 
 
+def go_without_text(gone):
+    """Says that nothing is measured. ValueError names the knobs that ask for what only a text can tell."""
+    need = []
+    if vocab_keep:
+        need.append(f'vocab_keep ({vocab_keep})')
+    if keep_params < 1:
+        need.append(f'keep_params ({keep_params})')
+    if layers is not None and ',' not in str(layers) and layer_importance not in BY_WEIGHTS:
+        need.append(f'layer_importance ({layer_importance})')
+    if channel_prune_ratio or neuron_prune_ratio or head_prune_ratio:
+        if importance not in BY_WEIGHTS:
+            need.append(f'importance ({importance})')
+        if refit:
+            need.append('refit (True)')
+    if channel_prune_ratio and rotate:
+        need.append('rotate (True)')
+    if need:
+        raise ValueError(f"{gone}, and there is no {', '.join(need)} without a text: give --dataset= with another text "
+                         "in the same tokens, or go by the weights alone, --importance=l1 --layer_importance=l1 "
+                         "--refit=False --rotate=False")
+    print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would measure it')
+
+
 def measure_speeds(models):
     """tokens/s of one sequence, for each. They take turns, and the fastest counts: neighbours can only slow it down."""
     best = [0.0] * len(models)
@@ -561,8 +584,10 @@ def measure_speeds(models):
 
 def measure_side(when, model, file, data_dir, tokenizer, speed):
     """What there is to know of the model before or after, as part of the document."""
-    validation = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
-    measured = evaluate(model, validation.eval_batches(), tokenizer.token_bytes)
+    measured = {'loss': None, 'bpb': None}
+    if data_dir:
+        validation = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
+        measured = evaluate(model, validation.eval_batches(), tokenizer.token_bytes)
     shape = [f'{name} {getattr(model.config, name)}'
              for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')]
     print(f'{when}:'.ljust(7), ', '.join(shape))
@@ -577,14 +602,16 @@ def print_table(result):
                                ('params', 'parameters', 0), ('bytes', 'bytes of file', 0),
                                ('kv_bytes_per_token', 'bytes of cache a token (float32)', 0),
                                ('tok_s', 'tokens/s, one sequence', 0)):
-        print(f"{label:36}{result[f'{key}_before']:14,.{digits}f}{result[f'{key}_after']:14,.{digits}f}")
+        before, after = result[f'{key}_before'], result[f'{key}_after']
+        if before is not None and after is not None:
+            print(f"{label:36}{before:14,.{digits}f}{after:14,.{digits}f}")
 
 
 def print_next_command(result, knobs, dataset, block_size, fold):
     """The command that trains what is left. knobs: those that the whole model was trained with."""
     # half a teacher recovered more at the usual rates (the notebook); that 0.2 nats are little is a guess
-    lost = result['val_loss_after'] - result['val_loss_before']
-    little = lost < 0.2 and knobs.get('init_from') == 'scratch'
+    before, after = result['val_loss_before'], result['val_loss_after']
+    little = after is not None and after - before < 0.2 and knobs.get('init_from') == 'scratch'
     path = result['file']
     words = ['python', 'train.py', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}-recovered',
              f'--dataset={dataset}', f'--block_size={block_size}']
@@ -645,12 +672,17 @@ if __name__ == '__main__':
     hold(os.path.dirname(path))
     done = already(path, [source])
     if done is not None:
-        print(json.dumps(done))
+        print(json_line(done))
         sys.exit()
 
     whole, state = load_model(source, device)
-    knobs, data_name = state.get('knobs', {}), dataset or state['dataset']
-    old_dir, old = data_of(state, out_dir, dataset)
+    knobs, data_name = state.get('knobs', {}), dataset or state.get('dataset')
+    gone = data_are_gone(state, dataset)
+    if gone:
+        old_dir, old = None, from_meta(state['tokenizer'])
+        go_without_text(f"{os.path.join('data', str(data_name))}, which {source} was trained on, is gone")
+    else:
+        old_dir, old = data_of(state, out_dir, dataset)
     will_replace([path], [source], save_dir)
     model, data_dir, tokenizer = whole, old_dir, old
     if vocab_keep:
@@ -658,9 +690,11 @@ if __name__ == '__main__':
         data_name, data_dir = f'{data_name}_v{vocab_keep}', f'{data_dir}_v{vocab_keep}'
 
     # what the model was trained to leave out, it must not see here, either
-    fold = knobs.get('hold_out', '') if data_name == state['dataset'] else ''
-    loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
-    batches = [loader.batch(step) for step in range(calibration_batches)]
+    fold = knobs.get('hold_out', '') if data_name == state.get('dataset') else ''
+    batches = []
+    if not gone:
+        loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
+        batches = [loader.batch(step) for step in range(calibration_batches)]
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
 
     if layers is not None:
@@ -671,8 +705,9 @@ if __name__ == '__main__':
         model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
     if kv_heads:
         moments = measure(model, batches, 'l1')[1]
-        model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments, kv_merge))
-    for kind, left, loss, model in cut_to(model, keep_params * whole.params()['total'], batches, **how):
+        model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments or None, kv_merge))
+    cuts = cut_to(model, keep_params * whole.params()['total'], batches, **how) if keep_params < 1 else ()
+    for kind, left, loss, model in cuts:
         print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
               f"loss on the calibration batches {loss:.4f}", flush=True)
 
@@ -688,4 +723,4 @@ if __name__ == '__main__':
     print_table(result)
     print_next_command(result, knobs, data_name, model.config.block_size, fold)
     record(path, result, [source], starts_from=source)
-    print(json.dumps(result))
+    print(json_line(result))

@@ -21,7 +21,7 @@ import sys
 import time
 from statistics import mean, median, stdev, variance
 
-from data.files import atomic_write
+from data.files import atomic_write, finite
 from data.record import made
 from data.signals import passed_on
 
@@ -111,7 +111,7 @@ def build_rung(ladder, name, seed, command):
 
 def write_record(path, rows, machine):
     document = {'mode': 'ladder', 'machine': machine, 'date': time.strftime('%Y-%m-%d'), 'rows': rows}
-    atomic_write(path, lambda f: f.write((json.dumps(document, indent=1) + '\n').encode()))
+    atomic_write(path, lambda f: f.write((json.dumps(finite(document), indent=1, allow_nan=False) + '\n').encode()))
 
 
 def read_record(path):

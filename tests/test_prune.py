@@ -519,11 +519,51 @@ def test_the_script(trained, tmp_path):
 
 
 def test_the_command_that_it_prints(trained):
-    got = prune(trained, '--neuron_prune_ratio=0.5', f'--save_dir={trained}/half')
+    learnt = run('train.py', f'--dataset={trained}/data', f'--out_dir={trained}/learnt/out', '--n_layer=2', '--n_embd=32',
+                 '--n_head=4', '--block_size=32', *TRAIN, '--max_iters=60')     # or it would be refused as a teacher
+    assert learnt.status == 0, learnt.err
+    got = prune(trained / 'learnt', '--neuron_prune_ratio=0.5', f'--save_dir={trained}/half')
     command = re.search('python (train.py .*)', got.out)[1]
     learned = run(*shlex.split(command), *TRAIN)        # few steps, for speed
     assert learned.status == 0, learned.err
-    assert load_model(f'{trained}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{trained}/out'
+    assert load_model(f'{trained}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{trained}/learnt/out'
+
+
+@pytest.fixture
+def gone(trained, tmp_path):
+    """The same model, whose data are gone."""
+    state = torch.load(trained / 'out' / 'best.pt', weights_only=True) | {'dataset': 'gone'}
+    (tmp_path / 'out').mkdir()
+    torch.save(state, tmp_path / 'out' / 'best.pt')
+    return tmp_path
+
+
+def test_what_needs_no_text_goes_without(trained, gone):
+    """By the weights alone; another text in the same tokens measures what came of it, and changes nothing of it."""
+    how = ('--layers=1,', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--channel_prune_ratio=0.25',
+           '--importance=l1', '--refit=False', '--rotate=False', '--kv_heads=1', '--kv_merge=plain')
+    got = prune(gone, *how)
+    assert got.status == 0 and got.out.count('is gone: what is left is not measured') == 1, got.err
+    result = json.loads(got.out.splitlines()[-1])
+    assert {key for key in result if result[key] is None} == {
+        f'{what}_{when}' for what in ('val_loss', 'bpb') for when in ('before', 'after')}
+    c = load_model(result['file'])[0].config
+    assert (c.n_layer, c.n_embd, c.n_hidden, c.n_kv_head) == (1, 24, 12, 1)
+    whole = prune(gone, *how, '--channel_prune_ratio=0', f'--save_dir={gone}/a')
+    again = prune(gone, *how, '--channel_prune_ratio=0', f'--save_dir={gone}/b', f'--dataset={trained}/data')
+    assert whole.status == again.status == 0 and json.loads(again.out.splitlines()[-1])['val_loss_after'] is not None
+    a, b = (load_model(f'{gone}/{name}/best.pt')[0].state_dict() for name in 'ab')
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('flags, words', [
+    ('--neuron_prune_ratio=0.5', r'importance \(obs\), refit \(True\) without a text: give --dataset='),
+    ('--channel_prune_ratio=0.5 --importance=l1 --refit=False', r'no rotate \(True\)'),
+    ('--layers=1', r'no layer_importance \(loss\)'), ('--vocab_keep=280', 'no vocab_keep'),
+    ('--keep_params=0.5', 'no keep_params'), ('--dataset=nowhere', 'no dataset in data/nowhere')])
+def test_what_needs_a_text_says_so(gone, flags, words):
+    refused(prune(gone, *flags.split()), words)
+    assert not (gone / 'out-pruned').exists()
 
 
 @pytest.mark.parametrize('flag, words', [
