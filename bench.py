@@ -62,7 +62,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.checkpoint import config_from, load_checkpoint
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
-from data.files import atomic_write, hold
+from data.files import atomic_write, hold, json_line
 from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
                          with_labels, write_record)
 from data.loader import Loader, data_of, load_meta
@@ -182,7 +182,7 @@ def report(columns, lines, **document):
             table.append([pad(cell, width) for cell in [heading, *rule, *cells]])
     for cells in zip(*table):
         print(f"| {' | '.join(cells)} |" if mode == 'table' else '  '.join(cells))
-    print(json.dumps({'mode': mode, 'machine': machine, 'rows': lines} | document))
+    print(json_line({'mode': mode, 'machine': machine, 'rows': lines} | document))
 
 
 def numbered(knob):

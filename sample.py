@@ -8,13 +8,12 @@ Completes text with a trained model: float, or the int8 or int4 file running on 
 
 stdout receives text only; what it cost goes to stderr with --show_stats=True, one JSON document last.
 """
-import json
 import os
 import sys
 
 import torch
 
-from data.files import read_text
+from data.files import json_line, read_text
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation, for_decoding
 from model import GPT, can_compile, pick_device
@@ -184,7 +183,7 @@ def print_stats():
         'device': device}
     print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
           f"{numbers['tok_s']:,} tok/s; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
-    print(json.dumps(numbers), file=sys.stderr)
+    print(json_line(numbers), file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # load the model

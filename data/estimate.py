@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.loader import Loader
-from distill import Distiller, in_bfloat16, load_teacher
+from distill import Distiller, in_bfloat16, load_teacher, teacher_names
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, autocast, make_optimizers, update
 from quantize import prepare
 
@@ -39,7 +39,7 @@ def teachers_of_training(t, c):
     if t.teacher.startswith('labels') and not os.path.exists(t.teacher):
         return [], 12                           # what distill.py writes
     models = []
-    for name in t.teacher.split('+') if t.teacher else ():
+    for name in teacher_names(t.teacher):
         nanochat_shape = re.fullmatch(r'nanochat:(?:.*/)?(d\d+)/?', name)
         if nanochat_shape or name.startswith('random:'):                # no gigabytes are read to measure a shape
             model = load_teacher(f'random:{nanochat_shape[1]}' if nanochat_shape else name, t.device).model
