@@ -24,7 +24,7 @@
 
 def _end_in_one_line():
     """Sees to how the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced."""
-    import os, sys
+    import atexit, os, sys
 
     optional = ('gguf', 'matplotlib', 'pyarrow', 'requests', 'safetensors', 'transformers', 'wandb')
     no_memory = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory',
@@ -39,7 +39,6 @@ def _end_in_one_line():
     def tell(kind, error, trace):
         """In the place of Python's own hook for an exception that nobody caught; True if a line said it."""
         if isinstance(error, BrokenPipeError):      # whoever read our output has left: nobody is there to be told
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return True
         message = ' '.join(str(error).split())
         status = 1
@@ -58,7 +57,16 @@ def _end_in_one_line():
             sys.exit(status)
         return True
 
+    def flush():
+        """Often the text reaches a pipe only here, at the very end, and its reader has left."""
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     sys.excepthook = tell
+    atexit.register(flush)
     for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')

@@ -16,7 +16,6 @@ import csv
 import json
 import math
 import os
-import signal
 import sys
 import time
 
@@ -29,6 +28,7 @@ from data.checkpoint import load_weights, save_checkpoint, shape_of_student, sta
 from data.files import atomic_write, hold
 from data.loader import Loader, load_meta
 from data.record import already, record
+from data.signals import on_stop
 from data.tokenizer import from_meta
 from distill import check_teachers, make_learner
 from engine import Engine, Sampling
@@ -233,10 +233,7 @@ for part in ('model', 'optimizers', 'ema'):
 # what happens now and then
 
 stopping = []               # what asked for the end of this run
-for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
-    # nohup has SIGHUP ignored: so it stays
-    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-        signal.signal(getattr(signal, name), lambda signum, frame: stopping.append(signum))
+on_stop(lambda signum, frame: stopping.append(signum))
 
 def say(*words):
     """Prints, in the first process. When nobody reads any more, the training is saved and ends."""
