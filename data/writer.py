@@ -148,7 +148,9 @@ def char_ids(tokenizer, text):
     codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
     present = np.flatnonzero(np.bincount(codes))
     table = np.zeros(present[-1] + 1 if len(present) else 1, dtype=np.uint32)
-    table[present] = tokenizer.encode(''.join(map(chr, present)))
+    table[present] = tokenizer.encode(''.join(map(chr, present)),
+                                      'take them out of the text, or leave --tokenizer= away: the dataset then has a '
+                                      'vocabulary of its own, for models that are trained on it from scratch')
     return table[codes]
 
 

@@ -324,7 +324,7 @@ def refuses(house, flags, pattern, script='sample.py', first=('--start=the', '--
     ('--out_dir={}/header', 'not a whole'),
     ('--out_dir={}/mixed', 'not a whole'),
     ('--out_dir={}/empty', 'not a whole'),
-    ('--start=the%cat', "no token for '%'"),
+    ('--start=the%cat', "no token for '%': .*; leave them out of the prompt"),
     ('--start=', 'prompt is empty'),
     ('--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
     ('--start=thecatsatonamatandran --slide=True', 'do not fit'),
