@@ -13,7 +13,6 @@ SIGTERM, or closing the terminal) saves and stops. out_dir receives ckpt.pt (the
 import atexit
 import contextlib
 import csv
-import json
 import math
 import os
 import sys
@@ -25,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.batch_size import rows_that_fit
 from data.checkpoint import load_weights, save_checkpoint, shape_of_student, starting_point, will_replace
-from data.files import atomic_write, hold
-from data.loader import Loader, load_meta
+from data.files import atomic_write, hold, in_repo, json_line
+from data.loader import Loader, load_meta, micro_batches
 from data.record import already, record
 from data.signals import on_stop
 from data.tokenizer import from_meta
@@ -118,7 +117,7 @@ limits = {
     'dtype': ['auto', 'float32', 'bfloat16'],
 }
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 # -----------------------------------------------------------------------------
 # set-up: the processes, the device, the text, and the checkpoint to start from
 
@@ -140,15 +139,15 @@ dtype = pick_dtype(dtype, device)
 compile = compile and can_compile(device)
 
 # the text and its tokens; a batch depends on nothing but its number
-data_dir = os.path.join('data', dataset)
+data_dir = os.path.join(in_repo('data'), dataset)
 tokenizer = from_meta(load_meta(data_dir))
 rows = 1 if batch_size == 'auto' else batch_size
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
+# the checkpoint to start from, if there is one; resumed: it is this very training, which goes on
 if main_process:
     hold(out_dir)                               # another training in it must be over before its checkpoint is read
-# the checkpoint to start from, if there is one; resumed: it is this very training, which goes on
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
@@ -157,7 +156,7 @@ reads = [os.path.join(data_dir, 'meta.json'), *teacher_files, *[init_from] * boo
 if not resumed:
     made_before = already(best_path, reads)     # a ladder (bench.py) may have run this very command before
     if made_before:
-        print(json.dumps(made_before))
+        print(json_line(made_before))
         sys.exit()
     will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
 if resumed:
@@ -168,25 +167,16 @@ if resumed:
         f"resume with the same, or start from it with --init_from={ckpt_path}")
 
 
-
-def micro_batches(rows):
-    """How many forward passes of so many rows make a step of total_batch_size tokens (0: one)."""
-    tokens = rows * block_size * world_size
-    assert total_batch_size % tokens == 0, (
-        f"total_batch_size ({total_batch_size}) must be a multiple of "
-        f"batch_size*block_size*processes ({rows}*{block_size}*{world_size}={tokens}): "
-        f"try {max(1, round(total_batch_size / tokens)) * tokens}")
-    return max(1, total_batch_size // tokens)
-
-
 if batch_size == 'auto':
     knobs = config | {'init_from': ckpt_path if resumed else init_from, 'dtype': dtype, 'compile': compile}
-    most = micro_batches(1) if total_batch_size else max(1, loader.n_windows // world_size)
+    most = max(1, loader.n_windows // world_size)
+    if total_batch_size:
+        most = micro_batches(total_batch_size, 1, block_size, world_size)
     batch_size, how = rows_that_fit(knobs, most, total_batch_size > 0, device,
                                     os.path.join(out_dir, 'batch_size.json'), lambda n: int(least(n)))
     loader.batch_size = val_loader.batch_size = batch_size
     print(f'batch_size: {batch_size} rows, {how}', flush=True)
-accumulation = micro_batches(batch_size)
+accumulation = micro_batches(total_batch_size, batch_size, block_size, world_size)
 total_batch_size = accumulation * batch_size * block_size * world_size
 
 # -----------------------------------------------------------------------------
@@ -234,6 +224,7 @@ for part in ('model', 'optimizers', 'ema'):
 
 stopping = []               # what asked for the end of this run
 on_stop(lambda signum, frame: stopping.append(signum))
+
 
 def say(*words):
     """Prints, in the first process. When nobody reads any more, the training is saved and ends."""
@@ -517,7 +508,7 @@ document = {'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size
             'val_loss_before': val_loss_before}
 if main_process and step >= max_iters and os.path.exists(best_path):
     record(best_path, document, reads, started_from, teacher if labels else None)
-say(json.dumps(document))
+say(json_line(document))
 if world_size > 1:
     dist.barrier()
     dist.destroy_process_group()

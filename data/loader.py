@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+from data.files import in_repo
 from data.tokenizer import from_meta
 # torch is imported by Loader.rows alone: preparing a dataset needs none, and it takes seconds to import
 
@@ -153,6 +154,19 @@ def copy_to(device, *tensors):
     return tuple(t.to(device) for t in tensors)
 
 
+def micro_batches(total_batch_size, rows, block_size, processes=1):
+    """
+    How many forward passes over so many rows, on each process, make an optimizer step of total_batch_size tokens (0: one
+    pass). AssertionError if they do not come out even.
+    """
+    tokens = rows * block_size * processes
+    assert total_batch_size % tokens == 0, (
+        f"total_batch_size ({total_batch_size}) must be a multiple of "
+        f"batch_size*block_size*processes ({rows}*{block_size}*{processes}={tokens}): "
+        f"try {max(1, round(total_batch_size / tokens)) * tokens}")
+    return max(1, total_batch_size // tokens)
+
+
 def held_out(fold, places, n_tokens, row=None):
     """
     Which places of a text are in a part of it that is left out.
@@ -188,7 +202,7 @@ def load_meta(data_dir):
 
 def data_are_gone(state, dataset=''):
     """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
-    return not dataset and not os.path.exists(os.path.join('data', state.get('dataset') or '', 'meta.json'))
+    return not dataset and not os.path.exists(os.path.join(in_repo('data'), state.get('dataset') or '', 'meta.json'))
 
 
 def data_of(state, source, dataset=''):
@@ -198,7 +212,7 @@ def data_of(state, source, dataset=''):
     state: what was loaded; source: where from, for the message; dataset: another than it was trained on, or empty.
     ValueError if checkpoint and data do not have the same tokenizer.
     """
-    data_dir, tokenizer = os.path.join('data', dataset or state['dataset']), from_meta(state['tokenizer'])
+    data_dir, tokenizer = os.path.join(in_repo('data'), dataset or state['dataset']), from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
                          f"was trained on ({state['dataset']}), or prepare that as it was")

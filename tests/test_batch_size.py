@@ -4,6 +4,7 @@ memory.
 """
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -62,9 +63,9 @@ def test_nothing_fits(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
 def test_under_a_real_limit(toy, tmp_path, monkeypatch):
-    """300 MiB to train in: what is found is trained with, and equals a run that is given the number."""
-    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 300 * 2**20)
-    args = [*TINY, toy, '--n_embd=64', '--block_size=64', '--max_iters=2', '--total_batch_size=65536']
+    """100 MiB to train in: what is found is trained with, and equals a run that is given the number."""
+    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 100 * 2**20)
+    args = [*TINY, toy, '--n_embd=64', '--block_size=128', '--max_iters=2', '--total_batch_size=8192']
     got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
     assert got.status == 0, got.err
     found = json.loads(got.out.splitlines()[-1])
@@ -75,8 +76,10 @@ def test_under_a_real_limit(toy, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
 def test_other_errors_are_told(toy, tmp_path):
-    got = run('train.py', *TINY, toy, '--batch_size=auto', '--alpha=0.3', '--teacher=/no/such', f'--out_dir={tmp_path}')
-    assert got.status == 1 and 'no teacher at /no/such' in got.err.splitlines()[-1]
+    """What is wrong with a trial, and is not memory, ends the search."""
+    got = run('train.py', *TINY, toy, '--batch_size=auto', '--train_only=draft', f'--out_dir={tmp_path}')
+    assert got.status == 1
+    assert re.search('a trial of 1 rows ended with status 1: train_only=draft needs that head', got.err.splitlines()[-1])
 
 
 def test_free_memory_is_the_least_that_anything_allows(tmp_path):
