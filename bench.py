@@ -62,7 +62,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.checkpoint import config_from, load_checkpoint
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
-from data.files import atomic_write, hold, json_line
+from data.files import atomic_write, hold, in_repo, json_line
 from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
                          with_labels, write_record)
 from data.loader import Loader, data_of, load_meta
@@ -159,7 +159,7 @@ elif {'--mode=plot', '--mode=table'} & set(sys.argv):
     csvs, jsons = ([word for word in sys.argv if word.endswith(end) and word[0] != '-'] for end in ('.csv', '.json'))
     sys.argv = [word for word in sys.argv if word not in csvs + jsons]
     sys.argv += [f"--logs={','.join(csvs)}"] * bool(csvs) + [f"--record={','.join(jsons)}"] * bool(jsons)
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 # -----------------------------------------------------------------------------
 # what several modes need
@@ -211,7 +211,7 @@ def start(script, *words, **knobs):
     """A script in a process of its own -> the document that ends its output. What ends it ends us."""
     said = f'no word from {script}'
     with tempfile.TemporaryFile('w+') as out:
-        command = [sys.executable, script, *words, *(f'--{key}={value}' for key, value in knobs.items())]
+        command = [sys.executable, in_repo(script), *words, *(f'--{key}={value}' for key, value in knobs.items())]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
         with passed_on(process):
             for line in process.stderr:
@@ -571,7 +571,7 @@ def read_training():
 
 def shape_of_training():
     """-> its GPTConfig; the vocabulary is vocab_size, or the dataset's, or nanochat's if that teaches."""
-    folder, size = os.path.join('data', t.dataset), vocab_size
+    folder, size = os.path.join(in_repo('data'), t.dataset), vocab_size
     if not size and os.path.exists(os.path.join(folder, 'meta.json')):
         size = load_meta(folder)['vocab_size']
     if not size and t.teacher.startswith(('nanochat:', 'random:')):

@@ -3,7 +3,7 @@
 #     n_layer = 6            # a knob: a lowercase global that is a bool, an int, a float, a str or None
 #     learning_rate = 1e-3   # its default says which type it takes
 #     limits = {'n_layer': (1, None), 'learning_rate': (0, 1)}      # what they may be, see check below
-#     exec(open('configurator.py').read())
+#     exec(open(in_repo('configurator.py')).read())              # in_repo: data/files.py, wherever the user stands
 #     print(config)          # every knob with its final value; n_layer and the others are set as well
 #
 # $ python train.py --help                                  the script's docstring, every knob and its default
@@ -81,7 +81,7 @@ def _configure(script, install_hook):
     defaults = {key: script.pop(key) for key in [*script]
                 if script[key].__class__ in kinds and key[0] != '_' and not key.isupper()}
     install_hook()
-    args = sys.argv[1:]
+    args, home = sys.argv[1:], os.path.expanduser('~')
 
     def fail(message):
         raise ValueError(message)
@@ -103,6 +103,10 @@ def _configure(script, install_hook):
     def fit(key, value, where):
         """The value as this knob holds it. Its type is that of the script's default, whatever a file has set since."""
         kind = type(defaults[key])
+        if type(value) is str:
+            # ~/ is the home folder where a path may begin: at the start of a text, behind a word that says what kind of
+            # path it is (FILE:~/x, gpt2:~/x) and behind a + (several teachers). Any other ~ is a plain character.
+            value = re.sub(r'(^|\+)(\w+:)?~(?=/)', lambda found: (found[1] + (found[2] or '') + home), value)
         if kind is float and type(value) is int:
             return float(value)
         off = value is None and kind in (int, float)                  # a number can be turned off: --top_k=none
@@ -160,10 +164,11 @@ def _configure(script, install_hook):
             fail(f"{problem}, did you mean {shlex.quote(f'--{known}={text}')}?")
         elif not arg.endswith('.py'):
             fail(f'{arg!r} is not a config file, whose name ends in .py, nor a flag --key=value')
-        elif not os.path.isfile(arg):
-            fail(f'no config file {arg!r} in {os.getcwd()}')
         else:
-            files.append(arg)
+            beside = os.path.join(os.path.dirname(script['__file__']), arg)     # config/ lies beside the scripts
+            if not os.path.isfile(arg) and not os.path.isfile(beside):
+                fail(f'no config file {arg!r} in {os.getcwd()}')
+            files.append(arg if os.path.isfile(arg) else beside)
 
     knobs = dict(defaults)
     for file in files:

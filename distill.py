@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
-from data.files import atomic_write, hold, json_line, read_text, sync_folder
+from data.files import atomic_write, hold, in_repo, json_line, read_text, sync_folder
 from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
 from data.judge import check_reading, may_label, tokens_each_may_label
 from data.loader import Loader, copy_to
@@ -526,7 +526,7 @@ if __name__ == '__main__':
         'method': ['sample', 'topk'],
         'dtype': ['auto', 'float32', 'bfloat16'],
     }
-    exec(open('configurator.py').read())
+    exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
 
     def convert():
@@ -554,7 +554,7 @@ if __name__ == '__main__':
         teachers = [load_teacher(name, device) for name in teacher_names(teacher)]
         text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
         assert text, f"{teacher} does not say which dataset to label: give --dataset="
-        loader = Loader(os.path.join('data', text), 'train', batch_size, context, device=device)
+        loader = Loader(os.path.join(in_repo('data'), text), 'train', batch_size, context, device=device)
         tokenizer = from_meta(loader.meta)
         teachers = [fitted(t, tokenizer, context, text) for t in teachers]
         assert not calibrate or all(t.hold_out for t in teachers), (
@@ -589,7 +589,7 @@ if __name__ == '__main__':
     # in a ladder (bench.py), what this very command has made from these files is not made again
     reads = check_teachers(teacher)
     if dataset:
-        reads.append(os.path.join('data', dataset, 'meta.json'))
+        reads.append(os.path.join(in_repo('data'), dataset, 'meta.json'))
     hold(os.path.dirname(product))
     document = None if fetch else already(product, reads)
     if document is None:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from data.checkpoint import load_model, save_checkpoint, will_replace
-from data.files import hold, json_line
+from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_are_gone, data_of, load_meta, progress
 from data.record import already, record
 from data.tokenizer import cut_tokenizer, from_meta, recode
@@ -660,7 +660,7 @@ if __name__ == '__main__':
         'kv_merge': [*MERGE],
         'layer_importance': ['loss', *IMPORTANCE],
     }
-    exec(open('configurator.py').read())
+    exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
     device = pick_device(device)
     assert layers is None or re.fullmatch(r'\d+(,\d+)*,?', str(layers)), \
@@ -680,7 +680,7 @@ if __name__ == '__main__':
     gone = data_are_gone(state, dataset)
     if gone:
         old_dir, old = None, from_meta(state['tokenizer'])
-        go_without_text(f"{os.path.join('data', str(data_name))}, which {source} was trained on, is gone")
+        go_without_text(f"{os.path.join(in_repo('data'), str(data_name))}, which {source} was trained on, is gone")
     else:
         old_dir, old = data_of(state, out_dir, dataset)
     will_replace([path], [source], save_dir)

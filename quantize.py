@@ -573,7 +573,7 @@ def say(result):
 
 
 if __name__ == '__main__':
-    from data.files import hold, json_line
+    from data.files import hold, in_repo, json_line
     from data.record import already, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -595,7 +595,7 @@ if __name__ == '__main__':
         'method': ['auto', *METHODS],
         'calib_batches': (1, None),
     }
-    exec(open('configurator.py').read())
+    exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
     device = pick_device(device)
     source = os.path.join(out_dir, weights)
@@ -615,7 +615,7 @@ if __name__ == '__main__':
     block_size = model.config.block_size
     gone = data_are_gone(state, dataset)
     if gone:
-        text = f"{os.path.join('data', str(state.get('dataset')))}, which {source} was trained on, is gone"
+        text = f"{os.path.join(in_repo('data'), str(state.get('dataset')))}, which {source} was trained on, is gone"
         if method == 'gptq':
             raise ValueError(f"{text}, and method gptq is fitted to a text: give --method=clip, which needs none, or "
                              "--dataset= with another text in the same tokens")

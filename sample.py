@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from data.files import json_line, read_text
+from data.files import in_repo, json_line, read_text
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation, for_decoding
 from model import GPT, can_compile, pick_device
@@ -52,7 +52,7 @@ limits = {                  # what they may be
     'drafter': list(DRAFTERS),
     'draft_n': (0, FEW - 1),
 }
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 # -----------------------------------------------------------------------------
 # what happens to a prompt
 

@@ -14,7 +14,7 @@ import tempfile
 
 import torch
 
-from data.files import atomic_write
+from data.files import atomic_write, in_repo
 from data.signals import passed_on
 
 PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
@@ -61,7 +61,7 @@ def run_trial(knobs, rows, device, memory):
     alone = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'PICOCHAT_LADDER')}
     with tempfile.TemporaryDirectory() as out_dir:
         flags = knobs | {'batch_size': rows, 'out_dir': out_dir}
-        trial = subprocess.Popen([sys.executable, 'train.py', *(f'--{k}={v}' for k, v in flags.items())],
+        trial = subprocess.Popen([sys.executable, in_repo('train.py'), *(f'--{k}={v}' for k, v in flags.items())],
                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=alone)
         if device == 'cpu':
             limit_memory(trial.pid, memory)

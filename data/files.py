@@ -27,6 +27,16 @@ except ImportError:  # Windows, where two writers are not kept apart
 # requests is imported by download alone: nothing else here needs it
 
 
+def in_repo(path):
+    """
+    A file of ours, like 'data/stdlib_char', as seen from where the user stands. Code and datasets lie here, beside this
+    file, and are taken from nowhere else; every other path is the user's own and begins where the user is.
+    """
+    repo = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # in the repo itself it is the short path: what is printed and recorded names no machine's folders
+    return path if os.path.realpath(repo) == os.path.realpath('.') else os.path.join(repo, path)
+
+
 def read_text(path):
     """
     A UTF-8 file -> str, with \\n for every line end; a byte order mark is left out.

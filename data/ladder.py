@@ -21,7 +21,7 @@ import sys
 import time
 from statistics import mean, median, stdev, variance
 
-from data.files import atomic_write, finite
+from data.files import atomic_write, finite, in_repo
 from data.record import made
 from data.signals import passed_on
 
@@ -60,7 +60,8 @@ def run_command(ladder, command, log):
     """
     last, document, shown = 'no word', '{}', time.time()
     environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
-    child = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True,
+    script, *words = shlex.split(command)[1:]
+    child = subprocess.Popen([sys.executable, in_repo(script), *words], stdout=subprocess.PIPE, text=True,
                              stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     with passed_on(child) as asked:
         for line in child.stdout:

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, finite
+from data.files import atomic_write, finite, in_repo
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
@@ -94,8 +94,9 @@ def command():
     """-> the words of this process's command, and what its config files say, comments apart: they change nothing."""
     configs = {}
     for word in sys.argv[1:]:
-        if word.endswith('.py') and os.path.isfile(word):
-            with open(word, 'rb') as f:
+        path = word if os.path.isfile(word) else in_repo(word)          # as configurator.py finds it
+        if word.endswith('.py') and os.path.isfile(path):
+            with open(path, 'rb') as f:
                 configs[word] = hashlib.sha256(ast.dump(ast.parse(f.read())).encode()).hexdigest()
     return {'words': [str(word) for word in sys.argv], 'configs': configs}
 

@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from data.files import hold, saving, sha256_of, sync_folder, write_temporary
+from data.files import hold, in_repo, saving, sha256_of, sync_folder, write_temporary
 from data.loader import load_meta
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
 
@@ -250,7 +250,7 @@ def dataset_dir(out_dir, name):
         return out_dir
     assert name not in ('', '.', '..') and os.path.basename(name) == name, \
         f'name ({name}) must be that of a folder in data/, without slashes'
-    return f'data/{name}'
+    return in_repo(f'data/{name}')
 
 
 def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, extra=None):

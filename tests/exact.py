@@ -15,8 +15,9 @@ import sys
 
 import torch
 
-sys.path.insert(0, '.')
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 from data.checkpoint import load_model
+from data.files import in_repo
 from engine import Engine, HEADS, Sampling, Speculation, first_difference, for_decoding
 from model import GPT, GPTConfig
 from quantize import convert
@@ -27,7 +28,7 @@ tokens = 50000              # per format, at least
 batch = 8                   # ragged rows decoded together
 seed = 1
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 
 def random_model(kv, vocab_size):

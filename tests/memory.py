@@ -8,14 +8,16 @@ Each in a process of its own, forward and backward; what the process took before
 memory is not. The last line is JSON.
 """
 import json
+import os
 import resource
 import subprocess
 import sys
 
-sys.path.insert(0, '.')
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 import torch
 import torch.nn.functional as F
 
+from data.files import in_repo
 from distill import Distiller
 from model import GPT, GPTConfig, compile_step
 
@@ -26,7 +28,7 @@ vocab_size = 65536
 n_embd = 64                 # small: what is measured are the logits
 how = ''                    # private: naive, chunked or compiled, in a process of its own
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 
 def peak():
@@ -54,7 +56,7 @@ if how:
     print(json.dumps({'bytes': peak() - before, **{k: v.item() for k, v in losses.items()}}))
 else:
     flags = [f'--{k}={config[k]}' for k in ('batch_size', 'block_size', 'vocab_size', 'n_embd')]
-    rows = {h: json.loads(subprocess.run([sys.executable, 'tests/memory.py', *flags, f'--how={h}'],
+    rows = {h: json.loads(subprocess.run([sys.executable, __file__, *flags, f'--how={h}'],
                                          capture_output=True, text=True, check=True).stdout)
             for h in ('naive', 'chunked', 'compiled')}
     for h, row in rows.items():

@@ -30,8 +30,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, '.')
-from data.files import atomic_write
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+from data.files import atomic_write, in_repo
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, pick_device
 
@@ -59,7 +59,7 @@ training = ''               # train.py's knobs as JSON; its dataset is random to
 steps = 10
 limits = {'prompt_tokens new_tokens rounds steps': (1, None), 'threads': (0, None)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 
 def say(line):

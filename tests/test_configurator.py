@@ -307,7 +307,7 @@ COMMAND = re.compile(rf'(?:python3? |torchrun [^\n`]*?|`(?=\w+\.py --))({FILE})(
 
 
 def runs_configurator(line):
-    return isinstance(line, ast.Expr) and ast.unparse(line).startswith("exec(open('configurator.py')")
+    return isinstance(line, ast.Expr) and ast.unparse(line) == "exec(open(in_repo('configurator.py')).read())"
 
 
 def knobs_of(script):

@@ -18,8 +18,8 @@ import json
 import os
 import sys
 
-sys.path.insert(0, '.')  # run from the repo root
-from data.files import read_text
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import in_repo, read_text
 from data.writer import chat_tokenizer, dataset_dir, split_texts, write_chats
 
 # -----------------------------------------------------------------------------
@@ -27,13 +27,13 @@ input = ''  # the conversations, a line each; UTF-8
 val_input = ''  # more of them, for validation; empty: val_fraction of the first are held out
 val_fraction = 0.1
 name = 'mychat'  # the dataset's name
-tokenizer = 'data/stdlib_bpe'  # the dataset whose tokenizer it is: the one that the model was trained on
+tokenizer = in_repo('data/stdlib_bpe')  # the dataset whose tokenizer it is: the one that the model was trained on
 row = 256  # tokens a row, which must be the block_size of training
 out_dir = ''  # empty: data/<name>
 
 limits = {'row': (8, None), 'val_fraction': (1e-6, 0.999)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 assert input, 'input is empty: give --input=FILE.jsonl, a conversation a line'
 out_dir = dataset_dir(out_dir, name)

@@ -19,14 +19,14 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, '.')  # run from the repo root
-from data.files import atomic_write, download, hold
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import atomic_write, download, hold, in_repo
 from data.foreign_tokenizer import load_tokenizer
 from data.tokenizer import fingerprint
 from data.writer import write_dataset
 
 # -----------------------------------------------------------------------------
-out_dir = 'data/fineweb_edu'
+out_dir = in_repo('data/fineweb_edu')
 tokenizer = ''  # tokenizer.pkl, or its folder: python distill.py --fetch=d32 --out_dir=teachers/d32 brings one
 shards = 15  # for training, from the first on
 val_shard = 1822  # the last one
@@ -36,7 +36,7 @@ url = 'https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve
 
 limits = {'shards val_shard val_docs': (1, None)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 import pyarrow.parquet
 
 assert val_shard >= shards, f'val_shard ({val_shard}) must not be one of the first {shards} shards, which are training'

@@ -20,12 +20,12 @@ from collections import Counter
 from html.parser import HTMLParser
 from urllib.parse import urljoin, urlparse
 
-sys.path.insert(0, '.')  # run from the repo root
-from data.files import DownloadError, download, hold, visible_files
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import DownloadError, download, hold, in_repo, visible_files
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
-out_dir = 'data/graham_char'
+out_dir = in_repo('data/graham_char')
 input = ''  # a folder of saved pages, or one file; empty: fetch from index_url
 index_url = 'https://paulgraham.com/articles.html'
 pause = 1.0  # seconds before each request; it is one man's site
@@ -33,7 +33,7 @@ val_fraction = 0.1  # of the characters are held out
 
 limits = {'val_fraction': (1e-6, 0.999), 'pause': (0, None)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 
 # -----------------------------------------------------------------------------

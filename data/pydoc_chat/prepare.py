@@ -20,22 +20,24 @@ Takes some 5 seconds. With Python 3.11.7 you see
 import ast
 import random
 import re
+import os
 import sys
 import warnings
 
-sys.path.insert(0, '.')  # run from the repo root
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import in_repo
 from data.writer import chat_tokenizer, stdlib_files, stdlib_held_out, stdlib_source, write_chats
 
 # -----------------------------------------------------------------------------
-out_dir = 'data/pydoc_chat'
-tokenizer = 'data/stdlib_bpe'  # the dataset whose tokenizer it is
+out_dir = in_repo('data/pydoc_chat')
+tokenizer = in_repo('data/stdlib_bpe')  # the dataset whose tokenizer it is
 row = 256  # tokens a row, which must be the block_size of training
 root = ''  # another folder of Python files to read instead
 seed = 1337  # of the choice of questions
 
 limits = {'row': (8, None)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 # For each kind of fact: questions that name the thing, and questions about the thing spoken of last.
 QUESTIONS = {

@@ -15,16 +15,16 @@ import hashlib
 import os
 import sys
 
-sys.path.insert(0, '.')  # run from the repo root
-from data.files import download, hold, read_text
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import download, hold, in_repo, read_text
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
-out_dir = 'data/shakespeare_char'
+out_dir = in_repo('data/shakespeare_char')
 input = ''  # a local text file; empty: download
 url = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 sha256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 hold(out_dir)

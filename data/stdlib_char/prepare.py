@@ -13,17 +13,19 @@ Takes about a second and writes train.bin, val.bin and meta.json next to this fi
 """
 
 import string
+import os
 import sys
 
-sys.path.insert(0, '.')  # run from the repo root
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import in_repo
 from data.tokenizer import CharTokenizer
 from data.writer import stdlib_files, stdlib_held_out, stdlib_source, write_texts
 
 # -----------------------------------------------------------------------------
-out_dir = 'data/stdlib_char'
+out_dir = in_repo('data/stdlib_char')
 root = ''  # another folder of Python files to read instead
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 # Tabs, line ends and printable ASCII, whether they occur or not: any plain prompt can be encoded, and every Python
 # gives the same vocabulary. Some twenty files have another character. Rather than a row of the vocabulary for each of

@@ -14,8 +14,8 @@ Writes data/<name>/ and ends with the counts of tokens. Then: python train.py --
 import os
 import sys
 
-sys.path.insert(0, '.')  # run from the repo root
-from data.files import read_text, visible_files
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
+from data.files import in_repo, read_text, visible_files
 from data.foreign_tokenizer import load_tokenizer
 from data.writer import dataset_dir, split_texts, write_texts
 
@@ -30,7 +30,7 @@ out_dir = ''  # empty: data/<name>
 
 limits = {'level': ['char', 'bpe'], 'vocab_size': (265, None), 'val_fraction': (1e-6, 0.999)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 assert os.path.exists(input), f'there is no file or folder {input!r}: give --input=FILE_OR_FOLDER'
 out_dir = dataset_dir(out_dir, name)
