@@ -414,8 +414,8 @@ def test_sigterm_to_a_process(toy, tmp_path, interrupt):
 
 
 def test_killed_at_any_moment():
-    """`python tests/kill.py` does the full hundred."""
-    p = start('tests/kill.py', '--trials=6')
+    """And hung up, and two at once in one folder. `python tests/kill.py` does the full hundred."""
+    p = start('tests/kill.py', '--trials=6', '--hups=2', '--races=2')
     out, err = p.communicate()
     assert p.returncode == 0 and not err, err
     assert json.loads(out.splitlines()[-1])['trials'] == 6
