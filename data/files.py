@@ -132,8 +132,9 @@ def write_temporary(path, write):
     If that fails, the new file is removed again.
     """
     for old in glob.glob(f'{glob.escape(path)}.*.tmp'):
-        if time.time() - os.path.getmtime(old) > 3600:  # a process that was killed has left it
-            os.remove(old)
+        with contextlib.suppress(FileNotFoundError):  # its process has just put it in its place
+            if time.time() - os.path.getmtime(old) > 3600:  # a process that was killed has left it
+                os.remove(old)
     temporary = f'{path}.{secrets.token_hex(4)}.tmp'
     with open(temporary, 'xb') as f:
         try:
@@ -164,7 +165,7 @@ def sync_folder(folder):
 LOCKS = {}  # path of a lock -> the open file by which this process holds it, and whether the folder was made for it
 
 
-def hold(folder, name=''):
+def hold(folder, name='', wait=False):
     """
     From now on this process alone writes in folder, or, if a name is given, that one file in it: until it ends, or to
     the end of a with block. A process may ask again for what it holds already. The folder is made, and goes again if
@@ -172,7 +173,7 @@ def hold(folder, name=''):
 
     What is held is an open file, FOLDER/.lock, and the system lets go of it however the process ends: the lock of one
     that was killed is in nobody's way. Where the file system knows no locks, nothing is held.
-    ValueError names the process that holds it.
+    ValueError names the process that holds it; with wait=True we wait for it to let go.
     """
     free = contextlib.ExitStack()
     made = not os.path.isdir(folder or '.')
@@ -184,22 +185,22 @@ def hold(folder, name=''):
         return free
     path = os.path.join(os.path.realpath(folder), f'.{name}.lock' if name else '.lock')
     if path not in LOCKS:
-        LOCKS[path] = _lock(path, os.path.join(folder, name) if name else folder), made
+        LOCKS[path] = _lock(path, os.path.join(folder, name) if name else folder, wait), made
         free.callback(release, path)
     return free
 
 
-def _lock(path, what):
+def _lock(path, what, wait):
     """-> the open file at path, locked, with this process's number in it; None if there can be no file."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # another process has just removed the folder, which was empty
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return _lock(path, what)
+        return _lock(path, what, wait)
     except OSError:  # what cannot be written is told when it is
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         time.sleep(0.1)  # its holder writes its number right after it has got the lock
         holder = os.read(handle, 20).decode() or '(unknown)'
@@ -209,7 +210,7 @@ def _lock(path, what):
         return handle
     if not os.fstat(handle).st_nlink:  # its holder has just removed it: others would lock another
         os.close(handle)
-        return _lock(path, what)
+        return _lock(path, what, wait)
     with contextlib.suppress(OSError):  # a full disk: then it has no number
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, finite, in_repo
+from data.files import atomic_write, finite, hold, in_repo
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
@@ -126,6 +126,6 @@ def write(product, result):
     folder, name = os.path.split(product)
     entry = {'command': command(), 'ladder': os.environ.get('PICOCHAT_LADDER'),
              'date': time.strftime('%Y-%m-%d %H:%M:%S')} | result
-    text = json.dumps(finite(read(folder) | {name: entry}), indent=1, allow_nan=False)
-    os.makedirs(folder or '.', exist_ok=True)
-    atomic_write(os.path.join(folder, 'made.json'), lambda f: f.write(text.encode()))
+    with hold(folder, 'made.json', wait=True):      # a training and quantize.py may write in one folder
+        text = json.dumps(finite(read(folder) | {name: entry}), indent=1, allow_nan=False)
+        atomic_write(os.path.join(folder, 'made.json'), lambda f: f.write(text.encode()))

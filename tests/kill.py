@@ -45,8 +45,7 @@ def start(args, gate=None):
     if not pid:
         status = 1
         try:
-            os.dup2(write, 1)
-            os.dup2(write, 2)
+            sys.stdout = sys.stderr = os.fdopen(write, 'w')
             if gate:
                 os.close(gate[1])
                 os.read(gate[0], 1)

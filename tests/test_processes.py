@@ -4,6 +4,7 @@ Processes beside and around ours: two that write in one folder, signals, a termi
 $ python -m pytest tests/test_processes.py        half a minute
 """
 import errno
+import json
 import os
 import pty
 import signal
@@ -120,6 +121,14 @@ def test_quantising_beside_a_training(model, tmp_path, holder):
     holder(tmp_path)
     got = run('quantize.py', f'--out_dir={model}/out', f'--save_dir={tmp_path}')
     assert got.status == 0 and (tmp_path / 'int8.safetensors').exists(), got.err
+
+
+def test_records_of_one_folder_are_all_kept(tmp_path):
+    """Of two processes that make different things in it at the same time."""
+    code = 'import sys; from data.record import record; [record(f"{sys.argv[1]}/{sys.argv[2]}{i}", {}) for i in range(30)]'
+    for process in [start('-c', code, tmp_path, name) for name in 'ab']:
+        assert process.communicate() == ('', '')
+    assert json.load(open(tmp_path / 'made.json')).keys() == {f'{name}{i}' for name in 'ab' for i in range(30)}
 
 
 def test_prune_says_what_it_replaces(model, tmp_path):
