@@ -16,7 +16,9 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -552,16 +554,43 @@ def can_compile(device):
     and Python.h.
     """
     kind, why = torch.device(device).type, None
+    compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
+    words = shlex.split(compiler)
+    if not shutil.which(compiler) and words and shutil.which(words[0]):
+        # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
+        from torch._inductor import config
+        compiler = words[0]
+        config.cpp.cxx = (None, compiler)
     if kind == 'mps' or platform.system() == 'Windows':
         why = 'not supported here'
-    elif kind == 'cpu' and not shutil.which(
-            os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')):
+    elif kind == 'cpu' and not shutil.which(compiler):
         why = 'no C++ compiler was found (apt-get install g++ python3-dev)'
     elif kind == 'cpu' and not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
         why = 'no Python.h was found (apt-get install g++ python3-dev)'
+    else:
+        why = what_fails(kind, compiler)
     if why:
         print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
     return why is None
+
+
+@functools.lru_cache(maxsize=None)
+def what_fails(kind, compiler):
+    """
+    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
+    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
+    """
+    if kind == 'cpu':                               # torch would not call a compiler whose result it has kept
+        got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
+                             capture_output=True, text=True)
+        if got.returncode:
+            return f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=kind))
+    except Exception as e:                          # of torch, of the compiler, of the file system
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        errors = [line for line in lines if 'error:' in line]
+        return f'a first small compilation failed: {(errors or lines or [type(e).__name__])[0]}'
 
 # -----------------------------------------------------------------------------
 # optimizers: Muon for the trunk's matrices, AdamW for the rest
