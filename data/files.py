@@ -17,6 +17,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import time
 
 try:
@@ -240,6 +241,11 @@ atexit.register(release_all)
 # -----------------------------------------------------------------------------
 # Downloads
 
+UNANNOUNCED = 2**30  # bytes that a file may have if its server does not say how many
+SLOWEST = 10_000  # bytes a second on average; a minute more for everything
+ALTERED = 'altered'
+
+
 class DownloadError(ValueError):
     """A download that did not work. reason: the HTTP status as an int, or 'unreachable', 'cut short', 'altered'."""
 
@@ -255,9 +261,9 @@ def download(url, path, sha256=None, size=None, pause=0.0):
 
     sha256: hex digits, size: bytes; both are checked if given. Without a sha256 the one is checked that Hugging Face
     tells of large files. pause: seconds to wait before asking, out of politeness.
-    DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there), or
-    altered, that is, not of that sha256 or size (the .part is removed). What was at path before is replaced by a right
-    file or not at all.
+    DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there, if it is
+    still the same file), or altered, that is, not of that sha256 or size, or not sent as it was asked for (the .part is
+    removed). What was at path before is replaced by a right file or not at all.
     """
     path = os.fspath(path)
     part = path + '.part'
@@ -265,62 +271,126 @@ def download(url, path, sha256=None, size=None, pause=0.0):
         return path
     with hold(os.path.dirname(path)):  # two processes must not add to one .part
         time.sleep(pause)
-        told = _receive(url, path, size)
-        mismatch = _mismatch(part, sha256 or told, size)
-        if mismatch:
-            os.remove(part)
-            raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, '
-                                f'{path} is as it was', 'altered')
+        try:
+            told = _receive(url, path, sha256, size)
+            mismatch = _mismatch(part, sha256 or told, size)
+            if mismatch:
+                raise DownloadError(f'{url} is not the file that was expected: {mismatch}; it was refused, '
+                                    f'{path} is as it was', ALTERED)
+        except DownloadError as e:
+            if e.reason == ALTERED:
+                _remove(part, _version_path(path))
+            raise
         os.replace(part, path)
+        _remove(_version_path(path))
     return path
 
 
-def _receive(url, path, size):
+def _receive(url, path, sha256, size):
     """What is missing of path + '.part', from url -> the sha256 that the server tells, or None."""
     import requests
-    part = path + '.part'
+    part, version = path + '.part', None
     have = os.path.getsize(part) if os.path.exists(part) else 0
+    if os.path.exists(_version_path(path)):
+        version = read_text(_version_path(path))
     # identity: if the server compressed it, what arrives would be neither the bytes that Content-Length counts nor
     # those of the range
     headers = {'User-Agent': 'picochat/1.0 (a small educational language model)', 'Accept-Encoding': 'identity'}
-    if have:
+    if have and (version or sha256):  # else nobody would notice if it had become another file
         headers['Range'] = f'bytes={have}-'
+        if version:
+            headers['If-Range'] = version
     try:
         response = requests.get(url, headers=headers, stream=True, timeout=60)
     except OSError as e:  # the errors of requests are OSErrors as well
         raise DownloadError(f'cannot reach {url} ({_short(e)}): try again later, or put the file at {path} yourself',
                             'unreachable') from None
-    cause, total = None, size
+    cause, total = None, None
     with response as r:
-        if have and r.status_code in (206, 416):
+        if 'Range' in headers and r.status_code in (206, 416):
             # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
             sent = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
-            if not sent or int(sent[1] or sent[2]) != have:  # another range, or our part is longer than their file:
+            changed = version and _version(r) and _version(r) != version
+            # another range or file, or our part is longer than their file: from the start
+            if changed or not sent or int(sent[1] or sent[2]) != have:
                 os.remove(part)
-                return _receive(url, path, size)             # from the start
+                return _receive(url, path, sha256, size)
             total = int(sent[2])
         elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
-            have = 0
-            if 'Content-Length' in r.headers and 'Content-Encoding' not in r.headers:
+            have, version = 0, _version(r)
+            if 'Content-Length' in r.headers:
                 total = int(r.headers['Content-Length'])
         else:
             raise DownloadError(f'{url} answered {r.status_code} {r.reason}', r.status_code)
+        _check_announced(r, path, total, have, size)
         if r.status_code != 416:
             try:
                 with open(part, 'ab' if have else 'wb') as f:
-                    # a small chunk, because nothing arrives of the one during which the line goes dead
-                    for chunk in r.iter_content(1 << 13):
-                        f.write(chunk)
-            except OSError as e:  # what arrived so far is in the .part
+                    if not have:
+                        _keep_version(path, version)
+                    _read_body(r, f, size if total is None else total)
+            except (OSError, requests.packages.urllib3.exceptions.HTTPError) as e:  # what arrived is in the .part
                 cause = e
         # what Hugging Face says of a large file, where it sends us on to the server that has it
         tags = [h.headers.get('X-Linked-Etag', '').strip('"') for h in (*r.history, r)]
     got = os.path.getsize(part) if os.path.exists(part) else 0
+    total = size if total is None else total
     if cause or got < (total or 0):
         why = f' ({_short(cause)})' if cause else ''
+        on = ' to go on from there' if version or sha256 else ''
         raise DownloadError(f'{url} was cut short{why}: {got:,} of {total or "unknown"} bytes are kept in {part}, '
-                            'run the same command again to go on from there', 'cut short')
+                            f'run the same command again{on}', 'cut short')
     return next((tag for tag in tags if re.fullmatch('[0-9a-f]{64}', tag)), None)
+
+
+def _check_announced(response, path, total, have, size):
+    """What its headers say about a file of so many bytes (None: nothing). DownloadError if it is not what we want."""
+    encoding = response.headers.get('Content-Encoding', 'identity')
+    free = shutil.disk_usage(os.path.dirname(path) or '.').free
+    for wrong, what in (
+            (encoding != 'identity', f'it comes compressed ({encoding}), though it was asked for as it is'),
+            (size is not None and total not in (None, size), f'{total or 0:,} bytes instead of {size or 0:,}'),
+            ((total or 0) - have > free, f'{total or 0:,} bytes, and there is room for {free:,} more')):
+        if wrong:
+            raise DownloadError(f'{response.url} is not the file that was expected: {what}; it was refused, '
+                                f'{path} is as it was', ALTERED)
+
+
+def _read_body(response, f, total):
+    """What comes, into the open file f, until it has total bytes; no more, and not for ever."""
+    most, start, began = UNANNOUNCED if total is None else total, f.tell(), time.monotonic()
+    # as much as is there, so that nothing of it is lost when the line goes dead, and no byte a minute keeps us waiting
+    read = getattr(response.raw, 'read1', response.raw.read)
+    while chunk := read(1 << 16):
+        if f.tell() + len(chunk) > most:
+            raise DownloadError(f'{response.url} is not the file that was expected: it goes on after {most:,} bytes; '
+                                'it was refused', ALTERED)
+        f.write(chunk)
+        if time.monotonic() - began > 60 + (f.tell() - start) / SLOWEST:
+            raise TimeoutError(None, f'slower than {SLOWEST:,} bytes/s')
+
+
+def _version(response):
+    """By what the server would know this very file again: its ETag, unless that is a weak one, or its date; or None."""
+    tag = response.headers.get('ETag', 'W/')
+    return response.headers.get('Last-Modified') if tag.startswith('W/') else tag
+
+
+def _version_path(path):
+    return path + '.version.part'
+
+
+def _keep_version(path, version):
+    """Beside the .part stands of which version of the file it is a part."""
+    _remove(_version_path(path))
+    if version:
+        atomic_write(_version_path(path), lambda f: f.write(version.encode()))
+
+
+def _remove(*paths):
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def _short(error):

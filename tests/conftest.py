@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -150,7 +151,8 @@ class Server(http.server.ThreadingHTTPServer):
     A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
     (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
     sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
-    (no Content-Length), headers (of a redirect).
+    (no Content-Length), headers (further ones; with an ETag, If-Range is obeyed), reason, drip (seconds before
+    each byte), more (what follows a range beyond its end).
     asked: list of (path, value of Range or None), in the order of the requests.
     """
 
@@ -164,27 +166,37 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    knows_if_range = True
+
     def do_GET(self):
         page = self.server.pages.get(self.path, {'status': 404, 'body': b'no such page'})
         wanted = self.headers['Range']
         self.server.asked.append((self.path, wanted))
-        body, status, headers = page.get('body', b''), page.get('status', 200), {}
+        body, status, headers = page.get('body', b''), page.get('status', 200), dict(page.get('headers', {}))
+        if self.knows_if_range and self.headers['If-Range'] not in (None, headers.get('ETag'), headers.get('Last-Modified')):
+            wanted = None
         if 'location' in page:
-            status, headers = 302, {'Location': page['location'], **page.get('headers', {})}
+            status = 302
+            headers['Location'] = page['location']
         elif wanted and status == 200 and page.get('ranges', True):
             start = int(wanted.removeprefix('bytes=').removesuffix('-'))
             if start >= len(body):
-                status, headers, body = 416, {'Content-Range': f'bytes */{len(body)}'}, b''
+                status, body, headers['Content-Range'] = 416, b'', f'bytes */{len(body)}'
             else:
-                status, headers = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
-                body = body[start:]
-        self.send_response(status)
+                status, headers['Content-Range'] = 206, f'bytes {start}-{len(body) - 1}/{len(body)}'
+                body = body[start:] + page.get('more', b'')
+        self.send_response(status, page.get('reason'))
         if page.get('length', True):
-            headers['Content-Length'] = str(len(body))
+            headers.setdefault('Content-Length', str(len(body)))
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body[:page['cuts'].pop(0)] if page.get('cuts') else body)
+        if page.get('cuts'):
+            body = body[:page['cuts'].pop(0)]
+        step = 1 if 'drip' in page else max(1, len(body))
+        for i in range(0, len(body), step):
+            time.sleep(page.get('drip', 0))
+            self.wfile.write(body[i:i + step])
 
     def log_message(self, *args):
         pass

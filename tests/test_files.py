@@ -13,7 +13,9 @@ import sys
 import time
 
 import pytest
+from conftest import Handler
 
+import data.files
 from data.files import DownloadError, atomic_write, download, read_text
 
 BODY = bytes(range(256)) * 1000
@@ -156,17 +158,66 @@ def test_download_checks_what_hugging_face_says(server, tmp_path):
 
 @pytest.mark.parametrize('page, expected', [
     ({}, {'sha256': DIGEST}), ({}, {}),
-    ({'length': False}, {'size': len(BODY)})])  # then only the size shows it
+    ({'length': False}, {'size': len(BODY)}),   # then only the size shows it
+    ({'headers': {'ETag': 'W/"weak"', 'Last-Modified': 'Sun, 01 Nov 2026 00:00:00 GMT'}}, {})])
 def test_download_cut_short_and_resumed(server, tmp_path, page, expected):
-    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], **page}
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], 'headers': {'ETag': '"1"'}} | page
     with pytest.raises(DownloadError, match=r'cut short.*: [\d,]+ of 256000 bytes are kept in .*f.part') as e:
         download(server.url + '/f', tmp_path / 'f', **expected)
     assert e.value.reason == 'cut short' and '\n' not in str(e.value)
     part = (tmp_path / 'f.part').read_bytes()
-    assert os.listdir(tmp_path) == ['f.part'] and BODY.startswith(part) and 90_000 < len(part) <= 100_000
+    assert sorted(os.listdir(tmp_path)) == ['f.part', 'f.version.part'] and BODY.startswith(part) and 90_000 < len(part) <= 100_000
     download(server.url + '/f', tmp_path / 'f', **expected)
-    assert (tmp_path / 'f').read_bytes() == BODY
+    assert (tmp_path / 'f').read_bytes() == BODY and os.listdir(tmp_path) == ['f']
     assert server.asked[1:] == [('/f', f'bytes={len(part)}-')]
+
+
+@pytest.mark.parametrize('obeys', [True, False])
+def test_a_part_of_an_older_file_is_not_gone_on_with(server, tmp_path, obeys, monkeypatch):
+    server.pages['/f'] = {'body': BODY, 'cuts': [1000], 'headers': {'ETag': '"1"'}}
+    with pytest.raises(DownloadError, match='cut short'):
+        download(server.url + '/f', tmp_path / 'f')
+    server.pages['/f'] = {'body': BODY[::-1], 'headers': {'ETag': '"2"'}}
+    if not obeys:                               # a server that knows ranges and no If-Range
+        monkeypatch.setattr(Handler, 'knows_if_range', False)
+    download(server.url + '/f', tmp_path / 'f')
+    assert (tmp_path / 'f').read_bytes() == BODY[::-1]
+
+
+def test_a_part_of_who_knows_what_is_not_gone_on_with(server, tmp_path):
+    """Neither a sha256 nor the server would show that the file has changed."""
+    server.pages['/f'] = {'body': BODY, 'cuts': [1000]}
+    with pytest.raises(DownloadError, match='run the same command again$'):
+        download(server.url + '/f', tmp_path / 'f')
+    server.pages['/f'] = {'body': BODY[::-1]}
+    download(server.url + '/f', tmp_path / 'f')
+    assert (tmp_path / 'f').read_bytes() == BODY[::-1]
+
+
+@pytest.mark.parametrize('page, match', [
+    ({'length': False}, 'it goes on after 2,000 bytes'),
+    ({'headers': {'Content-Encoding': 'gzip'}}, r'it comes compressed \(gzip\), though it was asked for as it is'),
+    ({'headers': {'Content-Length': str(10**15)}}, '1,000,000,000,000,000 bytes, and there is room for .* more'),
+    ({'length': False, 'size': 1999}, 'it goes on after 1,999 bytes'),
+    ({'part': BODY[:500], 'more': b'more'}, 'it goes on after 256,000 bytes')])
+def test_downloads_that_are_more_than_they_say(server, tmp_path, monkeypatch, page, match):
+    monkeypatch.setattr(data.files, 'UNANNOUNCED', 2000)
+    server.pages['/f'] = {'body': BODY} | page
+    if 'part' in page:
+        (tmp_path / 'f.part').write_bytes(page['part'])
+    with pytest.raises(DownloadError, match=f'not the file that was expected: {match}') as e:
+        download(server.url + '/f', tmp_path / 'f', DIGEST, page.get('size'))
+    assert e.value.reason == 'altered' and os.listdir(tmp_path) == []
+
+
+def test_a_byte_now_and_then_does_not_keep_us(server, tmp_path, monkeypatch):
+    """Whoever sends slower than SLOWEST, after a minute for free, is left; what has come is kept."""
+    server.pages['/f'] = {'body': BODY, 'drip': 0.02, 'headers': {'ETag': '"1"'}}
+    real, began = time.monotonic, time.monotonic()
+    monkeypatch.setattr(time, 'monotonic', lambda: began + 60 * (real() - began))       # a second is a minute
+    with pytest.raises(DownloadError, match='cut short .slower than 10,000 bytes/s.') as e:
+        download(server.url + '/f', tmp_path / 'f')
+    assert real() - began < 10 and e.value.reason == 'cut short' and os.path.getsize(tmp_path / 'f.part') > 10
 
 
 @pytest.mark.parametrize('page, expected, reason, message', [
