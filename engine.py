@@ -61,10 +61,15 @@ def decode(model, prompt, max_new_tokens, sampling):
 # -----------------------------------------------------------------------------
 # sampling
 
+# At so small a temperature the noise is far below the last digit of logits / temperature, so the most probable token
+# always wins; at a still smaller one the division would overflow.
+COLD = 1e-20
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn from the model's distribution. The filters apply in this order; None: off."""
-    temperature: float = 1.0        # 0: the most probable token
+    temperature: float = 1.0        # 0, or less than COLD: the most probable token
     top_k: int | None = None        # keep the k most probable tokens
     top_p: float | None = None      # keep the smallest set of tokens that holds this much probability
     min_p: float | None = None      # keep tokens at least this share as probable as the most probable one
@@ -76,7 +81,7 @@ def draw(logits, noise, sampling):
     logits and noise (..., V) -> ids (...). The argmax of logits / temperature + Gumbel noise is a sample of
     softmax(logits / temperature) (the Gumbel-max trick).
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < COLD:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.size(-1):
@@ -425,7 +430,7 @@ class Rounds:
         self.draft = DRAFTERS.get(speculation.drafter, speculation.drafter) if self.n else None
         self.depth = Depth(self.n)
         self.pick = functools.partial(draw, sampling=sampling)
-        self.device, self.temperature = engine.device, sampling.temperature
+        self.device, self.cold = engine.device, sampling.temperature < COLD
         self.random = Noise(sampling.seed, engine.config.vocab_size, engine.device)
         self.compiled = None
         if engine.compile and len(rows.numbers) == 1 and self.draft in (None, draft_head, draft_multi_token):
@@ -444,7 +449,7 @@ class Rounds:
 
     def noise(self, rows, n):
         """-> (B, n, V). Made only if it matters: at temperature 0 the largest logit wins whatever the noise."""
-        if self.temperature == 0:
+        if self.cold:
             return torch.zeros((), device=self.device).expand(len(rows.texts), n, self.random.vocab_size)
         return self.random(rows.numbers, [len(text) for text in rows.texts], n)
 
@@ -699,13 +704,15 @@ class Engine:
         """
         Yields the text that follows prompt (a token list), piece by piece and in whole characters: the bytes of an
         unfinished one wait for the rest. Ends before the first of stop_strings; text that may be the beginning of one
-        is held back until that is decided. The tokens in stop end it, too, and are no part of it.
+        is held back until that is decided. The tokens in stop end it, too; they and the marker between documents are no
+        part of it.
         """
+        unsaid = {tokenizer.bos, *stop}
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         waiting = ''
         for step in self.generate([prompt], max_new_tokens, sampling, speculation, stop, **how):
             row, tokens = step[0]
-            waiting += decoder.decode(tokenizer.decode_bytes(t for t in tokens if t not in stop))
+            waiting += decoder.decode(tokenizer.decode_bytes(t for t in tokens if t not in unsaid))
             found = [waiting.find(s) for s in stop_strings if s in waiting]
             if found:
                 yield waiting[:min(found)]

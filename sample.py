@@ -4,11 +4,16 @@ Completes text with a trained model: float, or the int8 or int4 file running on 
     python sample.py --out_dir=out-quickstart --start="def main(" --num_samples=3
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0.5 --top_k=20
     python sample.py --out_dir=out-quickstart --interactive=True
-    python sample.py --out_dir=out-sft-pydoc --chat=True                # a line is a question; /undo, /reset, /quit
+    python sample.py --out_dir=out-sft-pydoc --chat=True                # a line is a question
+
+In a chat the lines /undo (takes the last question back), /reset (forgets all) and /quit are commands, and nothing else
+is: /etc/hosts? is a question, and so is what follows // or a space (//undo asks: /undo). A question of several lines, a
+pasted one for example, stands between two lines of three quotes, \"\"\".
 
 stdout receives text only; what it cost goes to stderr with --show_stats=True, one JSON document last.
 """
 import os
+import re
 import sys
 
 import torch
@@ -22,14 +27,15 @@ from quantize import int_share, load
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
 weights = 'auto'            # float (best.pt), int8 (int8.safetensors), int4 (int4.safetensors), auto: the newest of them
-start = '\n'                # the prompt, or FILE:path to read it from a file
+start = '\n'                # the prompt, in which \n is a new line, \t a tab, \\ a backslash; or FILE:path: what a file holds, but for its last line end
 num_samples = 1
-max_new_tokens = 200
+max_new_tokens = None       # None: 200, or what the context has room for
 temperature = 0.8           # 0: always the most probable token; 1: the model's own distribution
 top_k = None                # only the k most probable tokens
 top_p = None                # only the smallest set of tokens that holds this much probability
 min_p = None                # only tokens at least this share as probable as the most probable one
-stop = ''                   # text to stop before
+stop = ''                   # text to stop before; \n, \t and \\ as in start
+run_on = False              # go on with another document where one ends
 seed = 1337
 drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
 draft_n = 4                 # at most so many at a time
@@ -56,6 +62,9 @@ exec(open(in_repo('configurator.py')).read())
 # -----------------------------------------------------------------------------
 # what happens to a prompt
 
+MOST = 200                  # new tokens, where max_new_tokens says nothing
+
+
 def find_weights():
     """
     -> the kind of weights and their file. With 'auto' the newest, since integers may be left over from an earlier
@@ -72,13 +81,28 @@ def find_weights():
     return newest, files[newest]
 
 
+def typed(text):
+    """What somebody typed as a word of a command line, where a new line is hard to type -> the text that is meant."""
+    meant = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}
+    return re.sub(r'\\[nt\\]', lambda found: meant[found[0]], text)
+
+
 def encode(text):
-    """text -> its token ids. ValueError or AssertionError if the model cannot go on from them."""
+    """
+    text -> its token ids, and how many may follow. ValueError or AssertionError if the model cannot go on from them.
+    """
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos] + ids
-    engine.check_length(len(ids), max_new_tokens, slide)
-    return ids
+    room = model.config.block_size
+    if slide and len(ids) > room:
+        print(f'note: of the {len(ids)} tokens of the prompt, the context holds the last {room}', file=sys.stderr)
+        ids = ids[-room:]
+    n = max_new_tokens
+    if n is None:
+        n = MOST if slide else max(1, min(MOST, room + 1 - len(ids)))
+    engine.check_length(len(ids), n, slide)
+    return ids, n
 
 
 def stream(pieces):
@@ -86,73 +110,94 @@ def stream(pieces):
         print(piece, end='', flush=True)
 
 
-def complete(prompt, ids):
+def complete(prompt, ids, n):
     """Streams one sample; several are decoded together and printed one after the other."""
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    # before each document of its training a model saw this token: where it writes one, the text is at its end
+    ends = [tokenizer.bos] if tokenizer.bos is not None and not run_on else []
     if num_samples == 1:
-        stream(engine.stream(tokenizer, ids, max_new_tokens, stops, sampling, speculation, slide=slide))
+        stream(engine.stream(tokenizer, ids, n, stops, sampling, speculation, ends, slide=slide))
         print()
         return
-    for row in engine.complete([ids], max_new_tokens, sampling, speculation, num_samples, slide=slide):
-        text = tokenizer.decode(row)
-        if stop:
-            text = text.partition(stop)[0]
+    for row in engine.complete([ids], n, sampling, speculation, num_samples, stop=ends, slide=slide):
+        text = tokenizer.decode([token for token in row if token != tokenizer.bos])
+        if stops:
+            text = text.partition(stops[0])[0]
         print(prompt + text + '\n---------------')
 
 
 def interact():
-    """Completes one prompt after another."""
-    global seed
+    """Completes one prompt after another, also one that ends with the input instead of a line ###."""
     print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.',
           file=sys.stderr)
-    grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
     lines = []
     for line in sys.stdin:
-        if line.rstrip('\n') != '###':
+        line = line.rstrip('\r\n')
+        if line == '###':
+            respond('\n'.join(lines) or '\n')
+            lines = []
+        else:
             lines.append(line)
-            continue
-        prompt = ''.join(lines)[:-1] or '\n'
-        lines = []
-        try:
-            ids = encode(prompt)
-        except (AssertionError, ValueError) as e:       # the model stays loaded; only this prompt is refused
-            print(f'error: {e}', file=sys.stderr)
-            continue
-        if num_samples == 1:
-            print(f'{grey}{prompt}{plain}', end='')
-        complete(prompt, ids)
-        seed += 1
+    if any(lines):
+        respond('\n'.join(lines))
+
+
+def respond(prompt):
+    """Shows a prompt and completes it; one that is refused leaves the model loaded."""
+    global seed
+    grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
+    try:
+        ids, n = encode(prompt)
+    except (AssertionError, ValueError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return
+    if num_samples == 1:
+        print(f'{grey}{prompt}{plain}', end='')
+    complete(prompt, ids, n)
+    seed += 1
 
 
 def converse():
-    """Answers one line after another."""
+    """Answers one line after another; several lines between quotes are one question."""
     global seed
-    print('A line is a question; /undo takes the last one back, /reset forgets all, /quit or Ctrl+C leaves; '
-          'Ctrl+C stops an answer.', file=sys.stderr)
+    print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets all, '
+          '/quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
     talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
     while True:
         if at_terminal:
             print('> ', end='', flush=True, file=sys.stderr)
         line = sys.stdin.readline()
-        word = line.strip()
-        if not line or word == '/quit':
+        command = line.rstrip()
+        if not line or command == '/quit':
             return
-        if word == '/reset':
+        if command == '/reset':
             talk.exchanges.clear()
-        elif word == '/undo':
+        elif command == '/undo':
             del talk.exchanges[-1:]
-        elif word[:1] == '/':
-            print(f'error: {word} is no command: /undo, /reset, /quit', file=sys.stderr)
-        elif word:
-            answer(talk, word)
-            seed += 1                           # asked again after /undo, it may answer otherwise
+        else:
+            # of two slashes one stays
+            question = several_lines() if command == '"""' else line[line.startswith('//'):].strip()
+            if question.strip():
+                answer(talk, question)
+                seed += 1                       # asked again after /undo, it may answer otherwise
+
+
+def several_lines():
+    """-> what stands before the next line of three quotes, or before the end of the input."""
+    lines = []
+    for line in iter(sys.stdin.readline, ''):
+        if line.rstrip() == '"""':
+            break
+        lines.append(line.rstrip('\r\n'))
+    return '\n'.join(lines)
 
 
 def answer(talk, question):
     """Streams the answer to a question; Ctrl+C stops it, and a question too long is refused."""
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    n = MOST if max_new_tokens is None else max_new_tokens
     try:
-        stream(talk.ask(question, max_new_tokens, stops, sampling=sampling, speculation=speculation, slide=slide))
+        stream(talk.ask(question, n, stops, sampling=sampling, speculation=speculation, slide=slide))
     except KeyboardInterrupt:
         pass
     except ValueError as e:                     # the conversation goes on without it
@@ -200,7 +245,7 @@ tokenizer = from_meta(state['tokenizer'])
 assert not chat or '<|assistant_end|>' in getattr(tokenizer, 'special_tokens', ()), (
     f"chat=True needs a model with special tokens like <|assistant_end|>, and {path} has none: "
     "train on BPE, then config/sft_pydoc.py")
-stops = [stop] if stop else []
+stops = [typed(stop)] if stop else []
 speculation = Speculation(drafter, draft_n)
 speculation.check(model)
 with torch.device('meta'):
@@ -220,10 +265,10 @@ if chat or interactive:
     except KeyboardInterrupt:                   # the way to leave
         print(file=sys.stderr if chat else sys.stdout)
 else:
-    prompt = read_text(start[5:]) if start.startswith('FILE:') else start
-    ids = encode(prompt)
+    prompt = read_text(start[5:]).removesuffix('\n') if start.startswith('FILE:') else typed(start)
+    ids, n = encode(prompt)
     if num_samples == 1:
         print(prompt, end='')
-    complete(prompt, ids)
+    complete(prompt, ids, n)
 if show_stats:
     print_stats()

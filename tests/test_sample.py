@@ -16,7 +16,7 @@ import torch
 import engine
 from conftest import TINY, content, make_dataset, refused, run, start, toy_text
 from data.tokenizer import from_meta, train_bpe
-from data.writer import write_chats
+from data.writer import write_chats, write_texts
 from engine import Engine, Sampling
 from quantize import load
 
@@ -53,8 +53,8 @@ def expected(out_dir, weights, prompt, n, sampling, cache=torch.float32, **how):
     model, state = load(f'{out_dir}/{FILES[weights]}')
     tokenizer = from_meta(state['tokenizer'])
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
-    rows = Engine(model, cache_dtype=cache).complete([ids], n, sampling, **how)
-    return [prompt + tokenizer.decode(row) for row in rows]
+    rows = Engine(model, cache_dtype=cache).complete([ids], n, sampling, stop=[tokenizer.bos], **how)
+    return [prompt + tokenizer.decode([token for token in row if token != tokenizer.bos]) for row in rows]
 
 
 @pytest.mark.parametrize('weights', ['float', 'int8'])
@@ -123,6 +123,76 @@ def test_prompts_from_a_file_and_beyond_the_context(out_dir, tmp_path):
     long = sample(out_dir, *GREEDY, '--max_new_tokens=150', '--slide=True')
     assert len(long) >= 150
     assert long.startswith(sample(out_dir, *GREEDY)[:-1])
+    (tmp_path / 'windows.txt').write_bytes(b'the cat\r\nsat on\r\n')                  # one line end is the editor's
+    assert (sample(out_dir, *how, f'--start=FILE:{tmp_path}/windows.txt')
+            == sample(out_dir, *how, '--start=the cat\nsat on'))
+
+
+def test_a_prompt_longer_than_the_context(out_dir):
+    text = toy_text().replace('\n', ' ')[:200]
+    how = ['--temperature=0', '--max_new_tokens=9', '--slide=True', f'--start={text}']
+    got = run('sample.py', f'--out_dir={out_dir}', *how)
+    assert got.status == 0 and 'the context holds the last 64' in got.err
+    assert got.out.startswith(text) and len(got.out) > len(text) + 8
+    model, state = load(f'{out_dir}/int8.safetensors')
+    tokenizer = from_meta(state['tokenizer'])
+    row, = Engine(model).complete([tokenizer.encode(text)[-64:]], 9, Sampling(temperature=0), slide=True)
+    assert got.out == text + tokenizer.decode(row) + '\n'
+
+
+def test_new_lines_can_be_typed(out_dir):
+    how = ['--temperature=0', '--max_new_tokens=30']
+    lines = sample(out_dir, *how, '--start=the cat\nsat')
+    assert sample(out_dir, *how, r'--start=the cat\nsat') == lines
+    assert run('sample.py', f'--out_dir={out_dir}', *how, r'--stop=\n').names['stops'] == ['\n']
+    tokenizer = from_meta(load(f'{out_dir}/int8.safetensors')[1]['tokenizer'])
+    if tokenizer.bos is not None:                       # the alphabet of the other one has neither
+        assert sample(out_dir, r'--start=\\n\t', '--max_new_tokens=0') == '\\n\t\n'
+
+
+def test_the_default_length_fits(out_dir):
+    """200 new tokens, or what there is room for; a number that is given must fit."""
+    stats = lambda *args: json.loads(run('sample.py', f'--out_dir={out_dir}', '--show_stats=True', '--start=the cat',
+                                         '--run_on=True', *args).err.splitlines()[-1])
+    ids = from_meta(load(f'{out_dir}/int8.safetensors')[1]['tokenizer'])
+    n = len(ids.encode('the cat')) + (ids.bos is not None)
+    assert stats()['tokens'] == 65 - n
+    assert stats('--slide=True')['tokens'] == 200
+    refused(run('sample.py', f'--out_dir={out_dir}', '--weights=int8', '--start=the cat', '--max_new_tokens=200'),
+            'do not fit')
+
+
+@pytest.mark.parametrize('weights', FILES)
+@pytest.mark.parametrize('temperature', ['1e-40', '1e-320', '1e-19', '0'])
+def test_very_small_temperatures(chat_dir, weights, temperature):
+    """... are the argmax, whatever the format and the filter."""
+    how = [f'--weights={weights}', '--start=the cat', '--max_new_tokens=20']
+    for flag in ('--top_k=5', '--top_p=0.5', '--min_p=0.5', '--drafter=head'):
+        assert sample(chat_dir, *how, f'--temperature={temperature}', flag) == sample(chat_dir, *how, '--temperature=0')
+
+
+# -----------------------------------------------------------------------------
+# the end of a document
+
+def test_a_document_ends(tmp_path):
+    """
+    Where a model writes the marker between documents, its text ends; with run_on another one follows. The marker is
+    never printed.
+    """
+    document = 'the cat sat on a mat\n'
+    write_texts(str(tmp_path / 'data'), [document] * 400, [document] * 40, 'bpe', 'toy', 275)
+    got = run('train.py', *TINY, f'--dataset={tmp_path}/data', '--n_embd=64', '--block_size=32', '--max_iters=200',
+              '--eval_interval=200', '--sample_interval=200', f'--out_dir={tmp_path}/out')
+    assert got.status == 0 and '<|' not in got.out
+    shown = got.out.split('----- sample at step 200 -----\n')[1].split('\n-----')[0]
+    assert shown == document
+    how = ['--start=the cat', '--temperature=0', '--max_new_tokens=25']
+    out = tmp_path / 'out'
+    assert sample(out, *how) == document + '\n'
+    assert sample(out, *how, '--num_samples=2') == f'{document}\n---------------\n' * 2
+    on = sample(out, *how, '--run_on=True')
+    assert on.startswith(document + 'the cat') and '<|' not in on
+    assert sample(out, *how, '--run_on=True', '--num_samples=2') == (on[:-1] + '\n---------------\n') * 2
 
 
 def test_a_conversation(out_dir):
@@ -130,11 +200,11 @@ def test_a_conversation(out_dir):
     how = ['--interactive=True', '--max_new_tokens=20', '--seed=7', '--temperature=1', '--weights=int8']
     too_long = 'the ' * 100
     got = run('sample.py', f'--out_dir={out_dir}', *how,
-              stdin=f'the cat\nsat on\n###\n{too_long}\n###\na mat\n###\nno end')
-    first, second = (expected(out_dir, 'int8', prompt, 20, Sampling(seed=seed))[0]
-                     for prompt, seed in (('the cat\nsat on', 7), ('a mat', 8)))
+              stdin=f'the cat\nsat on\n###\n{too_long}\n###\r\na mat\r\n###\nno\nend')
+    texts = [expected(out_dir, 'int8', prompt, 20, Sampling(seed=seed))[0]
+             for prompt, seed in (('the cat\nsat on', 7), ('a mat', 8), ('no\nend', 9))]
     assert got.status == 0
-    assert got.out == f'{first}\n{second}\n'
+    assert got.out == ''.join(f'{text}\n' for text in texts)
     asked, refusal = got.err.splitlines()
     assert '###' in asked
     assert refusal.startswith('error: the prompt')
@@ -191,6 +261,7 @@ def reference(out_dir, weights, lines, seed=1337, temperature=0.8, cut={}):
         if line == '/reset':
             exchanges = []
             continue
+        line = line.lstrip()                        # a space marks what is no command
         question = [u0, *t.encode(line), u1, a0]
         room = 64 - 16                              # a quarter of the context is the answer's
         if 1 + len(question) > room:
@@ -267,7 +338,19 @@ def test_a_full_context_forgets_the_oldest(chat_dir):
     assert any('are forgotten' in note for note in notes)
     refusal, = (note for note in notes if note.startswith('error'))
     assert 'do not fit the context of 64 with an answer of 16' in refusal
-    assert '/bye is no command' in chat(chat_dir, '/bye')[1][0]
+
+
+def test_what_is_a_command(chat_dir):
+    """Exact words only; a space or // sends a line as it is; several lines stand between quotes."""
+    def asks(*lines):
+        said, notes = chat(chat_dir, *lines, max_new_tokens=20)
+        assert not notes
+        return said
+    assert asks('/bye', '/etc/hosts?') == reference(chat_dir, 'int8', ['/bye', '/etc/hosts?'])
+    assert asks('the cat', '//undo', ' /quit', 'a') == reference(chat_dir, 'int8', ['the cat', ' /undo', '/quit', 'a'])
+    assert (asks('"""', 'the cat', '', '/quit', '"""', 'a mat\r', '/quit\r', 'never')
+            == reference(chat_dir, 'int8', ['the cat\n\n/quit', 'a mat']))
+    assert asks('"""', 'the cat', '//sat') == reference(chat_dir, 'int8', ['the cat\n//sat'])
 
 
 def test_a_chat_model_is_pruned(chat_dir, tmp_path):
@@ -327,7 +410,6 @@ def refuses(house, flags, pattern, script='sample.py', first=('--start=the', '--
     ('--start=the%cat', "no token for '%': .*; leave them out of the prompt"),
     ('--start=', 'prompt is empty'),
     ('--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
-    ('--start=thecatsatonamatandran --slide=True', 'do not fit'),
     ('--max_new_tokens=15', r'3 tokens \+ max_new_tokens \(15\) do not fit'),
     ('--start=FILE:{}/missing.txt', 'missing.txt'),
     ('--start=FILE:{}/latin.txt', 'not UTF-8'),
@@ -341,7 +423,7 @@ def test_bad_input(house, flags, pattern):
 
 
 @pytest.mark.parametrize('knob, values', [
-    ('weights', 'int3'), ('drafter', 'heads'), ('draft_n', '-1 16'), ('max_new_tokens', '-1 none'),
+    ('weights', 'int3'), ('drafter', 'heads'), ('draft_n', '-1 16'), ('max_new_tokens', '-1 1.5'),
     ('temperature', '-0.5 none warm'), ('top_k', 'fifty 0 -3 1.5 True'), ('top_p', 'x 2 -0.1'), ('min_p', 'x 3'),
     ('num_samples', '0 none'), ('seed', 'none'), ('threads', '-1 none')])
 def test_limits(house, knob, values):
