@@ -18,6 +18,9 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import sys
+import tempfile
 import time
 
 try:
@@ -54,21 +57,55 @@ def visible_files(folder, endings, below=True):
     """
     The files in a folder, and in folders below it, whose names end so -> list of paths, sorted. What begins with a dot,
     or is in a folder that does, is skipped, and said: editors and file managers leave copies there that nobody means.
+    So are links to what lies elsewhere: who gives a folder means what is in it.
     """
-    paths, n_hidden = [], 0
+    paths, n_hidden, n_links, home = [], 0, 0, os.path.realpath(folder)
     for at, folders, names in os.walk(folder):
         hidden = any(part.startswith('.') for part in os.path.relpath(at, folder).split(os.sep) if part != '.')
+        n_links += sum(os.path.islink(os.path.join(at, name)) for name in folders)  # where walk does not go
         for name in names:
-            if name.lower().endswith(endings):
-                if hidden or name.startswith('.'):
-                    n_hidden += 1
-                else:
-                    paths.append(os.path.join(at, name))
+            path = os.path.join(at, name)
+            if not name.lower().endswith(endings):
+                continue
+            if hidden or name.startswith('.'):
+                n_hidden += 1
+            elif os.path.commonpath([home, os.path.realpath(path)]) != home:
+                n_links += 1
+            else:
+                paths.append(path)
         if not below:
             folders.clear()
     if n_hidden:
         print(f'{n_hidden:,} hidden files skipped')
+    if n_links:
+        print(f'{n_links:,} links that lead out of {folder} skipped: copy what they lead to, if it is meant')
     return sorted(paths)
+
+
+def read_json(path, remedy, needs={}):
+    """
+    A file with a JSON object -> a dict. needs: {key: type} of what it must have. ValueError for all else, in a line
+    that ends with the remedy.
+    """
+    try:
+        document = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:  # brackets in brackets in ...
+        raise ValueError(f'{path} is damaged, it is not JSON: {remedy} ({" ".join(str(e).split())[:80]})') from None
+    if not isinstance(document, dict):
+        raise ValueError(f'{path} is damaged, expected an object with names and values: {remedy}')
+    for key, kind in needs.items():
+        value = document.get(key)
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ValueError(f'{path} is damaged, it says that {key} is {value!r:.40}, not {kind.__name__}: {remedy}')
+    return document
+
+
+def shown(text):
+    """
+    A text as it may go to a terminal: control characters but new lines and tabs are seen, as \\x1b, and not obeyed. (So
+    are those that were not meant to be, but the two by which sample.py makes a prompt grey and plain again.)
+    """
+    return re.sub(r'(?!\x1b\[(?:90|0)m)[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda c: f'\\x{ord(c[0]):02x}', text)
 
 
 def sha256_of(path):
@@ -78,6 +115,45 @@ def sha256_of(path):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+MEMORY = os.path.join(os.path.dirname(os.path.abspath(__file__)), '.checked.json')
+LARGE = 1 << 22  # bytes; smaller files are read again each time, in a few milliseconds
+
+
+def check_once(path, question, check):
+    """
+    check() reads all of the file at path and raises if it is not right. Of a large file that is done once, and again
+    when it has changed or the question is another one (plain values): what is known stands in data/.checked.json of
+    this repo, by size and times. The time of its last change of any kind, ctime, comes with no archive or copy.
+    """
+    known, about = {}, os.stat(path)
+    if about.st_size < LARGE:
+        return check()
+    with contextlib.suppress(OSError, ValueError):
+        known = read_json(MEMORY, '')
+    place, now = os.path.abspath(path), [about.st_size, about.st_mtime_ns, about.st_ctime_ns, question]
+    if known.get(place) != now:
+        check()
+        known = {other: what for other, what in known.items() if os.path.exists(other)} | {place: now}
+        with contextlib.suppress(ValueError):  # a repo that cannot be written to: checked each time
+            atomic_write(MEMORY, lambda f: f.write(json.dumps(known).encode()))
+
+
+def private_folder(name):
+    """
+    A folder in the shared temporary one that nobody else can write to or read -> its path, the same in every process of
+    this user. If somebody else has made it first, a new one, for this process alone.
+    """
+    path = os.path.join(tempfile.gettempdir(), f'{name}-{os.getuid()}')
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    about = os.lstat(path)
+    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
+        return path
+    own = tempfile.mkdtemp(prefix=f'{name}-')
+    print(f'note: {path} is not ours alone: {own} is used instead', file=sys.stderr)
+    return own
 
 
 def finite(document):

@@ -5,12 +5,15 @@ Other people's tokenizers: nanochat's pickle and GPT-2's files in, Hugging Face'
 >>> load_tokenizer('teachers/d32').encode('hello')  # doctest: +SKIP
 """
 
-import json
+import io
 import os
 import pickle
 
-from data.files import read_text
+from data.files import read_json, read_text
 from data.tokenizer import BPETokenizer, bpe_parts, from_meta
+
+AGAIN = 'use another copy'
+LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
 
 
 def load_tokenizer(path):
@@ -20,7 +23,7 @@ def load_tokenizer(path):
     ValueError if there is none of them, or if it is damaged or of another kind.
     """
     if os.path.exists(os.path.join(path, 'meta.json')):
-        return from_meta(json.loads(read_text(os.path.join(path, 'meta.json'))))
+        return from_meta(read_json(os.path.join(path, 'meta.json'), AGAIN))
     tokenizer = load_gpt2_tokenizer(path)
     if tokenizer:
         return tokenizer
@@ -44,10 +47,11 @@ class _PickledEncoding:
         self.state = state
 
 
-class _EncodingUnpickler(pickle.Unpickler):
+class _EncodingUnpickler(pickle._Unpickler):
     """
     Every name in a pickle, and so everything that it could call, passes through find_class:
-    this one knows a single name.
+    this one knows a single name. (It is the one written in Python: that in C takes as much memory as a pickle of a few
+    bytes asks for.)
     """
 
     def find_class(self, module, name):
@@ -69,7 +73,10 @@ def load_nanochat_tokenizer(path):
         path = os.path.join(path, 'tokenizer.pkl')
     with open(path, 'rb') as f:
         try:
-            state = getattr(_EncodingUnpickler(f).load(), 'state', None)
+            content = f.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f'it has more than {LARGEST:,} bytes')
+            state = getattr(_EncodingUnpickler(io.BytesIO(content)).load(), 'state', None)
             if not isinstance(state, dict):  # tiktoken pickles its own encodings as a mere name, to be downloaded
                 raise ValueError('it has no table of tokens')
             ranks, special = state['mergeable_ranks'], state['special_tokens']
@@ -111,18 +118,22 @@ def load_gpt2_tokenizer(folder):
         vocab, merges = _read_tokenizer_json(path)
     elif os.path.exists(vocab_path) and os.path.exists(merges_path):
         path = vocab_path
-        vocab = json.loads(read_text(path))
+        vocab = read_json(path, AGAIN)
         lines = read_text(merges_path).split('\n')
         merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
     else:
         return None
 
     # Ranks say the same as a list of merges if the ids of what is merged are in the list's order.
-    tokens = sorted(vocab, key=vocab.get)
     n = 256 + len(merges)
     byte = {character: byte for byte, character in byte_characters().items()}
-    if (not vocab or [vocab[token] for token in tokens] != list(range(len(tokens))) or set(tokens[:256]) != set(byte)
-            or tokens[256:n] != [''.join(merge) for merge in merges]):
+    try:
+        tokens = sorted(vocab, key=vocab.get)
+        fits = (bool(vocab) and [vocab[token] for token in tokens] == list(range(len(tokens)))
+                and set(tokens[:256]) == set(byte) and tokens[256:n] == [''.join(merge) for merge in merges])
+    except TypeError:  # ids or merges that are something else
+        fits = False
+    if not fits:
         raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected a BPE of ids for the 256 bytes, "
                          'then for the merges in their order, then for special tokens')
     ranks = {bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}
@@ -131,14 +142,18 @@ def load_gpt2_tokenizer(folder):
 
 def _read_tokenizer_json(path):
     """tokenizer.json -> {token: id}, [(left, right), ...] of the merges; empty ones if it is not in GPT-2's manner."""
-    content = json.loads(read_text(path))
-    model, cutter = content.get('model', {}), content.get('pre_tokenizer') or {}
+    content = read_json(path, AGAIN, {'model': dict})
+    model, cutter = content['model'], content.get('pre_tokenizer') or {}
+    plain = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
     if (not isinstance(model.get('vocab'), dict)  # a Unigram's are pairs
-            or content.get('normalizer') is not None or cutter.get('type') != 'ByteLevel'
-            or cutter.get('add_prefix_space') is not False or cutter.get('use_regex', True) is not True):
+            or content.get('normalizer') is not None or not isinstance(cutter, dict)
+            or plain != {'use_regex': True} | {key: value for key, value in cutter.items() if key in plain}):
         return {}, []
-    added = {token['content']: token['id'] for token in content.get('added_tokens', [])}
-    merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model.get('merges', [])]
+    try:
+        added = {token['content']: token['id'] for token in content.get('added_tokens', [])}
+        merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model.get('merges', [])]
+    except (TypeError, KeyError):
+        return {}, []
     return model['vocab'] | added, merges
 
 

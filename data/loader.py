@@ -15,7 +15,6 @@ token, 1 where it is to be learnt), and meta.json. Where meta.json has a row, th
 hold whole conversations, and a window is a row. data/writer.py writes all of it.
 """
 
-import json
 import math
 import os
 import re
@@ -24,8 +23,8 @@ import time
 
 import numpy as np
 
-from data.files import in_repo
-from data.tokenizer import from_meta
+from data.files import check_once, in_repo, read_json, sha256_of
+from data.tokenizer import from_meta, vocab_size_of
 # torch is imported by Loader.rows alone: preparing a dataset needs none, and it takes seconds to import
 
 
@@ -63,12 +62,15 @@ class Loader:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.meta = load_meta(data_dir)
         self.row = self.meta.get('row')
-        self.n_tokens = self.meta[f'{split}_tokens']
+        self.n_tokens = self.meta.get(f'{split}_tokens')
+        if type(self.n_tokens) is not int or self.n_tokens < 1:
+            raise ValueError(f'{data_dir}/meta.json says that there are {self.n_tokens!r:.20} tokens: '
+                             'run prepare.py again')
         path = os.path.join(data_dir, f'{split}.bin')
-        self.tokens = self._map(path, np.dtype(self.meta['dtype']).newbyteorder('<'))  # (n_tokens,)
+        self.tokens = self._map(path, self.meta['dtype'], vocab_size_of(self.meta))  # (n_tokens,)
         self.mask = None                        # or (n_tokens,): 1 where the token is to be learnt
         if f'{split}.mask.bin' in self.meta['sha256']:
-            self.mask = self._map(os.path.join(data_dir, f'{split}.mask.bin'), np.dtype('uint8'))
+            self.mask = self._map(os.path.join(data_dir, f'{split}.mask.bin'), 'uint8', 2)
         if hold_out:                            # what is left is copied into memory
             left = ~held_out(hold_out, np.arange(self.n_tokens), self.n_tokens, self.row)
             self.tokens, self.n_tokens = self.tokens[left], int(left.sum())
@@ -88,13 +90,20 @@ class Loader:
             self.n_windows = max(1, self.n_tokens // block_size - 1)
         self._epoch = None, None, None          # of the epoch in use: number, start of its first window, their order
 
-    def _map(self, path, dtype):
-        """The integers of a file, read from the disk when they are used."""
+    def _map(self, path, dtype, bound):
+        """The integers of a file, all of them below bound, read from the disk when they are used."""
+        if dtype not in ('uint8', 'uint16', 'uint32'):
+            raise ValueError(f'{path} has tokens of type {dtype!r:.20}, says meta.json, and not uint16 or uint32: '
+                             'run prepare.py again')
+        dtype = np.dtype(dtype).newbyteorder('<')
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != self.n_tokens * dtype.itemsize:
             raise ValueError(f'{path} has {size:,} bytes, and meta.json says {self.n_tokens:,} tokens of '
                              f'{dtype.itemsize}: run prepare.py again')
-        return np.memmap(path, dtype=dtype, mode='r')
+        integers = np.memmap(path, dtype=dtype, mode='r')
+        expected = self.meta['sha256'].get(os.path.basename(path))
+        check_once(path, [expected, bound], lambda: check_integers(path, integers, bound, expected))
+        return integers
 
     def batch(self, step, micro=0, accumulation=1):
         """
@@ -147,6 +156,18 @@ class Loader:
         return copy_to(self.device, x, y)
 
 
+def check_integers(path, integers, bound, sha256):
+    """ValueError unless the file at path is the one of this sha256, and its integers are all below bound."""
+    found = sha256_of(path)
+    if found != sha256:
+        raise ValueError(f'{path} is not the file that meta.json describes: its sha256 is {found}, and {sha256} is '
+                         'expected: run prepare.py again')
+    for i in range(0, len(integers), 1 << 22):
+        largest = integers[i:i + (1 << 22)].max()
+        if largest >= bound:
+            raise ValueError(f'{path} has the id {largest:,}, and ids are 0 to {bound - 1:,}: run prepare.py again')
+
+
 def copy_to(device, *tensors):
     """The tensors on that device. To a GPU they go from pinned memory: that overlaps with what it is doing."""
     if str(device).startswith('cuda'):
@@ -193,11 +214,7 @@ def load_meta(data_dir):
                   f'or for conversations data/chat/prepare.py --input=FILE.jsonl --name={name}')
     if not os.path.exists(path):
         raise ValueError(f'no dataset in {data_dir} ({path} is not there): run python {script}')
-    with open(path, encoding='utf-8') as f:
-        try:
-            return json.load(f)
-        except ValueError:
-            raise ValueError(f'{path} is damaged, it is not JSON: run python {script} again') from None
+    return read_json(path, f'run python {script} again', {'dtype': str, 'sha256': dict})
 
 
 def data_are_gone(state, dataset=''):

@@ -25,6 +25,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import regex  # comes with tiktoken, and has its \p{L}
@@ -40,6 +41,9 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p
 # has them yet.
 SPECIAL_TOKENS = ('<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>', '<|assistant_end|>',
                   '<|python_start|>', '<|python_end|>', '<|output_start|>', '<|output_end|>')
+
+# Characters of every kind, alone and together: any pattern must cut this into pieces that are the whole of it.
+ALL_KINDS = ''.join(map(chr, range(0x3100))) + "It's 12345 \r\n\r\n  x\t\t\u65e5\u672c\u8a9e \U0001f600\U0010ffff --- "
 
 
 # -----------------------------------------------------------------------------
@@ -130,12 +134,13 @@ class BPETokenizer:
         self.token_bytes = [len(token) for token in self._merged] + [0] * len(self.special_tokens)
         self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=ranks,
                                            special_tokens=self._special_ids)
+        self.encode(ALL_KINDS)  # raises, now rather than at somebody's prompt, if the pattern leaves some of it out
 
     def encode(self, text):
         """
         str -> list of int. Special tokens are never read out of text: '<|bos|>' typed by a user is seven ordinary
         characters. Half a surrogate pair becomes U+FFFD (tiktoken's choice).
-        ValueError for half a million white-space characters in a row.
+        ValueError for half a million white-space characters in a row, and where the pattern is not up to a text.
         """
         if len(text) >= 1_000_000:
             # tiktoken backtracks over runs of white space, and dies of a million (a Rust panic, not an exception).
@@ -144,13 +149,22 @@ class BPETokenizer:
             if run:
                 raise ValueError(f'500,000 white-space characters in a row, from character {run.start()} on: '
                                  'tiktoken cannot split that; shorten it')
-        return self._encoding.encode_ordinary(text)
+        try:
+            ids = self._encoding.encode(text, disallowed_special=())  # they are not refused, either
+        except BaseException as e:
+            if not isinstance(e, ValueError) and type(e).__name__ != 'PanicException':  # Rust's own is no Exception
+                raise
+            raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, takes too long to cut a text: '
+                             'use another tokenizer') from None
+        if sum(map(self.token_bytes.__getitem__, ids)) != _utf8_length(text):
+            raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, leaves out some of a text: '
+                             'use another tokenizer')
+        return ids
 
     def encode_batch(self, texts):
         """list of str -> list of lists of int, each as encode's, on several threads."""
-        if max(map(len, texts), default=0) >= 1_000_000:  # encode looks for what tiktoken dies of
-            return [self.encode(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(texts)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.encode, texts))
 
     def special(self, name):
         """'<|bos|>' -> its id. ValueError if this tokenizer has no such token."""
@@ -212,6 +226,14 @@ class BPETokenizer:
         if _turns(conversation)[-1][0] != 'user':
             raise ValueError('the last message of a prompt must be the user\'s: the assistant is about to answer it')
         return self.render_chat(conversation)[0] + [self.special('<|assistant_start|>')]
+
+
+def _utf8_length(text):
+    """Bytes of a text in UTF-8; of surrogates, as tiktoken reads them: two are one character, half of one U+FFFD."""
+    try:
+        return len(text.encode('utf-8'))
+    except UnicodeEncodeError:
+        return len(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8'))
 
 
 def _checked(ids, vocab_size):
@@ -365,15 +387,16 @@ def from_meta(meta):
     and kind 'chat' (a chat data set) has a BPE inside.
     ValueError for another kind, a missing key, or a vocabulary that contradicts itself.
     """
-    bpe = ('ranks', 'pattern', 'special_tokens')
-    needs = {'char': ('chars',), 'bpe': bpe, 'chat': bpe}
+    bpe = {'ranks': list, 'pattern': str, 'special_tokens': list}
+    needs = {'char': {'chars': str}, 'bpe': bpe, 'chat': bpe}
     kind = meta.get('kind') if isinstance(meta, dict) else None
-    if kind not in needs:
-        raise ValueError(f'unknown tokenizer kind {kind!r}: expected one of {", ".join(needs)}; '
+    if not isinstance(kind, str) or kind not in needs:
+        raise ValueError(f'unknown tokenizer kind {kind!r:.40}: expected one of {", ".join(needs)}; '
                          'run the data set\'s prepare.py again')
-    missing = [key for key in needs[kind] if key not in meta]
-    if missing:
-        raise ValueError(f'a tokenizer of kind {kind!r} needs {", ".join(missing)}: '
+    missing = [key for key, type in needs[kind].items() if not isinstance(meta.get(key), type)]
+    names = [name for key in needs[kind] if key not in missing for name in meta[key]]
+    if missing or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'a tokenizer of kind {kind!r} needs {", ".join(missing or needs[kind])}: '
                          'run the data set\'s prepare.py again')
     if kind == 'char':
         tokenizer = CharTokenizer(meta['chars'])
@@ -384,6 +407,11 @@ def from_meta(meta):
         return tokenizer
     return BPETokenizer({token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}, meta['pattern'],
                         meta['special_tokens'])
+
+
+def vocab_size_of(meta):
+    """What .meta() returned -> the number of tokens, without making the tokenizer."""
+    return len(meta.get('chars', ())) or len(meta.get('ranks', ())) + len(meta.get('special_tokens', ()))
 
 
 def fingerprint(tokenizer):

@@ -4,14 +4,20 @@ data/loader.py and data/writer.py: batches, and the datasets they are read from.
 $ python -m pytest tests/test_loader.py        about 5 seconds
 """
 import hashlib
+import json
 import os
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import content
 
+import data.files
+import data.loader
+from data.files import sha256_of
+from data.foreign_tokenizer import load_tokenizer
 from data.loader import Loader, data_of, held_out, load_meta
 from data.tokenizer import BPETokenizer, CharTokenizer, from_meta
 from data.writer import (char_ids, chat_tokenizer, pack_rows, split_texts, stdlib_files, stdlib_held_out, write_chats,
@@ -150,6 +156,59 @@ def test_missing_and_damaged_datasets_name_the_command(tmp_path, files, message)
         (tmp_path / 'out' / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Loader(tmp_path / 'out', 'train', 4, 4)
+
+
+def rewrite(folder, ids=None, **changes):
+    """Another train.bin of the same length, or other words in meta.json."""
+    meta = json.loads((folder / 'meta.json').read_text())
+    if ids is not None:
+        ids.tofile(folder / 'train.bin')
+        meta['sha256']['train.bin'] = sha256_of(folder / 'train.bin')
+    (folder / 'meta.json').write_text(json.dumps(meta | changes))
+
+
+@pytest.mark.parametrize('changes, match', [
+    ({'dtype': 'float16'}, "type 'float16', says meta.json, and not uint16 or uint32"),
+    ({'dtype': 'int16'}, "type 'int16'"),
+    ({'dtype': ['uint16']}, 'it says that dtype is'),
+    ({'train_tokens': '1000'}, "there are '1000' tokens"),
+    ({'sha256': None}, 'it says that sha256 is None'),
+    ({'sha256': {'train.bin': 'ab'}}, 'is not the file that meta.json describes: its sha256 is .*, and ab is expected'),
+    ({'ids': np.full(N, N, 'uint16')}, 'train.bin has the id 1,000, and ids are 0 to 999'),
+    ({'chars': 'ab'}, 'train.bin has the id 999, and ids are 0 to 1')])
+def test_a_dataset_is_what_its_meta_says(tmp_path, changes, match):
+    rewrite(dataset(tmp_path), **changes)
+    with pytest.raises(ValueError, match=f'{match}.*run .*prepare.py'):
+        Loader(tmp_path, 'train', 4, 16)
+
+
+@pytest.mark.parametrize('content', ['[' * 10**5, '[1]', '{"a": 1', '\xff'])
+def test_a_meta_that_is_no_json_object_is_refused(tmp_path, content):
+    (tmp_path / 'meta.json').write_text(content, encoding='latin-1')
+    for read in (load_meta, load_tokenizer):
+        with pytest.raises(ValueError, match='meta.json is damaged'):
+            read(tmp_path)
+
+
+def test_a_large_file_is_checked_once(tmp_path, monkeypatch):
+    """And again after any change, also one that keeps its size and its time."""
+    monkeypatch.setattr(data.files, 'LARGE', 1)
+    monkeypatch.setattr(data.files, 'MEMORY', str(tmp_path / 'memory.json'))
+    read = []
+    monkeypatch.setattr(data.loader, 'sha256_of', lambda path: read.append(path) or sha256_of(path))
+    folder = dataset(tmp_path / 'data')
+    for _ in range(3):
+        Loader(folder, 'train', 4, 16)
+    assert len(read) == 1
+    path, changed = folder / 'train.bin', np.arange(N, dtype='uint16')[::-1]
+    before = os.stat(path)
+    time.sleep(0.02)
+    changed.tofile(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):                          # what is wrong is not remembered
+        with pytest.raises(ValueError, match='not the file that meta.json describes'):
+            Loader(folder, 'train', 4, 16)
+    assert len(read) == 3
 
 
 def test_a_checkpoint_knows_its_data(data_dir):

@@ -212,7 +212,7 @@ def test_training_errors():
     assert train_bpe([], 265).vocab_size == 265
     error_of(train_bpe, [], 266, match='only 0 merges')
     error_of(train_bpe, 'low lower', 300, match='one string')
-    assert train_bpe(['ab ab'], 266, pattern='(a)(b)').decode([256]) == 'ab'  # groups in a pattern do not cut
+    assert train_bpe(['ab ab'], 266, pattern=r'(a)(b)|[\s\S]').decode([256]) == 'ab'  # groups in a pattern do not cut
 
 
 # -----------------------------------------------------------------------------
@@ -245,6 +245,28 @@ def test_from_meta_errors(bpe):
     error_of(from_meta, {'kind': 'bpe', 'ranks': [], 'pattern': ''}, match='needs special_tokens')
     error_of(from_meta, {**bpe.meta(), 'ranks': bpe.meta()['ranks'] + ['a']}, match='missing or repeated')
     error_of(from_meta, {**bpe.meta(), 'ranks': bpe.meta()['ranks'][1:]}, match='no BPE token')
+
+
+@pytest.mark.parametrize('pattern, text, match', [
+    (r'\p{L}+|\s+', None, 'leaves out some of a text'),             # at once, before it is used
+    (r'[^\u9999]', 'a\u9999b', 'leaves out some of a text'),
+    (r'(?:(?=x)x+)+y|[\s\S]', 'x' * 50, 'takes too long')])
+def test_a_pattern_must_be_up_to_a_text(pattern, text, match, capfd):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    if text:
+        tokenizer = from_meta({'kind': 'bpe', 'ranks': [*map(chr, range(256))], 'pattern': pattern,
+                               'special_tokens': []})
+        error_of(tokenizer.encode, text, match=f'the pattern of this tokenizer, .*{match}')
+        error_of(tokenizer.encode_batch, ['abc', text], match=match)
+    else:
+        error_of(BPETokenizer, ranks, pattern, match=match)
+    assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('change', [{'kind': ['bpe']}, {'ranks': 3}, {'ranks': [1] * 256}, {'pattern': None},
+                                    {'special_tokens': 'ab'}, {'special_tokens': [[]]}])
+def test_a_meta_of_other_types_is_refused(bpe, change):
+    error_of(from_meta, bpe.meta() | change, match='prepare.py again')
 
 
 def test_nanochat_pickle(bpe, tmp_path):
@@ -305,12 +327,23 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
         'cut short': (pickle.dumps(bpe._encoding)[:2000], 'tokenizer.pkl'),
         'text': (b'hello\nworld\n', 'tokenizer.pkl'),
         'zeros': (bytes(1000), 'tokenizer.pkl'),
+        'memory': (b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.', 'no table'),      # entry 2^31 of a table: 16 GiB, in C
+        'a giant': (b'\x80\x04' + b'N0' * 2**25 + b'N.', 'more than 67,108,864 bytes'),
     }
     for name, (content, match) in attacks.items():
         path.write_bytes(content)
         message = error_of(load_nanochat_tokenizer, path, match=match)
         assert str(path) in message, name
         assert not os.path.exists(folder), name
+
+
+@pytest.mark.parametrize('change', [
+    {'model': 3}, {'model': {'vocab': {'a': 'b', 'c': 1}}}, {'added_tokens': [3]}, {'added_tokens': 3},
+    {'pre_tokenizer': [1]}, {'model': {'vocab': {'a': 0}, 'merges': [[1, 2]]}}, {'model': {'vocab': {'a': [0]}}}])
+def test_a_tokenizer_json_of_other_types_is_refused(tmp_path, change):
+    plain = {'model': {'vocab': {}}, 'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False}}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(plain | change))
+    error_of(load_tokenizer, str(tmp_path), match="tokenizer.json is (not a tokenizer in GPT-2's manner|damaged)")
 
 
 def test_a_teachers_tokenizer_is_found(bpe, tmp_path):
