@@ -20,7 +20,7 @@ from dataclasses import asdict
 import torch
 
 from data.files import atomic_write
-from model import GPT, GPTConfig, whole
+from model import GPT, GPTConfig, rope_tables, whole
 
 # -----------------------------------------------------------------------------
 # writing
@@ -215,9 +215,14 @@ def load_checkpoint(path, device='cpu'):
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint's dict."""
     state = load_checkpoint(path, device)
+    config = GPTConfig(**state['config'])
+    with torch.device('meta'):                  # no weights are drawn, and none are in memory twice
+        model = GPT(config)
+    model.load_state_dict({name: t.float() for name, t in state['model'].items()}, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
     with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
-        model = GPT(GPTConfig(**state['config']))
-    model.load_state_dict(state['model'])
+        model.cos, model.sin = rope_tables(config)
     return model.eval(), state
 
 # -----------------------------------------------------------------------------
