@@ -62,7 +62,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data.checkpoint import config_from, load_checkpoint
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
-from data.files import atomic_write, hold, in_repo, json_line
+from data.files import atomic_write, hold, in_repo, json_line, read_json
 from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
                          with_labels, write_record)
 from data.loader import Loader, data_of, load_meta
@@ -825,7 +825,8 @@ def build_ladder(wanted):
     identity = ('command', 'file', 'made', 'int8_cache')
     known = {}
     if os.path.exists(ladder):
-        known = {tuple(row.get(key) for key in identity): row for row in json.load(open(ladder))['rows']}
+        before = read_json(ladder, 'move it away', {'rows': list})['rows']
+        known = {tuple(row.get(key) for key in identity): row for row in before if isinstance(row, dict)}
     rows = []
     for name, rung_seed, command in wanted:
         row = build_rung(ladder, name, rung_seed, command)
@@ -842,8 +843,8 @@ def measure_again(recorded):
     """-> the recorded rungs' rows, measured anew"""
     rows = []
     for row in recorded:
-        if not os.path.exists(row['file']):
-            raise ValueError(f"rung {row['name']!r}: {row['file']} is not there any more: build the ladder again")
+        if not os.path.exists(str(row.get('file'))):
+            raise ValueError(f"rung {row['name']!r}: {row.get('file')} is not there any more: build the ladder again")
         rows.append(untimed(row) | measure_rung(row['file'], row.get('int8_cache', False)))
     return rows
 
@@ -924,8 +925,8 @@ def measure_ladder():
     for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):
         if config[knob] not in words:
             listed(knob, there)
-    if check and recorded['machine'] != machine:
-        print(f"note: {check} is of another machine: {recorded['machine']}", file=sys.stderr)
+    if check and recorded.get('machine') != machine:
+        print(f"note: {check} is of another machine: {recorded.get('machine')}", file=sys.stderr)
     rows = measure_again(recorded['rows']) if check else build_ladder(wanted)
     names = by_name(rows)
     if timed != 'none':                         # of a rung with several seeds the first one is timed

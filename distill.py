@@ -30,6 +30,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -40,13 +41,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
-from data.files import atomic_write, hold, in_repo, json_line, read_text, sync_folder
+from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
 from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
 from data.judge import check_reading, may_label, tokens_each_may_label
 from data.loader import Loader, copy_to
 from data.record import already, record
 from data.signals import interrupt_on_stop
-from data.tokenizer import fingerprint, from_meta
+from data.tokenizer import fingerprint, from_meta, vocab_size_of
 from model import GPT, autocast, can_compile, chunked, or_one, pick_device, pick_dtype, shard
 
 # -----------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def load_teacher(name, device='cpu'):
         return Teacher(name, model.requires_grad_(False), tokenizer)
     if not os.path.exists(name):
         raise ValueError(f"no teacher at {name}: train one (python train.py ...), "
-                         f"or write its labels there (python distill.py --teacher=... --out_dir={name})")
+                         f"or write its labels there (python distill.py --teacher=... --out_dir={shlex.quote(name)})")
     model, state = load_model(checkpoint_of(name), device)
     return Teacher(name, model.requires_grad_(False), from_meta(state['tokenizer']), state.get('dataset'),
                    state.get('knobs', {}).get('hold_out', ''), state.get('data'))
@@ -254,7 +255,7 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
     teachers = load_teachers(spec, tokenizer, loader.block_size, 'cpu' if fsdp else device, dataset)
     if any(teacher.hold_out for teacher in teachers):
         raise ValueError(f"a teacher in {spec} was trained with hold_out: write labels "
-                         f"(python distill.py --teacher={spec} --out_dir=FOLDER), "
+                         f"(python distill.py --teacher={shlex.quote(spec)} --out_dir=FOLDER), "
                          "which it gives only for what it has not seen")
     models = [teacher.model for teacher in teachers]
     if fsdp:                                    # a GPT-2 is small enough to stay whole
@@ -423,7 +424,7 @@ def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
                 if os.path.exists(path):
                     os.remove(path)
             atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
-        elif json.loads(read_text(begun)) != meta:
+        elif read_json(begun, 'remove the folder, or give another --out_dir') != meta:
             raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
                              "remove the folder, or give another --out_dir")
         # if only what is whole is there, we were killed between the last two lines
@@ -461,26 +462,47 @@ def write_records(path, teachers, loader, recipe):
         os.fsync(f.fileno())
 
 
+LABELS_META = {'data': str, 'tokens': int, 'method': str, 'k': int, 'vocab_size': int, 'temperature': float}
+
+
+def check_labels(path, table, vocab_size, remedy):
+    """ValueError unless all ids are of the vocabulary, and all else are numbers."""
+    for i in range(0, len(table), 2**20):
+        for name in table.dtype.names:
+            part = table[name][i:i + 2**20]
+            right = (part < vocab_size) if name == 'ids' else np.isfinite(part) & (part >= 0)
+            if not right.all():
+                raise ValueError(f"{path} has {name} that cannot be ({part[~right].flat[0]}): {remedy}")
+
+
 class Labels:
     """
     A folder that write_labels wrote, for the data that it was written for.
     batch(starts, block_size) -> what Distiller takes.
     """
     def __init__(self, folder, loader, device='cpu'):
-        self.meta = m = json.loads(read_text(os.path.join(folder, 'meta.json')))
-        path = os.path.join(folder, 'labels.bin')
-        if 'data' not in m or not os.path.exists(path):
+        again = f"write them again, python distill.py --teacher=... --out_dir={shlex.quote(str(folder))}"
+        meta, path = os.path.join(folder, 'meta.json'), os.path.join(folder, 'labels.bin')
+        self.meta, vocab_size = read_json(meta, again), vocab_size_of(loader.meta)
+        if 'data' not in self.meta or not os.path.exists(path):
             raise ValueError(f"{folder} holds no whole labels: write some, "
                              "python distill.py --teacher=... --out_dir=ANOTHER")
+        m = check_types(self.meta, meta, again, LABELS_META)
         # the loader has fewer tokens than the labels if it holds out a part
         if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:
-            raise ValueError(f"the labels in {folder} were written for other tokens than this dataset has: "
-                             f"write them again, python distill.py --teacher=... --out_dir={folder}")
-        kind = label_type(m['method'], m['k'], m['vocab_size'])
+            raise ValueError(f"the labels in {folder} were written for other tokens than this dataset has: {again}")
+        if m['vocab_size'] != vocab_size:
+            raise ValueError(f"the labels in {folder} are of {m['vocab_size']:,} tokens, and this dataset has "
+                             f"{vocab_size:,}: {again}")
+        if m['method'] not in ('sample', 'topk') or not 1 <= m['k'] <= 2**16:
+            raise ValueError(f"the labels in {folder} are {m['k']} of method {m['method']!r:.20} a token, "
+                             f"which nothing writes: {again}")
+        kind = label_type(m['method'], m['k'], vocab_size)
         size, expected = os.path.getsize(path), m['tokens'] * kind.itemsize
         if size != expected:
             raise ValueError(f"{path} has {size:,} bytes, expected {expected:,}: write the labels again")
         self.table, self.device = np.memmap(path, kind, 'r'), device  # (n_tokens,)
+        check_once(path, [m['method'], m['k'], vocab_size], lambda: check_labels(path, self.table, vocab_size, again))
 
     def batch(self, starts, block_size):
         """

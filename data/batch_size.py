@@ -14,11 +14,12 @@ import tempfile
 
 import torch
 
-from data.files import atomic_write, in_repo
+from data.files import atomic_write, in_repo, read_json
 from data.signals import passed_on
 
 PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
 OUT_OF_MEMORY = (3, -9, 137)
+AGAIN = 'remove it, and the rows are looked for again'
 
 
 def rows_that_fit(knobs, most, divide, device, path, agree=min):
@@ -34,8 +35,11 @@ def rows_that_fit(knobs, most, divide, device, path, agree=min):
     machine = torch.cuda.get_device_name(device) if device.startswith('cuda') else platform.machine()
     question = {k: v for k, v in knobs.items() if k not in ('out_dir', 'batch_size', 'seed')}
     key = json.dumps([machine, torch.get_num_threads(), torch.__version__, most, divide, question])
-    known = json.load(open(path)) if os.path.exists(path) else {}
-    rows, memory_then = known.get(key, (0, 0))
+    known = read_json(path, AGAIN) if os.path.exists(path) else {}
+    kept = known.get(key, [0, 0])
+    if not isinstance(kept, list) or [type(n) for n in kept] != [int, int] or kept[0] not in (0, *sizes):
+        raise ValueError(f'{path} is damaged, {kept!r:.40} is no number of rows: {AGAIN}')
+    rows, memory_then = kept
     # an answer that was found with more memory than there is now counts for nothing
     rows = agree(rows if memory > 0.95 * memory_then else 0)
     if rows:

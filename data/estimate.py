@@ -7,7 +7,6 @@ memory; and what all of it would take on a GPU. A library for bench.py --mode=tr
     training_bytes(t, config, rows=4)['peak']                           # bytes of a step that is not taken
 """
 import contextlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.files import read_json
 from data.loader import Loader
 from distill import Distiller, in_bfloat16, load_teacher, teacher_names
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, autocast, make_optimizers, update
@@ -35,7 +35,7 @@ def teachers_of_training(t, c):
     """-> the teachers' models (of nanochat's d32 and its like with random weights); of labels, the samples a token."""
     meta = os.path.join(t.teacher, 'meta.json')
     if t.teacher and os.path.exists(meta):
-        return [], json.load(open(meta))['k']
+        return [], read_json(meta, 'write the labels again', {'k': int})['k']
     if t.teacher.startswith('labels') and not os.path.exists(t.teacher):
         return [], 12                           # what distill.py writes
     models = []

@@ -93,6 +93,11 @@ def read_json(path, remedy, needs={}):
         raise ValueError(f'{path} is damaged, it is not JSON: {remedy} ({" ".join(str(e).split())[:80]})') from None
     if not isinstance(document, dict):
         raise ValueError(f'{path} is damaged, expected an object with names and values: {remedy}')
+    return check_types(document, path, remedy, needs)
+
+
+def check_types(document, path, remedy, needs):
+    """A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type."""
     for key, kind in needs.items():
         value = document.get(key)
         if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):

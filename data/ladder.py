@@ -21,7 +21,7 @@ import sys
 import time
 from statistics import mean, median, stdev, variance
 
-from data.files import atomic_write, finite, in_repo
+from data.files import atomic_write, finite, in_repo, read_json
 from data.record import made
 from data.signals import passed_on
 
@@ -119,9 +119,8 @@ def read_record(path):
     """A ladder's record -> its document; of older ones the rungs alone."""
     if not os.path.isfile(path):
         raise ValueError(f'{path} is not there: {FIRST}')
-    with open(path) as f:
-        document = json.load(f)
-    document['rows'] = [row for row in document.get('rows', []) if row['name']]
+    document = read_json(path, FIRST, {'rows': list})
+    document['rows'] = [row for row in document['rows'] if isinstance(row, dict) and row.get('name')]
     if not document['rows']:
         raise ValueError(f'{path} records no rung: {FIRST}')
     return document
@@ -137,7 +136,7 @@ def compare_records(before, now):
     noise = {'bytes': 0, 'val_loss': 1e-4, 'tokens_per_verify': 0.1, 'tok_s': 0.3, 'tok_s_speculative': 0.3}
     changes = []
     for old, new in zip(before, now):
-        name = new['name'] if new['seed'] is None else f"{new['name']} {new['seed']}"
+        name = new['name'] if new.get('seed') is None else f"{new['name']} {new['seed']}"
         for key, most in noise.items():
             if old.get(key) and new.get(key) and abs(new[key] / old[key] - 1) > most:
                 changes.append(f'{name}: {key} was {old[key]:.6g} and is {new[key]:.6g}')

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, finite, hold, in_repo
+from data.files import atomic_write, finite, hold, in_repo, read_json
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
@@ -113,12 +113,7 @@ def read(folder):
     path = os.path.join(folder, 'made.json')
     if not os.path.exists(path):
         return {}
-    with open(path, 'rb') as f:
-        text = f.read()
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f'{path} is damaged: remove it, and no ladder will take what is beside it for its own')
+    return read_json(path, 'remove it, and no ladder will take what is beside it for its own')
 
 
 def write(product, result):

@@ -46,6 +46,17 @@ def test_answers_are_kept_by_what_they_depend_on(monkeypatch, tmp_path):
     assert search(monkeypatch, path, 4, agree=same, memory=500) == 4            # found with more memory than there is now
 
 
+@pytest.mark.parametrize('damage', [
+    lambda known: '[1', lambda known: '[1]', lambda known: '{' * 10**5,
+    lambda known: known.replace('9', '10000000'), lambda known: known.replace('9', '"a"')])
+def test_damaged_answers_are_refused(monkeypatch, tmp_path, damage):
+    path = tmp_path / 'b.json'
+    search(monkeypatch, path, 9, agree=lambda n: n)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match='b.json is damaged.*: remove it, and the rows are looked for again'):
+        search(monkeypatch, path, 9, agree=lambda n: n)
+
+
 def test_processes_take_the_least(monkeypatch, tmp_path):
     """agree is given what this process found, and answers with what the one with the least room says."""
     asked = []

@@ -450,6 +450,33 @@ def test_what_a_student_cannot_learn_from(data, loader, teachers, tmp_path):
         Labels(tmp_path, loader)
 
 
+def test_labels_that_are_not_as_they_should_be(loader, teachers, tmp_path):
+    folder = tmp_path / 'a b;c'
+    write_labels(folder, teachers, loader, Recipe('topk', 2))
+    meta, table = (folder / 'meta.json').read_text(), (folder / 'labels.bin').read_bytes()
+    again = r'.*write them again, python distill.py --teacher=... --out_dir=.[^ ]*/a b;c.$'     # in quotes
+    for change, match in (
+            ({'vocab_size': 10**4}, 'are of 10,000 tokens, and this dataset has'),
+            ({'method': 'none'}, "method 'none'"), ({'k': 10**12}, 'are 1000000000000 of method'), ({'k': 0}, 'are 0 of'),
+            ({'k': '2'}, "says that k is '2', not int"), ({'data': None}, 'says that data is None'),
+            ({'temperature': []}, 'says that temperature is')):
+        (folder / 'meta.json').write_text(json.dumps(json.loads(meta) | change))
+        with pytest.raises(ValueError, match=match + again):
+            Labels(folder, loader)
+    for text in ('{"k": ', '[' * 10**5, '[]'):
+        (folder / 'meta.json').write_text(text)
+        with pytest.raises(ValueError, match='meta.json is damaged.*write them again'):
+            Labels(folder, loader)
+    (folder / 'meta.json').write_text(meta)
+    for name, value in (('entropy', math.nan), ('entropy', -1), ('p', math.nan), ('ids', 10**4)):
+        records = np.frombuffer(table, Labels(folder, loader).table.dtype).copy()
+        records[name][7] = value
+        (folder / 'labels.bin').write_bytes(records.tobytes())
+        with pytest.raises(ValueError, match=f'labels.bin has {name} that cannot be' + again):
+            Labels(folder, loader)
+        (folder / 'labels.bin').write_bytes(table)
+
+
 def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
     """
     Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its

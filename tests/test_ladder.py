@@ -131,7 +131,7 @@ def test_what_a_product_cost(command, tmp_path):
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / 'made.json').write_text('{"best')
-    with pytest.raises(ValueError, match='made.json is damaged: remove it'):
+    with pytest.raises(ValueError, match='made.json is damaged.*: remove it'):
         made(f'{tmp_path}/best.pt')
 
 # -----------------------------------------------------------------------------
@@ -285,8 +285,12 @@ def test_ladders_that_cannot_stand(climb):
     nameless = climb(old='narrow      |', new='data | python -c pass\nnarrow |')
     refused(nameless, "'data': its command names no model file")
     (at / 'empty.json').write_text('{"rows": []}')
+    (at / 'odd.json').write_text('{"rows": [{"name": "x"}, 3]}')
+    (at / 'torn.json').write_text('{"rows": [{"na')
     for flags, pattern in (('--rungs=', 'none are given'), ('--seeds=one', 'seeds'), ('--timed=', 'timed'),
                            (f'--check={at}', f'{at} is not there'), (f'--check={at}/empty.json', 'records no rung'),
+                           (f'--check={at}/odd.json', 'None is not there any more'),
+                           (f'--check={at}/torn.json', 'torn.json is damaged'),
                            ('--timed=wide,thin', "timed.*'thin' is not"),
                            ('--compiled=thin', "compiled.*'thin' is not"),
                            ('--int8_cache=thin', "int8_cache.*'thin' is not")):

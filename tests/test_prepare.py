@@ -6,6 +6,7 @@ $ python -m pytest tests/test_prepare.py       about 5 seconds, offline
 """
 import json
 import os
+import re
 import pickle
 
 import numpy as np
@@ -202,6 +203,7 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
 @pytest.mark.parametrize('text, flags, error', [
     (f'{GOOD}\n\n{{"messages": ', [], r'line 3: this is not JSON \(.*column 14\)'),
     (f'{GOOD}\n[{{"role": "bot", "content": ""}}]', [], "line 2: message 0 has role 'bot', expected 'user'"),
+    pytest.param('[' * 10**5, [], 'line 1: too many brackets in brackets', id='deep'),
     (f'{GOOD}\n"Hi."', [], 'line 2: a conversation is a list'),
     (f'{GOOD}\n{{"conversations": [{{"from": "gpt", "value": "Hi."}}]}}', [], "line 2: message 0 has role 'assistant'"),
     (f'{GOOD}\n{{"conversations": [{{"from": "human"}}]}}', [], 'line 2: message 0 must be'),
@@ -437,6 +439,19 @@ def test_text_leaves_out_hidden_files_and_copies(tmp_path):
     said = prepare('text', f'--input={tmp_path}/in', f'--out_dir={tmp_path}/out')
     assert '3 hidden files skipped\n1 files are the same as others and are left out\n2 file(s), 2,302 ' in said
     assert sorted(texts_of(tmp_path / 'out')) == ['other words\n' * 100 + '\n', 'words of a\n' * 100 + '\n']
+
+
+def test_text_stays_in_its_folder(tmp_path):
+    """Links inside it are read; those that lead elsewhere, to a file or a folder, are not."""
+    for name in ('in/a.txt', 'secret.txt', 'elsewhere/b.txt'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'words of {name}\n' * 100)
+    (tmp_path / 'in' / 'own.txt').symlink_to('a.txt')
+    (tmp_path / 'in' / 'diary.txt').symlink_to(tmp_path / 'secret.txt')
+    (tmp_path / 'in' / 'below').symlink_to(tmp_path / 'elsewhere')
+    said = prepare('text', f'--input={tmp_path}/in', f'--out_dir={tmp_path}/out', '--val_fraction=0.5')
+    assert re.search('2 links that lead out of .*/in skipped: copy .*\n1 files are the same', said)
+    assert {line for text in texts_of(tmp_path / 'out') for line in text.split('\n')} == {'words of in/a.txt', ''}
 
 
 @pytest.mark.parametrize('flags, error', [

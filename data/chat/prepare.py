@@ -57,6 +57,9 @@ def read(path):
             continue
         try:
             chats[line] = tokenizer.render_chat(messages_of(json.loads(line)))
+        except RecursionError:
+            raise ValueError(f'{path}, line {n}: too many brackets in brackets: '
+                             'expected a conversation a line') from None
         except json.JSONDecodeError as e:
             raise ValueError(f'{path}, line {n}: this is not JSON ({e.msg}, column {e.colno}): '
                              'expected a conversation a line') from None
