@@ -69,10 +69,10 @@ from data.loader import Loader, data_of, load_meta
 from data.signals import passed_on
 from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_dataset
-from engine import (DRAFTERS, FEW, HEADS, Engine, KVCache, PackedInt8Linear, Sampling, Speculation, first_difference,
-                    for_decoding)
-from model import (GPT, GPTConfig, PEAK_FLOPS, can_compile, compile_step, evaluate, peak_flops,
-                   pick_device, pick_dtype)
+from data.layouts import PackedInt8Linear, for_decoding
+from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Sampling, Speculation, first_difference
+from data.machine import PEAK_FLOPS, can_compile, peak_flops, pick_device, pick_dtype
+from model import GPT, GPTConfig, compile_step, evaluate
 from quantize import convert, export, load, rounding_of
 
 SHAPES = {

@@ -48,7 +48,8 @@ from data.loader import Loader, copy_to
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.tokenizer import fingerprint, from_meta, vocab_size_of
-from model import GPT, autocast, can_compile, chunked, or_one, pick_device, pick_dtype, shard
+from data.machine import autocast, can_compile, pick_device, pick_dtype, shard
+from model import GPT, chunked, or_one
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
-from data.layouts import PackedInt4Linear, PackedInt8Linear, PackedLinear, for_decoding      # for those who import them
 from model import sees
 from quantize import round_rows
 

@@ -11,24 +11,15 @@ then a norm of q and k, relu^2, no biases, a norm after the embedding, logits so
 training, decoding, distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for,
 multi-token heads and a draft head.
 """
-import functools
 import math
-import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
-import sys
-import sysconfig
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
+
+from data.machine import fast_bf16, share, whole
 
 SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
 MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
@@ -487,112 +478,6 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
     return total.result()
 
 # -----------------------------------------------------------------------------
-# what this machine can do
-
-# FLOP/s in bfloat16, summed in float32, without sparsity. Recalled, not checked against the sources: NVIDIA's data
-# sheets (A100, H100 SXM, H200 SXM), the GA102 whitepaper (RTX 3090) and the AD102 one (RTX 4090)
-PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'RTX 3090': 71e12, 'RTX 4090': 165.2e12}
-
-
-def peak_flops(device):
-    """The data sheet's FLOP/s of this device by its name, None if it is no GPU that is known here."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
-    return next((peak for known, peak in PEAK_FLOPS.items()
-                 if re.search(rf'\b{known}\b(?! (Ti|D)\b)(?!.*(PCIe|NVL|Laptop))', name)), None)
-
-
-def pick_device(device):
-    """'auto' -> 'cuda', 'mps' or 'cpu', whichever is best here; any other name stays. ValueError if it cannot be used."""
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device ({device}) cannot be used here: {str(e).splitlines()[0]}") from e
-    return device
-
-
-@functools.lru_cache(maxsize=None)
-def fast_bf16(device):
-    """
-    Whether this device multiplies bfloat16 faster than float32. On CPUs no flag says so: where one with avx512_bf16 is
-    three times as fast, another takes twice as long. So it is measured, once, in some milliseconds; of several
-    processes, which must all ask, it must hold for each.
-    """
-    kind = torch.device(device).type
-    if kind == 'cuda':
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != 'cpu' or not torch.cpu._is_avx512_bf16_supported():
-        return False
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    with _disable_current_modes():              # bench.py may be counting tensors that have no memory
-        for _ in range(6):                      # in turn: the first product of a kind warms up, the fastest counts
-            for dtype, times in seconds.items():
-                x = torch.ones(512, 512, dtype=dtype)
-                clock = time.perf_counter()
-                x @ x
-                times.append(time.perf_counter() - clock)
-    # by a clear margin, so that it does not change from run to run
-    return least(min(seconds[torch.float32]) / min(seconds[torch.bfloat16])) > 1.3
-
-
-def pick_dtype(dtype, device):
-    """'auto' -> 'bfloat16' where the device multiplies it faster, else 'float32'; any other name stays."""
-    if dtype == 'auto':
-        return 'bfloat16' if fast_bf16(device) else 'float32'
-    return dtype
-
-
-def autocast(device, dtype):
-    """A context in which matrix products are in bfloat16, if dtype says so; weights and sums stay in float32."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
-
-
-def can_compile(device):
-    """
-    Whether torch.compile can work here; says in a line why not. On a CPU it needs the C++ compiler that it looks for,
-    and Python.h.
-    """
-    kind, why = torch.device(device).type, None
-    compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
-    words = shlex.split(compiler)
-    if not shutil.which(compiler) and words and shutil.which(words[0]):
-        # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
-        from torch._inductor import config
-        compiler = words[0]
-        config.cpp.cxx = (None, compiler)
-    if kind == 'mps' or platform.system() == 'Windows':
-        why = 'not supported here'
-    elif kind == 'cpu' and not shutil.which(compiler):
-        why = 'no C++ compiler was found (apt-get install g++ python3-dev)'
-    elif kind == 'cpu' and not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-        why = 'no Python.h was found (apt-get install g++ python3-dev)'
-    else:
-        why = what_fails(kind, compiler)
-    if why:
-        print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
-    return why is None
-
-
-@functools.lru_cache(maxsize=None)
-def what_fails(kind, compiler):
-    """
-    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
-    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
-    """
-    if kind == 'cpu':                               # torch would not call a compiler whose result it has kept
-        got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
-                             capture_output=True, text=True)
-        if got.returncode:
-            return f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=kind))
-    except Exception as e:                          # of torch, of the compiler, of the file system
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        errors = [line for line in lines if 'error:' in line]
-        return f'a first small compilation failed: {(errors or lines or [type(e).__name__])[0]}'
-
-# -----------------------------------------------------------------------------
 # optimizers: Muon for the trunk's matrices, AdamW for the rest
 
 class Muon(torch.optim.Optimizer):
@@ -688,72 +573,3 @@ def load_optimizer(optimizer, state):
     params = [p for group in optimizer.param_groups for p in group['params']]
     state = {i: {k: share(v, params[i]) for k, v in values.items()} for i, values in state['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
-
-# -----------------------------------------------------------------------------
-# several processes, started by torchrun
-
-def join_processes(device):
-    """
-    device: 'cuda', 'mps', 'cpu' or one of them by number -> this process's rank, how many processes there are, and its
-    own device. What torchrun tells them is in the environment; without it there is one.
-    """
-    rank, local_rank, world_size = (int(os.environ.get(name, default))
-                                    for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    if world_size > 1:
-        device = f'cuda:{local_rank}' if device == 'cuda' else device
-        # gloo is for the CPU, where evaluate adds up its totals
-        hook = sys.excepthook                   # torch would put its own around it; errors stay one plain line
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-        sys.excepthook = hook
-    if device.startswith('cuda'):
-        torch.cuda.set_device(device if ':' in device else 0)       # what is waited for later is the current device
-        torch.set_float32_matmul_precision('high')
-    return rank, world_size, device
-
-
-def least(x):
-    """The least of the numbers that the processes bring; x itself if there is only one process."""
-    if not torch.distributed.is_initialized():
-        return x
-    x = torch.tensor(x, dtype=torch.float64)
-    torch.distributed.all_reduce(x, op=torch.distributed.ReduceOp.MIN)
-    return x.item()
-
-# -----------------------------------------------------------------------------
-# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
-# of the rows
-
-def shard(model, device_type):
-    """
-    Leaves this process its rows of every weight, on its device. A Block gathers the others when it runs and forgets
-    them again; tables and heads, which logits read until a step has ended, stay gathered from trunk to the end of
-    backward (of a teacher, which has no backward: for good).
-    """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
-    for block in model.transformer.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, 'trunk')  # evaluation, decoding and distillation begin there, not with forward
-    # this pass makes the room to gather in; had decoding made it, in inference mode, training could not write to it
-    with torch.no_grad():
-        model.trunk(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device))
-    model.reshard()
-    return model
-
-
-def whole(x):
-    """A sharded tensor -> all of its rows, in every process (which must all ask); any other as it is."""
-    return x.full_tensor() if hasattr(x, 'full_tensor') else x
-
-
-def share(x, like):
-    """
-    What this process holds of the whole tensor x, sharded as like is; x itself if like is not sharded, or of another
-    shape.
-    """
-    if not hasattr(like, 'full_tensor') or x.shape != like.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    # a copy: the split alone would keep all of x in memory
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()

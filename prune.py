@@ -34,7 +34,8 @@ from data.record import already, record
 from data.tokenizer import cut_tokenizer, from_meta, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
-from model import GPT, evaluate, pick_device
+from data.machine import pick_device
+from model import GPT, evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
 BY_WEIGHTS = ('l1', 'random')           # those that need no text to measure on

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors,
                              write_safetensors)
 from data.loader import Loader, data_are_gone, data_of, progress
-from model import GPT, LOSS_CHUNK_BYTES, LossTotal, pick_device, rope_tables
+from data.machine import pick_device
+from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
 
 
 @dataclass(frozen=True)

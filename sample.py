@@ -18,10 +18,12 @@ import sys
 
 import torch
 
-from data.files import in_repo, json_line, read_text
+from data.files import in_repo, json_line, read_text, shown
 from data.tokenizer import from_meta
-from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation, for_decoding
-from model import GPT, can_compile, pick_device
+from data.layouts import for_decoding
+from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation
+from data.machine import can_compile, pick_device
+from model import GPT
 from quantize import int_share, load
 
 # -----------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def respond(prompt):
     try:
         ids, n = encode(prompt)
     except (AssertionError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {shown(str(e))}', file=sys.stderr)
         return
     if num_samples == 1:
         print(f'{grey}{prompt}{plain}', end='')
@@ -201,7 +203,7 @@ def answer(talk, question):
     except KeyboardInterrupt:
         pass
     except ValueError as e:                     # the conversation goes on without it
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {shown(str(e))}', file=sys.stderr)
         return
     print(flush=True)
     if talk.dropped:

@@ -31,8 +31,9 @@ from data.signals import on_stop
 from data.tokenizer import from_meta
 from distill import check_teachers, make_learner
 from engine import Engine, Sampling
-from model import (GPT, autocast, can_compile, compile_step, config_of, evaluate, join_processes,
-                   least, load_optimizer, make_optimizers, peak_flops, pick_device, pick_dtype, shard, share, update)
+from data.machine import (autocast, can_compile, join_processes, least, peak_flops, pick_device, pick_dtype, shard,
+                          share)
+from model import GPT, compile_step, config_of, evaluate, load_optimizer, make_optimizers, update
 from quantize import BITS, GROUPS, prepare
 
 # -----------------------------------------------------------------------------
@@ -324,10 +325,12 @@ def show_sample(step):
     asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())
     prompt = val_loader.tokens[:asked].tolist()
     swap_averages()
-    ids, = Engine(model).complete([prompt], min(sample_tokens, block_size - asked), Sampling(0.8, seed=step))
+    n, end = min(sample_tokens, block_size - asked), tokenizer.bos          # which stands before the next document
+    ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=[end])
     swap_averages()
     model.train()
-    say(f"----- sample at step {step} -----\n{tokenizer.decode(prompt[1:] + ids)}\n-----")
+    text = tokenizer.decode([token for token in prompt[1:] + ids if token != end])
+    say(f"----- sample at step {step} -----\n{text}\n-----")
 
 
 def write_own_rows():

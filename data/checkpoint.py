@@ -20,7 +20,8 @@ from dataclasses import asdict
 import torch
 
 from data.files import atomic_write
-from model import GPT, GPTConfig, rope_tables, whole
+from data.machine import whole
+from model import GPT, GPTConfig, rope_tables
 
 # -----------------------------------------------------------------------------
 # writing

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from data.files import read_json
 from data.loader import Loader
 from distill import Distiller, in_bfloat16, load_teacher, teacher_names
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, PEAK_FLOPS, autocast, make_optimizers, update
+from data.machine import PEAK_FLOPS, autocast
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, make_optimizers, update
 from quantize import prepare
 
 

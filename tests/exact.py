@@ -18,7 +18,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 from data.checkpoint import load_model
 from data.files import in_repo
-from engine import Engine, HEADS, Sampling, Speculation, first_difference, for_decoding
+from data.layouts import for_decoding
+from engine import Engine, HEADS, Sampling, Speculation, first_difference
 from model import GPT, GPTConfig
 from quantize import convert
 

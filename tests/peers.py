@@ -33,7 +33,8 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 from data.files import atomic_write, in_repo
 from engine import Engine, Sampling
-from model import GPT, GPTConfig, pick_device
+from data.machine import pick_device
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 n_layer = 3

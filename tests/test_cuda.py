@@ -12,7 +12,8 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import quantize as Q
 from conftest import CHAR, make_dataset, run, train, with_heads
-from engine import Engine, PackedLinear, Sampling, Speculation, first_difference, for_decoding
+from data.layouts import PackedLinear, for_decoding
+from engine import Engine, Sampling, Speculation, first_difference
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')

@@ -4,7 +4,7 @@ model.py: shapes that must count exactly, the forward against plain formulas, he
 import math
 
 import pytest
-from conftest import SMALL, content, randomise, start
+from conftest import SMALL, randomise
 import torch
 import torch.nn.functional as F
 

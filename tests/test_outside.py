@@ -4,7 +4,6 @@ load them, and a document is JSON that every reader takes, whatever was measured
 """
 import json
 import math
-import os
 
 import pytest
 import torch

@@ -16,7 +16,8 @@ import quantize as Q
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.loader import Loader
 from data.tokenizer import from_meta
-from engine import Engine, PackedInt4Linear, PackedInt8Linear, Sampling, for_decoding
+from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
+from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 
 # every format, and every group of those that have groups

@@ -25,12 +25,13 @@ from conftest import (TINY, content, largest_difference, log, make_dataset, refu
 import torch
 
 import data.loader
-import model as model_file
+import data.machine
 from data.checkpoint import load_checkpoint, load_model
 from data.tokenizer import train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
-from model import GPT, GPTConfig, fast_bf16
+from data.machine import fast_bf16
+from model import GPT, GPTConfig
 from quantize import prepare
 
 
@@ -116,8 +117,8 @@ def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
                        'NVIDIA H100 NVL': None, 'NVIDIA GeForce RTX 4090': 165.2e12,
                        'NVIDIA RTX A1000 Laptop GPU': None}.items():
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-        assert model_file.peak_flops('cuda:0') == peak and model_file.peak_flops('cpu') is None
-    monkeypatch.setattr(model_file, 'peak_flops', lambda device: 1e6)       # a slow one
+        assert data.machine.peak_flops('cuda:0') == peak and data.machine.peak_flops('cpu') is None
+    monkeypatch.setattr(data.machine, 'peak_flops', lambda device: 1e6)       # a slow one
     got = run('train.py', *TINY, toy, f'--out_dir={tmp_path}', '--log_interval=3', '--sample_interval=4')
     flops = GPT(GPTConfig(block_size=16, vocab_size=json.load(open(f"{toy[10:]}/meta.json"))['vocab_size'], n_layer=2,
                           n_head=2, n_embd=16)).flops_per_token()
@@ -456,7 +457,7 @@ def test_chats_are_compiled_once(tmp_path, monkeypatch):
         graphs.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, 'compile', lambda f, options=None, **how: compile(f, backend=count, **how))
-    monkeypatch.setattr(model_file, 'can_compile', lambda device: True)
+    monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
     train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
           '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
     assert len(graphs) == 2
