@@ -23,8 +23,9 @@
 # functions because exec would let our helpers replace the script's of the same name.
 
 def _end_in_one_line():
-    """Sees to how the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced."""
+    """Sees to how the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced or shown."""
     import atexit, os, sys
+    from data.files import shown
 
     optional = ('gguf', 'matplotlib', 'pyarrow', 'requests', 'safetensors', 'transformers', 'wandb')
     no_memory = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator: not enough memory',
@@ -52,7 +53,7 @@ def _end_in_one_line():
         if os.environ.get('PICOCHAT_TRACE'):
             sys.__excepthook__(kind, error, trace)
         else:
-            print(f'error: {message}', file=sys.stderr)
+            print(f'error: {shown(message)}', file=sys.stderr)
         if status != 1:
             sys.exit(status)
         return True
@@ -70,6 +71,8 @@ def _end_in_one_line():
     for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
+    if sys.stdout and sys.stdout.isatty():          # what a model or a file says is shown there, and no command to it
+        sys.stdout.write = lambda text, write=sys.stdout.write: write(shown(text))
 
 
 def _configure(script, install_hook):
