@@ -229,8 +229,8 @@ def test_attention_without_the_kernel(heads, kv_heads, T, monkeypatch):
 def test_one_rule_says_who_sees_whom():
     """PyTorch's kernel, by is_causal, and the products take the rule of sees: a query that sees more, or less, differs."""
     torch.manual_seed(4)
-    q, k, v = (torch.randn(2, h, 9, 8) for h in (4, 2, 2))
-    mask = M.sees(torch.arange(9)[:, None], torch.arange(9))
+    q, k, v = (torch.randn(2, h, 40, 8) for h in (4, 2, 2))
+    mask = M.sees(torch.arange(40)[:, None], torch.arange(40))
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     for attention in (M.causal_attention, M.attention_by_products):
         assert (attention(M.norm(q), M.norm(k), v)
