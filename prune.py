@@ -29,7 +29,7 @@ import torch
 
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
-from data.loader import Loader, data_are_gone, data_of, load_meta, progress
+from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, progress
 from data.record import already, record
 from data.tokenizer import cut_tokenizer, from_meta, recode
 from data.writer import write_dataset
@@ -617,7 +617,7 @@ def print_next_command(result, knobs, dataset, block_size, fold):
     words = ['python', 'train.py', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}-recovered',
              f'--dataset={dataset}', f'--block_size={block_size}']
     for rate in ('muon_lr', 'adam_lr'):
-        if rate in knobs:
+        if isinstance(knobs.get(rate), float):
             words.append(f'--{rate}={knobs[rate] / (5 if little else 1):g}')
     if fold:
         words.append(f'--hold_out={fold}')
@@ -687,6 +687,8 @@ if __name__ == '__main__':
     will_replace([path], [source], save_dir)
     model, data_dir, tokenizer = whole, old_dir, old
     if vocab_keep:
+        if not dataset:
+            dataset_of(state, source, to_write=True)
         model, tokenizer = cut_vocabulary(whole, old, vocab_keep, old_dir)
         data_name, data_dir = f'{data_name}_v{vocab_keep}', f'{data_dir}_v{vocab_keep}'
 

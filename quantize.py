@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 
@@ -460,7 +461,7 @@ def load(path, device='cpu'):
     if not os.path.isfile(path):
         bits = re.fullmatch(r'int(\d+)\.safetensors', os.path.basename(path))
         raise ValueError(f"no quantised model at {path}: make one with python quantize.py "
-                         f"--out_dir={os.path.dirname(path) or '.'}{f' --bits={bits[1]}' if bits else ''}")
+                         f"--out_dir={shlex.quote(os.path.dirname(path) or '.')}{f' --bits={bits[1]}' if bits else ''}")
     tensors, metadata = read_safetensors(path, FORMAT, device)
     state = read_metadata(metadata, path)
     state['config'] = config = config_from(state['config'], path)

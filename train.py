@@ -15,6 +15,7 @@ import contextlib
 import csv
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -165,7 +166,7 @@ if resumed:
     total_batch_size = total_batch_size or resumed['total_batch_size']
     assert total_batch_size == resumed['total_batch_size'], (
         f"{ckpt_path} was trained with total_batch_size={resumed['total_batch_size']}, not {total_batch_size}: "
-        f"resume with the same, or start from it with --init_from={ckpt_path}")
+        f"resume with the same, or start from it with --init_from={shlex.quote(ckpt_path)}")
 
 
 if batch_size == 'auto':

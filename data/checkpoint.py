@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shlex
 import zipfile
 from dataclasses import asdict
 
@@ -255,7 +256,7 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
 
 def check_resumable(state, path, knobs, data_dir, data_hash):
     """state: of the checkpoint at path. ValueError if it was trained in another way, or on another text."""
-    start_anew = f"start from it with --init_from={path}"
+    start_anew = f"start from it with --init_from={shlex.quote(str(path))}"
     if 'optimizers' not in state:
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
     check_finite({part: state.get(part) for part in ('optimizers', 'ema')}, path)

@@ -150,6 +150,8 @@ def private_folder(name):
     A folder in the shared temporary one that nobody else can write to or read -> its path, the same in every process of
     this user. If somebody else has made it first, a new one, for this process alone.
     """
+    if not hasattr(os, 'getuid'):  # Windows, where each user has a temporary folder
+        return os.path.join(tempfile.gettempdir(), name)
     path = os.path.join(tempfile.gettempdir(), f'{name}-{os.getuid()}')
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)

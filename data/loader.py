@@ -18,6 +18,7 @@ hold whole conversations, and a window is a row. data/writer.py writes all of it
 import math
 import os
 import re
+import shlex
 import sys
 import time
 
@@ -207,9 +208,9 @@ def load_meta(data_dir):
     """meta.json of a dataset as a dict. ValueError if it is missing or broken, with the command to run."""
     data_dir = os.fspath(data_dir)
     path = os.path.join(data_dir, 'meta.json')
-    script = os.path.join(data_dir, 'prepare.py').replace(os.sep, '/')
-    if not os.path.exists(script):  # a dataset made from somebody's own text, or a slip of the pen
-        name = os.path.basename(os.path.normpath(data_dir))
+    script = shlex.quote(os.path.join(data_dir, 'prepare.py').replace(os.sep, '/'))
+    if not os.path.exists(os.path.join(data_dir, 'prepare.py')):  # a dataset made from somebody's own text, or a slip of the pen
+        name = shlex.quote(os.path.basename(os.path.normpath(data_dir)))
         script = (f'data/text/prepare.py --input=FILE_OR_FOLDER --name={name}, '
                   f'or for conversations data/chat/prepare.py --input=FILE.jsonl --name={name}')
     if not os.path.exists(path):
@@ -217,9 +218,24 @@ def load_meta(data_dir):
     return read_json(path, f'run python {script} again', {'dtype': str, 'sha256': dict})
 
 
+def dataset_of(state, source, to_write=False):
+    """
+    The dataset that a checkpoint's dict names ('': none): the name of a folder in data/, or a path, from which we read;
+    to_write: where we would write beside it, only a name will do. ValueError for anything else. source: for the message.
+    """
+    name = state.get('dataset') or ''
+    plain = isinstance(name, str) and re.fullmatch(r'[\w.-]*', name) and name not in ('.', '..')
+    path = isinstance(name, str) and os.sep in name
+    if not plain and (to_write or not path):
+        raise ValueError(f'{source} names the dataset {name!r:.100}, which is not the name of a folder in data/: if you '
+                         'know that dataset, give it with --dataset=')
+    return name
+
+
 def data_are_gone(state, dataset=''):
     """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
-    return not dataset and not os.path.exists(os.path.join(in_repo('data'), state.get('dataset') or '', 'meta.json'))
+    return not dataset and not os.path.exists(
+        os.path.join(in_repo('data'), dataset_of(state, 'the checkpoint'), 'meta.json'))
 
 
 def data_of(state, source, dataset=''):
@@ -229,8 +245,8 @@ def data_of(state, source, dataset=''):
     state: what was loaded; source: where from, for the message; dataset: another than it was trained on, or empty.
     ValueError if checkpoint and data do not have the same tokenizer.
     """
-    data_dir, tokenizer = os.path.join(in_repo('data'), dataset or state['dataset']), from_meta(state['tokenizer'])
+    data_dir, tokenizer = os.path.join(in_repo('data'), dataset or dataset_of(state, source)), from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
-                         f"was trained on ({state['dataset']}), or prepare that as it was")
+                         f"was trained on ({state.get('dataset')}), or prepare that as it was")
     return data_dir, tokenizer

@@ -357,7 +357,9 @@ def test_a_chat_model_is_pruned(chat_dir, tmp_path):
     assert run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--neuron_prune_ratio=0.5').status == 0
     said, _ = chat(tmp_path, *LINES, weights='float', max_new_tokens=20)
     assert said == reference(tmp_path, 'float', LINES)
-    refused(run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--vocab_keep=270'), 'is a chat dataset')
+    got = run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--vocab_keep=270',
+              f'--dataset={chat_dir}/../data')
+    refused(got, 'is a chat dataset')
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""
+What comes from outside and is not meant well: text that commands a terminal, names that command a shell, folders that
+are somebody else's. (Hostile checkpoints: test_checkpoint.py; downloads: test_files.py; datasets: test_loader.py;
+tokenizers: test_tokenizer.py; labels: test_distill.py.)
+
+$ python -m pytest tests/test_hostile.py
+"""
+import contextlib
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from conftest import build, content, make_dataset, refused, run, train
+
+from data.checkpoint import save_checkpoint
+from data.files import private_folder, shown
+from data.machine import join_processes, private_cache
+from data.tokenizer import CharTokenizer
+
+
+# -----------------------------------------------------------------------------
+# the terminal
+
+def test_control_characters_are_shown():
+    text = 'plain \t\n é 日本 😀'
+    assert shown(text) == text
+    assert shown('\x1b]0;title\x07 \r\x00\x7f\x9b31m\x1b[31mred') == r'\x1b]0;title\x07 \x0d\x00\x7f\x9b31m\x1b[31mred'
+
+
+@pytest.fixture(scope='module')
+def speaks_to_terminals(tmp_path_factory):
+    """The out_dir of a model that writes next to nothing but escape sequences."""
+    out = tmp_path_factory.mktemp('out')
+    tokenizer = CharTokenizer('\x1b\x07\x9b[]')
+    save_checkpoint(out / 'best.pt', build(tokenizer), tokenizer.meta(), step=1, dataset='x')
+    return out
+
+
+def at_terminal(*args):
+    """Such a command with a terminal as its stdout and stderr -> what reached the terminal."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, *args], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b''
+    with contextlib.suppress(OSError):              # so a terminal ends under Linux
+        while more := os.read(ours, 4096):
+            seen += more
+    os.close(ours)
+    process.wait()
+    return seen.replace(b'\r\n', b'\n')
+
+
+@pytest.mark.skipif(not hasattr(os, 'openpty'), reason='no terminals of this kind')
+def test_a_model_does_not_command_the_terminal(speaks_to_terminals):
+    command = ['sample.py', f'--out_dir={speaks_to_terminals}', '--start=[', '--max_new_tokens=60']
+    text = run(*command).out
+    assert '\x1b' in text                           # files and pipes get the bytes
+    seen = at_terminal(*command)
+    assert rb'\x1b' in seen and not re.search(rb'[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]', seen)
+    assert seen == shown(text).encode()
+
+
+def test_an_error_does_not_command_the_terminal():
+    got = run('train.py', '--dataset=\x1b]0;owned\x07')
+    refused(got, r'no dataset in .*\\x1b\]0;owned\\x07')
+    assert '\x1b' not in got.err
+
+
+# -----------------------------------------------------------------------------
+# the compiler's cache
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', '')   # so that what a test makes of it is undone
+    monkeypatch.delenv('TORCHINDUCTOR_CACHE_DIR')
+    return tmp_path
+
+
+def test_the_compilers_cache_is_ours_alone(shared, monkeypatch):
+    private_cache()
+    path = os.environ['TORCHINDUCTOR_CACHE_DIR']
+    assert os.path.dirname(path) == str(shared) and stat.S_IMODE(os.stat(path).st_mode) == 0o700
+    assert private_folder('picochat-inductor') == path                  # it is found again
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{shared}/mine')
+    private_cache()
+    assert os.environ['TORCHINDUCTOR_CACHE_DIR'] == f'{shared}/mine'              # the user's own wish
+
+
+@pytest.mark.parametrize('how', ['others may write', 'a link', 'a file', 'of another user'])
+def test_a_cache_that_somebody_else_has_made_is_not_taken(shared, how, monkeypatch, capsys):
+    path = shared / f'picochat-inductor-{os.getuid()}'
+    if how == 'a link':
+        (shared / 'other').mkdir(mode=0o700)
+        path.symlink_to(shared / 'other')
+    elif how == 'a file':
+        path.touch(mode=0o700)
+    else:
+        path.mkdir()
+        path.chmod(0o777 if how == 'others may write' else 0o700)
+    if how == 'of another user':
+        uid = os.getuid()
+        path.rename(shared / f'picochat-inductor-{uid + 1}')
+        monkeypatch.setattr(os, 'getuid', lambda: uid + 1)
+    private_cache()
+    taken = os.environ['TORCHINDUCTOR_CACHE_DIR']
+    assert taken.startswith(str(path.parent / 'picochat-inductor-')) and os.listdir(taken) == []
+    assert taken not in (str(path), f'{path.parent}/picochat-inductor-{os.getuid()}')
+    assert stat.S_IMODE(os.stat(taken).st_mode) == 0o700 and 'is not ours alone' in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+@pytest.mark.parametrize('names', [
+    {'RANK': 'x'}, {'RANK': '-1'}, {'RANK': '1'}, {'WORLD_SIZE': '0'}, {'WORLD_SIZE': '2'},
+    {'WORLD_SIZE': '2', 'RANK': '0'}, {'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'},
+    {'WORLD_SIZE': '2', 'RANK': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}])
+def test_an_environment_that_is_not_of_torchrun(monkeypatch, names):
+    for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    assert join_processes('cpu') == (0, 1, 'cpu')
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    refused(run('train.py', '--device=cpu'), 'in the environment are not of torchrun: unset them, or start torchrun')
+
+
+# -----------------------------------------------------------------------------
+# names that a checkpoint gives to datasets
+
+SHELL = 'mine; touch owned #'
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    """The out_dir of a training on BPE tokens, and the folder of its dataset."""
+    at = tmp_path_factory.mktemp('model')
+    data = make_dataset(at / 'data', level='bpe')
+    train(at / 'out', data, '--max_iters=1')
+    return at / 'out', data
+
+
+def named(out, folder, name):
+    """The same model, but for the dataset that it says it was trained on."""
+    state = torch.load(out / 'best.pt', weights_only=True)
+    torch.save(state | {'dataset': name}, folder / 'best.pt')
+    return f'--out_dir={folder}'
+
+
+@pytest.mark.parametrize('script, flags', [('prune.py', ['--vocab_keep=270']), ('prune.py', []), ('quantize.py', [])])
+@pytest.mark.parametrize('name', [SHELL, '..', ['x'], 7, 'a\nb'])
+def test_odd_names_of_datasets_are_refused(model, tmp_path, script, flags, name):
+    got = run(script, named(model[0], tmp_path, name), *flags, *[f'--save_dir={tmp_path}/new'] * (script == 'prune.py'))
+    refused(got, 'names the dataset .* which is not the name of a folder in data/: if you know that dataset, give it')
+
+
+def test_no_dataset_is_written_where_a_checkpoint_says(model, tmp_path):
+    """Its path is read from; a new dataset goes beside it only if the user names it."""
+    out, data = model
+    folder = os.path.dirname(data.removeprefix('--dataset='))
+    before = set(content(folder))
+    prune = ['prune.py', f'--out_dir={out}', f'--save_dir={tmp_path}/new', '--vocab_keep=270']
+    refused(run(*prune), 'names the dataset .*/data.*, which is not the name of a folder in data/')
+    assert {path for path in content(folder) if 'data' in os.path.relpath(path, folder).split(os.sep)[0]} <= before
+    got = run(*prune, data)
+    assert got.status == 0 and os.path.exists(f'{folder}/data_v270/meta.json'), got.err
+
+
+def test_commands_that_are_printed_survive_a_shell(model, tmp_path):
+    """A dataset's folder, and those of models, may have any name: what is printed is that command and no other."""
+    odd = tmp_path / SHELL
+    data = make_dataset(odd, level='bpe')
+    prune = ['prune.py', named(model[0], tmp_path, 'x'), f'--save_dir={odd}', data]
+    got = run(*prune, '--neuron_prune_ratio=0.5')
+    assert got.status == 0, got.err
+    command, = re.findall(r'with: (python .*)', got.out)
+    words = shlex.split(command)
+    assert words[:3] == ['python', 'train.py', f'--init_from={odd}/best.pt'] and data in words
+    subprocess.run(command.replace('python', 'true', 1), shell=True, check=True, cwd=tmp_path)
+    assert not (tmp_path / 'owned').exists()
+    for got, wanted in (
+            (run('sample.py', f'--out_dir={odd}', '--weights=int8'), f'quantize.py --out_dir={shlex.quote(str(odd))} '),
+            (run('train.py', f'--dataset={odd}/{SHELL}'), f'--name={shlex.quote(SHELL)}, or'),
+            (run('distill.py', f'--teacher={odd}/no', f'--out_dir={tmp_path}/l'),
+             f'distill.py --teacher=... --out_dir={shlex.quote(f"{odd}/no")})')):
+        refused(got, re.escape(wanted))
