@@ -24,7 +24,7 @@ from data.layouts import for_decoding
 from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation
 from data.machine import can_compile, pick_device
 from model import GPT
-from quantize import int_share, load
+from quantize import BITS, int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
@@ -51,7 +51,7 @@ show_stats = False          # of the last prompt or question
 device = 'auto'             # cuda, mps or cpu; auto: the first of them that is there
 threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
 limits = {                  # what they may be
-    'weights': ['auto', 'float', 'int8', 'int4'],
+    'weights': ['auto', 'float', *(f'int{bits}' for bits in BITS)],
     'num_samples top_k': (1, None),
     'max_new_tokens threads draft_vocab': (0, None),
     'temperature': (0.0, None),
