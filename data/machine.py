@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 
@@ -86,55 +87,70 @@ def autocast(device, dtype):
 
 
 def can_compile(device):
-    """
-    Whether torch.compile can work here; says in a line why not. On a CPU it needs the C++ compiler that it looks for,
-    and Python.h.
-    """
-    kind, why = torch.device(device).type, None
-    compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
-    words = shlex.split(compiler)
-    if not shutil.which(compiler) and words and shutil.which(words[0]):
-        # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
-        from torch._inductor import config
-        compiler = words[0]
-        config.cpp.cxx = (None, compiler)
-    if kind == 'mps' or platform.system() == 'Windows':
-        why = 'not supported here'
-    elif kind == 'cpu' and not shutil.which(compiler):
-        why = 'no C++ compiler was found (apt-get install g++ python3-dev)'
-    elif kind == 'cpu' and not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-        why = 'no Python.h was found (apt-get install g++ python3-dev)'
-    else:
-        why = what_fails(kind, compiler)
+    """Whether torch.compile can work here; says in a line why not."""
+    why = what_fails(torch.device(device).type)
     if why:
         print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
     return why is None
 
 
-def private_cache():
-    """torch.compile runs what it finds in its cache, a folder of the shared temporary one: not of somebody else's."""
-    if 'TORCHINDUCTOR_CACHE_DIR' not in os.environ:
-        os.environ['TORCHINDUCTOR_CACHE_DIR'] = private_folder('picochat-inductor')
-
-
-@functools.lru_cache(maxsize=None)
-def what_fails(kind, compiler):
-    """
-    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
-    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
-    """
-    if kind == 'cpu':                               # torch would not call a compiler whose result it has kept
+def what_fails(kind):
+    """kind of device -> why torch.compile cannot work, or None. On a CPU it needs a C++ compiler and Python.h."""
+    if kind == 'mps' or platform.system() == 'Windows':
+        return 'not supported here'
+    why = private_cache()
+    if why:
+        return why
+    if kind == 'cpu':
+        compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
+        words = shlex.split(compiler)
+        if not shutil.which(compiler) and words and shutil.which(words[0]):
+            # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
+            from torch._inductor import config
+            compiler = words[0]
+            config.cpp.cxx = (None, compiler)
+        if not shutil.which(compiler):
+            return 'no C++ compiler was found (apt-get install g++ python3-dev)'
+        if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
+            return 'no Python.h was found (apt-get install g++ python3-dev)'
+        # asked directly, as torch would not call a compiler whose result it has kept
         got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
                              capture_output=True, text=True)
         if got.returncode:
             return f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
+    return small_compilation(kind)
+
+
+@functools.lru_cache(maxsize=None)
+def small_compilation(kind):
+    """
+    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
+    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
+    """
     try:
-        private_cache()
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=kind))
     except Exception as e:                          # of torch, of the compiler, of the file system
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
         errors = [line for line in lines if 'error:' in line]
         return f'a first small compilation failed: {(errors or lines or [type(e).__name__])[0]}'
+
+
+def private_cache():
+    """
+    torch.compile runs what it finds in its cache, a folder of the shared temporary one: not of somebody else's. Where a
+    cache that is named cannot be written, torch gets ours, too, as it needs one even for what is not compiled.
+    -> what is wrong with the one that is named, or None.
+    """
+    named, why = os.environ.get('TORCHINDUCTOR_CACHE_DIR'), None
+    if named:
+        try:
+            os.makedirs(named, exist_ok=True)
+            tempfile.TemporaryFile(dir=named).close()
+        except OSError as e:
+            named, why = None, f'TORCHINDUCTOR_CACHE_DIR ({named}) cannot be written: {e.strerror}'
+    if not named:
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = private_folder('picochat-inductor')
+    return why
 
 # -----------------------------------------------------------------------------
 # several processes, started by torchrun

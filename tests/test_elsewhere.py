@@ -1,0 +1,163 @@
+"""
+From other folders, with other compilers: scripts take their code and datasets from beside themselves and nothing from
+where they are started, ~/ is the home folder, and a compiler that does not work is said in a line.
+
+$ python -m pytest tests/test_elsewhere.py
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import data.machine
+from conftest import TINY, make_dataset, run, toy_text
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPTS = ['train.py', 'sample.py', 'quantize.py', 'prune.py', 'distill.py', 'bench.py', 'data/text/prepare.py',
+           'data/chat/prepare.py', 'data/shakespeare_char/prepare.py', 'data/graham_char/prepare.py',
+           'data/stdlib_char/prepare.py', 'data/stdlib_bpe/prepare.py', 'data/pydoc_chat/prepare.py',
+           'data/fineweb_edu/prepare.py']
+
+
+def python(cwd, *args, **environment):
+    """Python in a process of its own in that folder; what is in environment changes it -> status, out, err"""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | environment)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture(scope='module')
+def trap(tmp_path_factory):
+    """A folder whose own configurator.py, data and train.py must never run."""
+    folder = tmp_path_factory.mktemp('trap')
+    for path in ('configurator.py', 'train.py', 'model.py', 'data/__init__.py', 'data/files.py', 'data/loader.py'):
+        os.makedirs((folder / path).parent, exist_ok=True)
+        (folder / path).write_text('raise RuntimeError("a foreign file was run")\n')
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# another folder
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_scripts_take_their_code_from_beside_themselves(trap, monkeypatch, script):
+    monkeypatch.chdir(trap)
+    got = run(os.path.join(ROOT, script), '--knobs')
+    assert (got.status, got.err) == (0, '')
+    knobs = json.loads(got.out)
+    for knob in ('out_dir', 'tokenizer'):                       # datasets lie beside the code, too
+        if 'prepare' in script and knobs.get(knob):
+            assert knobs[knob].startswith(os.path.join(ROOT, 'data') + os.sep)
+
+
+def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path):
+    """Of the user's paths each begins where the user is; a config is also found beside the scripts."""
+    (trap / 'text.txt').write_text(toy_text())
+    for script in ('bench.py', 'data/stdlib_bpe/prepare.py'):
+        assert python(trap, f'{ROOT}/{script}', '--knobs').status == 0
+    data = tmp_path / 'data'
+    got = python(trap, f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}')
+    assert got.status == 0, got.err
+    (trap / 'mine.py').write_text('out_dir = "run"\n')
+    got = python(trap, f'{ROOT}/train.py', 'config/quickstart.py', 'mine.py', *TINY, f'--dataset={data}')
+    assert got.status == 0, got.err
+    assert json.loads(got.out.splitlines()[-1])['out_dir'] == 'run'
+    assert python(trap, f'{ROOT}/quantize.py', '--out_dir=run').status == 0
+    got = python(trap, f'{ROOT}/sample.py', '--out_dir=run', '--start=FILE:text.txt', '--slide=True')
+    assert got.status == 0 and got.out.startswith(toy_text()[:-1]), got.err
+    assert {'best.pt', 'int8.safetensors', 'log.csv'} <= set(os.listdir(trap / 'run'))
+
+
+def test_prepare_in_its_own_folder():
+    got = python(os.path.join(ROOT, 'data', 'text'), 'prepare.py', '--input=nowhere')
+    assert got.err == "error: there is no file or folder 'nowhere': give --input=FILE_OR_FOLDER\n"
+    got = python(os.path.join(ROOT, 'data', 'text'), 'prepare.py', '--input=prepare.py', '--name=a/b')
+    assert got.err == 'error: name (a/b) must be that of a folder in data/, without slashes\n'
+
+
+# -----------------------------------------------------------------------------
+# ~
+
+@pytest.mark.parametrize('flag, value', [
+    ('--out_dir=~/x', 'HOME/x'),
+    ('--start=FILE:~/x y', 'FILE:HOME/x y'),
+    ('--start=~', '~'), ('--start=~x/y', '~x/y'), ('--start=a ~/b', 'a ~/b'), ('--start=x/~/y', 'x/~/y'),
+    ('--stop=~/', 'HOME/')])
+def test_home(monkeypatch, tmp_path, flag, value):
+    """Where a path may begin, ~/ is the home folder; any other ~ is a character."""
+    (tmp_path / 'home.py').write_text('out_dir = "~/from/a/file"\n')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    knobs = json.loads(run('sample.py', tmp_path / 'home.py', flag, '--knobs').out)
+    key = re.match(r'--(\w+)=', flag)[1]
+    assert knobs[key] == value.replace('HOME', str(tmp_path))
+    if key != 'out_dir':
+        assert knobs['out_dir'] == f'{tmp_path}/from/a/file'
+
+
+@pytest.mark.parametrize('value', ['~/a', 'gpt2:~/a', 'nanochat:~/a', '~/a+gpt2:~/b+c', 'a+~/b'])
+def test_home_of_teachers(monkeypatch, tmp_path, value):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert json.loads(run('train.py', f'--teacher={value}', '--knobs').out)['teacher'] == value.replace('~', str(tmp_path))
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_script_knows_home(monkeypatch, tmp_path, script):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    knob = 'record' if script == 'bench.py' else 'out_dir'
+    assert json.loads(run(script, f'--{knob}=~/x', '--knobs').out)[knob] == f'{tmp_path}/x'
+
+
+# -----------------------------------------------------------------------------
+# the compiler
+
+@pytest.fixture
+def training(tmp_path):
+    """training(**environment): two steps, to be compiled, in a process of its own"""
+    data = make_dataset(tmp_path / 'data')
+    cache = str(tmp_path / 'cache')
+
+    def training(**environment):
+        return python(ROOT, 'train.py', *TINY, data, '--compile=True', '--max_iters=2', f'--out_dir={tmp_path}/out',
+                      **{'TORCHINDUCTOR_CACHE_DIR': cache} | environment)
+    return training
+
+
+def fake(tmp_path, last):
+    """A g++ that answers --version like the true one and does last with all else -> PATH"""
+    (tmp_path / 'g++').write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec /usr/bin/g++ --version\n{last}\n')
+    (tmp_path / 'g++').chmod(0o755)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+def off(got, pattern):
+    """One line says why, and the training went on without a compiler."""
+    assert got.status == 0 and 'compile=False' in got.out
+    assert re.fullmatch(f'compile: off, {pattern}; going on in eager mode, slower\n', got.err), got.err
+
+
+@pytest.mark.parametrize('last, why', [
+    ('exit 1', r'g\+\+ does not work \(status 1\)'),
+    ('echo no space left >&2; exit 2', r'g\+\+ does not work \(no space left\)'),
+    ('for a; do case $a in *.so) exit 1;; esac; done; exec /usr/bin/g++ "$@"', 'a first small compilation failed: .*')])
+def test_a_broken_compiler(training, tmp_path, last, why):
+    off(training(PATH=fake(tmp_path, last), CXX='g++'), why)
+
+
+def test_a_cache_that_cannot_be_written(training, tmp_path):
+    (tmp_path / 'file').write_text('')
+    off(training(TORCHINDUCTOR_CACHE_DIR=f'{tmp_path}/file/cache'), r'TORCHINDUCTOR_CACHE_DIR \(.*file/cache\) cannot be written: Not a directory')
+
+
+def test_a_compiler_with_flags(training):
+    got = training(CXX='g++ -O1')
+    assert got.status == 0 and not got.err and 'compile=True' in got.out
+
+
+def test_nothing_is_compiled_where_it_is_off(monkeypatch, toy, tmp_path):
+    monkeypatch.setattr(data.machine, 'what_fails', lambda *args: pytest.fail('it compiled'))
+    assert run('train.py', *TINY, toy, '--max_iters=1', f'--out_dir={tmp_path}').status == 0
+    assert run('sample.py', f'--out_dir={tmp_path}', '--start=the').status == 0
