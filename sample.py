@@ -72,7 +72,7 @@ def find_weights():
     -> the kind of weights and their file. With 'auto' the newest, since integers may be left over from an earlier
     training.
     """
-    files = {'float': 'best.pt', 'int8': 'int8.safetensors', 'int4': 'int4.safetensors'}
+    files = {'float': 'best.pt'} | {f'int{bits}': f'int{bits}.safetensors' for bits in BITS}
     files = {name: os.path.join(out_dir, file) for name, file in files.items()}
     if weights != 'auto':
         return weights, files[weights]
