@@ -44,7 +44,7 @@ from data.checkpoint import load_model, save_checkpoint
 from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
 from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
 from data.judge import check_reading, may_label, tokens_each_may_label
-from data.loader import Loader, copy_to
+from data.loader import Loader, copy_to, dataset_of
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.tokenizer import fingerprint, from_meta, vocab_size_of
@@ -199,7 +199,7 @@ def load_teacher(name, device='cpu'):
         raise ValueError(f"no teacher at {name}: train one (python train.py ...), "
                          f"or write its labels there (python distill.py --teacher=... --out_dir={shlex.quote(name)})")
     model, state = load_model(checkpoint_of(name), device)
-    return Teacher(name, model.requires_grad_(False), from_meta(state['tokenizer']), state.get('dataset'),
+    return Teacher(name, model.requires_grad_(False), from_meta(state['tokenizer']), dataset_of(state, name),
                    state.get('knobs', {}).get('hold_out', ''), state.get('data'))
 
 

@@ -454,7 +454,8 @@ def export(path, model, tokenizer_meta, dataset=None):
 def load(path, device='cpu'):
     """
     path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset', 'rounding'}; of a .pt what
-    load_model gives. ValueError says in one line what is wrong with a damaged or foreign file.
+    load_model gives. ValueError says in one line what is wrong with a damaged or foreign file. (The sha256 in it finds
+    damage, not tampering: who changes a file on purpose writes another sha256.)
     """
     if path.endswith('.pt'):
         return load_model(path, device)
@@ -482,7 +483,7 @@ def read_metadata(metadata, path):
         state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
         bits, group, tables_bits = (state['rounding'][key] for key in ('bits', 'group', 'tables_bits'))
         known = {bits, tables_bits} <= {*BITS} and type(group) is int and group > 0 and len(state['rounding']) == 3
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     if not known:
         raise ValueError(f"{path} does not say how its weights are rounded: use another copy, or run quantize.py again")

@@ -205,6 +205,8 @@ def load_checkpoint(path, device='cpu'):
         found = sorted(map(str, state))[:6] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not a picochat checkpoint: "
                          f"expected the keys picochat, config, tokenizer and model, found {found}")
+    if not isinstance(state.get('knobs', {}), dict):
+        raise ValueError(f"{path} does not say how it was trained, but {state['knobs']!r:.40}: use another copy")
     config = config_from(state['config'], path)
     state['model'] = plain_names(state['model'])
     check_size(config, dict(tensors_in(state['model'])), path)
@@ -249,7 +251,7 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
         raise ValueError(f"{init_from} was not trained with hold_out={knobs['hold_out']}: "
                          "it has seen that part of the text; start from scratch")
     if state['tokenizer'] != tokenizer.meta():
-        raise ValueError(f"{path} was trained with another tokenizer, on {state['dataset']}, than {data_dir} has: "
+        raise ValueError(f"{path} was trained with another tokenizer, on {state.get('dataset')}, than {data_dir} has: "
                          "give that dataset, or prepare this one with the same tokenizer")
     return state
 
@@ -257,7 +259,7 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
 def check_resumable(state, path, knobs, data_dir, data_hash):
     """state: of the checkpoint at path. ValueError if it was trained in another way, or on another text."""
     start_anew = f"start from it with --init_from={shlex.quote(str(path))}"
-    if 'optimizers' not in state:
+    if not {'optimizers', 'knobs'} <= state.keys():
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
     check_finite({part: state.get(part) for part in ('optimizers', 'ema')}, path)
     before = state['knobs']

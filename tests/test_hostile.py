@@ -160,6 +160,14 @@ def test_odd_names_of_datasets_are_refused(model, tmp_path, script, flags, name)
     refused(got, 'names the dataset .* which is not the name of a folder in data/: if you know that dataset, give it')
 
 
+def test_odd_knobs_are_refused(model, tmp_path):
+    state = torch.load(model[0] / 'best.pt', weights_only=True)
+    torch.save(state | {'knobs': ['x']}, tmp_path / 'best.pt')
+    for script in ('prune.py', 'quantize.py'):
+        got = run(script, f'--out_dir={tmp_path}', *[f'--save_dir={tmp_path}/new'] * (script == 'prune.py'))
+        refused(got, r"best.pt does not say how it was trained, but \['x'\]")
+
+
 def test_no_dataset_is_written_where_a_checkpoint_says(model, tmp_path):
     """Its path is read from; a new dataset goes beside it only if the user names it."""
     out, data = model
