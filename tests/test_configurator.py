@@ -92,7 +92,8 @@ def folder(tmp_path_factory):
 def run(folder, args, script='script.py'):
     """args: a list, in which '@x' stands for the path of file x in the test's folder -> (status, stdout, stderr)"""
     args = [str(folder / arg[1:]) if arg.startswith('@') else arg for arg in args]
-    done = subprocess.run([sys.executable, str(folder / script), *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(folder / script), *args], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': ROOT})
     return done.returncode, done.stdout, done.stderr
 
 
