@@ -270,10 +270,11 @@ def test_where_two_texts_differ():
 
 @pytest.mark.parametrize('seed', range(3))
 def test_streaming_equals_decoding_at_the_end(seed):
-    """Random bytes: a torture for a UTF-8 decoder."""
+    """Random bytes: a torture for a UTF-8 decoder. Markers between documents are not said."""
     engine, prompt = Engine(build(BPE, 1)), BPE.encode('the')
     ids, = engine.complete([prompt], 200, Sampling(seed=seed))
-    assert ''.join(engine.stream(BPE, prompt, 200, sampling=Sampling(seed=seed))) == BPE.decode(ids)
+    assert ''.join(engine.stream(BPE, prompt, 200, sampling=Sampling(seed=seed))) == BPE.decode(
+        [token for token in ids if token != BPE.bos])
 
 
 @pytest.mark.parametrize('stops, pieces', [
