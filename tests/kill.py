@@ -26,6 +26,7 @@ sys.path.insert(0, '.')                         # run from the repo root
 # torch's optimizers import it when first used: a second that each child would spend again
 import torch._dynamo
 from data.checkpoint import load_checkpoint
+from data.files import in_repo
 from data.writer import write_texts
 
 # -----------------------------------------------------------------------------
@@ -35,7 +36,7 @@ races = 20
 seed = 0                # of the moments
 limits = {'trials hups races': (0, None)}
 # -----------------------------------------------------------------------------
-exec(open('configurator.py').read())
+exec(open(in_repo('configurator.py')).read())
 
 
 def start(args, gate=None):
