@@ -174,7 +174,7 @@ def test_download_cut_short_and_resumed(server, tmp_path, page, expected):
 
 @pytest.mark.parametrize('obeys', [True, False])
 def test_a_part_of_an_older_file_is_not_gone_on_with(server, tmp_path, obeys, monkeypatch):
-    server.pages['/f'] = {'body': BODY, 'cuts': [1000], 'headers': {'ETag': '"1"'}}
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000], 'headers': {'ETag': '"1"'}}
     with pytest.raises(DownloadError, match='cut short'):
         download(server.url + '/f', tmp_path / 'f')
     server.pages['/f'] = {'body': BODY[::-1], 'headers': {'ETag': '"2"'}}
@@ -186,7 +186,7 @@ def test_a_part_of_an_older_file_is_not_gone_on_with(server, tmp_path, obeys, mo
 
 def test_a_part_of_who_knows_what_is_not_gone_on_with(server, tmp_path):
     """Neither a sha256 nor the server would show that the file has changed."""
-    server.pages['/f'] = {'body': BODY, 'cuts': [1000]}
+    server.pages['/f'] = {'body': BODY, 'cuts': [100_000]}
     with pytest.raises(DownloadError, match='run the same command again$'):
         download(server.url + '/f', tmp_path / 'f')
     server.pages['/f'] = {'body': BODY[::-1]}
