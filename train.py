@@ -123,6 +123,7 @@ exec(open(in_repo('configurator.py')).read())
 # -----------------------------------------------------------------------------
 # set-up: the processes, the device, the text, and the checkpoint to start from
 
+assert out_dir, "out_dir () must name a folder: --out_dir=out"
 assert not (train_only and teacher), (f"train_only ({train_only}) goes without a teacher ({teacher}): "
                                       "a head learns from the frozen model and the text")
 assert train_only or not own_samples, (f"own_samples ({own_samples}) is for train_only=draft or multi_token: "

@@ -251,7 +251,8 @@ def test_fetch(server, tmp_path, bpe):
     there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
     write_nanochat(there, bpe, step=650)
     names = sorted(os.listdir(there))
-    server.pages = {f'/karpathy/nanochat-d32/resolve/main/{name}': {'body': open(f'{there}/{name}', 'rb').read()}
+    server.pages = {f'/karpathy/nanochat-d32/resolve/main/{name}': {
+        'body': open(f'{there}/{name}', 'rb').read(), 'headers': {'ETag': f'"{name}"'}}
                     for name in names}
     server.pages['/karpathy/nanochat-d32/resolve/main/model_000650.pt']['cuts'] = [20_000]
     refuses('cut short', fetch_nanochat, 'd32', here, server.url)

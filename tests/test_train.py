@@ -360,7 +360,7 @@ def test_own_samples_are_what_the_rounded_model_writes(toy, tmp_path, monkeypatc
     """A draft head reads them in place of the text, and no micro-batch of a step reads another one's rows."""
     train(tmp_path / 'trunk', toy, '--max_iters=4')
     best, forward, seen = f'{tmp_path}/trunk/best.pt', GPT.forward, []
-    monkeypatch.setattr(GPT, 'forward', lambda self, x, *rest: seen.append(x.clone()) or forward(self, x, *rest))
+    monkeypatch.setattr(GPT, 'forward', lambda self, x, *rest, **how: seen.append(x.clone()) or forward(self, x, *rest, **how))
     got = run('train.py', *TINY, toy, f'--init_from={best}', '--train_only=draft', '--draft_n=2', '--own_samples=1',
               '--quant_bits=8', '--total_batch_size=128', '--max_iters=1', '--eval_interval=0',
               f'--out_dir={tmp_path}/draft')
@@ -558,7 +558,7 @@ BAD = [                                             # flags; what the line must 
     ('--dataset={}/nothing', 'run python data/text/prepare.py .*nothing'),
     ('--dataset=shakespeare_char_', 'run python data/text/prepare.py'),
     ('--dataset={}/short', 'val.bin has 12 tokens, fewer than block_size'),
-    ('--dataset={}/strange', 'runes'),
+    ('--dataset={}/strange', 'meta.json is damaged'),
     ('--dataset={}/rows', 'rows of 32 tokens, and block_size is 16: give --block_size=32'),
     ('--init_from=resume', 'no checkpoint at'),
     ('--init_from=resume --out_dir={}/truncated', 'not a whole'),
@@ -602,7 +602,7 @@ BAD = [                                             # flags; what the line must 
     ('--device=foo', 'device'),
     ('--device=cuda:99', 'device'),
     ('--out_dir=', 'out_dir'),
-    ('--out_dir={}/good/log.csv/x', 'out_dir'),
+    ('--out_dir={}/good/log.csv/x', 'cannot make the folder'),
     ('--wandb_log=True', 'pip install wandb'),
     *((f'--{knob}={value}', knob) for knob, values in {
         'n_layer': 'none auto 0', 'n_head': '0', 'n_kv_head': 'four 2.5 -1', 'head_dim': 'True', 'n_hidden': '-2',
