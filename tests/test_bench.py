@@ -19,6 +19,7 @@ import model as M
 from conftest import e0_state, make_dataset, nanogpt_state, randomise, refused, run, write_nanochat, write_nanogpt
 from data.checkpoint import config_from, save_checkpoint
 from data.estimate import Living, Training, training_bytes
+from data.machine import autocast
 from data.loader import Loader
 from data.tokenizer import CharTokenizer
 from engine import Engine, Sampling
@@ -294,7 +295,7 @@ def test_training_bytes_are_those_of_the_tensors(changed, monkeypatch):
         return x
     if not t.teacher:
         idx = torch.zeros(4, c.block_size, dtype=torch.long)
-        with M.autocast('cpu', t.dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with autocast('cpu', t.dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             losses = sum(training.trained(idx, idx.clone()).values())
         assert losses.isfinite()
         assert got['activations'] == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.05)
