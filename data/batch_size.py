@@ -112,10 +112,15 @@ def limit_memory(pid, memory):
     limit Linux would kill it, or its neighbours, instead of telling it that there is no more.
     """
     import resource                             # not on Windows
-    mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
-    most = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = mapped + memory if most == resource.RLIM_INFINITY else min(mapped + memory, most)
+    limit, most = mapped() + memory, resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
     resource.prlimit(pid, resource.RLIMIT_AS, (limit, most))
+
+
+def mapped():
+    """Bytes of address space that this process has, most of it libraries (Linux)."""
+    with open('/proc/self/statm') as f:
+        return int(f.read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def free_memory(root='/'):
