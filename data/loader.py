@@ -209,7 +209,8 @@ def load_meta(data_dir):
     data_dir = os.fspath(data_dir)
     path = os.path.join(data_dir, 'meta.json')
     script = shlex.quote(os.path.join(data_dir, 'prepare.py').replace(os.sep, '/'))
-    if not os.path.exists(os.path.join(data_dir, 'prepare.py')):  # a dataset made from somebody's own text, or a slip of the pen
+    # if it is not there: a dataset made from somebody's own text, or a slip of the pen
+    if not os.path.exists(os.path.join(data_dir, 'prepare.py')):
         name = shlex.quote(os.path.basename(os.path.normpath(data_dir)))
         script = (f'data/text/prepare.py --input=FILE_OR_FOLDER --name={name}, '
                   f'or for conversations data/chat/prepare.py --input=FILE.jsonl --name={name}')
@@ -221,14 +222,14 @@ def load_meta(data_dir):
 def dataset_of(state, source, to_write=False):
     """
     The dataset that a checkpoint's dict names ('': none): the name of a folder in data/, or a path, from which we read;
-    to_write: where we would write beside it, only a name will do. ValueError for anything else. source: for the message.
+    to_write: where we would write beside it, only a name will do. ValueError for anything else, which names the source.
     """
     name = state.get('dataset') or ''
     plain = isinstance(name, str) and re.fullmatch(r'[\w.-]*', name) and name not in ('.', '..')
     path = isinstance(name, str) and os.sep in name
     if not plain and (to_write or not path):
-        raise ValueError(f'{source} names the dataset {name!r:.100}, which is not the name of a folder in data/: if you '
-                         'know that dataset, give it with --dataset=')
+        raise ValueError(f'{source} names the dataset {name!r:.100}, which is not the name of a folder in data/: '
+                         'if you know that dataset, give it with --dataset=')
     return name
 
 
@@ -245,7 +246,8 @@ def data_of(state, source, dataset=''):
     state: what was loaded; source: where from, for the message; dataset: another than it was trained on, or empty.
     ValueError if checkpoint and data do not have the same tokenizer.
     """
-    data_dir, tokenizer = os.path.join(in_repo('data'), dataset or dataset_of(state, source)), from_meta(state['tokenizer'])
+    data_dir = os.path.join(in_repo('data'), dataset or dataset_of(state, source))
+    tokenizer = from_meta(state['tokenizer'])
     if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
                          f"was trained on ({state.get('dataset')}), or prepare that as it was")

@@ -173,7 +173,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers['Range']
         self.server.asked.append((self.path, wanted))
         body, status, headers = page.get('body', b''), page.get('status', 200), dict(page.get('headers', {}))
-        if self.knows_if_range and self.headers['If-Range'] not in (None, headers.get('ETag'), headers.get('Last-Modified')):
+        version = self.headers['If-Range']
+        if self.knows_if_range and version not in (None, headers.get('ETag'), headers.get('Last-Modified')):
             wanted = None
         if 'location' in page:
             status = 302

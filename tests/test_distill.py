@@ -457,7 +457,7 @@ def test_labels_that_are_not_as_they_should_be(loader, teachers, tmp_path):
     again = r'.*write them again, python distill.py --teacher=... --out_dir=.[^ ]*/a b;c.$'     # in quotes
     for change, match in (
             ({'vocab_size': 10**4}, 'are of 10,000 tokens, and this dataset has'),
-            ({'method': 'none'}, "method 'none'"), ({'k': 10**12}, 'are 1000000000000 of method'), ({'k': 0}, 'are 0 of'),
+            ({'method': 'none'}, "method 'none'"), ({'k': 10**12}, 'are 1000000000000 of'), ({'k': 0}, 'are 0 of'),
             ({'k': '2'}, "says that k is '2', not int"), ({'data': None}, 'says that data is None'),
             ({'temperature': []}, 'says that temperature is')):
         (folder / 'meta.json').write_text(json.dumps(json.loads(meta) | change))

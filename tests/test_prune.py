@@ -486,7 +486,8 @@ TRAIN = ['--batch_size=4', '--max_iters=2', '--compile=False', '--sample_interva
 
 def test_the_script(trained, tmp_path):
     got = prune(trained, f'--save_dir={tmp_path}', f'--dataset={trained}/data', '--vocab_keep=280', '--layers=1',
-                '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1', '--channel_prune_ratio=0.25', '--keep_params=0.3')
+                '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1',
+                '--channel_prune_ratio=0.25', '--keep_params=0.3')
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
     assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after',
