@@ -14,6 +14,7 @@ import engine as E
 import model as M
 import quantize as Q
 from conftest import BPE, CHAR, build, randomise, with_heads
+from data.layouts import PackedLinear, for_decoding
 from data.tokenizer import BPETokenizer
 from engine import Chat, Engine, KVCache, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
 from model import GPT, GPTConfig
@@ -449,7 +450,7 @@ def test_prepared_for_decoding_is_the_same_model(bits):
     model = with_heads(BPE, 2)
     if bits:
         Q.convert(model, bits)
-    fused = E.for_decoding(copy.deepcopy(model), draft_vocab=64)
+    fused = for_decoding(copy.deepcopy(model), draft_vocab=64)
     ids, close = torch.randint(259, (2, 30)), 0 if bits else 1e-4
     states = model.trunk(ids)
     assert torch.allclose(model(ids), fused(ids), atol=close)
@@ -463,12 +464,12 @@ def test_prepared_for_decoding_is_the_same_model(bits):
 @pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-4), (torch.bfloat16, 0.5), (torch.float16, 0.05)])
 def test_packed_floats_are_nearly_the_same_model(dtype, close):
     model, ids = with_heads(BPE, 2), torch.randint(259, (2, 30))
-    assert (E.for_decoding(copy.deepcopy(model), dtype)(ids) - model(ids)).abs().max() < close
+    assert (for_decoding(copy.deepcopy(model), dtype)(ids) - model(ids)).abs().max() < close
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
 def test_packed_floats_are_the_same_product():
     linear = torch.nn.Linear(64, 48, bias=False)
     x = torch.randn(2, 5, 64)
-    assert torch.allclose(E.PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
-    assert torch.allclose(E.PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
+    assert torch.allclose(PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
+    assert torch.allclose(PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)

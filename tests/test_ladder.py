@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-import model as M
+import data.machine
 from conftest import make_dataset, randomise, refused, run, start
 from data.checkpoint import load_model, save_checkpoint
 from data.ladder import compare_records, read_rungs, summary, welch
@@ -236,7 +236,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
 def test_compiled_rounds_are_timed(climb, monkeypatch):
     """They are the same function, so without a compiler their texts are the plain ones."""
     monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
-    monkeypatch.setattr(M, 'can_compile', lambda device: True)
+    monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
     rows = rows_of(climb('--timed=narrow,int4', '--compiled=narrow,int4', '--seeds=1'))
     assert rows[2]['same_texts_compiled'] == rows[3]['same_texts_compiled'] == 1
     assert 0 <= rows[2]['same_texts_speculative_compiled'] <= 1 and rows[3]['tok_s_compiled'] > 0

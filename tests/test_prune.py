@@ -570,10 +570,10 @@ def test_what_needs_a_text_says_so(gone, flags, words):
 @pytest.mark.parametrize('flag, words', [
     ('--head_prune_ratio=1', 'head_prune_ratio'), ('--neuron_prune_ratio=-0.1', 'neuron_prune_ratio'),
     ('--layers=5', 'at most the 2'), ('--layers=0,7', r'0\.\.1'), ('--layers=x', 'layers'),
-    ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5', 'at least 265'), ('--importance=magic', 'taylor'),
+    ('--kv_heads=3', 'kv_heads'), ('--vocab_keep=5 --dataset={}/data', 'at least 265'), ('--importance=magic', 'taylor'),
     ('--keep_params=0', 'keep_params'), ('--save_dir={}/out', 'another folder')])
 def test_knobs_that_are_refused(trained, flag, words):
-    refused(prune(trained, f'--save_dir={trained}/bad', flag.format(trained)), words)
+    refused(prune(trained, f'--save_dir={trained}/bad', *re.split(' (?=--)', flag.format(trained))), words)
     assert not (trained / 'bad').exists()
     assert not (trained / 'data_v5').exists()
 
