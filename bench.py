@@ -11,7 +11,7 @@ Measures and plans, a mode for each: decoding, quality, training speed, memory, 
     python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size
     python bench.py --mode=plot out-*/log.csv                    # curves of losses, to losses.png
     python bench.py --mode=ladder config/ladder_quick.py         # builds models, then measures all of them in one run
-    python bench.py --mode=ladder config/ladder_quick.py --check=config/ladder_quick.json   # what has changed?
+    python bench.py --mode=ladder config/ladder_quick.py --check=out-ladder-quick/ladder.json  # what has changed?
     python bench.py --mode=table config/ladder_stdlib.json       # a ladder's record as a Markdown table, and a picture
 
 You will see a table, then one line of JSON. What is timed runs in this process, interleaved: each row once, then each
