@@ -42,6 +42,7 @@ import csv
 import ctypes
 import gc
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -937,7 +938,10 @@ def measure_ladder():
     else:
         for path in filter(None, (ladder, record)):
             write_record(path, rows, machine)
-        draw(lines, os.path.splitext(ladder)[0] + '.png')
+        if importlib.util.find_spec('matplotlib'):
+            draw(lines, os.path.splitext(ladder)[0] + '.png')
+        else:                                   # the record is whole without it
+            print('no picture: pip install matplotlib', file=sys.stderr)
     report(COLUMNS, lines, rows=[with_labels(row) for row in rows])
     check_decoding(rows)
 
