@@ -7,9 +7,10 @@ The GPT: configuration, trunk, heads, losses, accounting, evaluation and optimiz
     losses = model(idx, targets)        # {'ce': nats per token, ...}
 
 The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm without weights, rotary positions and
-then a norm of q and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. There is one trunk;
-training, decoding, distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for,
-multi-token heads and a draft head.
+then a norm of q and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. Switches of GPTConfig
+make it a Llama's: mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0. There is one trunk; training, decoding,
+distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a
+draft head.
 """
 import math
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.machine import fast_bf16, share, whole
 
-SOFTCAP = 15.0                      # logits lie in (-15, 15): a cheap guard against runaway logits in low precision
+MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
 MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
 # Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, applied one after another. Five equal ones, as Jordan has them,
 # bring singular values of [0.01, 1] into [0.68, 1.13]. The three are chosen as the Polar Express does (Amsel et al.
@@ -44,10 +45,17 @@ class GPTConfig:
     n_kv_head: int | None = None    # None: n_head (MHA). 1 is MQA, in between is GQA
     n_embd: int = 768
     head_dim: int | None = None     # None: n_embd / n_head
-    n_hidden: int | None = None     # None: 4 * n_embd
+    n_hidden: int | None = None     # None: 4 * n_embd; of swiglu 8/3 of it, which are as many weights
     use_mqa: bool = False           # the long name of n_kv_head=1
     tie_weights: bool = False       # lm_head is wte
     dropout: float = 0.0            # on the embedding and on what each branch adds; only for small data seen many times
+    # nanochat's block as it stands here; a Llama's is swiglu, False, False, 0.0
+    mlp: str = 'relu2'              # one of MLPS
+    qk_norm: bool = True            # q and k are normed after they are turned
+    embed_norm: bool = True         # embeddings are normed before the first block
+    softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: they are as they are
+    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the smallest that its dtype can tell
+    out_proj: bool = False          # a matrix before lm_head: where a tied Llama's last gain goes, which has no other place
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
@@ -66,8 +74,9 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
+        assert self.mlp in MLPS, f"mlp ({self.mlp}) must be one of {', '.join(MLPS)}"
         if self.n_hidden is None:
-            self.n_hidden = 4 * self.n_embd
+            self.n_hidden = 4 * self.n_embd if self.mlp == 'relu2' else 8 * self.n_embd // 3
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'n_hidden'):
             assert getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be at least 1"
         assert self.n_head % self.n_kv_head == 0, (
@@ -87,9 +96,9 @@ def config_of(knobs, vocab_size):
 # -----------------------------------------------------------------------------
 # the trunk
 
-def norm(x):
+def norm(x, eps=0.0):
     """RMSNorm without weights (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+    return F.rms_norm(x, (x.size(-1),), eps=eps or None)
 
 
 def rope_tables(config):
@@ -117,12 +126,12 @@ def sees(query, key):
     return key <= query
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, normed):
     """
-    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). is_causal=True is the
-    rule of sees, in the form that PyTorch's kernels are fast for.
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). normed: whether q and k
+    are. is_causal=True is the rule of sees, in the form that PyTorch's kernels are fast for.
     """
-    if products_are_faster(v):
+    if normed and products_are_faster(v):
         return attention_by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
 
@@ -138,7 +147,7 @@ def products_are_faster(v):
 def attention_by_products(q, k, v):
     """
     causal_attention as matrix products, in two halves: the first half of the queries sees no key of the second one.
-    q and k are normed, so scores lie within sqrt(head_dim), and the softmax needs no maximum to stay finite.
+    q and k must be normed: then scores lie within sqrt(head_dim), and the softmax needs no maximum to stay finite.
     """
     B, H, T, D = q.shape
     KV = k.size(1)
@@ -159,6 +168,7 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, c.n_head, c.n_kv_head, c.head_dim
+        self.qk_norm, self.eps = c.qk_norm, c.norm_eps
         self.c_q = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=False)
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
@@ -171,34 +181,55 @@ class Attention(nn.Module):
         n_q, n_kv = self.n_head, self.n_kv_head
         qkv = torch.cat((self.c_q(x), self.c_k(x), self.c_v(x)), dim=-1) if self.c_qkv is None else self.c_qkv(x)
         qk, v = qkv.view(B, T, n_q + 2 * n_kv, self.head_dim).split((n_q + n_kv, n_kv), dim=2)
-        q, k = norm(rotate(qk, cos, sin)).split((n_q, n_kv), dim=2)              # (B, T, heads, head_dim)
+        qk = rotate(qk, cos, sin)
+        if self.qk_norm:
+            qk = norm(qk, self.eps)
+        q, k = qk.split((n_q, n_kv), dim=2)                                      # (B, T, heads, head_dim)
         if cache is None:
-            y = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+            y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.qk_norm).transpose(1, 2)
         else:
             y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
         return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))
 
 
 class MLP(nn.Module):
+    """relu^2 (Primer, arXiv 2109.08668)"""
     def __init__(self, n_in, n_hidden, n_out):
         super().__init__()
         self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
         self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())                        # relu^2: Primer, arXiv 2109.08668
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class SwiGLU(nn.Module):
+    """A Llama's MLP: hidden units that a second matrix opens and shuts (arXiv 2002.05202)."""
+    def __init__(self, n_in, n_hidden, n_out):
+        super().__init__()
+        self.c_gate = nn.Linear(n_in, n_hidden, bias=False)
+        self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
+        self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
+        self.c_gate_fc = None           # a decoder puts the two that read x into one product, as those of attention
+
+    def forward(self, x):
+        if self.c_gate_fc is None:
+            gate, hidden = self.c_gate(x), self.c_fc(x)
+        else:
+            gate, hidden = self.c_gate_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * hidden)
 
 
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.attn = Attention(c, layer)
-        self.mlp = MLP(c.n_embd, c.n_hidden, c.n_embd)
-        self.dropout = c.dropout
+        self.mlp = (SwiGLU if c.mlp == 'swiglu' else MLP)(c.n_embd, c.n_hidden, c.n_embd)
+        self.dropout, self.eps = c.dropout, c.norm_eps
 
     def forward(self, x, cos, sin, cache):
-        x = x + F.dropout(self.attn(norm(x), cos, sin, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(norm(x)), self.dropout, self.training)
+        x = x + F.dropout(self.attn(norm(x, self.eps), cos, sin, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(norm(x, self.eps)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -208,6 +239,8 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),
             h=nn.ModuleList(Block(c, i) for i in range(c.n_layer))))
+        if c.out_proj:
+            self.transformer['c_out'] = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -236,12 +269,15 @@ class GPT(nn.Module):
                 zero = name.endswith('c_proj') or (name == 'lm_head' and not self.config.tie_weights)
                 nn.init.normal_(module.weight,
                                 std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
+        if self.config.out_proj:
+            nn.init.eye_(self.transformer.c_out.weight)
         # embed() norms a row, so its length says only how far AdamW's steps turn it: at 1 per channel, hardly at all
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
 
     def embed(self, idx):
-        """(B, T) ids -> (B, T, n_embd), normed: what the trunk and the draft cell read of a token."""
-        return norm(self.transformer.wte(idx))
+        """(B, T) ids -> (B, T, n_embd): what the trunk and the draft cell read of a token."""
+        x = self.transformer.wte(idx)
+        return norm(x, self.config.norm_eps) if self.config.embed_norm else x
 
     def trunk(self, idx, cache=None):
         """
@@ -259,7 +295,7 @@ class GPT(nn.Module):
         x = F.dropout(self.embed(idx), self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cos, sin, cache)
-        return norm(x)
+        return norm(x, self.config.norm_eps)
 
     # -------------------------------------------------------------------------
     # the heads
@@ -269,12 +305,16 @@ class GPT(nn.Module):
         States (..., n_embd) -> logits (..., vocab_size), float32 at least; with head instead of lm_head, as many as it
         has rows.
         """
+        if self.config.out_proj:
+            x = self.transformer.c_out(x)
         y = (head or self.lm_head)(x)
-        return SOFTCAP * torch.tanh(y.to(torch.promote_types(y.dtype, torch.float32)) / SOFTCAP)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        cap = self.config.softcap
+        return cap * torch.tanh(y / cap) if cap else y
 
     def multi_token_state(self, x, i):
         """The trunk's state at t -> the state from which lm_head predicts token t+2+i; (..., n_embd) both."""
-        return norm(x + self.multi_token[i](x))
+        return norm(x + self.multi_token[i](x), self.config.norm_eps)
 
     def draft_state(self, x, idx):
         """
@@ -282,7 +322,7 @@ class GPT(nn.Module):
         (B, T, n_embd). From the trunk's state at t and token t+1 comes the state that predicts t+2; applied again, t+3,
         and so on.
         """
-        return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)))
+        return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
     def forward(self, idx, targets=None, return_multi_token=False, counts=None):
         """
@@ -368,8 +408,8 @@ class GPT(nn.Module):
 
     def params(self):
         """Parameters by group; a tied lm_head counts once, as embedding."""
-        groups = {'transformer.wte': 'embedding', 'transformer': 'trunk', 'lm_head': 'head',
-                  'multi_token': 'multi_token', 'draft': 'draft'}
+        groups = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer': 'trunk',
+                  'lm_head': 'head', 'multi_token': 'multi_token', 'draft': 'draft'}
         count = dict.fromkeys(groups.values(), 0)
         for name, p in self.named_parameters():
             count[next(group for start, group in groups.items() if name.startswith(start))] += p.numel()
@@ -382,7 +422,7 @@ class GPT(nn.Module):
         meet are computed besides, once, forward only.
         """
         c, n = self.config, self.params()
-        logits = c.vocab_size * c.n_embd
+        logits = (c.vocab_size + c.n_embd * c.out_proj) * c.n_embd
         weights = n['trunk'] + logits * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * c.draft_n
         forward = 2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size
         return 3 * forward + 2 * logits * (c.draft_n > 0) if training else forward

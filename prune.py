@@ -42,7 +42,9 @@ BY_WEIGHTS = ('l1', 'random')           # those that need no text to measure on
 MERGE = ('aligned', 'plain', 'first')
 # what shrink cuts -> how the shape calls its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
-FIRST = 'transformer.h.0.attn.c_q'      # reads embeddings and nothing else
+FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
+# what over_channels calls matrices that no moments are known of: tables, and what reads embeddings that have no norm
+TABLE, EMBEDDING = 'transformer.wte', 'embedding'
 
 
 def build(state, config):
@@ -88,8 +90,11 @@ def keep_neurons(state, config, neurons, moments=None):
     same_length('neurons', neurons, config.n_layer)
     state = dict(state)
     for i, keep in enumerate(neurons):
-        fc, proj = f'transformer.h.{i}.mlp.c_fc', f'transformer.h.{i}.mlp.c_proj'
-        state[f'{fc}.weight'] = state[f'{fc}.weight'][keep]
+        proj = f'transformer.h.{i}.mlp.c_proj'
+        for name in ('c_gate', 'c_fc'):
+            fc = f'transformer.h.{i}.mlp.{name}.weight'
+            if fc in state:                     # c_gate is a SwiGLU's
+                state[fc] = state[fc][keep]
         state[f'{proj}.weight'] = columns(state[f'{proj}.weight'], keep, moments and moments[proj])
     return state, replace(config, n_hidden=len(neurons[0]))
 
@@ -143,7 +148,8 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
         v = v.view(groups, members, D, E)
         proj = proj.view(E, groups, members, g, D)
         if how == 'aligned':
-            q, k, v, proj = align(q, k, v, proj, moments and moments[f'{at}c_q'].to(q))
+            moment = moments and moments[f'{at}c_q'].to(q)
+            q, k, v, proj = align(q, k, v, proj, moment, config.qk_norm)
         if how == 'first':
             k, v = k[:, 0], v[:, 0]
         else:
@@ -154,12 +160,12 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
     return state, replace(config, n_kv_head=n_kv_head)
 
 
-def align(q, k, v, proj, moment):
+def align(q, k, v, proj, moment, qk_norm=True):
     """
     The same attention, with the key/value heads of a group turned onto each other: values by any orthogonal map, undone
     in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these commute with RoPE
-    (and all orthogonal maps do with the norm after it), so the turn alone changes nothing: heads that are turned copies
-    of one another merge without loss.
+    (and all orthogonal maps do with the norm after it, if there is one), so the turn alone changes nothing: heads that
+    are turned copies of one another merge without loss.
     q (groups, members, g, D, E), k and v (groups, members, D, E), proj (E, groups, members, g, D), all float64;
     moment (E, E), the second moment of what the heads read, or None: all directions count alike.
     """
@@ -170,11 +176,13 @@ def align(q, k, v, proj, moment):
 
     def size(x):
         return (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
-    # the scale of a head means nothing to keys, which are normed, and can move from values to c_proj: each takes its
-    # group's
-    k_scale = size(k).mean(dim=1, keepdim=True) / size(k)
+    # the scale of a head means nothing to keys that are normed, can move from others to their queries, and from values
+    # to c_proj: each takes its group's
+    k_scale = size(k).mean(dim=1, keepdim=True) / size(k)                       # (groups, members, 1, 1)
     v_scale = size(v).mean(dim=1, keepdim=True) / size(v)
     k, v, proj = k * k_scale, v * v_scale, proj / v_scale
+    if not qk_norm:
+        q = q / k_scale.unsqueeze(2)
     turn = procrustes(planes(k @ root))                                         # (groups, members, D/2, 1, 1) complex
     u = procrustes(v @ root)                                                    # (groups, members, D, D)
     q = from_planes(turn.unsqueeze(2) @ planes(q))
@@ -208,21 +216,28 @@ def procrustes(x):
 def over_channels(state, config, read, write):
     """
     A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in
-    place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do;
-    'transformer.wte' is the table itself.
+    place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do; TABLE is the
+    table itself.
     """
     out = {}
     for name, w in state.items():
         site = name.removesuffix('.weight')
         if site.endswith('c_proj'):
             out[name] = write(site, w)
+        elif site == 'transformer.c_out':       # what it writes is read by the table
+            out[name] = write(site, read('lm_head', w))
+        elif site == 'lm_head' and config.out_proj:
+            out[name] = read(TABLE, w)
         elif site == 'draft.c_fc':      # the state that lm_head reads, and an embedding as the first block reads it
             state_half, token_half = w.split(config.n_embd, dim=1)
-            out[name] = torch.cat((read('lm_head', state_half), read(FIRST, token_half)), dim=1)
+            token_half = read(FIRST if config.embed_norm else EMBEDDING, token_half)
+            out[name] = torch.cat((read('lm_head', state_half), token_half), dim=1)
         elif site.startswith('multi_token'):
             out[name] = read('lm_head', w)
         elif site.endswith(('c_k', 'c_v')):
             out[name] = read(site[:-3] + 'c_q', w)
+        elif site.endswith('c_gate'):
+            out[name] = read(site[:-6] + 'c_fc', w)
         else:
             out[name] = read(site, w)
     return out
@@ -240,8 +255,8 @@ def keep_channels(state, config, channels, moments=None, refit=True):
     """
     channels: the coordinates of the residual stream to keep, for everything that reads or writes it. RMSNorm then
     divides by the rms of what is left: with moments, its measured ratio to the whole's is folded into the matrices that
-    read the normed stream, and they are fitted anew if refit. The embedding enters the stream through a norm: its ratio
-    goes into all that is added to it, as only proportions count.
+    read the normed stream, and they are fitted anew if refit. Where the embedding enters the stream through a norm, its
+    ratio goes into all that is added to it, as only proportions count.
     """
     if not len(channels):
         raise ValueError("channels to keep, []: give at least one")
@@ -252,18 +267,33 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         return (power[keep].mean() / power.mean()).sqrt().item()
 
     def read(site, w):
-        if site == 'transformer.wte':
+        if site == TABLE:
             return w[:, keep]
+        if site == EMBEDDING:
+            return columns(w, keep, moments[FIRST] if moments and refit else None) / table
         return columns(w, keep, moments[site] if moments and refit else None) * ratio(site)
 
     def write(site, w):
-        return w[keep] / (first if site.startswith('transformer') else last)
+        if site == 'transformer.c_out':
+            return fit_to_table(w)
+        return w[keep] * stream if site.startswith('transformer') else w[keep] / last
+
+    def fit_to_table(w):
+        """c_out's rows: what is left of the table must make of them what all of it made of w."""
+        whole = state['lm_head.weight']
+        if not refit:
+            return w[keep]
+        left = whole[:, keep].double()
+        return torch.linalg.solve(damped(left.T @ left), left.T @ (whole.double() @ w.double())).to(w)
 
     first, last = ratio(FIRST), ratio('lm_head')
+    # a tied table takes the head's factor, too. As an embedding it may have any, where that is normed; elsewhere all
+    # that is added to the stream takes the same one.
+    table = last if config.tie_weights and not config.out_proj else 1.0
+    stream = 1 / first if config.embed_norm else table
     out = over_channels(state, config, read, write)
-    # the table is normed where it is read as embedding: there the head's factor does no harm
     if config.tie_weights:
-        out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * last
+        out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
     hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
               for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
     return out, replace(config, n_embd=len(keep), **hidden)
@@ -305,6 +335,8 @@ def measure(model, batches, importance='taylor', seed=0):
     moments, taylor = calibrate(model, batches, importance == 'taylor')
 
     def times_rms(site, w):
+        if site == 'transformer.c_out':         # its columns have been multiplied
+            return w.detach().abs()
         return w.detach().abs() * (moments[site].diagonal().sqrt() if site in moments else 0.0)
 
     if importance == 'taylor':
@@ -366,6 +398,10 @@ def sums_over_parts(table, config):
     for i in range(config.n_layer):
         names = ('attn.c_q', 'attn.c_k', 'attn.c_v', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj')
         q, k, v, attn, fc, mlp = parts = [table[f'transformer.h.{i}.{name}.weight'] for name in names]
+        gate = table.get(f'transformer.h.{i}.mlp.c_gate.weight')
+        if gate is not None:
+            fc = fc + gate
+            parts.append(gate)
         # a key/value head counts for those it serves
         shared = (k + v).view(config.n_kv_head, -1).sum(dim=1).repeat_interleave(g) / g
         heads.append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)

@@ -51,7 +51,8 @@ BITS = {8: IntFormat(edge=127, steps=1, tries=1, stored=8, method='rtn'),
         4: IntFormat(edge=7, steps=18, tries=4, stored=4, method='gptq')}
 GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
 GROUP = GROUPS[0]
-TABLES = ('transformer.wte', 'lm_head')     # the vocabulary's matrices, which have bits of their own
+# the vocabulary's matrices, which have bits of their own, and the small one between
+TABLES = ('transformer.wte', 'lm_head', 'transformer.c_out')
 
 
 def format_of(bits):
@@ -388,7 +389,8 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
         def run():
             return [block(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in states]
         # in the order in which the block computes: each is fitted to what the ones before it, rounded, give it
-        for names in (('attn.c_q', 'attn.c_k', 'attn.c_v'), ('attn.c_proj',), ('mlp.c_fc',), ('mlp.c_proj',)):
+        readers = ('mlp.c_gate', 'mlp.c_fc') if model.config.mlp == 'swiglu' else ('mlp.c_fc',)
+        for names in (('attn.c_q', 'attn.c_k', 'attn.c_v'), ('attn.c_proj',), readers, ('mlp.c_proj',)):
             fit([f'transformer.h.{i}.{name}' for name in names], run)
         states = run()
     # the extra heads are MLPs too
@@ -432,7 +434,7 @@ def bytes_by_group(model):
     {'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps};
     the file has a header besides.
     """
-    groups = {'transformer.wte': 'embedding', 'transformer.h': 'trunk', 'lm_head': 'head',
+    groups = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer.h': 'trunk', 'lm_head': 'head',
               'multi_token': 'multi_token', 'draft': 'draft'}
     count = {}
     for name, t in file_state(model).items():

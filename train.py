@@ -34,7 +34,7 @@ from distill import check_teachers, make_learner
 from engine import Engine, Sampling
 from data.machine import (autocast, can_compile, join_processes, least, peak_flops, pick_device, pick_dtype, shard,
                           share)
-from model import GPT, compile_step, config_of, evaluate, load_optimizer, make_optimizers, update
+from model import GPT, MLPS, compile_step, config_of, evaluate, load_optimizer, make_optimizers, update
 from quantize import BITS, GROUPS, prepare
 
 # -----------------------------------------------------------------------------
@@ -43,7 +43,7 @@ out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
 hold_out = ''               # '1/4': leaves the first quarter of the text out; distill.py can label it with this model, which has not seen it
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
-# the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd
+# the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (8/3 of swiglu)
 n_layer = 4
 n_head = 4
 n_kv_head = None            # 1 is multi-query attention: the cache shrinks n_head times
@@ -52,6 +52,12 @@ head_dim = None
 n_hidden = None
 block_size = 256            # tokens of context
 tie_weights = False
+mlp = 'relu2'               # or swiglu: with qk_norm and embed_norm False and softcap 0 the block is a Llama's
+qk_norm = True              # norms queries and keys
+embed_norm = True           # norms embeddings
+softcap = 15.0              # logits lie between -15 and 15; 0: they are not capped
+norm_eps = 0.0              # added to every norm's mean square; 0: the smallest that the dtype can tell
+rope_base = 10000.0         # rotary positions: the slowest pair turns by 1 / rope_base a token
 dropout = 0.0               # only for small data seen many times
 multi_token_n = 0           # extra heads for t+2, t+3, ...
 multi_token_weight = 0.2    # their share of the loss
@@ -105,6 +111,9 @@ limits = {
     'multi_token_n draft_n total_batch_size warmup_iters log_interval sample_interval sample_tokens': (0, None),
     'eval_interval save_interval': (-1, None),
     'seed': (0, 2**63 - 1),
+    'mlp': [*MLPS],
+    'softcap norm_eps': (0.0, None),
+    'rope_base': (1.0, None),
     'dropout decay_frac qat_start alpha own_samples': (0, 1),
     'ema': (0, 0.999999),
     'temperature': (1e-3, None),

@@ -126,7 +126,8 @@ def config_from(shape, source):
                          "which this model does not know: use the version that wrote it")
     for name, value in shape.items():
         kind = (int, float) if fields[name].type is float else fields[name].type
-        if not isinstance(value, kind) or value is not None and not 0 <= value < math.inf:
+        is_number = isinstance(value, (int, float))
+        if not isinstance(value, kind) or is_number and not 0 <= value < math.inf:
             raise ValueError(f"{source} says that {name} is {value!r:.40}: use another copy")
     return GPTConfig(**shape)
 

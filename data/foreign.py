@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from data.checkpoint import check_tensors, load_tensors, plain_names
 from data.files import atomic_write, download, hold, read_text
 from data.foreign_tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer
-from model import GPT, GPTConfig, SOFTCAP, rope_tables
+from model import GPT, GPTConfig, rope_tables
 
 
 def load_weights(file):
@@ -449,7 +449,7 @@ def hf_config(c, tokenizer):
             'head_dim': c.head_dim, 'max_position_embeddings': c.block_size, 'hidden_act': 'relu2',
             'rms_norm_eps': torch.finfo(torch.float32).eps,
             'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
-            'final_logit_softcapping': SOFTCAP, 'tie_word_embeddings': c.tie_weights,
+            'final_logit_softcapping': c.softcap, 'tie_word_embeddings': c.tie_weights,
             'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
 
 

@@ -15,7 +15,7 @@ from quantize import IntLinear, Rounded, round_rows
 def for_decoding(model, pack=None, draft_vocab=0):
     """
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
-    input, c_q, c_k and c_v, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
+    input, c_q, c_k and c_v, and c_gate and c_fc, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
     a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed.
     pack packs the other matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there
     is arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
@@ -31,6 +31,10 @@ def for_decoding(model, pack=None, draft_vocab=0):
         attn = block.attn
         attn.c_qkv = joined([attn.c_q, attn.c_k, attn.c_v])
         attn.c_q = attn.c_k = attn.c_v = None
+        if model.config.mlp == 'swiglu':
+            mlp = block.mlp
+            mlp.c_gate_fc = joined([mlp.c_gate, mlp.c_fc])
+            mlp.c_gate = mlp.c_fc = None
     for name, module in list(model.named_modules()):
         if isinstance(module, IntLinear):
             model.set_submodule(name, packed_integers(module, pack))

@@ -218,7 +218,7 @@ def test_attention_without_the_kernel(heads, kv_heads, T, monkeypatch):
     for ours in (True, False):
         monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: ours)
         leaves = [t.to(torch.bfloat16 if ours else torch.float64, copy=True).requires_grad_() for t in (q, k, v)]
-        y = M.causal_attention(*leaves)
+        y = M.causal_attention(*leaves, True)
         y.backward(g.to(y.dtype))
         results.append([y.detach(), *(t.grad for t in leaves)])
     for a, b in zip(*results):
@@ -232,7 +232,8 @@ def test_one_rule_says_who_sees_whom():
     q, k, v = (torch.randn(2, h, 40, 8) for h in (4, 2, 2))
     mask = M.sees(torch.arange(40)[:, None], torch.arange(40))
     expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    for attention in (M.causal_attention, M.attention_by_products):
-        assert (attention(M.norm(q), M.norm(k), v)
-                - F.scaled_dot_product_attention(M.norm(q), M.norm(k), v, mask, enable_gqa=True)).abs().max() < 1e-5
-    assert (M.causal_attention(q, k, v) - expected).abs().max() < 1e-5
+    normed = M.norm(q), M.norm(k), v
+    by_kernel = F.scaled_dot_product_attention(*normed, mask, enable_gqa=True)
+    assert (M.causal_attention(*normed, True) - by_kernel).abs().max() < 1e-5
+    assert (M.attention_by_products(*normed) - by_kernel).abs().max() < 1e-5
+    assert (M.causal_attention(q, k, v, True) - expected).abs().max() < 1e-5
