@@ -24,6 +24,7 @@ import heapq
 import json
 import math
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,6 +42,13 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p
 # has them yet.
 SPECIAL_TOKENS = ('<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>', '<|assistant_end|>',
                   '<|python_start|>', '<|python_end|>', '<|output_start|>', '<|output_end|>')
+
+# What stands before a text: ours and nanochat's, what GPT-2, SmolLM and Qwen put between two texts, Llama 3's. Where one
+# of ENDS is, or that again, a text is at its end.
+BOS = ('<|bos|>', '<|endoftext|>', '<|begin_of_text|>')
+ENDS = ('<|endoftext|>', '<|end_of_text|>', '<|im_end|>', '<|eot_id|>')
+# The forms of conversations, by the special tokens that they are made of.
+CHATS = {'nanochat': {*SPECIAL_TOKENS[:5]}, 'chatml': {'<|im_start|>', '<|im_end|>'}}
 
 # Characters of every kind, alone and together: any pattern must cut this into pieces that are the whole of it.
 ALL_KINDS = ''.join(map(chr, range(0x3100))) + "It's 12345 \r\n\r\n  x\t\t\u65e5\u672c\u8a9e \U0001f600\U0010ffff --- "
@@ -101,45 +109,90 @@ class CharTokenizer:
 
 class BPETokenizer:
     """
-    Byte-level BPE: every string has an encoding, since each single byte is a token. tiktoken does the work.
+    Byte-level BPE: text becomes bytes, and bytes are merged into tokens. tiktoken does the work.
 
-    ranks: dict of bytes -> id, ids 0..n-1. A lower id merges earlier.
+    ranks: dict of bytes -> 0..n-1, the tokens of text in the order of their ids. A lower rank merges earlier.
     pattern: str, the regular expression that cuts text into pieces before merging
         (tiktoken's dialect, Rust's fancy-regex).
-    special_tokens: names; they get the ids n, n+1, ... in this order.
-    ValueError: ids with holes, a byte without a token, a special token twice, a pattern that does not parse.
-    Attributes: vocab_size int, special tokens included; bos int, the id of what stands before a text, <|bos|> or
-    GPT-2's <|endoftext|>, or None; pattern str; special_tokens list of str;
+    special_tokens: names, in the order of their ids. special_ids: list of int, those ids, in any places (SmolLM2 has
+        them first); None: the last ones, n, n+1, ... The tokens of text have all other ids.
+    bos: the name of the special token that stands before a text, or None; 'auto': the first of BOS that is there.
+    chat: 'nanochat', 'chatml' or None, the form in which it writes conversations; 'auto': what its special tokens are
+        made for. system: what a chat's system line says where nobody says anything else, or None.
+    normalizer: 'NFC' (Unicode's composed form, which text is brought into first: Qwen2), or None.
+
+    Single bytes may lack a token. A character that needs one is read as U+FFFD, whose own bytes must be there, so that
+    every string has an encoding.
+    ValueError: ranks or ids with holes, no bytes of U+FFFD, a special token twice, a pattern that does not parse.
+    Attributes: vocab_size int, special tokens included; bos int, an id, or None; ends set of int, the tokens with which
+    a text is at its end; pattern, chat, system, normalizer; special_tokens list of str; special_ids list of int;
     token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
     """
     kind = 'bpe'
 
-    def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError(f'{len(ranks)} BPE tokens must have the ids 0..{len(ranks) - 1}, each once: '
-                             'a token is missing or repeated')
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-        if missing:
-            raise ValueError(f'{len(missing)} single bytes have no BPE token (the first is {missing[0]}): '
-                             'not every text could be encoded')
-        self.pattern = pattern
-        self.special_tokens = list(special_tokens)
-        self._special_ids = {name: len(ranks) + i for i, name in enumerate(self.special_tokens)}
-        if len(self._special_ids) < len(self.special_tokens):
-            raise ValueError(f'a special token is there twice: {self.special_tokens}')
-        self.bos = self._special_ids.get('<|bos|>', self._special_ids.get('<|endoftext|>'))
-        self._merged = sorted(ranks, key=ranks.get)  # bytes of id 0, 1, ...
-        self._bytes = self._merged + [name.encode('utf-8') for name in self.special_tokens]
-        self.vocab_size = len(self._bytes)
-        self.token_bytes = [len(token) for token in self._merged] + [0] * len(self.special_tokens)
-        self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=ranks,
-                                           special_tokens=self._special_ids)
+    def __init__(self, ranks, pattern=PATTERN, special_tokens=SPECIAL_TOKENS, special_ids=None, bos='auto',
+                 chat='auto', system=None, normalizer=None):
+        n, self.special_tokens = len(ranks), list(special_tokens)
+        if sorted(ranks.values()) != list(range(n)):
+            raise ValueError(f'{n} BPE tokens must have the ids 0..{n - 1}, each once: a token is missing or repeated')
+        self.vocab_size = n + len(self.special_tokens)
+        self.special_ids = list(range(n, self.vocab_size)) if special_ids is None else list(special_ids)
+        self._special_ids = dict(zip(self.special_tokens, self.special_ids))
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self.pattern, self.system, self.normalizer = pattern, system, normalizer
+        self._bos = self._usual_bos() if bos == 'auto' else bos
+        self.chat = self._usual_chat() if chat == 'auto' else chat
+        self._check()
+        self.bos = self._special_ids.get(self._bos)
+        self.ends = {i for name, i in self._special_ids.items() if name in (self._bos, *ENDS)}
+
+        special = set(self.special_ids)
+        self._merged = sorted(ranks, key=ranks.get)  # bytes of rank 0, 1, ...
+        self._ids = [i for i in range(self.vocab_size) if i not in special]  # of rank 0, 1, ...
+        self._bytes = self._by_id(self._merged, [name.encode('utf-8') for name in self.special_tokens])
+        self.token_bytes = self._by_id(map(len, self._merged), [0] * len(special))
+        # tiktoken wants all bytes, and ids without holes. It gets ranks: those of the tokens, then of the bytes that
+        # lack one (none occurs in what it is given), then of the special tokens (which it never reads out of text).
+        whole = ranks | {bytes([byte]): n + i for i, byte in enumerate(self._missing)}
+        self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=whole, special_tokens={
+            name: len(whole) + i for i, name in enumerate(self.special_tokens)})
         self.encode(ALL_KINDS)  # raises, now rather than at somebody's prompt, if the pattern leaves some of it out
+
+    def _usual_bos(self):
+        return next((name for name in BOS if name in self._special_ids), None)
+
+    def _usual_chat(self):
+        return next((chat for chat, names in CHATS.items() if self._special_ids.keys() >= names), None)
+
+    def _check(self):
+        """ValueError unless each special token has a name and an id of its own, and what is said of the table fits."""
+        ids, n = self.special_ids, len(self.special_tokens)
+        if len(set(self.special_tokens)) < n:
+            raise ValueError(f'a special token is there twice: {self.special_tokens!r:.200}')
+        whole = len(ids) == n and all(type(i) is int and 0 <= i < self.vocab_size for i in ids)
+        if not whole or ids != sorted(set(ids)):
+            raise ValueError(f'{n} special tokens must have as many ids below {self.vocab_size}, in rising order, '
+                             f'not {ids!r:.200}')
+        if set(self._missing) & set('\ufffd'.encode()):
+            raise ValueError(f'{len(self._missing)} single bytes have no BPE token (the first is {self._missing[0]}), '
+                             'among them those of U+FFFD, which would stand for them: use another tokenizer')
+        if self._bos not in (None, *self.special_tokens):
+            raise ValueError(f'there is no special token {self._bos!r:.80} to stand before a text')
+        if self.chat is not None and not self._special_ids.keys() >= CHATS.get(self.chat, {None}):
+            raise ValueError(f'chat is {self.chat!r:.40}, and must be one of {", ".join(CHATS)}, with its special tokens')
+        if self.normalizer not in (None, 'NFC'):
+            raise ValueError(f'text would be brought into the form {self.normalizer!r:.40}, and only NFC is known here')
+
+    def _by_id(self, of_text, of_specials):
+        """Values for the tokens of text, by rank, and for the special tokens -> one list, by id."""
+        values = dict(zip(self._ids, of_text)) | dict(zip(self.special_ids, of_specials))
+        return [values[i] for i in range(self.vocab_size)]
 
     def encode(self, text):
         """
         str -> list of int. Special tokens are never read out of text: '<|bos|>' typed by a user is seven ordinary
-        characters. Half a surrogate pair becomes U+FFFD (tiktoken's choice).
+        characters. Half a surrogate pair becomes U+FFFD (tiktoken's choice), and so does a character whose bytes have
+        no tokens.
         ValueError for half a million white-space characters in a row, and where the pattern is not up to a text.
         """
         if len(text) >= 1_000_000:
@@ -149,17 +202,30 @@ class BPETokenizer:
             if run:
                 raise ValueError(f'500,000 white-space characters in a row, from character {run.start()} on: '
                                  'tiktoken cannot split that; shorten it')
+        if self.normalizer:
+            text = unicodedata.normalize(self.normalizer, text)
+        text, n_bytes = self._writable(text)
         try:
-            ids = self._encoding.encode(text, disallowed_special=())  # they are not refused, either
+            ranks = self._encoding.encode(text, disallowed_special=())  # they are not refused, either
         except BaseException as e:
             if not isinstance(e, ValueError) and type(e).__name__ != 'PanicException':  # Rust's own is no Exception
                 raise
             raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, takes too long to cut a text: '
                              'use another tokenizer') from None
-        if sum(map(self.token_bytes.__getitem__, ids)) != _utf8_length(text):
+        ids = list(map(self._ids.__getitem__, ranks))
+        if sum(map(self.token_bytes.__getitem__, ids)) != n_bytes:
             raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, leaves out some of a text: '
                              'use another tokenizer')
         return ids
+
+    def _writable(self, text):
+        """A text -> the same with U+FFFD for what has no tokens, and its bytes in UTF-8 (how many)."""
+        content = _utf8(text)
+        if not self._missing or content == content.translate(None, self._missing):
+            return text, len(content)
+        missing = set(self._missing)
+        text = ''.join('\ufffd' if missing & set(c.encode()) else c for c in content.decode())
+        return text, len(text.encode())
 
     def encode_batch(self, texts):
         """list of str -> list of lists of int, each as encode's, on several threads."""
@@ -169,8 +235,8 @@ class BPETokenizer:
     def special(self, name):
         """'<|bos|>' -> its id. ValueError if this tokenizer has no such token."""
         if name not in self._special_ids:
-            raise ValueError(f'no special token {name!r}, only {self.special_tokens}: '
-                             'chat needs a tokenizer trained with SPECIAL_TOKENS')
+            raise ValueError(f'no special token {name!r} among the {len(self.special_tokens)} of this tokenizer, '
+                             f'{self.special_tokens!r:.200}')
         return self._special_ids[name]
 
     def decode(self, ids):
@@ -189,51 +255,82 @@ class BPETokenizer:
 
     def meta(self):
         """
-        dict of plain types for JSON; from_meta undoes it.
-        Tokens are in id order, each byte as the Latin-1 character of its value.
+        dict of plain types for JSON; from_meta undoes it. Tokens are in id order, each byte as the Latin-1 character of
+        its value. What a tokenizer of our own never has is said only where it is.
         """
-        return {'kind': 'bpe', 'ranks': [token.decode('latin-1') for token in self._merged],
+        meta = {'kind': 'bpe', 'ranks': [token.decode('latin-1') for token in self._merged],
                 'pattern': self.pattern, 'special_tokens': self.special_tokens[:]}
+        if self.special_ids and self.special_ids[0] < len(self._merged):
+            meta['special_ids'] = self.special_ids[:]
+        for key, value, usual in (('bos', self._bos, self._usual_bos()), ('chat', self.chat, self._usual_chat()),
+                                  ('system', self.system, None), ('normalizer', self.normalizer, None)):
+            if value != usual:
+                meta[key] = value
+        return meta
+
+    # Conversations. nanochat writes:  <|bos|><|user_start|>Hi<|user_end|><|assistant_start|>Hello<|assistant_end|>
+    # ChatML, one message a line:  <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
+    # with the system line as a message of its own before them; in nanochat's it is a part of the first question.
+
+    def chat_start(self, system, question):
+        """
+        The system line (str, '' for none, None for the tokenizer's own) and the first question -> the ids with which
+        the conversation begins, and the text of the question as it is written then. ValueError without a format.
+        """
+        if self.chat is None:
+            raise ValueError("this tokenizer has no special tokens for conversations, neither nanochat's, like "
+                             "<|assistant_end|>, nor ChatML's, like <|im_end|>: chat needs one that has")
+        if self.chat == 'nanochat':
+            return [self.special('<|bos|>')], question if system is None else f'{system}\n\n{question}'
+        system = self.system if system is None else system
+        return sum(self.turn('system', system), []) if system else [], question
+
+    def turn(self, role, text):
+        """A message -> what opens it, its text with the token that ends it, and what follows: three lists of ids."""
+        if self.chat == 'nanochat':
+            return [self.special(f'<|{role}_start|>')], self.encode(text) + [self.special(f'<|{role}_end|>')], []
+        # an answer is not merged with the line end before it, since the model begins it after that
+        head, text = (f'{role}\n', text) if role == 'assistant' else ('', f'{role}\n{text}')
+        return ([self.special('<|im_start|>')] + self.encode(head),
+                self.encode(text) + [self.special('<|im_end|>')], self.encode('\n'))
 
     def render_chat(self, conversation, max_tokens=None):
         """
-        A conversation as nanochat writes it:
-        bos, then user_start text user_end assistant_start text assistant_end for each exchange.
+        A conversation in the tokenizer's format.
 
         conversation: list of {'role', 'content'}, or {'messages': that list}. Roles are user, assistant, user, ...;
-            a system message may come first and is put in front of the first user's text, with a blank line between.
+            a system message may come first: in nanochat's format it is put in front of the first user's text, with a
+            blank line between.
         max_tokens: cut to so many tokens, or None.
-        Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and its
-            assistant_end, which it must learn to say, but not its assistant_start, which the engine says for it.
+        Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and the token
+            that ends it, which it must learn to say, but not what opens it, which the engine says for it.
         ValueError names the message that is wrong.
         """
-        ids, mask = [self.special('<|bos|>')], [0]
-
-        def add(tokens, learn):
-            ids.extend(tokens)
-            mask.extend([learn] * len(tokens))
-
-        for role, text in _turns(conversation):
-            add([self.special(f'<|{role}_start|>')], 0)
-            add(self.encode(text) + [self.special(f'<|{role}_end|>')], int(role == 'assistant'))
+        system, turns = _turns(conversation)
+        ids, turns[0] = self.chat_start(system, turns[0])
+        mask = [0] * len(ids)
+        for i, text in enumerate(turns):
+            opening, said, behind = self.turn(('user', 'assistant')[i % 2], text)
+            ids += opening + said + behind
+            mask += [0] * len(opening) + [i % 2] * len(said) + [0] * len(behind)
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_prompt(self, conversation):
         """
-        A conversation that ends with the user -> its ids and assistant_start: the model goes on from there.
+        A conversation that ends with the user -> its ids and what opens the answer: the model goes on from there.
         ValueError as above.
         """
-        if _turns(conversation)[-1][0] != 'user':
+        if len(_turns(conversation)[1]) % 2 == 0:
             raise ValueError('the last message of a prompt must be the user\'s: the assistant is about to answer it')
-        return self.render_chat(conversation)[0] + [self.special('<|assistant_start|>')]
+        return self.render_chat(conversation)[0] + self.turn('assistant', '')[0]
 
 
-def _utf8_length(text):
-    """Bytes of a text in UTF-8; of surrogates, as tiktoken reads them: two are one character, half of one U+FFFD."""
+def _utf8(text):
+    """A text in UTF-8; surrogates as tiktoken reads them: two are one character, half of one U+FFFD."""
     try:
-        return len(text.encode('utf-8'))
+        return text.encode('utf-8')
     except UnicodeEncodeError:
-        return len(text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8'))
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8')
 
 
 def _checked(ids, vocab_size):
@@ -247,8 +344,7 @@ def _checked(ids, vocab_size):
 
 def _turns(conversation):
     """
-    A conversation -> list of (role, text), user and assistant in turn, the system message merged;
-    or a ValueError.
+    A conversation -> its system line or None, and a list of what user and assistant say in turn; or a ValueError.
     """
     messages = conversation.get('messages') if isinstance(conversation, dict) else conversation
     if not isinstance(messages, (list, tuple)):
@@ -267,10 +363,8 @@ def _turns(conversation):
                              f'an optional system message, then user and assistant in turn')
     if len(turns) == has_system:
         raise ValueError('a conversation needs at least one user message')
-    if has_system:
-        (_, system), (_, user), *rest = turns
-        turns = [('user', f'{system}\n\n{user}'), *rest]
-    return turns
+    texts = [text for _, text in turns]
+    return (texts[0], texts[1:]) if has_system else (None, texts)
 
 
 # -----------------------------------------------------------------------------
@@ -405,8 +499,13 @@ def from_meta(meta):
             raise ValueError('the characters of a vocabulary must be sorted and unique: '
                              'run the data set\'s prepare.py again')
         return tokenizer
+    may = {'special_ids': list, 'bos': str, 'chat': str, 'system': str, 'normalizer': str}
+    more = {key: meta[key] for key in may if key in meta}
+    wrong = [key for key, value in more.items() if value is not None and not isinstance(value, may[key])]
+    if wrong:
+        raise ValueError(f'{wrong[0]} of a tokenizer is {more[wrong[0]]!r:.40}: run the data set\'s prepare.py again')
     return BPETokenizer({token.encode('latin-1'): i for i, token in enumerate(meta['ranks'])}, meta['pattern'],
-                        meta['special_tokens'])
+                        meta['special_tokens'], **more)
 
 
 def vocab_size_of(meta):
@@ -416,11 +515,11 @@ def vocab_size_of(meta):
 
 def fingerprint(tokenizer):
     """
-    sha256 (64 hex digits) of the tokenizer's meta as canonical JSON:
+    sha256 (64 hex digits) of the tokenizer's meta as canonical JSON, but for how it is used:
     equal when two tokenizers have the same ids for the same tokens.
     """
-    return hashlib.sha256(
-        json.dumps(tokenizer.meta(), sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
+    meta = {key: value for key, value in tokenizer.meta().items() if key not in ('bos', 'chat', 'system')}
+    return hashlib.sha256(json.dumps(meta, sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -450,8 +549,7 @@ def cut_tokenizer(tokenizer, counts, keep):
     count. So every token left can still be merged from bytes, and text without cut tokens is encoded as before; where
     one stood its parts stand, or what they merge to with their neighbours.
     """
-    specials = [] if tokenizer.kind == 'char' else tokenizer.special_tokens
-    least = 1 if tokenizer.kind == 'char' else 256 + len(specials)
+    least = 1 if tokenizer.kind == 'char' else tokenizer.token_bytes.count(1) + len(tokenizer.special_ids)
     if not least <= keep <= tokenizer.vocab_size:
         raise ValueError(f'vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens '
                          'that there are')
@@ -459,15 +557,19 @@ def cut_tokenizer(tokenizer, counts, keep):
         by_frequency = sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))
         ids = sorted(by_frequency[:keep])
         return ids, CharTokenizer(tokenizer.decode(ids))
-    merged = [token.encode('latin-1') for token in tokenizer.meta()['ranks']]
-    cut = _rarest(merged, counts, tokenizer.vocab_size - keep)
-    ids = [i for i in range(tokenizer.vocab_size) if i not in cut]
-    ranks = {merged[old]: new for new, old in enumerate(ids[:keep - len(specials)])}
-    return ids, BPETokenizer(ranks, tokenizer.pattern, specials)
+    meta, special = tokenizer.meta(), set(tokenizer.special_ids)
+    of_text = [i for i in range(tokenizer.vocab_size) if i not in special]
+    cut = _rarest([tokenizer.decode_bytes([i]) for i in of_text], [counts[i] for i in of_text],
+                  tokenizer.vocab_size - keep)
+    gone = {of_text[rank] for rank in cut}
+    ids = [i for i in range(tokenizer.vocab_size) if i not in gone]
+    return ids, from_meta(meta | {
+        'ranks': [token for rank, token in enumerate(meta['ranks']) if rank not in cut],
+        'special_ids': [new for new, old in enumerate(ids) if old in special]})
 
 
 def _rarest(tokens, counts, n):
-    """The ids of n of the tokens (bytes, in id order) that are missed least, as cut_tokenizer chooses them; a set."""
+    """The ranks of n of the tokens (bytes, by rank) that are missed least, as cut_tokenizer chooses them; a set."""
     ranks = {token: i for i, token in enumerate(tokens)}
     parts = {i: [ranks[part] for part in bpe_parts(token, ranks)] for i, token in enumerate(tokens) if len(token) > 1}
     users = Counter()  # how many tokens are made of this one
@@ -497,12 +599,12 @@ def recode(ids, old, new):
     if old.kind == 'char':
         table = np.array([new.chars.find(c) for c in old.chars])[ids]
         return table[table >= 0]
-    # special tokens are the last ids in both; what stands between them is text
-    is_special = ids >= old.vocab_size - len(old.special_tokens)
+    # special tokens become those of the same name; what stands between them is text
+    special = dict(zip(old.special_ids, map(new.special, old.special_tokens)))
     out, start = [], 0
-    for at in np.flatnonzero(is_special).tolist():
+    for at in np.flatnonzero(np.isin(ids, old.special_ids)).tolist():
         out += new.encode(old.decode(ids[start:at]))
-        out.append(int(ids[at]) - old.vocab_size + new.vocab_size)
+        out.append(special[int(ids[at])])
         start = at + 1
     out += new.encode(old.decode(ids[start:]))
     return np.array(out)
