@@ -281,7 +281,7 @@ def keep_channels(state, config, channels, moments=None, refit=True):
     def fit_to_table(w):
         """c_out's rows: what is left of the table must make of them what all of it made of w."""
         whole = state['lm_head.weight']
-        if not refit:
+        if not refit or len(keep) == config.n_embd:
             return w[keep]
         left = whole[:, keep].double()
         return torch.linalg.solve(damped(left.T @ left), left.T @ (whole.double() @ w.double())).to(w)
@@ -296,7 +296,9 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
     hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
               for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
-    return out, replace(config, n_embd=len(keep), **hidden)
+    # the mean square of what is kept is larger: so must be what is added to it
+    eps = config.norm_eps * config.n_embd / len(keep) * stream ** 2
+    return out, replace(config, n_embd=len(keep), norm_eps=eps, **hidden)
 
 
 def keep_layers(state, config, layers):

@@ -221,6 +221,9 @@ def server(monkeypatch):
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
+# the switches that make the block a Llama's, of a tied model with a last gain, as SmolLM2's
+LLAMA = dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0, norm_eps=1e-5, out_proj=True, tie_weights=True)
+
 
 def randomise(model, std=0.2):
     """Weights that make every path matter: the initial zeros would hide most mistakes."""

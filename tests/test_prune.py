@@ -10,7 +10,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, randomise, refused, run
+from conftest import LLAMA, SMALL, randomise, refused, run
 
 import prune as P
 from data.checkpoint import load_model, save_checkpoint
@@ -21,7 +21,9 @@ from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate, make_optimizers
 from quantize import convert, export, load
 
-SHAPES = [dict(n_kv_head=4), dict(n_kv_head=2, tie_weights=True), dict(n_kv_head=1)]
+UNTIED = dict(out_proj=False, tie_weights=False)
+SHAPES = [dict(n_kv_head=4), dict(n_kv_head=2, tie_weights=True), dict(n_kv_head=1),
+          LLAMA | dict(n_kv_head=2), LLAMA | UNTIED, LLAMA | dict(out_proj=False)]
 HEADS = dict(multi_token_n=2, draft_n=3)
 
 
@@ -86,7 +88,8 @@ def silence(model, kind, parts):
     else:
         for block in model.transformer.h:
             if kind == 'neurons':
-                block.mlp.c_fc.weight[parts] = 0
+                for name in {'c_fc', 'c_gate'} & block.mlp._modules.keys():
+                    block.mlp.get_submodule(name).weight[parts] = 0
                 block.mlp.c_proj.weight[:, parts] = 0
             else:
                 block.attn.c_q.weight.view(c.n_head, -1)[parts] = 0
@@ -259,9 +262,10 @@ def test_refit_is_the_least_squares_solution():
     assert torch.equal(P.columns(w, keep), w[:, keep])
 
 
+@pytest.mark.parametrize('block', [{}, LLAMA])
 @pytest.mark.parametrize('n, left', [(4, 2), (4, 1), (2, 1)])
-def test_heads_that_are_turned_copies_merge_without_loss(n, left):
-    model = make(n_kv_head=n)
+def test_heads_that_are_turned_copies_merge_without_loss(n, left, block):
+    model = make(n_kv_head=n, **block)
     c = model.config
     for block in model.transformer.h:
         a = block.attn
@@ -356,7 +360,7 @@ def test_every_size_down_to_the_smallest_works(shape, tmp_path):
         middle, smallest = P.shrink(middle, kind, keep, batches()), P.shrink(smallest, kind, 1, batches(1))
     check_that_it_works(cut(middle, P.merge_kv_heads, 1, P.measure(middle, batches())[1]), tmp_path)
     assert outputs(smallest).isfinite().all()
-    assert smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2
+    assert smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2 + (smallest.config.mlp == 'swiglu')
     assert [P.shrink(whole, kind, 1, batches(1)).config.n_embd for kind in P.KINDS] == [32, 32, 32, 1]
 
 
