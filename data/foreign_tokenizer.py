@@ -6,11 +6,13 @@ Other people's tokenizers: nanochat's pickle and GPT-2's files in, Hugging Face'
 """
 
 import io
+import json
 import os
 import pickle
+import re
 
 from data.files import read_json, read_text
-from data.tokenizer import BPETokenizer, bpe_parts, from_meta
+from data.tokenizer import BOS, CHATS, PATTERN, BPETokenizer, bpe_parts, from_meta
 
 AGAIN = 'use another copy'
 LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
@@ -89,9 +91,24 @@ def load_nanochat_tokenizer(path):
 
 
 # -----------------------------------------------------------------------------
-# GPT-2, as Hugging Face keeps it
+# Byte-level BPE, as Hugging Face and llama.cpp keep it
 
+# How text is cut before merging, by llama.cpp's names. Three of them are one expression in a tokenizer.json, too; there,
+# SmolLM's is two steps: every digit by itself, then GPT-2's pattern on what lies between. One expression does both, if
+# white space before a digit is taken whole, as at the end of a text.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = {'gpt-2': GPT2_PATTERN,
+            'smollm': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+            'llama-bpe': _LLAMA3,
+            'qwen2': _LLAMA3.replace('{1,3}', '')}
+NORMALIZERS = {'qwen2': 'NFC'}  # a GGUF does not say it
+
+
+def pre_tokenizer_of(pattern):
+    """A pattern -> llama.cpp's name for it, or None."""
+    return next((name for name, known in PATTERNS.items() if known == pattern), None)
 
 
 def byte_characters():
@@ -106,55 +123,219 @@ def byte_characters():
     return characters
 
 
-def load_gpt2_tokenizer(folder):
+def byte_level_bpe(path, vocab, merges, added, pattern, about):
     """
-    tokenizer.json, or vocab.json and merges.txt, in GPT-2's manner -> BPETokenizer with the same ids.
-    None without them, ValueError if of another kind.
-    """
-    one, vocab_path, merges_path = (os.path.join(folder, name)
-                                    for name in ('tokenizer.json', 'vocab.json', 'merges.txt'))
-    if os.path.exists(one):
-        path = one
-        vocab, merges = _read_tokenizer_json(path)
-    elif os.path.exists(vocab_path) and os.path.exists(merges_path):
-        path = vocab_path
-        vocab = read_json(path, AGAIN)
-        lines = read_text(merges_path).split('\n')
-        merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
-    else:
-        return None
+    What a file says -> BPETokenizer with the same ids.
 
-    # Ranks say the same as a list of merges if the ids of what is merged are in the list's order.
-    n = 256 + len(merges)
+    path: str, for messages. vocab: {token as text: id}, with the added ones. merges: list of (left, right), the first
+    is merged first. added: set of ids that no text is read as. about: dict of BPETokenizer's other settings.
+    ValueError if it is not a BPE of bytes, or if its ids do not say in which order tokens are merged.
+    """
     byte = {character: byte for byte, character in byte_characters().items()}
     try:
         tokens = sorted(vocab, key=vocab.get)
-        fits = (bool(vocab) and [vocab[token] for token in tokens] == list(range(len(tokens)))
-                and set(tokens[:256]) == set(byte) and tokens[256:n] == [''.join(merge) for merge in merges])
-    except TypeError:  # ids or merges that are something else
-        fits = False
-    if not fits:
-        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected a BPE of ids for the 256 bytes, "
-                         'then for the merges in their order, then for special tokens')
-    ranks = {bytes(byte[c] for c in token): i for i, token in enumerate(tokens[:n])}
-    return BPETokenizer(ranks, GPT2_PATTERN, tokens[n:])
+        whole = bool(tokens) and [vocab[token] for token in tokens] == list(range(len(tokens)))
+        made = [vocab[left + right] for left, right in merges] if whole else []
+    except (TypeError, ValueError, KeyError):  # ids or merges that are something else, or make no token
+        whole = False
+    if not whole or made != sorted(made):
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: expected a BPE with ids from 0 on, without "
+                         'holes, those of merged tokens in the order of the merges')
+    # what is neither a byte nor merged is never read out of text, either
+    of_text = {i for token, i in vocab.items() if token in byte} | set(made)
+    special = [i for i in range(len(tokens)) if i in added or i not in of_text]
+    is_special = set(special)
+    try:
+        written = [bytes(byte[c] for c in token) for i, token in enumerate(tokens) if i not in is_special]
+    except KeyError as e:
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: {e} stands for no byte") from None
+    return BPETokenizer({token: rank for rank, token in enumerate(written)}, pattern,
+                        [tokens[i] for i in special], special, **about)
+
+
+def settings_of(names, bos, add_bos, template):
+    """
+    What files say besides the table -> BPETokenizer's settings as a dict.
+
+    names: of the special tokens. bos: the name of what they call bos, or None; add_bos: whether a text begins with it.
+    template: the chat template (Jinja), or None; nothing here runs it, but its default system line is taken from it.
+
+    What we call bos stands before a text and so between two. What files call so may be something else: SmolLM2's is
+    what a chat's message begins with. So theirs counts only where it is put before every text, or where none of the
+    usual ones is there.
+    """
+    settings = {}
+    if bos in names and (add_bos or not names & {*BOS}) and bos != '<|im_start|>':
+        settings['bos'] = bos
+    if template is not None and '<|im_start|>' not in template and names >= CHATS['chatml']:
+        settings['chat'] = None
+    line = re.search(r"<\|im_start\|>system(?:\n|\\n)([^{}<'\"]+)<\|im_end\|>", template or '')
+    if line and names >= CHATS['chatml']:
+        settings['system'] = line[1].replace('\\n', '\n')
+    return settings
+
+
+def load_gpt2_tokenizer(folder):
+    return hf_folder_tokenizer(folder)
+
+
+def hf_folder_tokenizer(folder):
+    """
+    A Hugging Face folder's tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json -> BPETokenizer with
+    the same ids. None without them, ValueError if of another kind.
+    """
+    at = lambda name: os.path.join(folder, name)
+    if os.path.exists(at('tokenizer.json')):
+        path = at('tokenizer.json')
+        vocab, merges, added, pattern, normalizer, first = _read_tokenizer_json(path)
+    elif os.path.exists(at('vocab.json')) and os.path.exists(at('merges.txt')):
+        path, pattern, added, normalizer, first = at('vocab.json'), GPT2_PATTERN, set(), None, None
+        vocab = read_json(path, AGAIN)
+        lines = read_text(at('merges.txt')).split('\n')
+        merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
+    elif os.path.exists(at('tokenizer.model')):
+        raise ValueError(SENTENCEPIECE.format(at('tokenizer.model')))
+    else:
+        return None
+    bos, add_bos, template = _read_tokenizer_config(folder)
+    about = settings_of({*vocab}, first or bos, bool(first) or add_bos, template)
+    return byte_level_bpe(path, vocab, merges, added, pattern, about | {'normalizer': normalizer})
+
+
+SENTENCEPIECE = ('{} is a SentencePiece tokenizer, and only BPE of bytes is read here: take a model with a tokenizer '
+                 'like that of GPT-2, SmolLM, Llama 3 or Qwen2')
 
 
 def _read_tokenizer_json(path):
-    """tokenizer.json -> {token: id}, [(left, right), ...] of the merges; empty ones if it is not in GPT-2's manner."""
+    """
+    tokenizer.json -> {token: id}, merges, ids of added tokens, the pattern that cuts text, its normalizer or None, and
+    the token that it puts before every text, or None. ValueError for what is not byte-level BPE.
+    """
     content = read_json(path, AGAIN, {'model': dict})
-    model, cutter = content['model'], content.get('pre_tokenizer') or {}
-    plain = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
-    if (not isinstance(model.get('vocab'), dict)  # a Unigram's are pairs
-            or content.get('normalizer') is not None or not isinstance(cutter, dict)
-            or plain != {'use_regex': True} | {key: value for key, value in cutter.items() if key in plain}):
-        return {}, []
+    model = content['model']
+    kind = model.get('type', 'BPE')
+    if kind == 'Unigram' or model.get('byte_fallback'):
+        raise ValueError(SENTENCEPIECE.format(path))
+    normalizer = content.get('normalizer')
+    normalizer = normalizer.get('type') if isinstance(normalizer, dict) else normalizer
+    strange = [f'{key}={model[key]!r:.40}' for key in ('continuing_subword_prefix', 'end_of_word_suffix')
+               if model.get(key)]
+    if kind != 'BPE' or strange or normalizer not in (None, 'NFC') or not isinstance(model.get('vocab'), dict):
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner, but a {kind!r:.40} with normalizer "
+                         f'{normalizer!r:.40} {" ".join(strange)}'.rstrip())
     try:
-        added = {token['content']: token['id'] for token in content.get('added_tokens', [])}
+        added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
         merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model.get('merges', [])]
-    except (TypeError, KeyError):
-        return {}, []
-    return model['vocab'] | added, merges
+        ids = {*added.values()}
+        first = _first_token(content.get('post_processor'))
+    except (TypeError, KeyError, AttributeError, IndexError):
+        raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: its added tokens, merges or post-processor are "
+                         'of another form') from None
+    return model['vocab'] | added, merges, ids, _pattern_of(content.get('pre_tokenizer'), path), normalizer, first
+
+
+def _read_tokenizer_config(folder):
+    """
+    tokenizer_config.json and chat_template.jinja, where they are there -> the name of the bos token or None, whether it
+    is put before every text, and the chat template or None.
+    """
+    at = lambda name: os.path.join(folder, name)
+    config = read_json(at('tokenizer_config.json'), AGAIN) if os.path.exists(at('tokenizer_config.json')) else {}
+    bos, template = config.get('bos_token'), config.get('chat_template')
+    if isinstance(bos, dict):
+        bos = bos.get('content')
+    if isinstance(template, list):  # several of them, with names
+        template = next((t.get('template') for t in template if isinstance(t, dict) and t.get('name') == 'default'), None)
+    if os.path.exists(at('chat_template.jinja')):
+        template = read_text(at('chat_template.jinja'))
+    text = lambda x: x if isinstance(x, str) else None
+    return text(bos), config.get('add_bos_token') is True, text(template)
+
+
+def _first_token(processor):
+    """A post-processor of a tokenizer.json -> the name of the token that it puts before a text, or None."""
+    for step in (processor or {}).get('processors', [processor or {}]):
+        if step.get('type') == 'TemplateProcessing' and 'SpecialToken' in step['single'][0]:
+            return step['single'][0]['SpecialToken']['id']
+    return None
+
+
+# What a tokenizer.json's pre-tokenizers say, where it does not matter that one is the only step of a sequence.
+BY_BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True}
+
+
+def by_pattern(pattern):
+    """The pre-tokenizers of a tokenizer.json that cut text as this expression says."""
+    split = {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+    return [split, BY_BYTES | {'use_regex': False}]
+
+
+def _pattern_of(cutter, path):
+    """The pre-tokenizer of a tokenizer.json -> the pattern that does the same. ValueError if it is not a known one."""
+    known = [(PATTERNS['gpt-2'], [BY_BYTES]),
+             (PATTERNS['smollm'], [{'type': 'Digits', 'individual_digits': True}, BY_BYTES])]
+    known += [(pattern, by_pattern(pattern)) for pattern in (*PATTERNS.values(), PATTERN)]
+    steps = cutter.get('pretokenizers') if isinstance(cutter, dict) and 'pretokenizers' in cutter else [cutter]
+    plain = [{'use_regex': True} | step if isinstance(step, dict) and step.get('type') == 'ByteLevel' else step
+             for step in (steps if isinstance(steps, list) else [steps])]
+    plain = [{key: step[key] for key in step if key != 'trim_offsets'} if isinstance(step, dict) else step
+             for step in plain]
+    for pattern, expected in known:
+        if plain == expected:
+            return pattern
+    raise ValueError(f"{path} is not a tokenizer in GPT-2's manner, or cuts text in a way that is not known here, "
+                     f'{json.dumps(plain):.200}: use another one; known are those of {", ".join(PATTERNS)}')
+
+
+# -----------------------------------------------------------------------------
+# GGUF, llama.cpp's files
+
+def open_gguf(path):
+    """path -> gguf.GGUFReader. ValueError for what is no whole file of that kind."""
+    import gguf
+    if not os.path.isfile(path):
+        raise ValueError(f'there is no file {str(path)!r}: give the path of a .gguf')
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as e:  # garbage makes it raise nearly anything
+        raise ValueError(f'{path} is not a whole GGUF file ({type(e).__name__}: {str(e)[:80]}): {AGAIN}') from None
+
+
+def gguf_tokenizer(reader, path=''):
+    """
+    A GGUF's path, or what open_gguf made of it (then path is for messages) -> BPETokenizer with the same ids.
+    ValueError if its tokenizer is damaged or of another kind.
+    """
+    if not hasattr(reader, 'fields'):
+        reader, path = open_gguf(reader), reader
+    path = path or 'the GGUF file'
+
+    def get(key, kind, default=None):
+        field = reader.fields.get(f'tokenizer.{key}')
+        value = default if field is None else field.contents()
+        if value is not default and not isinstance(value, kind):
+            raise ValueError(f'{path} is damaged, it says that tokenizer.{key} is {value!r:.40}: {AGAIN}')
+        return value
+
+    model, pre = get('ggml.model', str), get('ggml.pre', str)
+    if model == 'llama':
+        raise ValueError(SENTENCEPIECE.format(path))
+    if model != 'gpt2' or pre not in PATTERNS:
+        raise ValueError(f'{path} has a tokenizer of kind {model!r:.40} with pre-tokenizer {pre!r:.40}, and known are '
+                         f"those of kind 'gpt2' with {', '.join(PATTERNS)}: take a model with one of them")
+    tokens, merges, types = (get(f'ggml.{key}', list, []) for key in ('tokens', 'merges', 'token_type'))
+    if not all(isinstance(text, str) for text in tokens + merges) or len(types) not in (0, len(tokens)):
+        raise ValueError(f'{path} is damaged, its tokens, merges and types of tokens do not fit together: {AGAIN}')
+    added = {i for i, kind in enumerate(types) if kind != NORMAL}
+    bos = get('ggml.bos_token_id', int)
+    names = {tokens[i] for i in added}
+    about = settings_of(names, tokens[bos] if bos in range(len(tokens)) else None, get('ggml.add_bos_token', bool),
+                        get('chat_template', str))
+    return byte_level_bpe(path, {token: i for i, token in enumerate(tokens)}, [pair.split(' ') for pair in merges], added,
+                          PATTERNS[pre], about | {'normalizer': NORMALIZERS.get(pre)})
+
+
+NORMAL = 1  # GGUF's type of a token of text; special, unused and user-defined ones are others
 
 
 # -----------------------------------------------------------------------------
@@ -168,15 +349,19 @@ def hf_tokenizer(tokenizer):
     meta, character = tokenizer.meta(), byte_characters()
     text = lambda token: ''.join(character[byte] for byte in token)
     tokens = [token.encode('latin-1') for token in meta['ranks']]
-    special = [{'id': len(tokens) + i, 'content': name, 'special': True, 'single_word': False, 'lstrip': False,
-                'rstrip': False, 'normalized': False} for i, name in enumerate(meta['special_tokens'])]
-    by_bytes = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
-    split = {'type': 'Split', 'pattern': {'Regex': meta['pattern']}, 'behavior': 'Isolated', 'invert': False}
-    return {'version': '1.0', 'added_tokens': special, 'normalizer': None,
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [split, by_bytes]},
+    ids = dict(zip(tokenizer.special_tokens, tokenizer.special_ids))
+    special = [{'id': i, 'content': name, 'special': True, 'single_word': False, 'lstrip': False,
+                'rstrip': False, 'normalized': False} for name, i in ids.items()]
+    vocab = {text(token): i for token, i in zip(tokens, tokenizer.text_ids)}
+    if 'special_ids' in meta:  # only a token of the vocabulary has its place in there; others come after it
+        vocab |= ids
+    by_bytes = BY_BYTES | {'trim_offsets': True, 'use_regex': False}
+    cutter, _ = by_pattern(meta['pattern'])
+    return {'version': '1.0', 'added_tokens': special,
+            'normalizer': {'type': 'NFC'} if tokenizer.normalizer else None,
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [cutter, by_bytes]},
             'post_processor': None, 'decoder': by_bytes,
-            'model': {'type': 'BPE', 'vocab': {text(token): i for i, token in enumerate(tokens)},
-                      'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
+            'model': {'type': 'BPE', 'vocab': vocab, 'merges': [f'{text(a)} {text(b)}' for a, b in merges_of(tokens)]}}
 
 
 def merges_of(tokens):

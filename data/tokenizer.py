@@ -74,7 +74,7 @@ class CharTokenizer:
         if not self.chars:
             raise ValueError('a character vocabulary needs at least one character, and this text is empty')
         self.vocab_size = len(self.chars)
-        self._ids = {c: i for i, c in enumerate(self.chars)}
+        self.text_ids = {c: i for i, c in enumerate(self.chars)}
         self.token_bytes = [len(c.encode('utf-8')) for c in self.chars]
 
     def encode(self, text, remedy='leave them out of the prompt, or train a model on a text that has them'):
@@ -82,14 +82,14 @@ class CharTokenizer:
         str -> list of int, one per character. ValueError names the characters that are not in the vocabulary, and says
         what to do about it, which depends on what the text is for.
         """
-        unknown = sorted(set(text) - self._ids.keys())
+        unknown = sorted(set(text) - self.text_ids.keys())
         if unknown:
             # repr keeps newlines and unprintable characters on the one line; an alphabet of thousands is cut short
             known, more = repr(self.chars[:120]), '...' if self.vocab_size > 120 else ''
             names = ', '.join(map(repr, unknown[:5])) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
             raise ValueError(f'no token for {names}: the vocabulary has {self.vocab_size} characters, {known}{more}; '
                              f'{remedy}')
-        return [self._ids[c] for c in text]
+        return [self.text_ids[c] for c in text]
 
     def decode(self, ids):
         """iterable of int -> str. ValueError for an id outside the vocabulary."""
@@ -126,7 +126,7 @@ class BPETokenizer:
     ValueError: ranks or ids with holes, no bytes of U+FFFD, a special token twice, a pattern that does not parse.
     Attributes: vocab_size int, special tokens included; bos int, an id, or None; ends set of int, the tokens with which
     a text is at its end; pattern, chat, system, normalizer; special_tokens list of str; special_ids list of int;
-    token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
+    text_ids list of int, of the tokens of text by rank; token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
     """
     kind = 'bpe'
 
@@ -148,7 +148,7 @@ class BPETokenizer:
 
         special = set(self.special_ids)
         self._merged = sorted(ranks, key=ranks.get)  # bytes of rank 0, 1, ...
-        self._ids = [i for i in range(self.vocab_size) if i not in special]  # of rank 0, 1, ...
+        self.text_ids = [i for i in range(self.vocab_size) if i not in special]  # of rank 0, 1, ...
         self._bytes = self._by_id(self._merged, [name.encode('utf-8') for name in self.special_tokens])
         self.token_bytes = self._by_id(map(len, self._merged), [0] * len(special))
         # tiktoken wants all bytes, and ids without holes. It gets ranks: those of the tokens, then of the bytes that
@@ -185,7 +185,7 @@ class BPETokenizer:
 
     def _by_id(self, of_text, of_specials):
         """Values for the tokens of text, by rank, and for the special tokens -> one list, by id."""
-        values = dict(zip(self._ids, of_text)) | dict(zip(self.special_ids, of_specials))
+        values = dict(zip(self.text_ids, of_text)) | dict(zip(self.special_ids, of_specials))
         return [values[i] for i in range(self.vocab_size)]
 
     def encode(self, text):
@@ -212,7 +212,7 @@ class BPETokenizer:
                 raise
             raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, takes too long to cut a text: '
                              'use another tokenizer') from None
-        ids = list(map(self._ids.__getitem__, ranks))
+        ids = list(map(self.text_ids.__getitem__, ranks))
         if sum(map(self.token_bytes.__getitem__, ids)) != n_bytes:
             raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, leaves out some of a text: '
                              'use another tokenizer')
@@ -557,8 +557,7 @@ def cut_tokenizer(tokenizer, counts, keep):
         by_frequency = sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))
         ids = sorted(by_frequency[:keep])
         return ids, CharTokenizer(tokenizer.decode(ids))
-    meta, special = tokenizer.meta(), set(tokenizer.special_ids)
-    of_text = [i for i in range(tokenizer.vocab_size) if i not in special]
+    meta, of_text, special = tokenizer.meta(), tokenizer.text_ids, set(tokenizer.special_ids)
     cut = _rarest([tokenizer.decode_bytes([i]) for i in of_text], [counts[i] for i in of_text],
                   tokenizer.vocab_size - keep)
     gone = {of_text[rank] for rank in cut}
