@@ -42,14 +42,17 @@ import torch.nn.functional as F
 
 from data.checkpoint import load_model, save_checkpoint
 from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
-from data.foreign import FILES, KINDS, drop_padding, export_hf, fetch_nanochat, padded
+from data.export import export_hf
+from data.foreign import FILES, KINDS
 from data.judge import check_reading, may_label, tokens_each_may_label
 from data.loader import Loader, copy_to, dataset_of
+from data.nanochat import fetch_nanochat
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.tokenizer import fingerprint, from_meta, vocab_size_of
+from data.weights import drop_padding, padded
 from data.machine import autocast, can_compile, pick_device, pick_dtype, shard
-from model import GPT, chunked, or_one
+from model import GPT, chunked, or_one, rope_tables
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -554,22 +557,41 @@ if __name__ == '__main__':
 
     def convert():
         """The teacher in another format -> the folder that it is written in."""
+        path = os.path.join(to_picochat, 'best.pt')
+        if to_picochat and os.path.exists(path):
+            raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
         t = load_teacher(teacher)
         ours, kind = isinstance(t.model, GPT), getattr(t.tokenizer, 'kind', '')
         if to_hf:
             assert ours and kind == 'bpe', (
                 f"to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, not {teacher}")
             return export_hf(t.model, t.tokenizer, to_hf)
-        assert ours and kind and (dataset or t.dataset), (
-            f"to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like "
-            f"nanochat:FOLDER, and --dataset= to measure it on, not {teacher} and dataset ({dataset})")
-        path = os.path.join(to_picochat, 'best.pt')
-        if os.path.exists(path):
-            raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
+        assert ours and kind, (
+            f"to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like gguf:FILE, "
+            f"hf:FOLDER or nanochat:FOLDER, not {teacher}")
+        shorten(t.model, block_size)
+        say_size(t.model)
         # a teacher that held out a part stays one
         save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
                         knobs={'hold_out': t.hold_out})
         return to_picochat
+
+    def shorten(model, block_size):
+        """Cuts a model's context, in place: its tables of positions become shorter. 0: as it is."""
+        c = model.config
+        assert block_size <= c.block_size, (
+            f"block_size ({block_size}) is more than the context of {teacher}, {c.block_size}: lower it, or leave it out")
+        if block_size:
+            c.block_size = block_size
+            model.cos, model.sin = rope_tables(c)
+
+    def say_size(model):
+        """What was read, in two lines."""
+        c = model.config
+        print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads of "
+              f"{c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
+        print(f"context: {c.block_size:,} tokens, whose keys and values take "
+              f"{c.block_size * model.kv_bytes_per_token() / 1e6:,.0f} MB (--block_size= makes it shorter)", flush=True)
 
     def label():
         """Labels of the dataset, in out_dir -> what meta.json says."""

@@ -19,7 +19,7 @@ from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text,
 
 import model as model_file
 from data.checkpoint import load_checkpoint
-from data.foreign import GPT2, GPT2Config
+from data.gpt2 import GPT2, GPT2Config
 from data.judge import check_reading, loss_on_text
 from data.loader import Loader, held_out
 from data.tokenizer import from_meta, train_bpe

@@ -20,8 +20,10 @@ from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, run, w
 
 import quantize as Q
 from data.checkpoint import load_model, save_checkpoint
-from data.foreign import NANOCHAT, export_hf, fetch_nanochat, load_gpt2, load_nanochat, random_teacher
+from data.export import export_hf
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_gpt2_tokenizer, merges_of
+from data.gpt2 import load_gpt2
+from data.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
 from data.tokenizer import CharTokenizer, fingerprint, train_bpe
 from data.writer import write_dataset
 from distill import check_teachers, load_teacher

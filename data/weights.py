@@ -1,0 +1,130 @@
+"""
+Other people's files of weights: read, checked, and made into a model. A library of data/nanochat.py, gpt2.py and
+llama.py. Nobody's pickle runs anything here.
+"""
+import contextlib
+import json
+import os
+
+import torch
+
+from data.checkpoint import check_tensors, load_tensors
+from data.files import read_text
+from model import GPT, rope_tables
+
+def load_weights(file):
+    """A state dict of torch.save -> {name: tensor}, mapped from the disk: they take no memory until they are used."""
+    if os.path.getsize(file) > 2**30:
+        print(f'reading {file}, {os.path.getsize(file) / 1e9:.1f} GB', flush=True)
+    return load_tensors(file, mmap=True)
+
+
+@contextlib.contextmanager
+def expecting(what):
+    """Files of others may hold anything: whatever goes wrong inside means that they are not what was expected."""
+    try:
+        yield
+    except Exception as e:
+        found = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise ValueError(f"{what} ({found}): use another copy") from e
+
+
+def make(kind, config, state, path, device, tied=False):
+    """
+    kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode.
+    tied: lm_head is the embedding's table. path: where they are from, for the message of a ValueError.
+    """
+    # a model without weights: so they are in memory only once
+    with expecting(f"{path} does not have the tensors of its own settings"), torch.device('meta'):
+        model = kind(config)
+    check_tensors(model.state_dict(), state, path)
+    weights = {name: tensor.to(device, torch.float32).contiguous() for name, tensor in state.items()}
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    if kind is GPT:                             # its tables of positions were made without memory, too
+        model.cos, model.sin = (table.to(device) for table in rope_tables(config))
+    return model.eval()
+
+# -----------------------------------------------------------------------------
+# Hugging Face's folders
+
+HF_FILES = ['model.safetensors', 'pytorch_model.bin']
+HF_FILES += [f'{name}.index.json' for name in HF_FILES]     # a large model's, which say in which file each tensor is
+
+
+def hf_file(folder):
+    """The file of the weights, or their index, in a folder of Hugging Face's. ValueError if there is none."""
+    for name in HF_FILES:
+        if os.path.isfile(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise ValueError(f"no weights in {folder} ({', '.join(HF_FILES)} are not there): name a folder that has them, as a "
+                     "model's page on Hugging Face lists them, with its config.json and tokenizer.json")
+
+
+def read_weights(file):
+    """What hf_file found -> {name: tensor}."""
+    return read_shards(file) if file.endswith('.json') else read_hf(file)
+
+
+def read_hf(file):
+    """A .bin of torch.save or a .safetensors -> {name: tensor}."""
+    if file.endswith('.bin'):
+        return load_weights(file)
+    import safetensors.torch
+    with expecting(f"{file} is not a whole file of safetensors"):
+        return safetensors.torch.load_file(file)
+
+
+def read_shards(index):
+    """An index.json, which names the file beside it that each tensor is in -> {name: tensor} of them all."""
+    with expecting(f"{index} does not say which tensor is in which file"):
+        where = json.loads(read_text(index))['weight_map']
+        files = sorted(set(where.values()))
+        if any(name != os.path.basename(name) for name in files):
+            raise ValueError("it names files elsewhere")
+    state = {}
+    for name in files:
+        path = os.path.join(os.path.dirname(index), name)
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is not there, one of the {len(files)} files that {index} names: "
+                             "copy or download it as well")
+        shard = read_hf(path)
+        lost = [tensor for tensor, at in where.items() if at == name and tensor not in shard]
+        if lost:
+            raise ValueError(f"{path} does not hold {lost[0]}, as {index} says: use another copy")
+        state |= shard
+    return state
+
+# -----------------------------------------------------------------------------
+# rows of a vocabulary that stand for no token
+
+def padded(n):
+    """Tables of a vocabulary of n are often given as many rows as the next multiple of 64: that is faster."""
+    return -(-n // 64) * 64
+
+
+def padded_sizes(n):
+    """How many rows a table of n tokens may have: n, or the next multiple of something."""
+    return {n} | {-(-n // multiple) * multiple for multiple in (8, 64, 128, 256, 512)}
+
+
+def cut_padding(state, vocab_size, tokenizer=None):
+    """
+    Takes the rows that stand for no token out of a state dict's tables. vocab_size: what the model's settings say,
+    which may count the padding; the tokenizer, if there is one, knows. -> the true vocab_size.
+    """
+    if tokenizer is not None and vocab_size in padded_sizes(tokenizer.vocab_size):
+        vocab_size = tokenizer.vocab_size
+    for name in ('transformer.wte.weight', 'lm_head.weight'):
+        table = state.get(name)
+        if torch.is_tensor(table) and table.ndim and len(table) in padded_sizes(vocab_size):
+            state[name] = table[:vocab_size]
+    return vocab_size
+
+
+def drop_padding(model, vocab_size):
+    """The same for a model that is loaded, in place, when only the data know how many tokens there are."""
+    for table in {model.transformer.wte.weight, model.lm_head.weight}:
+        table.data = table.data[:vocab_size]
+    model.config.vocab_size = vocab_size
