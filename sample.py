@@ -5,6 +5,7 @@ Completes text with a trained model: float, or the int8 or int4 file running on 
     python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0.5 --top_k=20
     python sample.py --out_dir=out-quickstart --interactive=True
     python sample.py --out_dir=out-sft-pydoc --chat=True                # a line is a question
+    python sample.py --out_dir=out-sft-pydoc --chat=True --system="Answer in one sentence."
 
 In a chat the lines /undo (takes the last question back), /reset (forgets all) and /quit are commands, and nothing else
 is: /etc/hosts? is a question, and so is what follows // or a space (//undo asks: /undo). A question of several lines, a
@@ -18,10 +19,11 @@ import sys
 
 import torch
 
+from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
 from data.tokenizer import from_meta
 from data.layouts import for_decoding
-from engine import DRAFTERS, FEW, Chat, Engine, Sampling, Speculation
+from engine import DRAFTERS, FEW, Engine, Sampling, Speculation
 from data.machine import can_compile, pick_device
 from model import GPT
 from quantize import BITS, int_share, load
@@ -47,6 +49,7 @@ int8_cache = False          # keys and values as integers: a quarter of the cach
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
+system = ''                 # what the model is told before the first question, \n as in start; empty: what its tokenizer has for it, if anything
 show_stats = False          # of the last prompt or question
 device = 'auto'             # cuda, mps or cpu; auto: the first of them that is there
 threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
@@ -115,14 +118,14 @@ def stream(pieces):
 def complete(prompt, ids, n):
     """Streams one sample; several are decoded together and printed one after the other."""
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    # before each document of its training a model saw this token: where it writes one, the text is at its end
-    ends = [tokenizer.bos] if tokenizer.bos is not None and not run_on else []
+    # what stood before each document of its training, or behind it: where a model writes that, the text is at its end
+    ends = [] if run_on else sorted(tokenizer.ends)
     if num_samples == 1:
         stream(engine.stream(tokenizer, ids, n, stops, sampling, speculation, ends, slide=slide))
         print()
         return
     for row in engine.complete([ids], n, sampling, speculation, num_samples, stop=ends, slide=slide):
-        text = tokenizer.decode([token for token in row if token != tokenizer.bos])
+        text = tokenizer.decode([token for token in row if token not in tokenizer.ends])
         if stops:
             text = text.partition(stops[0])[0]
         print(prompt + text + '\n---------------')
@@ -164,7 +167,7 @@ def converse():
     global seed
     print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets all, '
           '/quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
-    talk, at_terminal = Chat(engine, tokenizer), sys.stdin.isatty()
+    talk, at_terminal = Chat(engine, tokenizer, typed(system) or None), sys.stdin.isatty()
     while True:
         if at_terminal:
             print('> ', end='', flush=True, file=sys.stderr)
@@ -238,14 +241,15 @@ def print_stats():
 assert not chat or (num_samples == 1 and not interactive), (
     f"chat=True has one answer to each line: leave num_samples ({num_samples}) at 1 "
     f"and interactive ({interactive}) off")
+assert chat or not system, f"system ({system!r:.40}) is the first line of a conversation: give --chat=True with it"
 if hasattr(sys.stdin, 'reconfigure'):
     sys.stdin.reconfigure(errors='replace')     # a byte that is no text ends nothing
 device = pick_device(device)
 kind, path = find_weights()
 model, state = load(path, device)
 tokenizer = from_meta(state['tokenizer'])
-assert not chat or '<|assistant_end|>' in getattr(tokenizer, 'special_tokens', ()), (
-    f"chat=True needs a model with special tokens like <|assistant_end|>, and {path} has none: "
+assert not chat or tokenizer.chat, (
+    f"chat=True needs a model with special tokens like <|assistant_end|> or <|im_end|>, and {path} has none: "
     "train on BPE, then config/sft_pydoc.py")
 stops = [typed(stop)] if stop else []
 speculation = Speculation(drafter, draft_n)

@@ -1,8 +1,11 @@
 """
-Other people's tokenizers: nanochat's pickle and GPT-2's files in, Hugging Face's tokenizer.json out. A library.
+Other people's tokenizers: nanochat's pickle, Hugging Face's folders and llama.cpp's GGUF in, tokenizer.json out. A
+library; prepare.py's --tokenizer= names what load_tokenizer takes.
 
->>> from data.foreign_tokenizer import hf_tokenizer, load_gpt2_tokenizer, load_nanochat_tokenizer, load_tokenizer
+>>> from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, hf_tokenizer, load_tokenizer
 >>> load_tokenizer('teachers/d32').encode('hello')  # doctest: +SKIP
+>>> load_tokenizer('gguf:SmolLM2-135M-Instruct.Q4_1.gguf').special_ids[:3]  # doctest: +SKIP
+[0, 1, 2]
 """
 
 import io
@@ -18,22 +21,39 @@ AGAIN = 'use another copy'
 LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
 
 
+# What a picochat out_dir may hold.
+MODELS = ('best.pt', 'int8.safetensors', 'int4.safetensors')
+
+
 def load_tokenizer(path):
     """
-    A teacher's tokenizer, whoever made it: path is a folder with meta.json (data prepared here), with tokenizer.json or
-    vocab.json and merges.txt (Hugging Face's gpt2), or with nanochat's tokenizer.pkl; or that file itself.
+    A tokenizer, whoever made it. path is 'gguf:FILE', 'hf:FOLDER', or a folder or file that says by what is in it whose
+    it is: data prepared here (meta.json), a model trained or quantised here (its out_dir, or a file of it; its data may
+    be gone), a Hugging Face folder (tokenizer.json, or vocab.json and merges.txt), nanochat's tokenizer.pkl.
     ValueError if there is none of them, or if it is damaged or of another kind.
     """
-    if os.path.exists(os.path.join(path, 'meta.json')):
-        return from_meta(read_json(os.path.join(path, 'meta.json'), AGAIN))
-    tokenizer = load_gpt2_tokenizer(path)
+    kind, colon, rest = str(path).partition(':')
+    if colon and kind in ('gguf', 'hf'):
+        path = rest
+    at = lambda name: os.path.join(path, name)
+    if kind == 'gguf' or str(path).endswith('.gguf'):
+        return gguf_tokenizer(path)
+    if kind != 'hf' and os.path.exists(at('meta.json')):
+        return from_meta(read_json(at('meta.json'), AGAIN))
+    models = [at(name) for name in MODELS if os.path.exists(at(name))]
+    if kind != 'hf' and (models or os.path.isfile(path) and str(path).endswith(('.pt', '.safetensors'))):
+        from quantize import load  # reads PyTorch and all, which others need not
+        return from_meta(load([*models, path][0])[1]['tokenizer'])
+    tokenizer = hf_folder_tokenizer(path)
     if tokenizer:
         return tokenizer
-    if not os.path.isfile(path) and not os.path.isfile(os.path.join(path, 'tokenizer.pkl')):
-        raise ValueError(f"no tokenizer at {str(path)!r}: expected nanochat's tokenizer.pkl or its folder, a folder of "
-                         "Hugging Face's gpt2, or another data/<name>; "
-                         'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
-    return load_nanochat_tokenizer(path)
+    if kind != 'hf' and (os.path.isfile(path) or os.path.isfile(at('tokenizer.pkl'))):
+        return load_nanochat_tokenizer(path)
+    script = at('prepare.py')
+    remedy = f'run python {script}, or ' if os.path.exists(script) else ''
+    raise ValueError(f'no tokenizer at {str(path)!r}: {remedy}expected a prepared data/<name>, an out_dir or checkpoint of '
+                     "picochat, gguf:FILE, hf:FOLDER (tokenizer.json), or nanochat's tokenizer.pkl or its folder; "
+                     'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
 
 
 # -----------------------------------------------------------------------------
@@ -214,7 +234,7 @@ def _read_tokenizer_json(path):
     content = read_json(path, AGAIN, {'model': dict})
     model = content['model']
     kind = model.get('type', 'BPE')
-    if kind == 'Unigram' or model.get('byte_fallback'):
+    if kind == 'Unigram' or isinstance(model.get('vocab'), list) or model.get('byte_fallback'):
         raise ValueError(SENTENCEPIECE.format(path))
     normalizer = content.get('normalizer')
     normalizer = normalizer.get('type') if isinstance(normalizer, dict) else normalizer

@@ -63,11 +63,12 @@ class CharTokenizer:
 
     chars: str, any text; its sorted unique characters become the vocabulary.
     ValueError if it is empty or has half a surrogate pair.
-    Attributes: vocab_size int; bos None (there are no special tokens); chars str;
+    Attributes: vocab_size int; bos and chat None, ends empty (there are no special tokens); chars str;
     token_bytes list of int, UTF-8 bytes of each id.
     """
     kind = 'char'
-    bos = None
+    bos = chat = None
+    ends = frozenset()
 
     def __init__(self, chars):
         self.chars = ''.join(sorted(set(chars)))

@@ -19,8 +19,8 @@ import zlib
 import numpy as np
 
 from data.files import hold, in_repo, saving, sha256_of, sync_folder, write_temporary
-from data.loader import load_meta
-from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.foreign_tokenizer import load_tokenizer
+from data.tokenizer import CharTokenizer, train_bpe
 
 
 # -----------------------------------------------------------------------------
@@ -157,11 +157,11 @@ def char_ids(tokenizer, text):
 # -----------------------------------------------------------------------------
 # Conversations -> rows of tokens
 
-def chat_tokenizer(data_dir):
-    """The tokenizer of the dataset in data_dir, for chat. ValueError if there is none, or without special tokens."""
-    tokenizer = from_meta(load_meta(data_dir))
-    if '<|assistant_end|>' not in getattr(tokenizer, 'special_tokens', ()):
-        raise ValueError(f'tokenizer ({data_dir}) has no special tokens like <|assistant_end|>, '
+def chat_tokenizer(path):
+    """The tokenizer that path names, see load_tokenizer, for chat. ValueError if it has no format for that."""
+    tokenizer = load_tokenizer(path)
+    if not tokenizer.chat:
+        raise ValueError(f'tokenizer ({path}) has no special tokens like <|assistant_end|> or <|im_end|>, '
                          'which chat needs: take that of a BPE dataset, like data/stdlib_bpe')
     return tokenizer
 
@@ -172,21 +172,23 @@ def write_chats(data_dir, tokenizer, train, val, row, source):
     and its meta as a dict.
 
     One row is one window of training, so no batch has a shape of its own, no answer comes without its question, and the
-    first token of a row, <|bos|>, is nobody's target. ValueError if no conversation of train or val fits in a row.
+    first token of a row, which opens a conversation, is nobody's target. ValueError if no conversation of train or val
+    fits in a row.
     """
-    stop = tokenizer.special('<|assistant_end|>')
+    stop = tokenizer.turn('assistant', '')[1][0]
     train, train_cut, train_out = cut_chats(train, row, stop)
     val, val_cut, val_out = cut_chats(val, row, stop)
     if not train or not val:
         raise ValueError(f'there are too few conversations: {len(train):,} for training, {len(val):,} for validation; '
                          f'{train_out + val_out:,} have no answer that ends within a row of {row} tokens')
-    train_ids, train_mask = pack_rows(train, row, tokenizer.bos)
-    val_ids, val_mask = pack_rows(val, row, tokenizer.bos)
+    pad = stop if tokenizer.bos is None else tokenizer.bos
+    train_ids, train_mask = pack_rows(train, row, pad)
+    val_ids, val_mask = pack_rows(val, row, pad)
 
     n = len(train_ids) + len(val_ids)
     learnt = int(train_mask.sum()) + int(val_mask.sum())
     used = sum(len(ids) for ids, _ in train + val)
-    answers = sum(ids.count(stop) for ids, _ in train + val)
+    answers = sum(len(answer_ends(*chat, stop)) for chat in train + val)
     print(f'{len(train):,} and {len(val):,} conversations with {answers:,} answers in '
           f'{len(train_ids) // row:,} and {len(val_ids) // row:,} rows of {row} tokens: '
           f'{100 * learnt / n:.1f} % of the tokens are learnt, {100 * (1 - used / n):.1f} % are padding; '
@@ -199,18 +201,23 @@ def cut_chats(chats, row, stop):
     """
     Conversations as (ids, mask) -> those that fit in row tokens, how many were cut, and how many left out.
 
-    Of one that is longer, what comes after the last answer that ends in time (with the token stop) is cut off; one
-    without such an answer is left out.
+    Of each, what comes after the last answer that ends in time (with the token stop) is cut off; one without such an
+    answer is left out.
     """
     kept, n_cut, n_out = [], 0, 0
     for ids, mask in chats:
-        ends = [i + 1 for i, token in enumerate(ids[:row]) if token == stop]
+        ends = answer_ends(ids[:row], mask, stop)
         if not ends:
             n_out += 1
             continue
         n_cut += any(mask[ends[-1]:])
         kept.append((ids[:ends[-1]], mask[:ends[-1]]))
     return kept, n_cut, n_out
+
+
+def answer_ends(ids, mask, stop):
+    """Where answers are at their end: behind each token stop that the assistant says (in ChatML the user says it, too)."""
+    return [i + 1 for i, (token, learn) in enumerate(zip(ids, mask)) if learn and token == stop]
 
 
 def pack_rows(chats, row, pad):

@@ -14,9 +14,10 @@ import engine as E
 import model as M
 import quantize as Q
 from conftest import BPE, CHAR, build, randomise, with_heads
+from data.conversation import Chat
 from data.layouts import PackedLinear, for_decoding
 from data.tokenizer import BPETokenizer
-from engine import Chat, Engine, KVCache, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
+from engine import Engine, KVCache, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
 from model import GPT, GPTConfig
 
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]

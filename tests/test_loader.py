@@ -310,7 +310,7 @@ def test_chats_need_special_tokens(tmp_path, data_dir):
     assert chat_tokenizer(tmp_path).meta() == BPE.meta()
     with pytest.raises(ValueError, match='tokenizer .*has no special tokens'):
         chat_tokenizer(data_dir)
-    with pytest.raises(ValueError, match='no dataset in .*nowhere'):
+    with pytest.raises(ValueError, match='no tokenizer at .*nowhere'):
         chat_tokenizer(tmp_path / 'nowhere')
 
 

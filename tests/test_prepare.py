@@ -158,7 +158,7 @@ def test_pydoc_chat(bpe_dir, tmp_path):
     prepare('pydoc_chat', f'--root={tmp_path}/lib', f'--tokenizer={bpe_dir}', f'--out_dir={tmp_path}/out',
             '--seed=29', '--row=512')
     assert content(tmp_path / 'out') == before
-    fails('no dataset in data/nothing ', 'pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
+    fails('no tokenizer at .data/nothing', 'pydoc_chat', '--tokenizer=data/nothing', f'--out_dir={tmp_path}/out')
 
 
 def test_your_own_chats(bpe_dir, tmp_path):
@@ -216,7 +216,7 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
     (GOOD, ['--input='], 'input is empty'),
     (GOOD, ['--val_fraction=1'], r'val_fraction \(1.0\) must be a number of at least'),
     (GOOD, ['--out_dir=', '--name=a/b'], 'without slashes'),
-    (GOOD, ['--tokenizer={}/nothing'], 'no dataset in .*nothing'),
+    (GOOD, ['--tokenizer={}/nothing'], 'no tokenizer at .*nothing'),
     (GOOD.replace('Hello.', 'Hello' * 200) + f'\n{GOOD}', [], '1 have no answer that ends within a row of 64'),
     (f'{GOOD}\n{GOOD} ', ['--row=4'], r'row \(4\) must be an int of at least 8'),
 ])
@@ -466,7 +466,7 @@ def test_text_stays_in_its_folder(tmp_path):
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=100'], r'vocab_size \(100\) must be an int of at least 265'),
     (['--input={}/good.txt', '--level=bpe', '--vocab_size=none'], r'vocab_size \(None\) must be an int of at least 265'),
     (['--input={}/good.txt', '--tokenizer={}/folder'], 'no tokenizer at .*folder'),
-    (['--input={}/good.txt', '--tokenizer={}/unigram'], 'expected a BPE'),
+    (['--input={}/good.txt', '--tokenizer={}/unigram'], 'is a SentencePiece tokenizer'),
     (['--input={}/good.txt', '--val_fraction=1.5'], r'val_fraction \(1.5\) must be a number'),
     (['--input={}/good.txt', '--out_dir=', '--name=../elsewhere'], 'without slashes'),
     (['--input={}/good.txt', '--levle=bpe'], 'level'),

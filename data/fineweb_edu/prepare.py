@@ -8,8 +8,8 @@ $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --shards=15
 $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER
     shard_*.parquet that you have: no download
 
-tokenizer is nanochat's tokenizer.pkl or the folder that holds it, or that of a gpt2 of Hugging Face. Every document
-starts with <|bos|>. The last shard is for validation, as nanochat has it, its first val_docs documents. Stopped, it
+tokenizer is nanochat's tokenizer.pkl or the folder that holds it, gguf:FILE, hf:FOLDER, an out_dir or checkpoint of
+picochat, or another data/<name>. Every document starts with its <|bos|>. The last shard is for validation, as nanochat has it, its first val_docs documents. Stopped, it
 goes on with the shard it was at.
 """
 
@@ -27,7 +27,7 @@ from data.writer import write_dataset
 
 # -----------------------------------------------------------------------------
 out_dir = in_repo('data/fineweb_edu')
-tokenizer = ''  # tokenizer.pkl, or its folder: python distill.py --fetch=d32 --out_dir=teachers/d32 brings one
+tokenizer = ''  # the teacher's; python distill.py --fetch=d32 --out_dir=teachers/d32 brings one
 shards = 15  # for training, from the first on
 val_shard = 1822  # the last one
 val_docs = 20000  # of it

@@ -4,6 +4,7 @@ Offline; the files are read, nothing is imported.
 
 $ python data/stdlib_bpe/prepare.py         the tokenizer, that of the model to be fine-tuned
 $ python data/pydoc_chat/prepare.py
+$ python data/pydoc_chat/prepare.py --tokenizer=out-smollm2 --name=pydoc_smollm2        for another model, in its format
 
 One conversation of one to three exchanges about each public module, class, function and method with a docstring: what
 it does, its signature, arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe.
@@ -26,14 +27,15 @@ import warnings
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
 from data.files import in_repo
-from data.writer import chat_tokenizer, stdlib_files, stdlib_held_out, stdlib_source, write_chats
+from data.writer import chat_tokenizer, dataset_dir, stdlib_files, stdlib_held_out, stdlib_source, write_chats
 
 # -----------------------------------------------------------------------------
-out_dir = in_repo('data/pydoc_chat')
-tokenizer = in_repo('data/stdlib_bpe')  # the dataset whose tokenizer it is
+name = 'pydoc_chat'  # the dataset's name
+tokenizer = in_repo('data/stdlib_bpe')  # the model's: the dataset it was trained on, its out_dir, gguf:FILE or hf:FOLDER
 row = 256  # tokens a row, which must be the block_size of training
 root = ''  # another folder of Python files to read instead
 seed = 1337  # of the choice of questions
+out_dir = ''  # empty: data/<name>
 
 limits = {'row': (8, None)}
 # -----------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def conversation(x, facts, mentions):
     return messages
 
 
-tokenizer = chat_tokenizer(tokenizer)
+out_dir, tokenizer = dataset_dir(out_dir, name), chat_tokenizer(tokenizer)
 warnings.simplefilter('ignore')  # of the parser, about other people's escapes
 train, val, unread = [], [], 0
 for module, text in stdlib_files(root):

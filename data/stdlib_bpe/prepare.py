@@ -3,7 +3,9 @@ The running Python's own standard library in BPE tokens, for teachers and studen
 Offline.
 
 $ python data/stdlib_bpe/prepare.py
-$ python data/stdlib_bpe/prepare.py --vocab_size=1024 --out_dir=data/stdlib_bpe1k
+$ python data/stdlib_bpe/prepare.py --vocab_size=1024 --name=stdlib_bpe1k
+$ python data/stdlib_bpe/prepare.py --tokenizer=out-smollm2 --name=stdlib_smollm2
+    in the tokens of a model that is there already, for its students
 
 The vocabulary is learnt from the training text only, and the modules held out are those of stdlib_char; files with
 characters outside ASCII are in here too. Takes some 5 seconds of one core. With Python 3.11.7 you see
@@ -19,21 +21,29 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
 from data.files import in_repo
-from data.writer import stdlib_files, stdlib_held_out, stdlib_source, write_texts
+from data.foreign_tokenizer import load_tokenizer
+from data.writer import dataset_dir, stdlib_files, stdlib_held_out, stdlib_source, write_texts
 
 # -----------------------------------------------------------------------------
-out_dir = in_repo('data/stdlib_bpe')
+name = 'stdlib_bpe'  # the dataset's name
 vocab_size = 4096  # tokens, of which 256 are the bytes and nine are special
+tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's tokenizer.pkl, or another data/<name>
 root = ''  # another folder of Python files to read instead
+out_dir = ''  # empty: data/<name>
 
 limits = {'vocab_size': (265, None)}
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
+
+assert not tokenizer or out_dir or name != 'stdlib_bpe', (
+    f"tokenizer ({tokenizer}) makes other tokens than those of data/stdlib_bpe: give them a --name= of their own")
+out_dir = dataset_dir(out_dir, name)
+tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
 files = stdlib_files(root)
 train = [text for module, text in files if not stdlib_held_out(module)]
 val = [text for module, text in files if stdlib_held_out(module)]
 n_train, n_val = (sum(len(text.encode()) for text in texts) for texts in (train, val))
 print(f'{len(files)} files; training text {n_train:,} bytes, validation {n_val:,}')
-meta = write_texts(out_dir, train, val, 'bpe', stdlib_source(), vocab_size)
+meta = write_texts(out_dir, train, val, 'bpe', stdlib_source(), vocab_size, tokenizer)
 print(f'{n_train / meta["train_tokens"]:.2f} bytes a token in training, {n_val / meta["val_tokens"]:.2f} in validation')
