@@ -74,17 +74,20 @@ def test_nothing_fits(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
 def test_under_a_real_limit(toy, tmp_path, monkeypatch):
-    """600 MiB to train in: what is found is trained with, and equals a run that is given the number."""
+    """
+    400 MiB to train in, and 31 rows to be cut into equal parts: one at a time fits, all do not. What is found is
+    trained with, and equals a run that is given the number.
+    """
     # this process, which runs all the tests, has mapped more than a training that begins
     fresh = start('-c', 'import distill, engine; from data.batch_size import mapped; print(mapped())').communicate()[0]
     monkeypatch.setattr(data.batch_size, 'mapped', lambda: int(fresh))
-    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 600 * 2**20)
-    args = [*TINY, toy, '--n_embd=256', '--block_size=256', '--max_iters=2', '--total_batch_size=16384']
+    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 400 * 2**20)
+    args = [*TINY, toy, '--n_layer=1', '--n_embd=256', '--block_size=512', '--max_iters=1', f'--total_batch_size={31 * 512}']
     got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
     assert got.status == 0, got.err
     found = json.loads(got.out.splitlines()[-1])
-    assert 1 < found['batch_size'] < 64 and f"{2 * found['batch_size']} rows do not fit" in got.err
-    number = run('train.py', *args, f"--batch_size={found['batch_size']}", f'--out_dir={tmp_path}/number')
+    assert found['batch_size'] == 1 and '1 rows fit' in got.err and '31 rows do not fit' in got.err
+    number = run('train.py', *args, '--batch_size=1', f'--out_dir={tmp_path}/number')
     assert json.loads(number.out.splitlines()[-1])['val_loss'] == found['val_loss']
 
 

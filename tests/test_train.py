@@ -416,10 +416,10 @@ def test_sigterm_to_a_process(toy, tmp_path, interrupt):
 
 def test_killed_at_any_moment():
     """And hung up, and two at once in one folder. `python tests/kill.py` does the full hundred."""
-    p = start('tests/kill.py', '--trials=6', '--hups=2', '--races=2')
+    p = start('tests/kill.py', '--trials=3', '--hups=1', '--races=1')
     out, err = p.communicate()
     assert p.returncode == 0 and not err, err
-    assert json.loads(out.splitlines()[-1])['trials'] == 6
+    assert json.loads(out.splitlines()[-1])['trials'] == 3
 
 
 # -----------------------------------------------------------------------------
