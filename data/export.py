@@ -11,11 +11,7 @@ import torch
 
 from data.files import atomic_write, hold
 from data.foreign_tokenizer import hf_tokenizer
-
-# ours as Hugging Face's NanoChat, which turns q and k by minus theta, too
-HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.',
-            'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj', 'attn.c_v': 'self_attn.v_proj',
-            'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
+from data.nanochat import HF_NAMES
 
 
 def export_hf(model, tokenizer, folder):

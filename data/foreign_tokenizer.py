@@ -51,8 +51,8 @@ def load_tokenizer(path):
         return load_nanochat_tokenizer(path)
     script = at('prepare.py')
     remedy = f'run python {script}, or ' if os.path.exists(script) else ''
-    raise ValueError(f'no tokenizer at {str(path)!r}: {remedy}expected a prepared data/<name>, an out_dir or checkpoint of '
-                     "picochat, gguf:FILE, hf:FOLDER (tokenizer.json), or nanochat's tokenizer.pkl or its folder; "
+    raise ValueError(f'no tokenizer at {str(path)!r}: {remedy}expected a prepared data/<name>, an out_dir or '
+                     "checkpoint of picochat, gguf:FILE, hf:FOLDER (tokenizer.json), or nanochat's tokenizer.pkl or its folder; "
                      'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
 
 
@@ -113,9 +113,9 @@ def load_nanochat_tokenizer(path):
 # -----------------------------------------------------------------------------
 # Byte-level BPE, as Hugging Face and llama.cpp keep it
 
-# How text is cut before merging, by llama.cpp's names. Three of them are one expression in a tokenizer.json, too; there,
-# SmolLM's is two steps: every digit by itself, then GPT-2's pattern on what lies between. One expression does both, if
-# white space before a digit is taken whole, as at the end of a text.
+# How text is cut before merging, by llama.cpp's names. In a tokenizer.json SmolLM's is two steps: every digit by itself,
+# then GPT-2's pattern on what lies between. One expression does both, if white space before a digit is taken whole, as
+# it is at the end of a text.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -124,6 +124,9 @@ PATTERNS = {'gpt-2': GPT2_PATTERN,
             'llama-bpe': _LLAMA3,
             'qwen2': _LLAMA3.replace('{1,3}', '')}
 NORMALIZERS = {'qwen2': 'NFC'}  # a GGUF does not say it
+
+SENTENCEPIECE = ('{} is a SentencePiece tokenizer, and only BPE of bytes is read here: take a model with a tokenizer '
+                 'like that of GPT-2, SmolLM, Llama 3 or Qwen2')
 
 
 def pre_tokenizer_of(pattern):
@@ -143,12 +146,12 @@ def byte_characters():
     return characters
 
 
-def byte_level_bpe(path, vocab, merges, added, pattern, about):
+def byte_level_bpe(path, vocab, merges, added, pattern, normalizer=None, bos=None, add_bos=False, template=None):
     """
     What a file says -> BPETokenizer with the same ids.
 
     path: str, for messages. vocab: {token as text: id}, with the added ones. merges: list of (left, right), the first
-    is merged first. added: set of ids that no text is read as. about: dict of BPETokenizer's other settings.
+    is merged first. added: set of ids that no text is read as. bos, add_bos, template: see settings_of.
     ValueError if it is not a BPE of bytes, or if its ids do not say in which order tokens are merged.
     """
     byte = {character: byte for byte, character in byte_characters().items()}
@@ -169,8 +172,9 @@ def byte_level_bpe(path, vocab, merges, added, pattern, about):
         written = [bytes(byte[c] for c in token) for i, token in enumerate(tokens) if i not in is_special]
     except KeyError as e:
         raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: {e} stands for no byte") from None
-    return BPETokenizer({token: rank for rank, token in enumerate(written)}, pattern,
-                        [tokens[i] for i in special], special, **about)
+    names = [tokens[i] for i in special]
+    return BPETokenizer({token: rank for rank, token in enumerate(written)}, pattern, names, special,
+                        normalizer=normalizer, **settings_of({*names}, bos, add_bos, template))
 
 
 def settings_of(names, bos, add_bos, template):
@@ -185,7 +189,7 @@ def settings_of(names, bos, add_bos, template):
     usual ones is there.
     """
     settings = {}
-    if bos in names and (add_bos or not names & {*BOS}) and bos != '<|im_start|>':
+    if isinstance(bos, str) and bos in names and (add_bos or not names & {*BOS}) and bos != '<|im_start|>':
         settings['bos'] = bos
     if template is not None and '<|im_start|>' not in template and names >= CHATS['chatml']:
         settings['chat'] = None
@@ -205,31 +209,37 @@ def hf_folder_tokenizer(folder):
     the same ids. None without them, ValueError if of another kind.
     """
     at = lambda name: os.path.join(folder, name)
+    config = read_json(at('tokenizer_config.json'), AGAIN) if os.path.exists(at('tokenizer_config.json')) else {}
     if os.path.exists(at('tokenizer.json')):
         path = at('tokenizer.json')
-        vocab, merges, added, pattern, normalizer, first = _read_tokenizer_json(path)
+        table = _read_tokenizer_json(path)
     elif os.path.exists(at('vocab.json')) and os.path.exists(at('merges.txt')):
-        path, pattern, added, normalizer, first = at('vocab.json'), GPT2_PATTERN, set(), None, None
-        vocab = read_json(path, AGAIN)
+        path, kind = at('vocab.json'), config.get('tokenizer_class', 'GPT2Tokenizer')
+        if kind not in ('GPT2Tokenizer', 'GPT2TokenizerFast'):
+            raise ValueError(f'{folder} has a {kind!s:.40} without its tokenizer.json, which says how text is cut: '
+                             'copy or download it as well')
         lines = read_text(at('merges.txt')).split('\n')
-        merges = [line.split(' ') for line in lines if line and not line.startswith('#version')]
+        table = {'vocab': read_json(path, AGAIN), 'added': set(), 'pattern': GPT2_PATTERN,
+                 'merges': [line.split(' ') for line in lines if line and not line.startswith('#version')]}
     elif os.path.exists(at('tokenizer.model')):
         raise ValueError(SENTENCEPIECE.format(at('tokenizer.model')))
     else:
         return None
-    bos, add_bos, template = _read_tokenizer_config(folder)
-    about = settings_of({*vocab}, first or bos, bool(first) or add_bos, template)
-    return byte_level_bpe(path, vocab, merges, added, pattern, about | {'normalizer': normalizer})
-
-
-SENTENCEPIECE = ('{} is a SentencePiece tokenizer, and only BPE of bytes is read here: take a model with a tokenizer '
-                 'like that of GPT-2, SmolLM, Llama 3 or Qwen2')
+    template = config.get('chat_template')
+    if isinstance(template, list):  # several of them, with names
+        named = {str(t.get('name')): t.get('template') for t in template if isinstance(t, dict)}
+        template = named.get('default')
+    if os.path.exists(at('chat_template.jinja')):
+        template = read_text(at('chat_template.jinja'))
+    bos = config.get('bos_token')
+    said = {'bos': bos.get('content') if isinstance(bos, dict) else bos, 'add_bos': config.get('add_bos_token') is True,
+            'template': template if isinstance(template, str) else None}
+    return byte_level_bpe(path, **(said | table))
 
 
 def _read_tokenizer_json(path):
     """
-    tokenizer.json -> {token: id}, merges, ids of added tokens, the pattern that cuts text, its normalizer or None, and
-    the token that it puts before every text, or None. ValueError for what is not byte-level BPE.
+    tokenizer.json -> what it says, as byte_level_bpe takes it, a dict. ValueError for what is not byte-level BPE.
     """
     content = read_json(path, AGAIN, {'model': dict})
     model = content['model']
@@ -238,46 +248,24 @@ def _read_tokenizer_json(path):
         raise ValueError(SENTENCEPIECE.format(path))
     normalizer = content.get('normalizer')
     normalizer = normalizer.get('type') if isinstance(normalizer, dict) else normalizer
-    strange = [f'{key}={model[key]!r:.40}' for key in ('continuing_subword_prefix', 'end_of_word_suffix')
+    strange = [f', {key} {model[key]!r:.40}' for key in ('continuing_subword_prefix', 'end_of_word_suffix')
                if model.get(key)]
     if kind != 'BPE' or strange or normalizer not in (None, 'NFC') or not isinstance(model.get('vocab'), dict):
         raise ValueError(f"{path} is not a tokenizer in GPT-2's manner, but a {kind!r:.40} with normalizer "
-                         f'{normalizer!r:.40} {" ".join(strange)}'.rstrip())
+                         f'{normalizer!r:.40}{"".join(strange)}: use another one')
     try:
         added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
         merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model.get('merges', [])]
-        ids = {*added.values()}
-        first = _first_token(content.get('post_processor'))
+        table = {'vocab': model['vocab'] | added, 'merges': merges, 'added': {*added.values()},
+                 'normalizer': normalizer}
+        processor = content.get('post_processor') or {}
+        for step in processor.get('processors', [processor]):  # which may put a token before every text
+            if step.get('type') == 'TemplateProcessing' and 'SpecialToken' in step['single'][0]:
+                table |= {'bos': step['single'][0]['SpecialToken']['id'], 'add_bos': True}
     except (TypeError, KeyError, AttributeError, IndexError):
         raise ValueError(f"{path} is not a tokenizer in GPT-2's manner: its added tokens, merges or post-processor are "
                          'of another form') from None
-    return model['vocab'] | added, merges, ids, _pattern_of(content.get('pre_tokenizer'), path), normalizer, first
-
-
-def _read_tokenizer_config(folder):
-    """
-    tokenizer_config.json and chat_template.jinja, where they are there -> the name of the bos token or None, whether it
-    is put before every text, and the chat template or None.
-    """
-    at = lambda name: os.path.join(folder, name)
-    config = read_json(at('tokenizer_config.json'), AGAIN) if os.path.exists(at('tokenizer_config.json')) else {}
-    bos, template = config.get('bos_token'), config.get('chat_template')
-    if isinstance(bos, dict):
-        bos = bos.get('content')
-    if isinstance(template, list):  # several of them, with names
-        template = next((t.get('template') for t in template if isinstance(t, dict) and t.get('name') == 'default'), None)
-    if os.path.exists(at('chat_template.jinja')):
-        template = read_text(at('chat_template.jinja'))
-    text = lambda x: x if isinstance(x, str) else None
-    return text(bos), config.get('add_bos_token') is True, text(template)
-
-
-def _first_token(processor):
-    """A post-processor of a tokenizer.json -> the name of the token that it puts before a text, or None."""
-    for step in (processor or {}).get('processors', [processor or {}]):
-        if step.get('type') == 'TemplateProcessing' and 'SpecialToken' in step['single'][0]:
-            return step['single'][0]['SpecialToken']['id']
-    return None
+    return table | {'pattern': _pattern_of(content.get('pre_tokenizer'), path)}
 
 
 # What a tokenizer.json's pre-tokenizers say, where it does not matter that one is the only step of a sequence.
@@ -310,6 +298,9 @@ def _pattern_of(cutter, path):
 # -----------------------------------------------------------------------------
 # GGUF, llama.cpp's files
 
+NORMAL = 1  # the type of a token of text; special, unused and user-defined ones are others
+
+
 def open_gguf(path):
     """path -> gguf.GGUFReader. ValueError for what is no whole file of that kind."""
     import gguf
@@ -331,8 +322,11 @@ def gguf_tokenizer(reader, path=''):
     path = path or 'the GGUF file'
 
     def get(key, kind, default=None):
-        field = reader.fields.get(f'tokenizer.{key}')
-        value = default if field is None else field.contents()
+        try:
+            field = reader.fields.get(f'tokenizer.{key}')
+            value = default if field is None else field.contents()
+        except Exception as e:  # lengths beyond the file, text that is none
+            value = e
         if value is not default and not isinstance(value, kind):
             raise ValueError(f'{path} is damaged, it says that tokenizer.{key} is {value!r:.40}: {AGAIN}')
         return value
@@ -341,21 +335,17 @@ def gguf_tokenizer(reader, path=''):
     if model == 'llama':
         raise ValueError(SENTENCEPIECE.format(path))
     if model != 'gpt2' or pre not in PATTERNS:
-        raise ValueError(f'{path} has a tokenizer of kind {model!r:.40} with pre-tokenizer {pre!r:.40}, and known are '
-                         f"those of kind 'gpt2' with {', '.join(PATTERNS)}: take a model with one of them")
+        raise ValueError(f'{path} has a tokenizer of kind {model!r:.40} with pre-tokenizer {pre!r:.40}, and what is '
+                         f"read here is kind 'gpt2' with {', '.join(PATTERNS)}: take a model with one of them")
     tokens, merges, types = (get(f'ggml.{key}', list, []) for key in ('tokens', 'merges', 'token_type'))
     if not all(isinstance(text, str) for text in tokens + merges) or len(types) not in (0, len(tokens)):
         raise ValueError(f'{path} is damaged, its tokens, merges and types of tokens do not fit together: {AGAIN}')
     added = {i for i, kind in enumerate(types) if kind != NORMAL}
     bos = get('ggml.bos_token_id', int)
-    names = {tokens[i] for i in added}
-    about = settings_of(names, tokens[bos] if bos in range(len(tokens)) else None, get('ggml.add_bos_token', bool),
-                        get('chat_template', str))
-    return byte_level_bpe(path, {token: i for i, token in enumerate(tokens)}, [pair.split(' ') for pair in merges], added,
-                          PATTERNS[pre], about | {'normalizer': NORMALIZERS.get(pre)})
-
-
-NORMAL = 1  # GGUF's type of a token of text; special, unused and user-defined ones are others
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return byte_level_bpe(path, vocab, [pair.split(' ') for pair in merges], added, PATTERNS[pre], NORMALIZERS.get(pre),
+                          tokens[bos] if bos in range(len(tokens)) else None, get('ggml.add_bos_token', bool),
+                          get('chat_template', str))
 
 
 # -----------------------------------------------------------------------------

@@ -14,16 +14,14 @@ the weights (as_ours):
   second half of each head mirrors the pairs, and then both turn alike.
 - A GGUF file turns neighbours, (2i, 2i + 1), instead: the rows of its q and k are in another order.
 """
-import json
 import os
 
 import numpy as np
 import torch
 
 from data.checkpoint import check_size, check_tensors, config_from, plain_names
-from data.files import read_text
 from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, open_gguf
-from data.weights import cut_padding, expecting, hf_file, make, padded_sizes, read_weights
+from data.weights import cut_padding, expecting, hf_file, make, padded_sizes, read_config, read_weights, shape_in
 from model import GPT
 
 # Why other architectures are not our block, by the names that config.json and GGUF files have for them.
@@ -48,19 +46,6 @@ def other_architecture(name):
 # -----------------------------------------------------------------------------
 # Hugging Face's folder
 
-def read_config(folder):
-    """The config.json in a folder -> dict. ValueError if there is none, or it is something else."""
-    path = os.path.join(folder, 'config.json')
-    if not os.path.isfile(path):
-        raise ValueError(f"no model of Hugging Face's at {folder} ({path} is not there): name a folder with its "
-                         "config.json, model.safetensors and tokenizer.json")
-    with expecting(f"{path} does not describe a model"):
-        c = json.loads(read_text(path))
-        if not isinstance(c.get('model_type'), str):
-            raise ValueError("it has no model_type")
-    return c
-
-
 def what_is_odd(c):
     """A config.json as a dict -> what in it is more than a plain Llama, in words; empty: nothing."""
     if c['model_type'] not in ('llama', 'mistral'):
@@ -70,7 +55,7 @@ def what_is_odd(c):
                        ('partial_rotary_factor', 1.0), ('quantization_config', None)):
         if c.get(key, plain) not in (plain, None):
             odd.append(f"{key} is {str(c[key]):.60}")
-    window = c.get('sliding_window')
+    window = c.get('sliding_window', 4096 if c['model_type'] == 'mistral' else None)
     if window is not None and window < c.get('max_position_embeddings', 0):
         odd.append(f"it sees a window of {window} tokens (sliding_window)")
     for key in ('rope_scaling', 'rope_parameters'):
@@ -84,15 +69,10 @@ def what_is_odd(c):
 def shape_of(c, path):
     """The config.json of a plain Llama as a dict -> GPTConfig."""
     with expecting(f"{path} does not say a Llama's shape"):
-        n_head = c['num_attention_heads']
-        rope = {'rope_theta': 10000.0} | {key: c[key] for key in ('rope_theta',) if key in c}
-        rope |= c.get('rope_parameters') or {}
-        shape = {'block_size': c['max_position_embeddings'], 'vocab_size': c['vocab_size'],
-                 'n_layer': c['num_hidden_layers'], 'n_head': n_head,
-                 'n_kv_head': c.get('num_key_value_heads') or n_head, 'n_embd': c['hidden_size'],
-                 'head_dim': c.get('head_dim') or c['hidden_size'] // n_head, 'n_hidden': c['intermediate_size'],
-                 'norm_eps': float(c.get('rms_norm_eps', 1e-6)), 'rope_base': float(rope['rope_theta']),
-                 'tie_weights': c.get('tie_word_embeddings', False)}
+        rope = {'rope_theta': c.get('rope_theta', 10000.0)} | (c.get('rope_parameters') or {})
+        shape = {'n_kv_head': c['num_attention_heads'], 'tie_weights': c.get('tie_word_embeddings', False),
+                 'norm_eps': float(c.get('rms_norm_eps', 1e-6)), 'rope_base': float(rope['rope_theta'])}
+        shape |= shape_in(c)
     return llama_config(shape, path)
 
 

@@ -11,10 +11,10 @@ import re
 import torch
 import torch.nn as nn
 
-from data.checkpoint import load_tensors, plain_names
+from data.checkpoint import check_size, config_from, load_tensors, plain_names
 from data.files import download, hold, read_text
-from data.foreign_tokenizer import load_nanochat_tokenizer
-from data.weights import cut_padding, expecting, load_weights, make
+from data.foreign_tokenizer import hf_folder_tokenizer, load_nanochat_tokenizer
+from data.weights import cut_padding, expecting, hf_file, load_weights, make, read_config, read_weights, shape_in
 from model import GPT, GPTConfig
 
 # d32 is a finished chat model (650 steps of chat fine-tuning after its pretraining), d34 is a base model.
@@ -35,6 +35,12 @@ LATER = (('smear_gate', None, 'of era E4 (from 2026-03-14): the embedding is sme
          ('resid_lambdas', None, 'of era E1 (from 2026-01-11): residual stream and embedding are mixed before '
                                  'each block, some layers see half the context'),
          ('attn.c_attn', None, 'not nanochat but of the GPT-2 family: name it as gpt2:PATH'))
+
+
+# Hugging Face's NanoChat, which turns q and k by minus theta, too: our names and what they are there
+HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.layers.',
+            'attn.c_q': 'self_attn.q_proj', 'attn.c_k': 'self_attn.k_proj', 'attn.c_v': 'self_attn.v_proj',
+            'attn.c_proj': 'self_attn.o_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'}
 
 
 def fetch_nanochat(name, folder, host='https://huggingface.co'):
@@ -95,6 +101,39 @@ def load_nanochat(path, device='cpu', step=None):
     config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
     check_token_bytes(tokenizer, home, config.vocab_size, file)
     return make(GPT, config, state, file, device), tokenizer
+
+
+def load_hf_nanochat(folder, device='cpu'):
+    """
+    A folder of Hugging Face's NanoChat, as data/export.py writes one -> GPT with its logits, float32, in eval mode on
+    device, and its tokenizer. ValueError for anything else.
+    """
+    file, path = hf_file(folder), os.path.join(folder, 'config.json')
+    c = read_config(folder)
+    with expecting(f"{path} does not say a nanochat's shape"):
+        odd = [f'{key}={c[key]}' for key, plain in (('hidden_act', 'relu2'), ('attention_bias', False))
+               if c.get(key, plain) != plain]
+        rope = c.get('rope_parameters') or {}
+        if odd or rope.get('rope_type', 'default') != 'default':
+            raise ValueError(f"{', '.join(odd)} {rope}")
+        eps = c.get('rms_norm_eps', 1e-6)
+        block = {'softcap': float(c.get('final_logit_softcapping', 15.0) or 0), 'tie_weights': c['tie_word_embeddings'],
+                 'norm_eps': 0.0 if eps == torch.finfo(torch.float32).eps else eps,
+                 'rope_base': float(rope.get('rope_theta', 10000.0))}
+        config = config_from(shape_in(c) | block, path)
+    stored = read_weights(file)
+    with expecting(f"{file} is not a whole checkpoint"):
+        state = {}
+        for name, tensor in plain_names(stored).items():
+            for ours, theirs in HF_NAMES.items():
+                name = name.replace(theirs, ours)
+            state[name] = tensor
+        if config.tie_weights:
+            state['lm_head.weight'] = state['transformer.wte.weight']
+        check_size(config, state, file)
+    tokenizer = hf_folder_tokenizer(folder)
+    config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
+    return make(GPT, config, state, file, device, config.tie_weights), tokenizer
 
 
 def later_era(state):

@@ -43,8 +43,8 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p
 SPECIAL_TOKENS = ('<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>', '<|assistant_end|>',
                   '<|python_start|>', '<|python_end|>', '<|output_start|>', '<|output_end|>')
 
-# What stands before a text: ours and nanochat's, what GPT-2, SmolLM and Qwen put between two texts, Llama 3's. Where one
-# of ENDS is, or that again, a text is at its end.
+# What stands before a text: ours and nanochat's, what GPT-2, SmolLM and Qwen put between two texts, Llama 3's. Where
+# one of ENDS is, or that again, a text is at its end.
 BOS = ('<|bos|>', '<|endoftext|>', '<|begin_of_text|>')
 ENDS = ('<|endoftext|>', '<|end_of_text|>', '<|im_end|>', '<|eot_id|>')
 # The forms of conversations, by the special tokens that they are made of.
@@ -127,7 +127,8 @@ class BPETokenizer:
     ValueError: ranks or ids with holes, no bytes of U+FFFD, a special token twice, a pattern that does not parse.
     Attributes: vocab_size int, special tokens included; bos int, an id, or None; ends set of int, the tokens with which
     a text is at its end; pattern, chat, system, normalizer; special_tokens list of str; special_ids list of int;
-    text_ids list of int, of the tokens of text by rank; token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte leaves those out).
+    text_ids list of int, of the tokens of text by rank; token_bytes list of int, bytes of each id and 0 for special
+    tokens (bits per byte leaves those out).
     """
     kind = 'bpe'
 
@@ -180,7 +181,8 @@ class BPETokenizer:
         if self._bos not in (None, *self.special_tokens):
             raise ValueError(f'there is no special token {self._bos!r:.80} to stand before a text')
         if self.chat is not None and not self._special_ids.keys() >= CHATS.get(self.chat, {None}):
-            raise ValueError(f'chat is {self.chat!r:.40}, and must be one of {", ".join(CHATS)}, with its special tokens')
+            raise ValueError(f'chat is {self.chat!r:.40}, and must be one of {", ".join(CHATS)}, '
+                             'with its special tokens')
         if self.normalizer not in (None, 'NFC'):
             raise ValueError(f'text would be brought into the form {self.normalizer!r:.40}, and only NFC is known here')
 

@@ -20,13 +20,13 @@ def load_weights(file):
 
 
 @contextlib.contextmanager
-def expecting(what):
+def expecting(what, remedy='use another copy'):
     """Files of others may hold anything: whatever goes wrong inside means that they are not what was expected."""
     try:
         yield
     except Exception as e:
         found = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise ValueError(f"{what} ({found}): use another copy") from e
+        raise ValueError(f"{what} ({found}): {remedy}") from e
 
 
 def make(kind, config, state, path, device, tied=False):
@@ -49,6 +49,10 @@ def make(kind, config, state, path, device, tied=False):
 # -----------------------------------------------------------------------------
 # Hugging Face's folders
 
+# ours -> what config.json calls it
+HF_SHAPE = {'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_layer': 'num_hidden_layers',
+            'n_head': 'num_attention_heads', 'n_kv_head': 'num_key_value_heads', 'n_embd': 'hidden_size',
+            'head_dim': 'head_dim', 'n_hidden': 'intermediate_size'}
 HF_FILES = ['model.safetensors', 'pytorch_model.bin']
 HF_FILES += [f'{name}.index.json' for name in HF_FILES]     # a large model's, which say in which file each tensor is
 
@@ -60,6 +64,25 @@ def hf_file(folder):
             return os.path.join(folder, name)
     raise ValueError(f"no weights in {folder} ({', '.join(HF_FILES)} are not there): name a folder that has them, as a "
                      "model's page on Hugging Face lists them, with its config.json and tokenizer.json")
+
+
+def read_config(folder):
+    """The config.json in a folder -> dict. ValueError if there is none, or it is something else."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        raise ValueError(f"no model of Hugging Face's at {folder} ({path} is not there): name a folder with its "
+                         "config.json, model.safetensors and tokenizer.json")
+    with expecting(f"{path} does not describe a model"):
+        c = json.loads(read_text(path))
+        if not isinstance(c.get('model_type'), str):
+            raise ValueError("it has no model_type")
+    return c
+
+
+def shape_in(c):
+    """A config.json as a dict -> what it says of the shape, in our names. KeyError if something is missing."""
+    may_lack = ('num_key_value_heads', 'head_dim')
+    return {ours: c[theirs] for ours, theirs in HF_SHAPE.items() if theirs not in may_lack or c.get(theirs) is not None}
 
 
 def read_weights(file):
@@ -125,6 +148,7 @@ def cut_padding(state, vocab_size, tokenizer=None):
 
 def drop_padding(model, vocab_size):
     """The same for a model that is loaded, in place, when only the data know how many tokens there are."""
-    for table in {model.transformer.wte.weight, model.lm_head.weight}:
-        table.data = table.data[:vocab_size]
+    if hasattr(model, 'transformer'):           # others cut their logits
+        for table in {model.transformer.wte.weight, model.lm_head.weight}:
+            table.data = table.data[:vocab_size]
     model.config.vocab_size = vocab_size

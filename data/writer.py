@@ -216,7 +216,7 @@ def cut_chats(chats, row, stop):
 
 
 def answer_ends(ids, mask, stop):
-    """Where answers are at their end: behind each token stop that the assistant says (in ChatML the user says it, too)."""
+    """Where answers are at their end: behind each token stop that the assistant says (in ChatML users say it, too)."""
     return [i + 1 for i, (token, learn) in enumerate(zip(ids, mask)) if learn and token == stop]
 
 

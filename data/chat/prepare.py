@@ -27,7 +27,7 @@ input = ''  # the conversations, a line each; UTF-8
 val_input = ''  # more of them, for validation; empty: val_fraction of the first are held out
 val_fraction = 0.1
 name = 'mychat'  # the dataset's name
-tokenizer = in_repo('data/stdlib_bpe')  # the model's: the dataset it was trained on, its out_dir, gguf:FILE or hf:FOLDER
+tokenizer = in_repo('data/stdlib_bpe')  # the model's: the dataset it was trained on, an out_dir, gguf:FILE, hf:FOLDER
 row = 256  # tokens a row, which must be the block_size of training
 out_dir = ''  # empty: data/<name>
 

@@ -9,8 +9,8 @@ $ python data/fineweb_edu/prepare.py --tokenizer=teachers/d32 --input=FOLDER
     shard_*.parquet that you have: no download
 
 tokenizer is nanochat's tokenizer.pkl or the folder that holds it, gguf:FILE, hf:FOLDER, an out_dir or checkpoint of
-picochat, or another data/<name>. Every document starts with its <|bos|>. The last shard is for validation, as nanochat has it, its first val_docs documents. Stopped, it
-goes on with the shard it was at.
+picochat, or another data/<name>. Every document starts with its <|bos|>. The last shard is for validation, as nanochat
+has it, its first val_docs documents. Stopped, it goes on with the shard it was at.
 """
 
 import hashlib

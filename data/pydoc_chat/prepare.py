@@ -31,7 +31,7 @@ from data.writer import chat_tokenizer, dataset_dir, stdlib_files, stdlib_held_o
 
 # -----------------------------------------------------------------------------
 name = 'pydoc_chat'  # the dataset's name
-tokenizer = in_repo('data/stdlib_bpe')  # the model's: the dataset it was trained on, its out_dir, gguf:FILE or hf:FOLDER
+tokenizer = in_repo('data/stdlib_bpe')  # the model's: the dataset it was trained on, an out_dir, gguf:FILE, hf:FOLDER
 row = 256  # tokens a row, which must be the block_size of training
 root = ''  # another folder of Python files to read instead
 seed = 1337  # of the choice of questions

@@ -27,7 +27,7 @@ from data.writer import dataset_dir, stdlib_files, stdlib_held_out, stdlib_sourc
 # -----------------------------------------------------------------------------
 name = 'stdlib_bpe'  # the dataset's name
 vocab_size = 4096  # tokens, of which 256 are the bytes and nine are special
-tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's tokenizer.pkl, or another data/<name>
+tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's folder, or another data/<name>
 root = ''  # another folder of Python files to read instead
 out_dir = ''  # empty: data/<name>
 

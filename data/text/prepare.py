@@ -24,7 +24,7 @@ input = ''  # a text file, or a folder of .txt and .md files, also in folders be
 name = 'mytext'  # the dataset's name
 level = 'char'  # char: one token a character, for small texts; bpe: learnt tokens, from about 1 MB on
 vocab_size = 4096  # of a bpe: tokens, of which 256 are the bytes and nine are special
-tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's tokenizer.pkl, or another data/<name>
+tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's folder, or another data/<name>
 val_fraction = 0.1  # of the characters are held out
 out_dir = ''  # empty: data/<name>
 
