@@ -32,16 +32,17 @@ def load_tokenizer(path):
     be gone), a Hugging Face folder (tokenizer.json, or vocab.json and merges.txt), nanochat's tokenizer.pkl.
     ValueError if there is none of them, or if it is damaged or of another kind.
     """
-    kind, colon, rest = str(path).partition(':')
+    path = str(path)
+    kind, colon, rest = path.partition(':')
     if colon and kind in ('gguf', 'hf'):
         path = rest
     at = lambda name: os.path.join(path, name)
-    if kind == 'gguf' or str(path).endswith('.gguf'):
+    if kind == 'gguf' or path.endswith('.gguf'):
         return gguf_tokenizer(path)
     if kind != 'hf' and os.path.exists(at('meta.json')):
         return from_meta(read_json(at('meta.json'), AGAIN))
     models = [at(name) for name in MODELS if os.path.exists(at(name))]
-    if kind != 'hf' and (models or os.path.isfile(path) and str(path).endswith(('.pt', '.safetensors'))):
+    if kind != 'hf' and (models or os.path.isfile(path) and path.endswith(('.pt', '.safetensors'))):
         from quantize import load  # reads PyTorch and all, which others need not
         return from_meta(load([*models, path][0])[1]['tokenizer'])
     tokenizer = hf_folder_tokenizer(path)
@@ -51,7 +52,7 @@ def load_tokenizer(path):
         return load_nanochat_tokenizer(path)
     script = at('prepare.py')
     remedy = f'run python {script}, or ' if os.path.exists(script) else ''
-    raise ValueError(f'no tokenizer at {str(path)!r}: {remedy}expected a prepared data/<name>, an out_dir or '
+    raise ValueError(f'no tokenizer at {path!r}: {remedy}expected a prepared data/<name>, an out_dir or '
                      "checkpoint of picochat, gguf:FILE, hf:FOLDER (tokenizer.json), or nanochat's tokenizer.pkl or its folder; "
                      'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
 
