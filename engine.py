@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
 from model import sees
-from quantize import round_rows
+from data.rounding import round_rows
 
 PREFILL_CHUNK = 512     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes
 FEW = 16                # up to so many tokens of a row in a pass are attended one by one, see attend_each

@@ -6,11 +6,8 @@ stays keeps its weights.
     python prune.py --out_dir=out-quickstart --keep_params=0.5              # splits the cut by what each kind costs
     python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --out_dir=out-quickstart-recovered
 
-You will see the loss, the size and the speed before and after, then one line of JSON. The functions turn indices into
-a new state dict and GPTConfig, and change nothing in place:
-
-    state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
-    model = build(state, config)
+You will see the loss, the size and the speed before and after, then one line of JSON. This file says which parts
+matter; data/slicing.py turns their indices into a new state dict and shape.
 
 Three things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole
 gave (refit), and the residual stream is turned onto its principal axes before channels go (rotate): a norm without
@@ -22,7 +19,7 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -31,293 +28,18 @@ from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, progress
 from data.record import already, record
+from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
+                          merge_kv_heads, over_channels, rotate_channels)
 from data.tokenizer import cut_tokenizer, from_meta, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
 from data.machine import pick_device
-from model import GPT, evaluate
+from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
 BY_WEIGHTS = ('l1', 'random')           # those that need no text to measure on
-MERGE = ('aligned', 'plain', 'first')
 # what shrink cuts -> how the shape calls its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
-FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
-# what over_channels calls matrices that no moments are known of: tables, and what reads embeddings that have no norm
-TABLE, EMBEDDING = 'transformer.wte', 'embedding'
-
-
-def build(state, config):
-    """A state dict and its GPTConfig -> the model, in eval mode, on the state's device."""
-    model = GPT(config)
-    model.load_state_dict(state)
-    return model.to(state['lm_head.weight'].device).eval()
-
-# -----------------------------------------------------------------------------
-# indices -> a new state dict and shape
-
-def columns(w, keep, moment=None):
-    """
-    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x, the columns are also
-    fitted by least squares to give on x[keep] what w gave on x, as far as what is kept can tell what is cut.
-    """
-    if moment is None or len(keep) == w.size(1):
-        return w[:, keep]
-    moment, keep = moment.cpu().double(), torch.as_tensor(keep)
-    wanted = moment[keep] @ w.cpu().double().T                                  # (len(keep), rows)
-    return torch.linalg.solve(damped(moment[keep][:, keep]), wanted).T.to(w)
-
-
-def damped(moment):
-    """With a little on the diagonal: inputs that never fire must not blow up."""
-    little = 1e-4 * moment.diagonal().mean().clamp(min=1e-30)
-    return moment + little * torch.eye(len(moment))
-
-
-def same_length(what, lists, n):
-    """Every layer must keep equally many: one number stands for all of them in the shape."""
-    lengths = [len(keep) for keep in lists]
-    if len(lengths) != n or len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"{what} to keep, {lengths} a layer: "
-                         f"give as many, and at least one, for each of the {n} layers")
-
-
-def keep_neurons(state, config, neurons, moments=None):
-    """
-    neurons: for each layer the hidden units of its MLP to keep, equally many. With moments (measure) c_proj is fitted
-    anew.
-    """
-    same_length('neurons', neurons, config.n_layer)
-    state = dict(state)
-    for i, keep in enumerate(neurons):
-        proj = f'transformer.h.{i}.mlp.c_proj'
-        for name in ('c_gate', 'c_fc'):
-            fc = f'transformer.h.{i}.mlp.{name}.weight'
-            if fc in state:                     # c_gate is a SwiGLU's
-                state[fc] = state[fc][keep]
-        state[f'{proj}.weight'] = columns(state[f'{proj}.weight'], keep, moments and moments[proj])
-    return state, replace(config, n_hidden=len(neurons[0]))
-
-
-def keep_heads(state, config, heads, moments=None):
-    """
-    heads: for each layer a list of groups, each a list of query heads of one key/value head; all groups are equally
-    long. A key/value head stays if a group of it does: in MHA it goes with its only query head, in MQA it always stays.
-    With moments c_proj is fitted anew.
-    """
-    same_length('groups of heads', heads, config.n_layer)
-    g, D = config.n_head // config.n_kv_head, config.head_dim
-    all_groups = [group for groups in heads for group in groups]
-    one_length = len({len(group) for group in all_groups}) == 1
-    if not one_length or any(len({q // g for q in group}) != 1 for group in all_groups):
-        raise ValueError(f"heads to keep, {heads}: every group must be as long as the others, "
-                         f"and its heads of one key/value head ({g} query heads each)")
-    state = dict(state)
-    for i, groups in enumerate(heads):
-        q = [h * D + d for group in groups for h in group for d in range(D)]    # the rows of these query heads
-        kv = [group[0] // g * D + d for group in groups for d in range(D)]      # and of their key/value heads
-        for name, keep in (('c_q', q), ('c_k', kv), ('c_v', kv)):
-            w = f'transformer.h.{i}.attn.{name}.weight'
-            state[w] = state[w][keep]
-        proj = f'transformer.h.{i}.attn.c_proj'
-        state[f'{proj}.weight'] = columns(state[f'{proj}.weight'], q, moments and moments[proj])
-    return state, replace(config, n_head=len(heads[0]) * len(heads[0][0]), n_kv_head=len(heads[0]))
-
-
-def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
-    """
-    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other
-    (align, arXiv 2412.20677).
-    moments: heads are compared by what they give on data instead of by their weights.
-    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a
-    group serve all of it.
-    """
-    n, D, E = config.n_kv_head, config.head_dim, config.n_embd
-    if n_kv_head < 1 or n % n_kv_head:
-        raise ValueError(f"kv_heads ({n_kv_head}) must divide the {n} key/value heads that there are: "
-                         f"try {[k for k in range(1, n + 1) if n % k == 0]}")
-    if n_kv_head == n:
-        return state, config
-    state = dict(state)
-    groups, members, g = n_kv_head, n // n_kv_head, config.n_head // n
-    for i in range(config.n_layer):
-        at = f'transformer.h.{i}.attn.'
-        q, k, v, proj = (state[f'{at}{name}.weight'].cpu().double() for name in ('c_q', 'c_k', 'c_v', 'c_proj'))
-        q = q.view(groups, members, g, D, E)
-        k = k.view(groups, members, D, E)
-        v = v.view(groups, members, D, E)
-        proj = proj.view(E, groups, members, g, D)
-        if how == 'aligned':
-            moment = moments and moments[f'{at}c_q'].to(q)
-            q, k, v, proj = align(q, k, v, proj, moment, config.qk_norm)
-        if how == 'first':
-            k, v = k[:, 0], v[:, 0]
-        else:
-            k, v = k.mean(dim=1), v.mean(dim=1)                                 # (groups, D, E)
-        for name, w in (('c_q', q), ('c_k', k), ('c_v', v)):
-            state[f'{at}{name}.weight'] = w.reshape(-1, E).float()
-        state[f'{at}c_proj.weight'] = proj.reshape(E, -1).float()
-    return state, replace(config, n_kv_head=n_kv_head)
-
-
-def align(q, k, v, proj, moment, qk_norm=True):
-    """
-    The same attention, with the key/value heads of a group turned onto each other: values by any orthogonal map, undone
-    in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these commute with RoPE
-    (and all orthogonal maps do with the norm after it, if there is one), so the turn alone changes nothing: heads that
-    are turned copies of one another merge without loss.
-    q (groups, members, g, D, E), k and v (groups, members, D, E), proj (E, groups, members, g, D), all float64;
-    moment (E, E), the second moment of what the heads read, or None: all directions count alike.
-    """
-    root = torch.eye(q.size(-1)).to(q)                                          # root root^T is the moment
-    if moment is not None:
-        values, vectors = torch.linalg.eigh(moment)
-        root = vectors * values.clamp(min=0).sqrt()
-
-    def size(x):
-        return (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
-    # the scale of a head means nothing to keys that are normed, can move from others to their queries, and from values
-    # to c_proj: each takes its group's
-    k_scale = size(k).mean(dim=1, keepdim=True) / size(k)                       # (groups, members, 1, 1)
-    v_scale = size(v).mean(dim=1, keepdim=True) / size(v)
-    k, v, proj = k * k_scale, v * v_scale, proj / v_scale
-    if not qk_norm:
-        q = q / k_scale.unsqueeze(2)
-    turn = procrustes(planes(k @ root))                                         # (groups, members, D/2, 1, 1) complex
-    u = procrustes(v @ root)                                                    # (groups, members, D, D)
-    q = from_planes(turn.unsqueeze(2) @ planes(q))
-    k = from_planes(turn @ planes(k))
-    return q, k, u @ v, proj @ u.mT
-
-
-def planes(x):
-    """(..., D, E) -> (..., D/2, 1, E) complex: RoPE turns the plane of d and d + D/2."""
-    first, second = x.unflatten(-2, (2, x.size(-2) // 2)).unbind(-3)
-    return torch.complex(first, second).unsqueeze(-2)
-
-
-def from_planes(z):
-    return torch.cat((z.real, z.imag), dim=-3).squeeze(-2)
-
-
-def procrustes(x):
-    """
-    x (groups, members, ..., d, E), real or complex -> the unitary u (groups, members, ..., d, d) that turn a group's
-    members onto their mean.
-    """
-    mean = x[:, :1]                     # towards the first, then towards the mean, which moves along
-    for _ in range(20):
-        left, _, right = torch.linalg.svd(mean @ x.mH)
-        u = left @ right
-        mean = (u @ x).mean(dim=1, keepdim=True)
-    return u
-
-
-def over_channels(state, config, read, write):
-    """
-    A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in
-    place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do; TABLE is the
-    table itself.
-    """
-    out = {}
-    for name, w in state.items():
-        site = name.removesuffix('.weight')
-        if site.endswith('c_proj'):
-            out[name] = write(site, w)
-        elif site == 'transformer.c_out':       # what it writes is read by the table
-            out[name] = write(site, read('lm_head', w))
-        elif site == 'lm_head' and config.out_proj:
-            out[name] = read(TABLE, w)
-        elif site == 'draft.c_fc':      # the state that lm_head reads, and an embedding as the first block reads it
-            state_half, token_half = w.split(config.n_embd, dim=1)
-            token_half = read(FIRST if config.embed_norm else EMBEDDING, token_half)
-            out[name] = torch.cat((read('lm_head', state_half), token_half), dim=1)
-        elif site.startswith('multi_token'):
-            out[name] = read('lm_head', w)
-        elif site.endswith(('c_k', 'c_v')):
-            out[name] = read(site[:-3] + 'c_q', w)
-        elif site.endswith('c_gate'):
-            out[name] = read(site[:-6] + 'c_fc', w)
-        else:
-            out[name] = read(site, w)
-    return out
-
-
-def rotate_channels(state, config, q):
-    """
-    The same network with its residual stream turned by q (n_embd, n_embd), orthogonal: channel j becomes the direction
-    q[:, j].
-    """
-    return over_channels(state, config, lambda site, w: w @ q, lambda site, w: q.T @ w), config
-
-
-def keep_channels(state, config, channels, moments=None, refit=True):
-    """
-    channels: the coordinates of the residual stream to keep, for everything that reads or writes it. RMSNorm then
-    divides by the rms of what is left: with moments, its measured ratio to the whole's is folded into the matrices that
-    read the normed stream, and they are fitted anew if refit. Where the embedding enters the stream through a norm, its
-    ratio goes into all that is added to it, as only proportions count.
-    """
-    if not len(channels):
-        raise ValueError("channels to keep, []: give at least one")
-    keep = list(channels)
-
-    def ratio(site):
-        power = moments[site].diagonal().contiguous() if moments else torch.ones(config.n_embd)
-        return (power[keep].mean() / power.mean()).sqrt().item()
-
-    def read(site, w):
-        if site == TABLE:
-            return w[:, keep]
-        if site == EMBEDDING:
-            return columns(w, keep, moments[FIRST] if moments and refit else None) / table
-        return columns(w, keep, moments[site] if moments and refit else None) * ratio(site)
-
-    def write(site, w):
-        if site == 'transformer.c_out':
-            return fit_to_table(w)
-        return w[keep] * stream if site.startswith('transformer') else w[keep] / last
-
-    def fit_to_table(w):
-        """c_out's rows: what is left of the table must make of them what all of it made of w."""
-        whole = state['lm_head.weight']
-        if not refit or len(keep) == config.n_embd:
-            return w[keep]
-        left = whole[:, keep].double()
-        return torch.linalg.solve(damped(left.T @ left), left.T @ (whole.double() @ w.double())).to(w)
-
-    first, last = ratio(FIRST), ratio('lm_head')
-    # a tied table takes the head's factor, too. As an embedding it may have any, where that is normed; elsewhere all
-    # that is added to the stream takes the same one.
-    table = last if config.tie_weights and not config.out_proj else 1.0
-    stream = 1 / first if config.embed_norm else table
-    out = over_channels(state, config, read, write)
-    if config.tie_weights:
-        out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
-    hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
-              for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
-    # the mean square of what is kept is larger: so must be what is added to it
-    eps = config.norm_eps * config.n_embd / len(keep) * stream ** 2
-    return out, replace(config, n_embd=len(keep), norm_eps=eps, **hidden)
-
-
-def keep_layers(state, config, layers):
-    """layers: the blocks to keep, in this order."""
-    if not len(layers) or not set(layers) <= set(range(config.n_layer)):
-        raise ValueError(f"layers to keep, {list(layers)}: give some of 0..{config.n_layer - 1}")
-    at = 'transformer.h.'
-    out = {name: w for name, w in state.items() if not name.startswith(at)}
-    for new, old in enumerate(layers):
-        for name, w in state.items():
-            if name.startswith(f'{at}{old}.'):
-                out[f'{at}{new}.' + name.removeprefix(f'{at}{old}.')] = w
-    return out, replace(config, n_layer=len(layers))
-
-
-def keep_vocab(state, config, ids):
-    """ids: the rows of wte and lm_head to keep; cut_tokenizer chooses them, with the tokenizer that goes with them."""
-    names = ('transformer.wte.weight', 'lm_head.weight')
-    return state | {name: state[name][ids] for name in names}, replace(config, vocab_size=len(ids))
 
 # -----------------------------------------------------------------------------
 # which parts matter, measured on calibration batches

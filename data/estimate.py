@@ -24,7 +24,7 @@ from data.loader import Loader
 from distill import Distiller, in_bfloat16, load_teacher, teacher_names
 from data.machine import PEAK_FLOPS, autocast
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, make_optimizers, update
-from quantize import prepare
+from data.rounding import prepare
 
 
 def micro_batches(t, rows):

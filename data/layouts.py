@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quantize import IntLinear, Rounded, round_rows
+from data.rounding import IntLinear, Rounded, round_rows
 
 
 def for_decoding(model, pack=None, draft_vocab=0):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._inductor.cudagraph_trees import get_manager
 
+import data.rounding as R
 import quantize as Q
 from conftest import CHAR, make_dataset, run, train, with_heads
 from data.layouts import PackedLinear, for_decoding
@@ -39,7 +40,7 @@ def nearly(model, prompt, plain, other):
 def test_products_of_integers_are_exact(M, K):
     g = torch.Generator().manual_seed(M + K)
     x, w = (torch.randint(-127, 128, (n, K), generator=g) for n in (M, 96))
-    got = Q.int_matmul(x.float().cuda(), w.to(torch.int8).cuda())
+    got = R.int_matmul(x.float().cuda(), w.to(torch.int8).cuda())
     assert torch.equal(got.cpu().long(), x @ w.T)
 
 

@@ -13,6 +13,7 @@ import torch
 
 import engine as E
 import model as M
+import data.rounding as R
 import quantize as Q
 from conftest import BPE, CHAR, build, randomise, with_heads
 from data.conversation import Chat
@@ -133,7 +134,7 @@ def test_int8_cache_equals_attending_to_rounded_keys():
     attend = plain.attend
 
     def rounded(t):
-        r, scale = Q.round_rows(t)
+        r, scale = R.round_rows(t)
         return r * scale
     plain.attend = lambda layer, q, k, v: attend(layer, q, rounded(k), rounded(v))
     with torch.no_grad():

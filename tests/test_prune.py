@@ -15,6 +15,7 @@ from conftest import LLAMA, SMALL, randomise, refused, run
 import prune as P
 from data.checkpoint import load_model, save_checkpoint
 from data.loader import Loader, load_meta
+from data.slicing import columns
 from data.tokenizer import CharTokenizer, bpe_parts, cut_tokenizer, from_meta, recode, train_bpe
 from data.writer import write_texts
 from engine import Engine, Sampling, Speculation
@@ -182,7 +183,7 @@ def test_elimination_order_is_that_of_least_squares(size):
 
     def error(groups):
         keep = [n * size + i for n in groups for i in range(size)]
-        return (x @ w.T - x[:, keep] @ P.columns(w, keep, moment).T).square().sum()
+        return (x @ w.T - x[:, keep] @ columns(w, keep, moment).T).square().sum()
 
     left, gone = list(range(12 // size)), []
     while len(left) > 1:
@@ -254,12 +255,12 @@ def test_the_norm_is_rescaled():
 def test_refit_is_the_least_squares_solution():
     torch.manual_seed(0)
     x, w, keep = torch.randn(500, 12) @ torch.randn(12, 12), torch.randn(5, 12), [0, 2, 3, 7, 11]
-    fitted = P.columns(w, keep, x.T @ x / 500)
+    fitted = columns(w, keep, x.T @ x / 500)
     best = torch.linalg.lstsq(x[:, keep], x @ w.T).solution.T
     assert torch.allclose(fitted, best, atol=0.02)
     error = lambda v: (x[:, keep] @ v.T - x @ w.T).square().mean()
     assert error(fitted) < 1.001 * error(best) < 0.9 * error(w[:, keep])
-    assert torch.equal(P.columns(w, keep), w[:, keep])
+    assert torch.equal(columns(w, keep), w[:, keep])
 
 
 @pytest.mark.parametrize('block', [{}, LLAMA])

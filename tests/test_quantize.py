@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, make_dataset, randomise, refused, run
 
+import data.gptq as G
+import data.rounding as R
 import quantize as Q
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.loader import Loader
@@ -21,7 +23,7 @@ from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 
 # every format, and every group of those that have groups
-FORMATS = [(bits, group) for bits, form in Q.BITS.items() for group in (Q.GROUPS if form.steps > 1 else [Q.GROUP])]
+FORMATS = [(bits, group) for bits, form in Q.BITS.items() for group in (R.GROUPS if form.steps > 1 else [R.GROUP])]
 HEADS = dict(multi_token_n=2, draft_n=2)
 
 
@@ -64,7 +66,7 @@ def test_round_weight(bits, group, shape, search):
     assert v.dtype == torch.int8 and v.shape == shape and scale.shape == shape[:1]
     if search:
         # training rounds as export does, bit for bit
-        assert torch.equal(rounded.float(), Q.fake_weight(w, bits, group))
+        assert torch.equal(rounded.float(), R.fake_weight(w, bits, group))
     assert torch.equal(rounded.float()[1], torch.zeros(shape[1])) and scale[1] == 1
     each = torch.ones(shape, dtype=torch.int8)
     if form.steps == 1:
@@ -82,9 +84,9 @@ def test_round_weight(bits, group, shape, search):
     inside = x.abs() <= form.edge * each
     assert ((v - x).abs() <= 0.5001 * each)[inside].all()
     assert inside.float().mean() > 0.8
-    packed = Q.pack(rounded)
+    packed = R.pack(rounded)
     assert 0 <= packed.size(1) - shape[1] * form.stored / 8 < 2
-    assert torch.equal(Q.unpack(packed, step, bits, group, shape[1]), v)
+    assert torch.equal(R.unpack(packed, step, bits, group, shape[1]), v)
 
 
 def test_the_layout_of_4_bits():
@@ -92,7 +94,7 @@ def test_the_layout_of_4_bits():
     rounded = Q.round_weight(torch.randn(3, 45), 4)
     q = rounded.v // rounded.step.repeat_interleave(32, 1)[:, :45] + 8
     q = F.pad(q, (0, 1)).to(torch.uint8)
-    assert torch.equal(Q.pack(rounded), q[:, :23] | q[:, 23:] << 4)
+    assert torch.equal(R.pack(rounded), q[:, :23] | q[:, 23:] << 4)
 
 
 def test_unknown_bits_are_refused():
@@ -112,14 +114,14 @@ def test_the_search_finds_the_best_step(bits):
     error = lambda v: (v - x).square().sum().item()
     steps = torch.arange(1., form.steps + 1).view(-1, 1, 1, 1)
     groups = x.view(64, -1, 32)
-    best = (Q.round_to(groups, steps, form.edge) - groups).square().sum(dim=-1).amin(dim=0).sum().item()
+    best = (R.round_to(groups, steps, form.edge) - groups).square().sum(dim=-1).amin(dim=0).sum().item()
     assert best <= error(rounded.v) < 1.01 * best < 0.95 * error(Q.round_weight(w, bits, search=False).v)
 
 
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_straight_through_gradient(bits):
     w = torch.randn(4, 8, requires_grad=True)
-    Q.fake_weight(w, bits).mul(torch.arange(32.).view(4, 8)).sum().backward()
+    R.fake_weight(w, bits).mul(torch.arange(32.).view(4, 8)).sum().backward()
     assert torch.equal(w.grad, torch.arange(32.).view(4, 8))
 
 
@@ -131,8 +133,8 @@ def test_int_matmul_is_exact(N, K):
                  (torch.full((5, K), 127), torch.full((N, K), 127)),
                  (torch.full((5, K), -127), torch.full((N, K), 127))):
         exact = (x @ w.T).float()
-        assert torch.equal(Q.int_matmul(x.float(), w.to(torch.int8)), exact)
-        assert torch.equal(Q.float_matmul(x.float(), w.to(torch.int8)), exact)
+        assert torch.equal(R.int_matmul(x.float(), w.to(torch.int8)), exact)
+        assert torch.equal(R.float_matmul(x.float(), w.to(torch.int8)), exact)
 
 
 @pytest.mark.parametrize('bits, group', FORMATS)
@@ -162,14 +164,14 @@ def test_fake_quant_equals_the_integers_and_the_file(bits, group, tie, tmp_path)
     assert state == {'config': model.config, 'tokenizer': {'kind': 'char', 'chars': 'é'}, 'dataset': None,
                      'rounding': how}
     assert Q.rounding_of(loaded) == Q.rounding_of(integer) == how and Q.rounding_of(model) is None
-    names = [n for n, m in integer.named_modules() if isinstance(m, (Q.IntLinear, Q.IntEmbedding))]
+    names = [n for n, m in integer.named_modules() if isinstance(m, (Q.IntLinear, R.IntEmbedding))]
     # everything is integers now
     assert len(names) == 2 + 2 * 6 + 3 * 2
     assert not list(integer.parameters()) and not list(loaded.parameters())
     for name in names:
         ours, theirs = integer.get_submodule(name), fake.get_submodule(name)
-        assert ours.bits == theirs.bits == how['tables_bits' if name in Q.TABLES else 'bits']
-        rounded = Q.fake_weight(theirs.weight.detach(), theirs.bits, group)
+        assert ours.bits == theirs.bits == how['tables_bits' if name in R.TABLES else 'bits']
+        rounded = R.fake_weight(theirs.weight.detach(), theirs.bits, group)
         if isinstance(ours, Q.IntLinear):
             h = torch.randn(9, theirs.in_features)
             assert torch.equal(ours.integers() * ours.scale[:, None], rounded)
@@ -214,8 +216,8 @@ def naive_gptq(w, H, bits, group):
     inverse = torch.linalg.inv(H.double() + (0.01 * H.double().diagonal().mean() + 1e-12) * torch.eye(len(H)))
     for j in range(w.size(1)):
         if j % group == 0:
-            step = Q.choose_step(x[:, j:j + group].float(), form) if form.steps > 1 else 1
-        q = Q.round_to(x[:, j:j + 1], step, form.edge)
+            step = R.choose_step(x[:, j:j + group].float(), form) if form.steps > 1 else 1
+        q = R.round_to(x[:, j:j + 1], step, form.edge)
         v[:, j:j + 1] = q
         x -= (x[:, j:j + 1] - q) / inverse[j, j] * inverse[j]
         inverse -= inverse[:, j:j + 1] * inverse[j] / inverse[j, j]
@@ -231,7 +233,7 @@ def test_gptq_weight(bits, group, cols):
     x[:, 3] = 0                                                                     # an input that never says anything
     torch.manual_seed(0)
     w = torch.randn(24, cols)
-    rounded = Q.gptq_weight(w, x.T @ x, bits, group)
+    rounded = G.gptq_weight(w, x.T @ x, bits, group)
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
     assert torch.equal(Q.IntLinear(rounded).integers(), rounded.v)                  # it is a rounding like any other
     error = lambda rounded: (x @ (rounded.float() - w).T).square().sum()
@@ -256,8 +258,8 @@ def test_gptq_of_a_model(bits):
     kl = lambda other: Q.compare(model, other, batches, [1] * 50)['mean_kl']
     # at 8 bits the activations' rounding is most of it
     assert kl(fitted) < (0.95 if bits == 8 else 0.8) * kl(rounded)
-    xq, xs = Q.round_rows(F.rms_norm(torch.cat([rounded.embed(x) for x, _ in batches]).flatten(0, 1), (32,)))
-    v = Q.gptq_weight(model.transformer.h[0].attn.c_q.weight.detach(), (xq * xs).T @ (xq * xs), bits).v
+    xq, xs = R.round_rows(F.rms_norm(torch.cat([rounded.embed(x) for x, _ in batches]).flatten(0, 1), (32,)))
+    v = G.gptq_weight(model.transformer.h[0].attn.c_q.weight.detach(), (xq * xs).T @ (xq * xs), bits).v
     assert (v != fitted.transformer.h[0].attn.c_q.integers()).float().mean() < 0.01
     for name in ('transformer.h.0.attn.c_q', 'multi_token.1.c_proj', 'draft.c_fc'):
         assert not torch.equal(fitted.get_submodule(name).integers(), rounded.get_submodule(name).integers())
@@ -271,7 +273,7 @@ def test_compiled_rounding_is_the_same():
     weights = torch.randn(128, 244), torch.randn(16, 45)
 
     def rounded(*weights):
-        return [Q.fake_weight(w, bits) for w in weights for bits in Q.BITS]
+        return [R.fake_weight(w, bits) for w in weights for bits in Q.BITS]
     assert all(map(torch.equal, torch.compile(rounded)(*weights), rounded(*weights)))
 
 
@@ -463,7 +465,7 @@ def test_knobs_that_are_refused(trained, source, flags, words):
 @pytest.mark.parametrize('bits', [8, 4])
 def test_packed_is_bit_for_bit_the_plain_one(bits):
     linear, x = layer(9000, 48, bits), wide_rows(16, 48)
-    plain = Q.IntLinear(Q.Rounded(linear.integers(), linear.scale))
+    plain = Q.IntLinear(R.Rounded(linear.integers(), linear.scale))
     if not PackedInt8Linear.pays(plain):
         pytest.skip('this CPU has no exact packed kernel; the plain one is used')
     packed = PackedInt8Linear(plain)
@@ -478,9 +480,9 @@ def test_packed_int4_rows_do_not_depend_on_their_neighbours_either(group):
     linear, x = layer(96, 256, 4, group), wide_rows(16, 256)
     assert (PackedInt4Linear.fits(linear) and not PackedInt4Linear.fits(layer(96, 200, 4, group))
             and not PackedInt4Linear.fits(layer(90, 256, 4, group)))
-    packed, sums = PackedInt4Linear(linear), Q.int_matmul(Q.round_rows(x)[0], linear.integers())
+    packed, sums = PackedInt4Linear(linear), R.int_matmul(R.round_rows(x)[0], linear.integers())
     for n in (1, 2, 5, 8, 16):
-        assert torch.equal(packed(x[:n]), sums[:n].bfloat16().float() * linear.scale * Q.round_rows(x[:n])[1])
+        assert torch.equal(packed(x[:n]), sums[:n].bfloat16().float() * linear.scale * R.round_rows(x[:n])[1])
     assert torch.allclose(packed(x), linear(x), rtol=2**-8, atol=0)
 
 

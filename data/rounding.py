@@ -1,0 +1,283 @@
+"""
+The rounding rule, training through it, and the modules that run on its integers. A library; quantize.py is the script,
+and says what the integers are.
+
+    prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
+    convert(model, bits)            # integer modules: nothing is dequantised, at load or later
+    round_weight(w, bits).float()   # what the integers stand for
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """What a weight of so many bits is."""
+    edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127
+    steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
+    tries: int          # the search tries so many of these, downwards from the least that clips nothing
+    stored: int         # bits that a weight takes in the file and in memory
+    method: str         # how quantize.py rounds a model that was trained in float
+
+
+BITS = {8: IntFormat(edge=127, steps=1, tries=1, stored=8, method='rtn'),
+        4: IntFormat(edge=7, steps=18, tries=4, stored=4, method='gptq')}
+GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
+GROUP = GROUPS[0]
+# the vocabulary's matrices, which have bits of their own, and the small one between
+TABLES = ('transformer.wte', 'lm_head', 'transformer.c_out')
+
+
+def format_of(bits):
+    """The entry of BITS. ValueError names the bits that there are."""
+    if bits not in BITS:
+        raise ValueError(f"bits ({bits}) must be one of {', '.join(map(str, BITS))}")
+    return BITS[bits]
+
+
+@dataclass
+class Rounded:
+    """
+    A rounded matrix: v (rows, cols) int8, scale (rows,) float32, and step (rows, groups) int8, or None where the format
+    has no steps; groups = ceil(cols / group). The matrix is about v * scale.
+    """
+    v: torch.Tensor
+    scale: torch.Tensor
+    step: torch.Tensor | None = None
+    bits: int = 8
+    group: int = GROUP
+
+    def float(self):
+        """The matrix that the integers stand for, (rows, cols) float32."""
+        return self.v * self.scale[:, None]
+
+# -----------------------------------------------------------------------------
+# the rule
+
+def round_weight(w, bits=8, group=GROUP, search=True):
+    """
+    w (rows, cols) float -> Rounded. Rounds to nearest, ties to even; a row of zeros has scale 1.
+    The largest weight of a row lies at the edge of its integers; search=False (with groups) puts that of a group at the
+    edge of the group's as well, instead of choosing its step.
+    """
+    form = format_of(bits)
+    w = w.float()
+    peak = w.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(peak > 0, peak / (form.edge * form.steps), 1.0)          # (rows, 1)
+    x = w / scale
+    if form.steps == 1:
+        v = x.round().clamp(-form.edge, form.edge)
+        return Rounded(v.to(torch.int8), scale.squeeze(1), None, bits, group)
+    # Whole groups, and the columns that are left, are rounded apart: when the last group is padded with zeros instead,
+    # inductor of torch 2.11 and 2.13 gets it wrong.
+    whole = w.size(1) - w.size(1) % group
+    parts = [x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]]     # (rows, groups, group), (rows, 1, rest)
+    parts = [part for part in parts if part.numel()]
+    steps = [choose_step(part, form, search) for part in parts]                  # (rows, groups, 1), (rows, 1, 1)
+    v = torch.cat([round_to(part, step, form.edge).flatten(1) for part, step in zip(parts, steps)], dim=1)
+    step = torch.cat(steps, dim=1).squeeze(2)
+    return Rounded(v.to(torch.int8), scale.squeeze(1), step.to(torch.int8), bits, group)
+
+
+def round_to(x, step, edge):
+    """The nearest of -edge, ..., edge times step."""
+    return (x / step).round().clamp(-edge, edge) * step
+
+
+def choose_step(x, form, search=True):
+    """
+    x (..., group) in units of its row's scale -> step (..., 1): of the form.tries largest steps that make sense the one
+    with the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
+    """
+    least = x.abs().amax(dim=-1, keepdim=True) / form.edge                       # below this something is clipped
+    if not search:
+        return least.round().clamp(1, form.steps)
+    best = error = None
+    for less in range(form.tries):
+        step = (least.ceil() - less).clamp(1, form.steps)
+        e = (round_to(x, step, form.edge) - x).square().sum(dim=-1, keepdim=True)
+        if best is None:
+            best, error = step, e
+        else:
+            best = torch.where(e < error, step, best)
+            error = torch.minimum(e, error)
+    return best
+
+
+def pack(rounded):
+    """
+    Rounded -> what file and memory hold of its v: v itself at 8 bits; at 4, v / step + 8, two of them in a byte,
+    (rows, ceil(cols / 2)) uint8.
+    """
+    form, cols = format_of(rounded.bits), rounded.v.size(1)
+    if form.stored == 8:
+        return rounded.v
+    each = rounded.step.repeat_interleave(rounded.group, dim=1)[:, :cols]
+    q = (rounded.v // each + form.edge + 1).to(torch.uint8)
+    return into_bytes(q, form.stored)
+
+
+def unpack(packed, step, bits, group, cols):
+    """pack's (..., bytes) and step (..., groups) -> v (..., cols) int8."""
+    form = format_of(bits)
+    if form.stored == 8:
+        return packed
+    q = out_of_bytes(packed, form.stored, cols).to(torch.int8) - (form.edge + 1)
+    return q * step.repeat_interleave(group, dim=-1)[..., :cols]
+
+
+def into_bytes(q, width):
+    """
+    q (rows, cols) uint8 below 2^width, which divides 8 -> (rows, ceil(cols * width / 8)) uint8. At 4 bits the left half
+    of the columns is in the low bits of the bytes, the right half in the high ones.
+    """
+    n = 8 // width
+    parts = F.pad(q, (0, -q.size(1) % n)).chunk(n, dim=1)
+    return sum(part << (i * width) for i, part in enumerate(parts))
+
+
+def out_of_bytes(packed, width, cols):
+    """into_bytes' (..., bytes) -> q (..., cols) uint8."""
+    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(8 // width)]
+    return torch.cat(parts, dim=-1)[..., :cols]
+
+
+def round_rows(x):
+    """
+    Activations x (..., K) -> xq (..., K), integers in [-127, 127] kept as float, and xs (..., 1):
+    x is about xq * xs.
+    """
+    peak = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    return (x * (127 / peak)).round_(), peak / 127
+
+# -----------------------------------------------------------------------------
+# training through the rounding
+
+def fake_weight(w, bits=8, group=GROUP):
+    """w as it will be after export, with the gradient of w itself (straight-through)."""
+    with torch.no_grad():
+        rounded = round_weight(w, bits, group).float()
+    # what is added is zero; the value of w + (rounded - w) might be off in its last bit
+    return rounded + (w - w.detach())
+
+
+class FakeLinear(nn.Linear):
+    def forward(self, x):
+        xq, xs = round_rows(x.detach().float())
+        return F.linear(xq * xs + (x - x.detach()), fake_weight(self.weight, self.bits, self.group))
+
+
+class FakeEmbedding(nn.Embedding):
+    def forward(self, idx):
+        return F.embedding(idx, fake_weight(self.weight, self.bits, self.group))
+
+
+def prepare(model, bits=8, group=GROUP, tables_bits=8):
+    """
+    Makes every Linear and Embedding of model round as it will after export, in place and for good. Only the forward
+    differs, so only the class of a module changes: weights, their names and whatever holds them (optimizers, FSDP)
+    stay.
+    In float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
+    the rounded values in bfloat16, and so rounds them once more.
+    """
+    fake = {nn.Linear: FakeLinear, nn.Embedding: FakeEmbedding}
+    for name, module in model.named_modules():
+        if type(module) in fake:
+            module.__class__ = fake[type(module)]
+            module.bits = tables_bits if name in TABLES else bits
+            module.group = group
+    return model
+
+# -----------------------------------------------------------------------------
+# running on the integers
+
+def int_matmul(xq, w):
+    """
+    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N),
+    int32 or float32.
+    """
+    if xq.device.type == 'cpu':
+        return torch._int_mm(xq.to(torch.int8), w.t())      # int32: what it is multiplied with makes it float
+    if xq.device.type == 'cuda' and w.size(0) % 8 == 0 and w.size(1) % 8 == 0:
+        M = xq.size(0)                                       # cuBLAS wants at least 17 rows
+        return torch._int_mm(F.pad(xq.to(torch.int8), (0, 0, 0, max(0, 17 - M))), w.t())[:M].float()
+    return float_matmul(xq, w)
+
+
+def float_matmul(xq, w):
+    """
+    int_matmul where the device has no integer kernel: a float32 holds every integer up to 2^24,
+    so sums over at most 1,040 products are exact.
+    """
+    parts = zip(xq.float().split(1040, dim=1), w.split(1040, dim=1))
+    return sum((a @ b.float().t()).to(torch.int32) for a, b in parts).float()
+
+
+def register_integers(module, rounded):
+    """
+    Gives module the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8, scale (rows,) float32 and step
+    (rows, groups) int8 or None, and says of what format they are.
+    """
+    module.bits, module.group, module.cols = rounded.bits, rounded.group, rounded.v.size(1)
+    module.register_buffer('weight', pack(rounded))
+    module.register_buffer('scale', rounded.scale)
+    module.register_buffer('step', rounded.step)
+
+
+class IntLinear(nn.Module):
+    """
+    x (..., K) -> (..., N) float32, of a Rounded (N, K). PyTorch has no exact product of 4-bit integers on CPUs or GPUs:
+    a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. engine.for_decoding has
+    faster ways.
+    """
+    def __init__(self, rounded):
+        super().__init__()
+        register_integers(self, rounded)
+
+    def integers(self):
+        """v (N, K) int8."""
+        return unpack(self.weight, self.step, self.bits, self.group, self.cols)
+
+    def forward(self, x):
+        xq, xs = round_rows(x.float())
+        y = int_matmul(xq.flatten(0, -2), self.integers()).view(*x.shape[:-1], -1)
+        return y * self.scale * xs
+
+
+class IntEmbedding(nn.Module):
+    """idx (...) -> (..., n_embd) float32, of a Rounded (vocab_size, n_embd)."""
+    def __init__(self, rounded):
+        super().__init__()
+        register_integers(self, rounded)
+
+    def forward(self, idx):
+        step = None if self.step is None else self.step[idx]
+        v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
+        return v.float() * self.scale[idx].unsqueeze(-1)
+
+
+def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
+    """
+    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
+    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
+            its_bits = tables_bits if name in TABLES else bits
+            model.set_submodule(name, kind(round_weight(module.weight.detach(), its_bits, group, search)))
+    if model.config.tie_weights:
+        for buffer in ('weight', 'scale', 'step'):
+            setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))
+    return model.eval()
+
+
+def rounding_of(model):
+    """{'bits', 'group', 'tables_bits'}, convert's arguments, as a converted model's modules say; None for floats."""
+    table, matrix = model.transformer.wte, model.transformer.h[0].mlp.c_fc
+    if not isinstance(table, IntEmbedding):
+        return None
+    return {'bits': matrix.bits, 'group': matrix.group, 'tables_bits': table.bits}
