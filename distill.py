@@ -40,10 +40,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.causal_lm import InOne
 from data.checkpoint import load_model, save_checkpoint
-from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
 from data.export import export_hf
-from data.foreign import FILES, KINDS
+from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
+from data.foreign import FILES, KINDS, refuse_other_blocks
+from data.gpt2 import GPT2
 from data.judge import check_reading, may_label, tokens_each_may_label
 from data.loader import Loader, copy_to, dataset_of
 from data.nanochat import fetch_nanochat
@@ -233,7 +235,7 @@ def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
 
 def in_bfloat16(model):
     """Its matrices in bfloat16, in place: autocast would make the same of them anew, from float32, for every pass."""
-    for module in model.modules():
+    for module in () if isinstance(model, InOne) else model.modules():
         if isinstance(module, nn.Linear):       # a new parameter: an embedding that is tied to it stays as it is
             module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
     return model
@@ -560,6 +562,7 @@ if __name__ == '__main__':
         path = os.path.join(to_picochat, 'best.pt')
         if to_picochat and os.path.exists(path):
             raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
+        refuse_other_blocks(teacher)
         t = load_teacher(teacher)
         ours, kind = isinstance(t.model, GPT), getattr(t.tokenizer, 'kind', '')
         if to_hf:
@@ -606,7 +609,9 @@ if __name__ == '__main__':
             f"calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
         assert method == 'sample' or k <= tokenizer.vocab_size, (
             f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
-        compiles, precision = compile and can_compile(device), pick_dtype(dtype, device)
+        # what others wrote is run as it is
+        compiles = compile and can_compile(device) and all(isinstance(t.model, (GPT, GPT2)) for t in teachers)
+        precision = pick_dtype(dtype, device)
         with autocast(device, precision):
             check_reading(teachers, loader)
         for t in teachers:
