@@ -248,6 +248,13 @@ def with_heads(tokenizer, kv, block_size=160):
     return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
 
 
+# SmolLM2's chat template, but for what its system line says
+TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+            "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
 # -----------------------------------------------------------------------------
 # other people's models
 

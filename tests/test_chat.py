@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import LLAMA, TEXTS, TINY, build, refused, run
+from conftest import LLAMA, TEMPLATE, TEXTS, TINY, build, refused, run
 from data.checkpoint import save_checkpoint
 from data.conversation import Chat
 from data.foreign_tokenizer import hf_tokenizer
@@ -18,7 +18,6 @@ from data.tokenizer import SPECIAL_TOKENS, BPETokenizer, from_meta, train_bpe
 from data.writer import cut_chats, write_chats
 from engine import Engine, Sampling
 from model import GPT, GPTConfig
-from test_foreign_tokenizer import TEMPLATE
 
 USER, BOT = {'role': 'user', 'content': ' Hi,\n it is me.'}, {'role': 'assistant', 'content': "Hello, it's you."}
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
@@ -189,7 +188,7 @@ def test_fine_tuning_and_talking_in_chatml(tmp_path):
 
 def test_a_chat_needs_a_format(tmp_path):
     save_checkpoint(str(tmp_path / 'best.pt'), build(PLAIN, block_size=32), PLAIN.meta(), step=0, dataset='gone')
-    refused(run('sample.py', '--chat=True', f'--out_dir={tmp_path}'), 'chat=True needs a model with special tokens .* none')
+    refused(run('sample.py', '--chat=True', f'--out_dir={tmp_path}'), 'chat=True needs a model with special tokens ')
     refused(run('data/pydoc_chat/prepare.py', f'--tokenizer={tmp_path}'), 'has no special tokens .*which chat needs')
 
 

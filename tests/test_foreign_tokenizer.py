@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TEXTS, build
+from conftest import TEMPLATE, TEXTS, build
 from data.checkpoint import save_checkpoint
 from data.foreign_tokenizer import (GPT2_PATTERN, PATTERNS, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
                                     hf_tokenizer, load_tokenizer, merges_of, pre_tokenizer_of)
@@ -22,10 +22,6 @@ from quantize import convert, export
 
 SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<repo_name>']
 MISSING = {4, 29, 192, 241, 255}        # control characters, what UTF-8 has not, the first byte of U+40000 and others
-TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-            "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-            "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 # The pre-tokenizers of the hub's tokenizer.json of gpt2, SmolLM2, Llama 3 and Qwen2.
 BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
@@ -63,11 +59,11 @@ def table():
     return {token: len(SPECIALS) + i for i, token in enumerate(kept)}, merges
 
 
-def document(table, cutter, **changes):
+def document(table, cutter, names=SPECIALS, **changes):
     """A tokenizer.json."""
     added = [{'id': i, 'content': name, 'special': True, 'single_word': False, 'lstrip': False, 'rstrip': False,
-              'normalized': False} for i, name in enumerate(SPECIALS)]
-    vocab = {name: i for i, name in enumerate(SPECIALS)} | table[0]
+              'normalized': False} for i, name in enumerate(names)]
+    vocab = {name: i for i, name in enumerate(names)} | table[0]
     model = {'type': 'BPE', 'vocab': vocab, 'merges': [f'{a} {b}' for a, b in table[1]]} | changes.pop('model', {})
     return {'version': '1.0', 'added_tokens': added, 'normalizer': None, 'pre_tokenizer': cutter,
             'post_processor': None, 'decoder': BYTES, 'model': model} | changes
@@ -232,10 +228,9 @@ LLAMA3_BOS = {'type': 'Sequence', 'processors': [BYTES, {'type': 'TemplateProces
     ('<s> </s> <|endoftext|>', None, {'bos_token': {'content': '<s>'}, 'add_bos_token': True}, '<s>', [0, 2]),
     ('<s> </s> <pad>', None, {'bos_token': '<s>'}, '<s>', [0]),
     ('<|im_start|> <|im_end|> <pad>', None, {'bos_token': '<|im_start|>'}, None, [1])])
-def test_what_stands_between_two_texts(table, tmp_path, monkeypatch, names, processor, config, bos, ends):
+def test_what_stands_between_two_texts(table, tmp_path, names, processor, config, bos, ends):
     names = [*names.split(), '<unused>']
-    monkeypatch.setattr('test_foreign_tokenizer.SPECIALS', names)
-    tok = hf_folder_tokenizer(folder(tmp_path, document(table, HUB['smollm'], post_processor=processor), **config))
+    tok = hf_folder_tokenizer(folder(tmp_path, document(table, HUB['smollm'], names, post_processor=processor), **config))
     assert tok.bos == (None if bos is None else names.index(bos)) and sorted(tok.ends) == ends
     again = from_meta(tok.meta())
     assert (again.bos, again.ends) == (tok.bos, tok.ends)
