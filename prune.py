@@ -30,7 +30,8 @@ from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, p
 from data.record import already, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
-from data.tokenizer import cut_tokenizer, from_meta, recode
+from data.tokenizer import from_meta
+from data.vocabulary import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
 from data.machine import pick_device

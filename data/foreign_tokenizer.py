@@ -15,7 +15,8 @@ import pickle
 import re
 
 from data.files import read_json, read_text
-from data.tokenizer import BOS, CHATS, PATTERN, BPETokenizer, bpe_parts, from_meta
+from data.tokenizer import BOS, CHATS, PATTERN, BPETokenizer, from_meta
+from data.vocabulary import bpe_parts
 
 AGAIN = 'use another copy'
 LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
@@ -198,10 +199,6 @@ def settings_of(names, bos, add_bos, template):
     if line and names >= CHATS['chatml']:
         settings['system'] = line[1].replace('\\n', '\n')
     return settings
-
-
-def load_gpt2_tokenizer(folder):
-    return hf_folder_tokenizer(folder)
 
 
 def hf_folder_tokenizer(folder):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data.checkpoint import plain_names
 from data.files import read_text
-from data.foreign_tokenizer import load_gpt2_tokenizer
+from data.foreign_tokenizer import hf_folder_tokenizer
 from data.weights import HF_FILES, cut_padding, expecting, load_weights, make, padded, read_weights
 
 @dataclass
@@ -105,7 +105,7 @@ def load_gpt2(path, device='cpu'):
     """
     nanoGPT's ckpt.pt (or its folder), or a Hugging Face gpt2 folder (config.json, and model.safetensors or
     pytorch_model.bin, or several of them and an index) -> GPT2, float32, in eval mode on device, and the tokenizer that
-    lies beside it (load_gpt2_tokenizer), or None. ValueError for anything else.
+    lies beside it (hf_folder_tokenizer), or None. ValueError for anything else.
     """
     file = find_gpt2(path)
     read = read_hf_gpt2 if os.path.basename(file) in HF_FILES else read_nanogpt
@@ -113,7 +113,7 @@ def load_gpt2(path, device='cpu'):
     with expecting(f"{file} and what lies beside it are not a whole checkpoint of GPT-2 or nanoGPT"):
         # old checkpoints hold their causal masks
         state = {name: t for name, t in state.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
-        tokenizer = load_gpt2_tokenizer(os.path.dirname(file))
+        tokenizer = hf_folder_tokenizer(os.path.dirname(file))
         shape['vocab_size'] = cut_padding(state, shape['vocab_size'], tokenizer)
         wte = state['transformer.wte.weight']
         tied = 'lm_head.weight' not in state or torch.equal(state['lm_head.weight'], wte)

@@ -22,13 +22,11 @@ Nothing here touches the network: tiktoken does the encoding, with our own table
 import hashlib
 import heapq
 import json
-import math
 import time
 import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import regex  # comes with tiktoken, and has its \p{L}
 import tiktoken
 
@@ -523,90 +521,3 @@ def fingerprint(tokenizer):
     """
     meta = {key: value for key, value in tokenizer.meta().items() if key not in ('bos', 'chat', 'system')}
     return hashlib.sha256(json.dumps(meta, sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
-
-
-# -----------------------------------------------------------------------------
-# Smaller vocabularies
-
-def bpe_parts(token, ranks):
-    """
-    A BPE token (bytes) -> the tokens that BPE makes of these bytes just before it makes that one:
-    two, if it is ever made; else more.
-    """
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank >= ranks[token]:
-            break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def cut_tokenizer(tokenizer, counts, keep):
-    """
-    tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in
-    which they are 0..keep-1.
-
-    Characters: the most frequent stay, and encode refuses the others as it does every unknown one. BPE: bytes and
-    special tokens stay. Always the rarest token goes that no other one left is made of, and its parts inherit its
-    count. So every token left can still be merged from bytes, and text without cut tokens is encoded as before; where
-    one stood its parts stand, or what they merge to with their neighbours.
-    """
-    least = 1 if tokenizer.kind == 'char' else tokenizer.token_bytes.count(1) + len(tokenizer.special_ids)
-    if not least <= keep <= tokenizer.vocab_size:
-        raise ValueError(f'vocab_keep ({keep}) must be at least {least} and at most the {tokenizer.vocab_size} tokens '
-                         'that there are')
-    if tokenizer.kind == 'char':
-        by_frequency = sorted(range(tokenizer.vocab_size), key=lambda i: (-counts[i], i))
-        ids = sorted(by_frequency[:keep])
-        return ids, CharTokenizer(tokenizer.decode(ids))
-    meta, of_text, special = tokenizer.meta(), tokenizer.text_ids, set(tokenizer.special_ids)
-    cut = _rarest([tokenizer.decode_bytes([i]) for i in of_text], [counts[i] for i in of_text],
-                  tokenizer.vocab_size - keep)
-    gone = {of_text[rank] for rank in cut}
-    ids = [i for i in range(tokenizer.vocab_size) if i not in gone]
-    return ids, from_meta(meta | {
-        'ranks': [token for rank, token in enumerate(meta['ranks']) if rank not in cut],
-        'special_ids': [new for new, old in enumerate(ids) if old in special]})
-
-
-def _rarest(tokens, counts, n):
-    """The ranks of n of the tokens (bytes, by rank) that are missed least, as cut_tokenizer chooses them; a set."""
-    ranks = {token: i for i, token in enumerate(tokens)}
-    parts = {i: [ranks[part] for part in bpe_parts(token, ranks)] for i, token in enumerate(tokens) if len(token) > 1}
-    users = Counter()  # how many tokens are made of this one
-    for made_of in parts.values():
-        users.update(set(made_of))
-    counts, cut = [int(count) for count in counts], set()
-    leaves = [(counts[i], -i) for i in parts if not users[i]]
-    heapq.heapify(leaves)
-    while len(cut) < n:
-        i = -heapq.heappop(leaves)[1]
-        cut.add(i)
-        for part in parts[i]:
-            counts[part] += counts[i]
-        for part in set(parts[i]):
-            users[part] -= 1
-            if part in parts and not users[part]:
-                heapq.heappush(leaves, (counts[part], -part))
-    return cut
-
-
-def recode(ids, old, new):
-    """
-    An array of the old tokenizer's ids -> the same text in the new one's, an array.
-    Cut characters are left out: nothing can stand for them.
-    """
-    ids = np.asarray(ids)
-    if old.kind == 'char':
-        table = np.array([new.chars.find(c) for c in old.chars])[ids]
-        return table[table >= 0]
-    # special tokens become those of the same name; what stands between them is text
-    special = dict(zip(old.special_ids, map(new.special, old.special_tokens)))
-    out, start = [], 0
-    for at in np.flatnonzero(np.isin(ids, old.special_ids)).tolist():
-        out += new.encode(old.decode(ids[start:at]))
-        out.append(special[int(ids[at])])
-        start = at + 1
-    out += new.encode(old.decode(ids[start:]))
-    return np.array(out)

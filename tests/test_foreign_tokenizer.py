@@ -16,8 +16,8 @@ from conftest import TEMPLATE, TEXTS, build
 from data.checkpoint import save_checkpoint
 from data.foreign_tokenizer import (GPT2_PATTERN, PATTERNS, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
                                     hf_tokenizer, load_tokenizer, merges_of, pre_tokenizer_of)
-from data.tokenizer import (PATTERN, BPETokenizer, CharTokenizer, cut_tokenizer, fingerprint, from_meta, recode,
-                            train_bpe, vocab_size_of)
+from data.tokenizer import PATTERN, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe, vocab_size_of
+from data.vocabulary import cut_tokenizer, recode
 from quantize import convert, export
 
 SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<repo_name>']
@@ -230,7 +230,8 @@ LLAMA3_BOS = {'type': 'Sequence', 'processors': [BYTES, {'type': 'TemplateProces
     ('<|im_start|> <|im_end|> <pad>', None, {'bos_token': '<|im_start|>'}, None, [1])])
 def test_what_stands_between_two_texts(table, tmp_path, names, processor, config, bos, ends):
     names = [*names.split(), '<unused>']
-    tok = hf_folder_tokenizer(folder(tmp_path, document(table, HUB['smollm'], names, post_processor=processor), **config))
+    written = document(table, HUB['smollm'], names, post_processor=processor)
+    tok = hf_folder_tokenizer(folder(tmp_path, written, **config))
     assert tok.bos == (None if bos is None else names.index(bos)) and sorted(tok.ends) == ends
     again = from_meta(tok.meta())
     assert (again.bos, again.ends) == (tok.bos, tok.ends)

@@ -16,7 +16,8 @@ import prune as P
 from data.checkpoint import load_model, save_checkpoint
 from data.loader import Loader, load_meta
 from data.slicing import columns
-from data.tokenizer import CharTokenizer, bpe_parts, cut_tokenizer, from_meta, recode, train_bpe
+from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.vocabulary import bpe_parts, cut_tokenizer, recode
 from data.writer import write_texts
 from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate, make_optimizers

@@ -21,7 +21,7 @@ from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, run, w
 import quantize as Q
 from data.checkpoint import load_model, save_checkpoint
 from data.export import export_hf
-from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_gpt2_tokenizer, merges_of
+from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, hf_folder_tokenizer, merges_of
 from data.gpt2 import load_gpt2
 from data.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
 from data.tokenizer import CharTokenizer, fingerprint, train_bpe
@@ -523,10 +523,10 @@ ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 
 
 
 def test_gpt2_tokenizer(tmp_path):
-    assert load_gpt2_tokenizer(tmp_path) is None
+    assert hf_folder_tokenizer(tmp_path) is None
     tok = train_bpe(TEXTS, 330, GPT2_PATTERN, ['<|endoftext|>'])
     write_gpt2_tokenizer(tmp_path, tok)
-    assert fingerprint(load_gpt2_tokenizer(tmp_path)) == fingerprint(tok)
+    assert fingerprint(hf_folder_tokenizer(tmp_path)) == fingerprint(tok)
     # the one file that the hub has of gpt2, older than the key use_regex
     vocab = json.loads((tmp_path / 'vocab.json').read_text())
     lines = (tmp_path / 'merges.txt').read_text(encoding='utf-8').split('\n')
@@ -535,10 +535,10 @@ def test_gpt2_tokenizer(tmp_path):
         'added_tokens': [{'id': vocab.pop('<|endoftext|>'), 'content': '<|endoftext|>'}], 'normalizer': None,
         'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
         'model': {'vocab': vocab, 'merges': lines[1:-1]}}))
-    assert fingerprint(load_gpt2_tokenizer(tmp_path / 'one')) == fingerprint(tok)
+    assert fingerprint(hf_folder_tokenizer(tmp_path / 'one')) == fingerprint(tok)
     (tmp_path / 'merges.txt').write_text('\n'.join(lines[:1] + lines[2:3] + lines[1:2] + lines[3:]), encoding='utf-8')
     with pytest.raises(ValueError, match="GPT-2's manner"):
-        load_gpt2_tokenizer(tmp_path)
+        hf_folder_tokenizer(tmp_path)
     refuses("GPT-2's manner", load_gpt2, write_hf(tmp_path))
 
 
@@ -549,10 +549,10 @@ def test_gpt2_tokenizer_equals_transformers(tmp_path):
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     for text in ODD:
-        assert load_gpt2_tokenizer(tmp_path).encode(text) == theirs.encode(text)
+        assert hf_folder_tokenizer(tmp_path).encode(text) == theirs.encode(text)
     theirs.save_pretrained(tmp_path / 'again')
     assert (tmp_path / 'again' / 'tokenizer.json').exists()
-    assert fingerprint(load_gpt2_tokenizer(tmp_path / 'again')) == fingerprint(tok)
+    assert fingerprint(hf_folder_tokenizer(tmp_path / 'again')) == fingerprint(tok)
 
 
 def test_merges_say_what_ranks_say(bpe):
