@@ -22,6 +22,7 @@ import torch
 
 from data.files import atomic_write
 from data.machine import whole
+from data.tokenizer import fingerprint, from_meta
 from model import GPT, GPTConfig, rope_tables
 
 # -----------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
     if knobs['hold_out'] and state.get('knobs', {}).get('hold_out') != knobs['hold_out']:
         raise ValueError(f"{init_from} was not trained with hold_out={knobs['hold_out']}: "
                          "it has seen that part of the text; start from scratch")
-    if state['tokenizer'] != tokenizer.meta():
+    if fingerprint(from_meta(state['tokenizer'])) != fingerprint(tokenizer):
         raise ValueError(f"{path} was trained with another tokenizer, on {state.get('dataset')}, than {data_dir} has: "
                          "give that dataset, or prepare this one with the same tokenizer")
     return state

@@ -25,7 +25,7 @@ import time
 import numpy as np
 
 from data.files import check_once, in_repo, read_json, sha256_of
-from data.tokenizer import from_meta, vocab_size_of
+from data.tokenizer import fingerprint, from_meta, vocab_size_of
 # torch is imported by Loader.rows alone: preparing a dataset needs none, and it takes seconds to import
 
 
@@ -248,7 +248,7 @@ def data_of(state, source, dataset=''):
     """
     data_dir = os.path.join(in_repo('data'), dataset or dataset_of(state, source))
     tokenizer = from_meta(state['tokenizer'])
-    if from_meta(load_meta(data_dir)).meta() != tokenizer.meta():
+    if fingerprint(from_meta(load_meta(data_dir))) != fingerprint(tokenizer):
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
                          f"was trained on ({state.get('dataset')}), or prepare that as it was")
     return data_dir, tokenizer
