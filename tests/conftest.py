@@ -24,6 +24,8 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')       # for the processes they start, too
 os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, '.')
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    signal.signal(signum, handler)                  # nohup, or the background of a shell, has them ignored
 
 import torch
 
@@ -93,6 +95,50 @@ def start(*args, **how):
     """Python with these arguments in a process of its own -> its Popen."""
     return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **how)
+
+
+class Here:
+    """What subprocess.Popen is to a script of ours that starts another one: that one runs in this process, at once."""
+    popen = subprocess.Popen
+
+    def __new__(cls, command, **how):
+        here = command[0] == sys.executable and str(command[1]).endswith('.py') and not how.get('cwd')
+        return object.__new__(cls) if here else cls.popen(command, **how)
+
+    def __init__(self, command, stdout=None, stderr=None, env=os.environ, **how):
+        self.args, self.pid, before = command, os.getpid(), os.environ.copy()
+        os.environ.update(env)
+        try:
+            got = run(*command[1:])
+            self.returncode, self.said = got.status, (got.out, got.err)
+        except Exception as e:
+            self.returncode, self.said = 1, ('', f'{type(e).__name__}: {e}\n')
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        if hasattr(stdout, 'write'):
+            stdout.write(self.said[0])
+        self.stdout, self.stderr = io.StringIO(''.join(self.said)), io.StringIO(self.said[1])
+
+    def communicate(self, *args, **how):
+        return self.said
+
+    def wait(self, timeout=None):
+        return self.returncode
+
+    poll = wait
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """What scripts start runs in this process, to import torch once; monkeypatch.undo() where a process is the point."""
+    monkeypatch.setattr(subprocess, 'Popen', Here)
 
 
 def refused(got, pattern):

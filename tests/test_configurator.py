@@ -1,6 +1,6 @@
 """
 configurator.py, tested as its users meet it: a small script with a knob of every kind is run with a command line,
-and prints its config. One row of a table = one process.
+and prints its config.
 
 $ python -m pytest tests/test_configurator.py
 """
@@ -13,12 +13,10 @@ import json
 import os
 import re
 import runpy
-import subprocess
-import sys
 
+import conftest
 import pytest
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from conftest import start
 
 SCRIPT = '''"""
 Trains a toy.
@@ -91,10 +89,14 @@ def folder(tmp_path_factory):
 
 def run(folder, args, script='script.py'):
     """args: a list, in which '@x' stands for the path of file x in the test's folder -> (status, stdout, stderr)"""
-    args = [str(folder / arg[1:]) if arg.startswith('@') else arg for arg in args]
-    done = subprocess.run([sys.executable, str(folder / script), *args], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {'PYTHONPATH': ROOT})
-    return done.returncode, done.stdout, done.stderr
+    got = conftest.run(folder / script, *[folder / arg[1:] if arg.startswith('@') else arg for arg in args])
+    return got.status, got.out, got.err
+
+
+@pytest.mark.parametrize('args', [['--start=two\nlines é'], ['--n_layer=two\nlines'], ['--help']])
+def test_a_process_says_the_same(folder, args):
+    p = start(folder / 'script.py', *args, env=os.environ | {'PYTHONPATH': os.getcwd()})
+    assert (p.wait(), p.stdout.read(), p.stderr.read()) == run(folder, args)
 
 
 @pytest.mark.parametrize('args, changed', [
