@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import data.machine
-from conftest import make_dataset, randomise, refused, run, start
+from conftest import Here, make_dataset, randomise, refused, run, start
 from data.checkpoint import load_model, save_checkpoint
 from data.ladder import compare_records, read_rungs, summary, welch
 from data.loader import Loader
@@ -167,7 +168,7 @@ int4        | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=
 
 
 @pytest.fixture
-def climb(tmp_path):
+def climb(tmp_path, in_process):
     """
     climb(*flags, old='', new='') -> a run of CONFIG with old replaced by new. climb.folder holds its two models;
     climb.calls() says what was made.
@@ -252,7 +253,7 @@ def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     assert [row['name'] for row, date in zip(rows, before) if row['made'] != date] == ['wide', 'int4']
 
 
-def test_a_ladder_that_is_stopped_goes_on(climb):
+def test_a_ladder_that_is_stopped_goes_on(climb, monkeypatch):
     """SIGTERM goes to the command that runs, which ends as it likes; the next run begins with that rung."""
     slow = climb.folder / 'slow.py'
     slow.write_text('import signal, sys, time\n'
@@ -260,7 +261,9 @@ def test_a_ladder_that_is_stopped_goes_on(climb):
                     'signal.signal(signal.SIGTERM, leave)\nprint("begun")\ntime.sleep(60)\n')
     (climb.folder / 'ladder.py').write_text(
         CONFIG.replace('narrow      |', f'narrow | python {slow} &&').replace('T/', f'{climb.folder}/'))
-    process = start('bench.py', f'{climb.folder}/ladder.py', '--device=cpu', '--timed=none')
+    with monkeypatch.context() as m:
+        m.setattr(subprocess, 'Popen', Here.popen)
+        process = start('bench.py', f'{climb.folder}/ladder.py', '--device=cpu', '--timed=none')
     for line in process.stderr:
         if '/slow.py >' in line:
             break
