@@ -40,9 +40,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import quantize
 from data.causal_lm import InOne
 from data.checkpoint import load_model, save_checkpoint
-from data.export import export_hf
+from data.export import GGUF_TYPES, dequantised, export_gguf, export_hf
 from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
 from data.foreign import FILES, KINDS, refuse_other_blocks
 from data.gpt2 import GPT2
@@ -200,6 +201,9 @@ def load_teacher(name, device='cpu'):
     if kind in KINDS:
         model, tokenizer = KINDS[kind](path, device)
         return Teacher(name, model.requires_grad_(False), tokenizer)
+    if name.endswith('.safetensors'):           # of quantize.py; as a teacher it is in float
+        model, state = quantize.load(name, device)
+        return Teacher(name, dequantised(model), from_meta(state['tokenizer']), dataset_of(state, name))
     if not os.path.exists(name):
         raise ValueError(f"no teacher at {name}: train one (python train.py ...), "
                          f"or write its labels there (python distill.py --teacher=... --out_dir={shlex.quote(name)})")
@@ -534,7 +538,9 @@ if __name__ == '__main__':
     out_dir = ''                # where the labels go, or what is fetched
     fetch = ''                  # d32 or d34: download that nanochat
     to_picochat = ''            # a folder: write the teacher there as a picochat checkpoint
-    to_hf = ''                  # a folder: write the teacher there in Hugging Face's NanoChat format
+    to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
+    to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
+    gguf_type = 'f16'           # f16, q8_0, q4_0 or f32: of the matrices in that file
     dataset = ''                # a folder under data/; empty: the one the teacher was trained on
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
@@ -552,6 +558,7 @@ if __name__ == '__main__':
         'seed': (0, 2**63 - 1),
         'temperature': (1e-3, None),
         'method': ['sample', 'topk'],
+        'gguf_type': [*GGUF_TYPES],
         'dtype': ['auto', 'float32', 'bfloat16'],
     }
     exec(open(in_repo('configurator.py')).read())
@@ -565,10 +572,13 @@ if __name__ == '__main__':
         refuse_other_blocks(teacher)
         t = load_teacher(teacher)
         ours, kind = isinstance(t.model, GPT), getattr(t.tokenizer, 'kind', '')
-        if to_hf:
+        if to_hf or to_gguf:
             assert ours and kind == 'bpe', (
-                f"to_hf ({to_hf}) takes a teacher of picochat's own blocks with a BPE, not {teacher}")
-            return export_hf(t.model, t.tokenizer, to_hf)
+                f"{'to_hf' if to_hf else 'to_gguf'} ({to_hf or to_gguf}) takes a teacher of picochat's own blocks with "
+                f"a BPE, not {teacher}")
+            shorten(t.model, block_size)
+            return (export_hf(t.model, t.tokenizer, to_hf) if to_hf else
+                    export_gguf(t.model, t.tokenizer, to_gguf, gguf_type))
         assert ours and kind, (
             f"to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like gguf:FILE, "
             f"hf:FOLDER or nanochat:FOLDER, not {teacher}")
@@ -628,25 +638,25 @@ if __name__ == '__main__':
 
     began = time.perf_counter()
     device = pick_device(device)
-    jobs = bool(fetch) + bool(to_picochat) + bool(to_hf)
+    jobs = bool(fetch) + bool(to_picochat) + bool(to_hf) + bool(to_gguf)
     assert jobs or teacher and out_dir, (
         "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     assert jobs == 0 or jobs == 1 and (out_dir if fetch else teacher), (
-        "--fetch= needs --out_dir= (where the files go); --to_picochat= or --to_hf= need --teacher= (what is "
-        "written there); one of the three at a time")
+        "--fetch= needs --out_dir= (where the files go); --to_picochat=, --to_hf= or --to_gguf= need --teacher= (what is "
+        "written there); one of the four at a time")
     name = 'best.pt' if to_picochat else 'model.safetensors' if to_hf else 'labels.bin'
-    product = os.path.join(to_picochat or to_hf or out_dir, name)
+    product = to_gguf or os.path.join(to_picochat or to_hf or out_dir, name)
     # in a ladder (bench.py), what this very command has made from these files is not made again
     reads = check_teachers(teacher)
     if dataset:
         reads.append(os.path.join(in_repo('data'), dataset, 'meta.json'))
-    hold(os.path.dirname(product))
+    hold(os.path.dirname(product), os.path.basename(to_gguf))
     document = None if fetch else already(product, reads)
     if document is None:
         interrupt_on_stop()
         try:
             if jobs:
-                folder = fetch_nanochat(fetch, out_dir) if fetch else convert()
+                written = fetch_nanochat(fetch, out_dir) if fetch else convert()
             else:
                 meta = label()
         except KeyboardInterrupt as stop:
@@ -655,8 +665,10 @@ if __name__ == '__main__':
             sys.exit(128 + stop.args[0])
         seconds = time.perf_counter() - began
         if jobs:
-            size = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder) if name[0] != '.')
-            document = {'file': folder, 'bytes': size, 'tokens': 0, 'seconds': round(seconds, 2)}
+            files = ([os.path.join(written, name) for name in os.listdir(written) if name[0] != '.']
+                     if os.path.isdir(written) else [written])
+            size = sum(map(os.path.getsize, files))
+            document = {'file': written, 'bytes': size, 'tokens': 0, 'seconds': round(seconds, 2)}
         else:
             size = os.path.getsize(product)
             print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")

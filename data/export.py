@@ -1,33 +1,182 @@
 """
-Ours, written the way others read it: a folder for transformers.
+Ours, written the way others read it: a folder for transformers, a GGUF file for llama.cpp. (data/llama.py and
+data/nanochat.py are the way in.)
 
-    from data.export import export_hf
-    export_hf(model, tokenizer, 'hf-stdlib-bpe')
+    from data.export import export_gguf, export_hf
+    export_hf(model, tokenizer, 'hf-stdlib-bpe')        # LlamaForCausalLM or NanoChatForCausalLM, with the same logits
+    export_gguf(model, tokenizer, 'model.gguf', 'f16')  # of a Llama block alone
+
+What is not in their blocks is moved or refused: multi-token and draft heads are left out; a matrix before lm_head
+(out_proj) becomes the last norm's gains if it is diagonal, as in a Llama that came from elsewhere, and is multiplied into
+lm_head if not.
 """
+import copy
 import json
 import os
 
 import torch
+import torch.nn as nn
 
 from data.files import atomic_write, hold
-from data.foreign_tokenizer import hf_tokenizer
+from data.foreign_tokenizer import hf_tokenizer, pre_tokenizer_of
+from data.llama import GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
 from data.nanochat import HF_NAMES
+from data.rounding import IntEmbedding, IntLinear, unpack
+from data.weights import HF_SHAPE
 
+# the switches of the blocks that others have
+BLOCKS = {'nanochat': {'mlp': 'relu2', 'qk_norm': True, 'embed_norm': True}, 'llama': LLAMA}
+
+
+def block_of(c, kinds=BLOCKS):
+    """GPTConfig -> which of the kinds it is. AssertionError names the switches that make it neither."""
+    for kind in kinds:
+        if all(getattr(c, name) == value for name, value in BLOCKS[kind].items()):
+            return kind
+    switches = ', '.join(f'{name}={getattr(c, name)}' for name in LLAMA)
+    known = ' or '.join(f"{kind}'s ({', '.join(f'{name}={value}' for name, value in BLOCKS[kind].items())})"
+                        for kind in kinds)
+    raise AssertionError(f"this model's block ({switches}) is not {known}, and no other can be written")
+
+
+def check_tokenizer(model, tokenizer):
+    assert getattr(tokenizer, 'kind', '') == 'bpe' and tokenizer.vocab_size == model.config.vocab_size, (
+        f"expected the model's own BPE of {model.config.vocab_size} tokens, "
+        f"not a {getattr(tokenizer, 'kind', None)} tokenizer of {getattr(tokenizer, 'vocab_size', 0)}")
+
+
+def dequantised(model):
+    """A model of integers, as quantize.load gives it -> the float model that they stand for."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (IntLinear, IntEmbedding)):
+            integers = unpack(module.weight, module.step, module.bits, module.group, module.cols)
+            weight = nn.Parameter(integers * module.scale[:, None], requires_grad=False)
+            if isinstance(module, IntEmbedding):
+                made = nn.Embedding(*weight.shape, _weight=weight)
+            else:
+                made = nn.Linear(module.cols, len(weight), bias=False, device='meta')
+                made.weight = weight
+            model.set_submodule(name, made)
+    if model.config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model.eval()
+
+# -----------------------------------------------------------------------------
+# tensors
+
+def own_tensors(model):
+    """GPT -> its tensors on the CPU, float32, without heads that others do not have, nor a tied lm_head."""
+    tensors, left_out = {}, []
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_floating_point(), f"{name} is {tensor.dtype}: export the float model, before it is quantised"
+        if name.startswith(('multi_token.', 'draft.')):
+            left_out.append(name)
+        elif not (model.config.tie_weights and name == 'lm_head.weight'):
+            tensors[name] = tensor.detach().cpu().float().contiguous()
+    if left_out:
+        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: nobody else's models have them")
+    return tensors
+
+
+def without_c_out(tensors, gains):
+    """
+    own_tensors -> the same without transformer.c_out; and the gains (n_embd,) of a norm before lm_head, where gains says
+    that there may be some, or None. What cannot be gains is multiplied into lm_head, in place.
+    """
+    c_out = tensors.pop('transformer.c_out.weight', None)
+    if c_out is None:
+        return None
+    if gains and torch.equal(c_out, c_out.diag().diag()):
+        return c_out.diag()
+    if 'lm_head.weight' not in tensors:
+        print(f"note: lm_head becomes a table of its own, {tensors['transformer.wte.weight'].numel():,} weights more: "
+              "what stands before it has no other place there")
+    tensors['lm_head.weight'] = tensors.get('lm_head.weight', tensors['transformer.wte.weight']) @ c_out
+    return None
+
+
+def nanochat_tensors(model):
+    """GPT of nanochat's block -> {NanoChatForCausalLM's name: tensor}."""
+    tensors, theirs = own_tensors(model), {}
+    without_c_out(tensors, gains=False)
+    for name, tensor in tensors.items():
+        for ours, other in HF_NAMES.items():
+            name = name.replace(ours, other)
+        theirs[name] = tensor
+    return theirs
+
+
+def llama_tensors(model):
+    """GPT of a Llama's block -> {LlamaForCausalLM's name: tensor}. Its norms' gains are 1 but for the last one's."""
+    c, own = model.config, own_tensors(model)
+    ones = torch.ones(c.n_embd)
+    last = without_c_out(own, gains=True)
+    theirs = {'model.embed_tokens': own['transformer.wte.weight'], 'model.norm': ones if last is None else last}
+    if 'lm_head.weight' in own:
+        theirs['lm_head'] = own['lm_head.weight']
+    for i in range(c.n_layer):
+        at, to = f'transformer.h.{i}', f'model.layers.{i}'
+        theirs[f'{to}.input_layernorm'] = ones.clone()
+        theirs[f'{to}.self_attn.q_proj'] = mirrored(own[f'{at}.attn.c_q.weight'], c.head_dim)
+        theirs[f'{to}.self_attn.k_proj'] = mirrored(own[f'{at}.attn.c_k.weight'], c.head_dim)
+        theirs[f'{to}.self_attn.v_proj'] = own[f'{at}.attn.c_v.weight']
+        theirs[f'{to}.self_attn.o_proj'] = own[f'{at}.attn.c_proj.weight']
+        theirs[f'{to}.post_attention_layernorm'] = ones.clone()
+        theirs[f'{to}.mlp.gate_proj'] = own[f'{at}.mlp.c_gate.weight']
+        theirs[f'{to}.mlp.up_proj'] = own[f'{at}.mlp.c_fc.weight']
+        theirs[f'{to}.mlp.down_proj'] = own[f'{at}.mlp.c_proj.weight']
+    return {f'{name}.weight': tensor for name, tensor in theirs.items()}
+
+
+def eps_of(c):
+    """What its norms add to the mean square in float32."""
+    return c.norm_eps or torch.finfo(torch.float32).eps
+
+# -----------------------------------------------------------------------------
+# the tokenizer
+
+def ends_of(tokenizer):
+    """The ids of the tokens with which an answer or a text ends, that of an answer first."""
+    answer = {'nanochat': '<|assistant_end|>', 'chatml': '<|im_end|>'}.get(tokenizer.chat)
+    first = [tokenizer.special(answer)] if answer else []
+    return first + sorted(tokenizer.ends - {*first})
+
+
+def chat_template(tokenizer):
+    """The form of its conversations as a program of Jinja, which transformers and llama.cpp run; None without one."""
+    if tokenizer.chat == 'chatml':
+        line = (tokenizer.system or '').replace('\\', r'\\').replace("'", r"\'").replace('\n', r'\n')
+        default = ("{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\n" + line
+                   + "<|im_end|>\\n' }}{% endif %}" if line else '')
+        return ("{% for message in messages %}" + default
+                + "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    if tokenizer.chat == 'nanochat':    # the system line is put before the first question
+        return ("{{ '<|bos|>' }}{% for message in messages %}{% if message['role'] != 'system' %}"
+                "{{ '<|' + message['role'] + '_start|>' }}"
+                "{% if loop.index == 2 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}"
+                "{% endif %}{{ message['content'] + '<|' + message['role'] + '_end|>' }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|assistant_start|>' }}{% endif %}")
+    return None
+
+# -----------------------------------------------------------------------------
+# Hugging Face's folder
 
 def export_hf(model, tokenizer, folder):
     """
-    Writes a float GPT and its BPE into folder, for transformers' NanoChatForCausalLM and AutoTokenizer: the same
-    logits, the same ids. Multi-token and draft heads have no place there and are left out. There, special tokens are
-    read out of text, unless split_special_tokens=True. Returns folder.
+    Writes a float GPT and its BPE into folder, for transformers' LlamaForCausalLM or NanoChatForCausalLM and
+    AutoTokenizer: the same logits, the same ids. There, special tokens are read out of text, unless
+    split_special_tokens=True. Returns folder. AssertionError if it is no such block.
     """
     import safetensors.torch
-    assert tokenizer.kind == 'bpe' and tokenizer.vocab_size == model.config.vocab_size, (
-        f"expected the model's own BPE of {model.config.vocab_size} tokens, "
-        f"not a {tokenizer.kind} tokenizer of {tokenizer.vocab_size}")
+    check_tokenizer(model, tokenizer)
+    kind = block_of(model.config)
+    tensors = {'nanochat': nanochat_tensors, 'llama': llama_tensors}[kind](model)
     texts = {'tokenizer.json': hf_tokenizer(tokenizer),
              'tokenizer_config.json': hf_tokenizer_config(model.config, tokenizer),
-             'config.json': hf_config(model.config, tokenizer)}
-    files = {'model.safetensors': safetensors.torch.save(hf_tensors(model), metadata={'format': 'pt'})}
+             'config.json': hf_config(model.config, tokenizer, kind, tied='lm_head.weight' not in tensors)}
+    files = {'model.safetensors': safetensors.torch.save(tensors, metadata={'format': 'pt'})}
     files |= {name: json.dumps(text).encode() for name, text in texts.items()}
     with hold(folder):
         for name, content in files.items():
@@ -35,34 +184,19 @@ def export_hf(model, tokenizer, folder):
     return folder
 
 
-def hf_tensors(model):
-    """GPT -> {NanoChatForCausalLM's name: tensor, float32}."""
-    tensors, left_out = {}, []
-    for name, tensor in model.state_dict().items():
-        assert tensor.is_floating_point(), f"{name} is {tensor.dtype}: export the float model, before it is quantised"
-        if name.startswith(('multi_token.', 'draft.')):
-            left_out.append(name)
-        elif not (model.config.tie_weights and name == 'lm_head.weight'):
-            for ours, theirs in HF_NAMES.items():
-                name = name.replace(ours, theirs)
-            tensors[name] = tensor.detach().cpu().float().contiguous()
-    if left_out:
-        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: "
-              "Hugging Face's NanoChat has none")
-    return tensors
-
-
-def hf_config(c, tokenizer):
+def hf_config(c, tokenizer, kind, tied):
     """GPTConfig -> the content of config.json."""
-    ends = [tokenizer.special(name) for name in ('<|assistant_end|>', '<|bos|>') if name in tokenizer.special_tokens]
-    return {'architectures': ['NanoChatForCausalLM'], 'model_type': 'nanochat',
-            'vocab_size': c.vocab_size, 'hidden_size': c.n_embd, 'intermediate_size': c.n_hidden,
-            'num_hidden_layers': c.n_layer, 'num_attention_heads': c.n_head, 'num_key_value_heads': c.n_kv_head,
-            'head_dim': c.head_dim, 'max_position_embeddings': c.block_size, 'hidden_act': 'relu2',
-            'rms_norm_eps': torch.finfo(torch.float32).eps,
-            'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
-            'final_logit_softcapping': c.softcap, 'tie_word_embeddings': c.tie_weights,
-            'bos_token_id': tokenizer.bos, 'eos_token_id': ends or None, 'pad_token_id': None, 'dtype': 'float32'}
+    about = {
+        'nanochat': {'architectures': ['NanoChatForCausalLM'], 'hidden_act': 'relu2',
+                     'final_logit_softcapping': c.softcap or None},
+        # older transformers read the base of RoPE from a place of its own
+        'llama': {'architectures': ['LlamaForCausalLM'], 'hidden_act': 'silu', 'attention_bias': False,
+                  'mlp_bias': False, 'rope_theta': c.rope_base}}[kind]
+    return about | {theirs: getattr(c, ours) for ours, theirs in HF_SHAPE.items()} | {
+        'model_type': kind, 'rms_norm_eps': eps_of(c),
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base}, 'tie_word_embeddings': tied,
+        'bos_token_id': tokenizer.bos, 'eos_token_id': ends_of(tokenizer) or None, 'pad_token_id': None,
+        'dtype': 'float32'}
 
 
 def hf_tokenizer_config(c, tokenizer):
@@ -71,4 +205,107 @@ def hf_tokenizer_config(c, tokenizer):
                 'clean_up_tokenization_spaces': False}
     if tokenizer.bos is not None:
         settings['bos_token'] = tokenizer.decode([tokenizer.bos])
+    if ends_of(tokenizer):
+        settings['eos_token'] = tokenizer.decode(ends_of(tokenizer)[:1])
+    if tokenizer.chat:
+        settings['chat_template'] = chat_template(tokenizer)
     return settings
+
+# -----------------------------------------------------------------------------
+# llama.cpp's file
+
+GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'f32')     # of the matrices
+
+
+def export_gguf(model, tokenizer, path, kind='f16'):
+    """
+    Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one of
+    GGUF_TYPES; norms are float32 always, and of q4_0 the vocabulary's tables are q8_0, as 8 bits serve them. Returns
+    path. AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
+    """
+    import gguf
+    check_tokenizer(model, tokenizer)
+    block_of(model.config, ['llama'])
+    pre = pre_tokenizer_of(tokenizer.pattern)
+    assert pre, ("llama.cpp knows ways to cut text by name, and this tokenizer's is none of them: take one of another "
+                 "model, like --tokenizer=gguf:FILE of data/text/prepare.py, and train on that")
+    tensors = llama_tensors(model)
+
+    def write(f):
+        writer = gguf.GGUFWriter(f.name, 'llama')
+        describe_model(writer, model.config)
+        describe_tokenizer(writer, tokenizer, pre)
+        for name, tensor in tensors.items():
+            add_tensor(writer, gguf_name(name), tensor, model.config, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with hold(os.path.dirname(path), os.path.basename(path)):
+        atomic_write(path, write)
+    return path
+
+
+def describe_model(writer, c):
+    """GPTConfig -> the settings of a GGUF file."""
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.n_hidden)
+    writer.add_head_count(c.n_head)
+    writer.add_head_count_kv(c.n_kv_head)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_base)
+    writer.add_layer_norm_rms_eps(eps_of(c))
+    writer.add_vocab_size(c.vocab_size)
+
+
+def describe_tokenizer(writer, tokenizer, pre):
+    """A BPE, and llama.cpp's name for how it cuts text -> the settings of a GGUF file."""
+    import gguf
+    content = hf_tokenizer(tokenizer)
+    names = content['model']['vocab'] | {token['content']: token['id'] for token in content['added_tokens']}
+    special = {*tokenizer.special_ids}
+    writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(sorted(names, key=names.get))
+    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+                            for i in range(tokenizer.vocab_size)])
+    writer.add_token_merges(content['model']['merges'])
+    if tokenizer.bos is not None:
+        writer.add_bos_token_id(tokenizer.bos)
+    if ends_of(tokenizer):
+        writer.add_eos_token_id(ends_of(tokenizer)[0])
+    # before a text, but not before a conversation in ChatML
+    writer.add_add_bos_token(tokenizer.bos is not None and tokenizer.chat != 'chatml')
+    if tokenizer.chat:
+        writer.add_chat_template(chat_template(tokenizer))
+
+
+def gguf_name(name):
+    """'model.layers.0.self_attn.q_proj.weight' -> 'blk.0.attn_q.weight'"""
+    plain = name.removesuffix('.weight')
+    for theirs, hf in GGUF_NAMES.items():
+        if plain == hf:
+            return f'{theirs}.weight'
+    _, _, layer, what = plain.split('.', 3)
+    return f'blk.{layer}.{next(theirs for theirs, hf in GGUF_LAYER.items() if hf == what)}.weight'
+
+
+def add_tensor(writer, name, tensor, c, kind):
+    """A Llama's tensor in Hugging Face's order of rows -> the writer, rounded as the kind says."""
+    import gguf
+    for part, heads in (('attn_q.', c.n_head), ('attn_k.', c.n_kv_head)):
+        if part in name:
+            tensor = interleaved(tensor, heads)
+    if tensor.ndim == 1:
+        kind = 'f32'
+    elif kind == 'q4_0' and name in ('token_embd.weight', 'output.weight'):
+        kind = 'q8_0'
+    if kind[0] == 'q' and tensor.size(-1) % 32:
+        print(f"note: {name} stays in 16 bits: its rows of {tensor.size(-1)} are not a multiple of 32")
+        kind = 'f16'
+    dtype = getattr(gguf.GGMLQuantizationType, kind.upper())
+    writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), dtype), raw_dtype=dtype)

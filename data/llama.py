@@ -24,6 +24,9 @@ from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, open_ggu
 from data.weights import cut_padding, expecting, hf_file, make, padded_sizes, read_config, read_weights, shape_in
 from model import GPT
 
+# the switches that make our block a Llama's
+LLAMA = {'mlp': 'swiglu', 'qk_norm': False, 'embed_norm': False, 'softcap': 0.0}
+
 # Why other architectures are not our block, by the names that config.json and GGUF files have for them.
 TOO_MUCH = {'qwen2': 'it adds biases to q, k and v', 'qwen3': 'its norms of q and k have gains, and come before RoPE',
             'gemma': 'it has another norm and scales its embeddings', 'phi3': 'it turns only a part of each head',
@@ -78,9 +81,8 @@ def shape_of(c, path):
 
 def llama_config(shape, path):
     """What differs from Llama to Llama, as a dict -> GPTConfig."""
-    block = {'mlp': 'swiglu', 'qk_norm': False, 'embed_norm': False, 'softcap': 0.0}
     with expecting(f"{path} does not say a Llama's shape"):
-        return config_from(shape | block, path)
+        return config_from(shape | LLAMA, path)
 
 
 def load_llama(folder, device='cpu'):
@@ -192,9 +194,18 @@ def dequantised(tensor, config, path):
         x = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         for part, heads in (('attn_q.', config.n_head), ('attn_k.', config.n_kv_head)):
             if part in tensor.name:
-                # row 2i + j of a head is row j * head_dim/2 + i
-                x = x.view(heads, -1, 2, x.size(-1)).transpose(1, 2).reshape(x.shape)
+                x = in_halves(x, heads)
     return x
+
+
+def in_halves(rows, heads):
+    """The rows (heads * head_dim, n) of a GGUF's q or k: 2i + j of a head goes to j * head_dim/2 + i."""
+    return rows.view(heads, -1, 2, rows.size(-1)).transpose(1, 2).reshape(rows.shape)
+
+
+def interleaved(rows, heads):
+    """The way back."""
+    return rows.view(heads, 2, -1, rows.size(-1)).transpose(1, 2).reshape(rows.shape)
 
 
 def say_what_was_lost(tensors, path):
