@@ -136,8 +136,8 @@ def load_causal_lm(folder, device='cpu'):
     n = c.vocab_size
     if tokenizer is not None:
         if n not in padded_sizes(tokenizer.vocab_size):
-            raise ValueError(f"{folder} has a model of {n:,} tokens and a tokenizer of {tokenizer.vocab_size:,}: they do "
-                             "not belong together, use those of one model")
+            raise ValueError(f"{folder} has a model of {n:,} tokens and a tokenizer of {tokenizer.vocab_size:,}: they "
+                             "do not belong together, use those of one model")
         n = tokenizer.vocab_size
     whole = InOne(lambda idx: model(idx, use_cache=False).logits, model, n, block_size)
     with expecting(f"{folder} cannot teach", 'take a causal language model'):
@@ -180,8 +180,8 @@ def load_py(path, device='cpu'):
     c = getattr(model, 'config', None)
     sizes = [getattr(c, name, None) for name in ('vocab_size', 'block_size')]
     if not callable(model) or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"the model of {path} must be callable and have config.vocab_size and config.block_size, whole "
-                         f"numbers, not {sizes}")
+        raise ValueError(f"the model of {path} must be callable and have config.vocab_size and config.block_size, "
+                         f"whole numbers, not {sizes}")
     if isinstance(model, nn.Module):
         model.eval().requires_grad_(False)
     if tokenizer is not None and not hasattr(tokenizer, 'meta'):

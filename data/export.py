@@ -6,9 +6,9 @@ data/nanochat.py are the way in.)
     export_hf(model, tokenizer, 'hf-stdlib-bpe')        # LlamaForCausalLM or NanoChatForCausalLM, with the same logits
     export_gguf(model, tokenizer, 'model.gguf', 'f16')  # of a Llama block alone
 
-What is not in their blocks is moved or refused: multi-token and draft heads are left out; a matrix before lm_head
-(out_proj) becomes the last norm's gains if it is diagonal, as in a Llama that came from elsewhere, and is multiplied into
-lm_head if not.
+What is not in their blocks is moved or left out: multi-token and draft heads are left out; a matrix before lm_head
+(out_proj) becomes the last norm's gains if it is diagonal, as in a Llama that came from elsewhere, and is multiplied
+into lm_head if not.
 """
 import copy
 import json
@@ -75,14 +75,14 @@ def own_tensors(model):
         elif not (model.config.tie_weights and name == 'lm_head.weight'):
             tensors[name] = tensor.detach().cpu().float().contiguous()
     if left_out:
-        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: nobody else's models have them")
+        print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: others' models have none")
     return tensors
 
 
 def without_c_out(tensors, gains):
     """
-    own_tensors -> the same without transformer.c_out; and the gains (n_embd,) of a norm before lm_head, where gains says
-    that there may be some, or None. What cannot be gains is multiplied into lm_head, in place.
+    Takes transformer.c_out out of own_tensors. -> what it becomes as gains (n_embd,) of the norm before lm_head, where
+    gains says that there may be some; or None, and then it is multiplied into lm_head.
     """
     c_out = tensors.pop('transformer.c_out.weight', None)
     if c_out is None:
@@ -219,9 +219,9 @@ GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'f32')     # of the matrices
 
 def export_gguf(model, tokenizer, path, kind='f16'):
     """
-    Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one of
-    GGUF_TYPES; norms are float32 always, and of q4_0 the vocabulary's tables are q8_0, as 8 bits serve them. Returns
-    path. AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
+    Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
+    of GGUF_TYPES; norms are float32 always, and with q4_0 the vocabulary's tables are q8_0. Returns path.
+    AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
     """
     import gguf
     check_tokenizer(model, tokenizer)

@@ -233,7 +233,7 @@ def llama_shapes(c):
 
 
 def build(weights, config, tokenizer, path, device):
-    """A Llama's tensors by Hugging Face's names, its shape and its tokenizer -> our GPT and the tokenizer. ValueError."""
+    """A Llama's tensors by Hugging Face's names, its shape, its tokenizer -> our GPT and the tokenizer. ValueError."""
     with expecting(f"{path} does not hold a Llama's tensors"):
         check_size(config, {name.replace('model.layers.', 'transformer.h.'): t for name, t in weights.items()}, path)
     own = {name: torch.empty(shape, device='meta') for name, shape in llama_shapes(config).items()}
@@ -241,16 +241,16 @@ def build(weights, config, tokenizer, path, device):
     state = as_ours(weights, config)
     if tokenizer is not None:
         if config.vocab_size not in padded_sizes(tokenizer.vocab_size):
-            raise ValueError(f"{path} has {config.vocab_size:,} tokens and its tokenizer {tokenizer.vocab_size:,}: they "
-                             "do not belong together, use those of one model")
+            raise ValueError(f"{path} has {config.vocab_size:,} tokens and its tokenizer {tokenizer.vocab_size:,}: "
+                             "they do not belong together, use those of one model")
         config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
     return make(GPT, config, state, path, device, config.tie_weights), tokenizer
 
 
 def as_ours(weights, config):
     """
-    The tensors of a LlamaForCausalLM, {name: tensor}, which are taken out of there -> the state dict of the GPT that has
-    its logits. config, its GPTConfig, gets out_proj where that is needed.
+    The tensors of a LlamaForCausalLM, {name: tensor}, which are taken out of there -> the state dict of the GPT that
+    has its logits. config, its GPTConfig, gets out_proj where that is needed.
     """
     def take(name):
         return weights.pop(f'{name}.weight').float()
