@@ -73,7 +73,7 @@ class CharTokenizer:
         if not self.chars:
             raise ValueError('a character vocabulary needs at least one character, and this text is empty')
         self.vocab_size = len(self.chars)
-        self.text_ids = {c: i for i, c in enumerate(self.chars)}
+        self._ids = {c: i for i, c in enumerate(self.chars)}
         self.token_bytes = [len(c.encode('utf-8')) for c in self.chars]
 
     def encode(self, text, remedy='leave them out of the prompt, or train a model on a text that has them'):
@@ -81,14 +81,14 @@ class CharTokenizer:
         str -> list of int, one per character. ValueError names the characters that are not in the vocabulary, and says
         what to do about it, which depends on what the text is for.
         """
-        unknown = sorted(set(text) - self.text_ids.keys())
+        unknown = sorted(set(text) - self._ids.keys())
         if unknown:
             # repr keeps newlines and unprintable characters on the one line; an alphabet of thousands is cut short
             known, more = repr(self.chars[:120]), '...' if self.vocab_size > 120 else ''
             names = ', '.join(map(repr, unknown[:5])) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
             raise ValueError(f'no token for {names}: the vocabulary has {self.vocab_size} characters, {known}{more}; '
                              f'{remedy}')
-        return [self.text_ids[c] for c in text]
+        return [self._ids[c] for c in text]
 
     def decode(self, ids):
         """iterable of int -> str. ValueError for an id outside the vocabulary."""

@@ -4,6 +4,7 @@ python -m pytest tests/test_foreign_tokenizer.py      seconds; `pip install toke
 
 The tokenizer in here is made as SmolLM2's is: special tokens have the first ids, some single bytes have no token.
 """
+import doctest
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import data.foreign_tokenizer
+import data.vocabulary
 from conftest import TEMPLATE, TEXTS, build
 from data.checkpoint import save_checkpoint
 from data.foreign_tokenizer import (GPT2_PATTERN, PATTERNS, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
@@ -179,6 +182,23 @@ def test_ids_are_those_of_tokenizers(table, tmp_path, name):
     for text in TEXTS + HARD + fuzz:
         readable = ''.join('\ufffd' if MISSING & set(c.encode()) else c for c in text)
         assert ours.encode(text) == theirs.encode(readable).ids, ascii(text)
+
+
+def test_every_way_to_make_a_token_may_be_listed(table, tmp_path):
+    """As in Llama 3's list of merges, which was made of ranks."""
+    vocab, merges = table
+    pairs = [(token[:i], token[i:]) for token in (a + b for a, b in merges) for i in range(1, len(token))]
+    pairs = [pair for pair in pairs if vocab.keys() >= {*pair}]
+    assert len(pairs) > len(merges)
+    one, other = (hf_folder_tokenizer(folder(tmp_path, document((vocab, listed), HUB['llama-bpe'])))
+                  for listed in (merges, pairs))
+    assert one.meta() == other.meta()
+
+
+def test_docstring_examples():
+    for module in (data.foreign_tokenizer, data.vocabulary):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed
 
 
 def test_other_ways_to_cut_text_are_refused_by_name(table, tmp_path):
