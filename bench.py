@@ -303,7 +303,8 @@ def build(format):
     model = random_model() if shape in SHAPES else trained_model(bits)
     if bits and not rounding_of(model):
         model = convert(model, bits)
-    return Engine(for_decoding(model, pack) if '-' in format else model, compile=format.endswith('compiled'))
+    compiled = format.endswith('compiled')
+    return Engine(for_decoding(model, pack, kernels=not compiled) if '-' in format else model, compile=compiled)
 
 
 def bytes_per_pass(model):
@@ -861,9 +862,9 @@ def timed_runs(rows):
         for drafter, head in HEADS.items():
             if hasattr(model, head):
                 drafters.setdefault('tok_s_speculative', drafter)
-        model = for_decoding(model)
         compiles = row['name'] in compiled.split(',') and can_compile(device)
         for how in ('', '_compiled') if compiles else ('',):
+            model = for_decoding(open_model(row['file'])[0], kernels=not how)
             engine = Engine(model, bool(how), torch.int8 if row['int8_cache'] else torch.float32)
             runs += [(row, key + how, engine, text, drafter, []) for key, drafter in drafters.items()]
     return runs

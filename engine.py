@@ -15,6 +15,7 @@ The text is the same in all of them.
 import codecs
 import functools
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
+from data.layouts import step_of
 from model import sees
 from data.rounding import round_rows
 
@@ -187,6 +189,8 @@ class KVCache:
     for T more tokens in each row; then every layer calls attend once. rewind forgets the last tokens again.
     dtype=torch.int8 keeps integers with one scale for each token and head: 4 times less memory than float32.
     """
+    starts = None       # (B,) int64: where the few tokens of a step begin, for data/kernels.py; of a prompt None
+
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
         self.block_size = config.block_size
         self.lengths = [0] * batch                  # plain ints: asking a GPU for them would stall it
@@ -236,6 +240,7 @@ class KVCache:
             self.position = query = starts[:, None] + self.numbers[:T]          # (B, T)
         key = self.numbers[:round_up(longest)]                                  # (S,)
         self.mask = additive(sees(query[..., None], key), torch.float32 if self.int8 else self.store['k'][0].dtype)
+        self.starts = torch.tensor(self.lengths) if T <= FEW and self.store['k'][0].dtype == torch.float32 else None
         self.lengths = [n + T for n in self.lengths]
         return self.position
 
@@ -468,6 +473,18 @@ class Rounds:
 # -----------------------------------------------------------------------------
 # the engine
 
+MOST_LAYERS = 12        # a round unrolls its layers and tokens, and at 30 layers compiling it did not end in nine minutes
+
+
+def rounds_pay(model):
+    """Whether a model has few enough layers to compile whole rounds of it; says so if not."""
+    n = model.config.n_layer
+    if n > MOST_LAYERS:
+        print(f'compile: whole rounds of {n} layers would take minutes to compile (up to {MOST_LAYERS} do not): '
+              'decoding token by token', file=sys.stderr)
+    return n <= MOST_LAYERS
+
+
 class Engine:
     """
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
@@ -477,6 +494,8 @@ class Engine:
     cache held), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
+        assert not compile or step_of(model) == 'PyTorch', \
+            'compile=True compiles what PyTorch does: arrange the model by for_decoding(model, kernels=False)'
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
         self.compile, self.cache_dtype = compile, cache_dtype
         self.stats = {}

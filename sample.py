@@ -22,8 +22,8 @@ import torch
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
 from data.tokenizer import from_meta
-from data.layouts import for_decoding
-from engine import DRAFTERS, FEW, Engine, Sampling, Speculation
+from data.layouts import for_decoding, step_of
+from engine import DRAFTERS, FEW, Engine, Sampling, Speculation, rounds_pay
 from data.machine import can_compile, pick_device
 from model import GPT
 from quantize import BITS, int_share, load
@@ -44,7 +44,8 @@ seed = 1337
 drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: all
-compile = False             # compile whole rounds: some 30 s once, then several times the speed for a small model
+compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, compiled in a second, once; False: without a compiler
+                            # True: whole rounds of tokens in a call, half a minute of compiling, which a model of few layers pays back
 int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
@@ -62,6 +63,7 @@ limits = {                  # what they may be
     'seed': (None, None),
     'drafter': list(DRAFTERS),
     'draft_n': (0, FEW - 1),
+    'compile': ['auto', 'True', 'False'],
 }
 exec(open(in_repo('configurator.py')).read())
 # -----------------------------------------------------------------------------
@@ -225,6 +227,7 @@ def print_stats():
         'tokens_per_verify': stats['tokens'] / max(1, sum(stats['accepted'])) if drafter != 'none' else 1.0,
         'weights': kind,
         'drafter': drafter,
+        'step': 'compiled rounds' if rounds else step_of(model),
         'params': n_params,
         'file': path,
         'bytes': os.path.getsize(path),
@@ -232,7 +235,7 @@ def print_stats():
         'kv_bytes_per_token': model.kv_bytes_per_token(int8_cache),
         'device': device}
     print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
-          f"{numbers['tok_s']:,} tok/s; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
+          f"{numbers['tok_s']:,} tok/s by {numbers['step']}; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
     print(json_line(numbers), file=sys.stderr)
 
 # -----------------------------------------------------------------------------
@@ -259,8 +262,9 @@ with torch.device('meta'):
 share = 0.0 if kind == 'float' else int_share(model)
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)
-engine = Engine(for_decoding(model, draft_vocab=draft_vocab), compile and can_compile(device),
-                torch.int8 if int8_cache else torch.float32)
+rounds = compile == 'True' and can_compile(device) and rounds_pay(model)
+model = for_decoding(model, draft_vocab=draft_vocab, kernels=compile != 'False' and not rounds)
+engine = Engine(model, rounds, torch.int8 if int8_cache else torch.float32)
 
 # -----------------------------------------------------------------------------
 # and write

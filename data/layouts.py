@@ -9,14 +9,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.kernels import KernelBlock, KernelLinear
 from data.rounding import IntLinear, Rounded, round_rows
 
 
-def for_decoding(model, pack=None, draft_vocab=0):
+def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     """
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
-    input, c_q, c_k and c_v, and c_gate and c_fc, become one: fewer, larger calls. 4 bits become the int8 matrices that they stand for:
-    a byte a weight in memory, the same bits in every result. An int8 vocabulary is packed.
+    input, c_q, c_k and c_v, and c_gate and c_fc, become one: fewer, larger calls.
+    kernels: a model of integers on a CPU with a C++ compiler decodes by kernels.py, and 4 bits stay 4 bits in memory.
+    Otherwise 4 bits become the int8 matrices that they stand for, a byte a weight in memory, the same bits in every
+    result, and an int8 vocabulary is packed.
     pack packs the other matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there
     is arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
     byte a weight in memory, see PackedInt4Linear.
@@ -37,10 +40,18 @@ def for_decoding(model, pack=None, draft_vocab=0):
             mlp.c_gate = mlp.c_fc = None
     for name, module in list(model.named_modules()):
         if isinstance(module, IntLinear):
-            model.set_submodule(name, packed_integers(module, pack))
+            model.set_submodule(name, packed_integers(module, pack, kernels))
         elif isinstance(module, nn.Linear) and pack:
             model.set_submodule(name, PackedLinear(module.weight, pack))
+    for i, block in enumerate(model.transformer.h):
+        if all(isinstance(m, KernelLinear) for m in (block.attn.c_qkv, block.attn.c_proj, block.mlp.c_proj)):
+            model.transformer.h[i] = KernelBlock(block)
     return model
+
+
+def step_of(model):
+    """By what a model decodes, in words."""
+    return 'kernels' if isinstance(model.transformer.h[0], KernelBlock) else 'PyTorch'
 
 
 def float_linear(weight):
@@ -68,11 +79,15 @@ def joined(parts):
     return IntLinear(Rounded(v, scale, step, first.bits, first.group))
 
 
-def packed_integers(linear, pack):
+def packed_integers(linear, pack, kernels=True):
     """An IntLinear in the layout that is fastest here."""
+    if kernels and pack is None and KernelLinear.fits(linear):
+        return KernelLinear(linear)
     if linear.step is not None and pack == torch.bfloat16 and PackedInt4Linear.fits(linear):
         return PackedInt4Linear(linear)
     linear = IntLinear(Rounded(linear.integers(), linear.scale))            # 8 bits, whatever they were
+    if kernels and pack is None and KernelLinear.fits(linear):
+        return KernelLinear(linear)
     return PackedInt8Linear(linear) if PackedInt8Linear.pays(linear) else linear
 
 

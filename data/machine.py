@@ -102,23 +102,32 @@ def what_fails(kind):
     if why:
         return why
     if kind == 'cpu':
-        compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
-        words = shlex.split(compiler)
-        if not shutil.which(compiler) and words and shutil.which(words[0]):
-            # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
-            from torch._inductor import config
-            compiler = words[0]
-            config.cpp.cxx = (None, compiler)
-        if not shutil.which(compiler):
-            return 'no C++ compiler was found (apt-get install g++ python3-dev)'
+        compiler, why = cpp_compiler()
+        if why:
+            return why
         if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
             return 'no Python.h was found (apt-get install g++ python3-dev)'
-        # asked directly, as torch would not call a compiler whose result it has kept
-        got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
-                             capture_output=True, text=True)
-        if got.returncode:
-            return f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
+        if compiler != os.environ.get('CXX', compiler):
+            # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
+            from torch._inductor import config
+            config.cpp.cxx = (None, compiler)
     return small_compilation(kind)
+
+
+def cpp_compiler():
+    """-> the C++ compiler's name, and why it cannot be used, or None."""
+    compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
+    words = shlex.split(compiler)
+    if not shutil.which(compiler) and words:
+        compiler = words[0]
+    if not shutil.which(compiler):
+        return compiler, 'no C++ compiler was found (apt-get install g++ python3-dev)'
+    # asked directly, as torch would not call a compiler whose result it has kept
+    got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
+                         capture_output=True, text=True)
+    if got.returncode:
+        return compiler, f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
+    return compiler, None
 
 
 @functools.lru_cache(maxsize=None)

@@ -1,0 +1,146 @@
+"""
+A block of integers over the few tokens of a decoding step, in five calls of C++ (kernels.cpp) instead of some seventy of
+PyTorch. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go through PyTorch as ever.
+
+The compiler takes a second, once: its result is kept for other processes, and serves all shapes. Products are the same
+integers as everywhere. Norms, softmaxes and silu sum floats in an order of their own, so a logit may differ from PyTorch's
+in its last digits; but it is the same however many rows, drafts or tokens are read with it.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+
+import torch
+import torch.nn as nn
+
+from data.files import in_repo, private_folder
+from data.machine import cpp_compiler
+from data.rounding import int_matmul
+from model import Block
+
+AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what a matrix reads of x, see kernels.cpp
+ROWS = 16               # products of more rows than so many are PyTorch's, which is the faster one there
+EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is 0
+
+# -----------------------------------------------------------------------------
+# the library
+
+FLAGS = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
+POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 3 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
+              'int_linear': [POINTER] * 7 + [INT] * 5 + [FLOAT], 'attend': [POINTER] * 7 + [INT] * 8 + [FLOAT]}
+
+
+@functools.lru_cache(maxsize=None)
+def library():
+    """-> kernels.cpp, compiled for this CPU, or None where that is not possible."""
+    compiler, why = cpp_compiler()
+    if why or platform.system() == 'Windows':
+        return None
+    source = in_repo('data/kernels.cpp')
+    # another source, machine or compiler is another file
+    about = [open(source).read(), *FLAGS, compiler, platform.node(), cpu_flags()]
+    path = os.path.join(private_folder('picochat-kernels'), hashlib.sha256('\n'.join(about).encode()).hexdigest()[:24])
+    if not os.path.exists(path):
+        got = subprocess.run([compiler, *FLAGS, source, '-o', f'{path}.{os.getpid()}'], capture_output=True)
+        if got.returncode:
+            return None
+        os.replace(f'{path}.{os.getpid()}', path)
+    try:
+        lib = ctypes.CDLL(path)
+    except OSError:                             # the folder forbids programs, say
+        return None
+    for name, arguments in SIGNATURES.items():
+        getattr(lib, name).argtypes, getattr(lib, name).restype = arguments, None
+    return lib
+
+
+def cpu_flags():
+    """What this processor can do, in words (Linux), or ''."""
+    if not os.path.exists('/proc/cpuinfo'):
+        return ''
+    return next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
+
+
+def pointer(t):
+    return None if t is None else t.data_ptr()
+
+# -----------------------------------------------------------------------------
+# a matrix
+
+class KernelLinear(nn.Module):
+    """An IntLinear on a CPU, of 8 or 4 bits; both stay what they are in memory."""
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.rows = linear, len(linear.scale)
+        self.group = 0 if linear.step is None else linear.group
+        self.register_buffer('sums', linear.integers().sum(dim=1, dtype=torch.int32))
+
+    @staticmethod
+    def fits(linear):
+        """Whether the kernels take this matrix: groups of 4 bits must divide both halves of a row."""
+        if linear.weight.device.type != 'cpu' or library() is None:
+            return False
+        return linear.step is None or (linear.cols % 64 == 0 and linear.cols % linear.group == 0)
+
+    def forward(self, x):
+        return self.read(x.float().contiguous())
+
+    def read(self, x, what=AS_IT_IS, eps=0.0, rest=None):
+        """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N); rest (..., N) is added to it."""
+        linear, N, K = self.linear, self.rows, self.linear.cols
+        M = x.numel() // (2 * K if what == SWIGLU else K)
+        if M > ROWS:
+            return self.read_many(x, M, what, eps, rest)
+        y = x.new_empty(*x.shape[:-1], N)
+        library().int_linear(x.data_ptr(), linear.weight.data_ptr(), pointer(linear.step), self.sums.data_ptr(),
+                             linear.scale.data_ptr(), pointer(rest), y.data_ptr(), M, N, K, self.group, what, eps)
+        return y
+
+    def read_many(self, x, M, what, eps, rest):
+        """read for many rows: the same bits, by PyTorch's product of integers."""
+        linear, N, K = self.linear, self.rows, self.linear.cols
+        xq, xs = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
+        library().round_rows(x.data_ptr(), xq.data_ptr(), xs.data_ptr(), M, K, what, eps)
+        w = linear.weight
+        if self.group:
+            w = torch.empty(N, K, dtype=torch.int8)
+            library().unpack(linear.weight.data_ptr(), linear.step.data_ptr(), w.data_ptr(), N, K, self.group)
+        xq = (xq ^ 128).view(torch.int8)        # 128 less
+        y = (int_matmul(xq, w) * linear.scale * xs).view(*x.shape[:-1], N)
+        return y if rest is None else y + rest
+
+# -----------------------------------------------------------------------------
+# a block
+
+class KernelBlock(Block):
+    """A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding)."""
+    def __init__(self, block):
+        nn.Module.__init__(self)
+        self.attn, self.mlp, self.dropout, self.eps = block.attn, block.mlp, block.dropout, block.eps
+        swiglu = hasattr(self.mlp, 'c_gate_fc')
+        self.reader, self.what = ('c_gate_fc', SWIGLU) if swiglu else ('c_fc', RELU2)
+
+    def forward(self, x, cos, sin, cache):
+        """As Block.forward. cache.starts says where the few tokens of a step begin; of a prompt it is None."""
+        if cache is None or cache.starts is None:
+            return super().forward(x, cos, sin, cache)
+        attn, mlp, eps = self.attn, self.mlp, self.eps or EPS
+        qkv = attn.c_qkv.read(x, NORM, eps)                                 # (B, T, (n_head + 2 * n_kv_head) * head_dim)
+        x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
+        hidden = getattr(mlp, self.reader).read(x, NORM, eps)
+        return mlp.c_proj.read(hidden, self.what, rest=x)
+
+    def attend(self, qkv, cos, sin, cache):
+        """-> (B, T, n_head * head_dim)"""
+        attn, (B, T, _) = self.attn, qkv.shape
+        keys, values = (cache.store[name][attn.layer] for name in 'kv')
+        y = qkv.new_empty(B, T, attn.n_head * attn.head_dim)
+        library().attend(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
+                         cache.starts.data_ptr(), y.data_ptr(), B, T, attn.n_head, attn.n_kv_head, attn.head_dim,
+                         keys.size(2), cos.dim() == 4, attn.qk_norm, self.eps or EPS)
+        return y
+
