@@ -49,7 +49,10 @@ def load_tokenizer(path):
     tokenizer = hf_folder_tokenizer(path)
     if tokenizer:
         return tokenizer
-    if kind != 'hf' and (os.path.isfile(path) or os.path.isfile(at('tokenizer.pkl'))):
+    if kind == 'hf':
+        raise ValueError(f'no tokenizer in {path!r}: expected a folder with tokenizer.json, or with vocab.json and '
+                         'merges.txt: copy or download them as well')
+    if os.path.isfile(path) or os.path.isfile(at('tokenizer.pkl')):
         return load_nanochat_tokenizer(path)
     script = at('prepare.py')
     remedy = f'run python {script}, or ' if os.path.exists(script) else ''

@@ -354,5 +354,5 @@ def test_every_kind_of_path(smol, table, tmp_path):
     assert load_tokenizer(tmp_path / 'int').chars == 'abc'
     torch.save({'model': 1}, tmp_path / 'other.pt')
     error_of(load_tokenizer, tmp_path / 'other.pt', match='not a picochat checkpoint')
-    error_of(load_tokenizer, f'hf:{tmp_path}/int', match='no tokenizer at .*expected .*gguf:FILE')
+    error_of(load_tokenizer, f'hf:{tmp_path}/int', match='no tokenizer in .*expected a folder with')
     error_of(load_tokenizer, 'data/text', match='run python data/text/prepare.py, or expected')
