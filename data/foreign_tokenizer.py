@@ -34,30 +34,32 @@ def load_tokenizer(path):
     ValueError if there is none of them, or if it is damaged or of another kind.
     """
     path = str(path)
-    kind, colon, rest = path.partition(':')
-    if colon and kind in ('gguf', 'hf'):
-        path = rest
+    if path.startswith('gguf:') or path.endswith('.gguf'):
+        return gguf_tokenizer(path.removeprefix('gguf:'))
+    if path.startswith('hf:'):
+        tokenizer = hf_folder_tokenizer(path.removeprefix('hf:'))
+        if tokenizer is None:
+            raise ValueError(f'no tokenizer in {path}: expected a folder with tokenizer.json, or with vocab.json and '
+                             'merges.txt: copy or download them as well')
+        return tokenizer
+
     at = lambda name: os.path.join(path, name)
-    if kind == 'gguf' or path.endswith('.gguf'):
-        return gguf_tokenizer(path)
-    if kind != 'hf' and os.path.exists(at('meta.json')):
+    if os.path.exists(at('meta.json')):
         return from_meta(read_json(at('meta.json'), AGAIN))
     models = [at(name) for name in MODELS if os.path.exists(at(name))]
-    if kind != 'hf' and (models or os.path.isfile(path) and path.endswith(('.pt', '.safetensors'))):
+    if not models and os.path.isfile(path) and path.endswith(('.pt', '.safetensors')):
+        models = [path]
+    if models:
         from quantize import load  # reads PyTorch and all, which others need not
-        return from_meta(load([*models, path][0])[1]['tokenizer'])
+        return from_meta(load(models[0])[1]['tokenizer'])
     tokenizer = hf_folder_tokenizer(path)
-    if tokenizer:
+    if tokenizer is not None:
         return tokenizer
-    if kind == 'hf':
-        raise ValueError(f'no tokenizer in {path!r}: expected a folder with tokenizer.json, or with vocab.json and '
-                         'merges.txt: copy or download them as well')
     if os.path.isfile(path) or os.path.isfile(at('tokenizer.pkl')):
         return load_nanochat_tokenizer(path)
-    script = at('prepare.py')
-    remedy = f'run python {script}, or ' if os.path.exists(script) else ''
-    raise ValueError(f'no tokenizer at {path!r}: {remedy}expected a prepared data/<name>, an out_dir or '
-                     "checkpoint of picochat, gguf:FILE, hf:FOLDER (tokenizer.json), or nanochat's tokenizer.pkl or its folder; "
+    remedy = f'run python {at("prepare.py")}, or ' if os.path.exists(at('prepare.py')) else ''
+    raise ValueError(f'no tokenizer at {path!r}: {remedy}expected a prepared data/<name>, an out_dir or checkpoint of '
+                     "picochat, gguf:FILE, hf:FOLDER, nanochat's tokenizer.pkl or its folder; "
                      'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')
 
 
