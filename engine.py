@@ -432,6 +432,8 @@ class Rounds:
         if speculation.drafter == 'mtp':
             self.n = min(self.n, engine.config.multi_token_n)
         self.draft = DRAFTERS.get(speculation.drafter, speculation.drafter) if self.n else None
+        if isinstance(self.draft, type):            # a drafter that learns as it goes
+            self.draft = self.draft()
         self.depth = Depth(self.n)
         self.pick = functools.partial(draw, sampling=sampling)
         self.device, self.cold = engine.device, sampling.temperature < COLD

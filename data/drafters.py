@@ -1,7 +1,7 @@
 """
 Drafters: they guess the next tokens for speculative decoding, which keeps those that the model would have drawn itself
 (engine.py). A wrong guess costs time and never changes the text. To add your own: write a function like these and give
-it to engine.Speculation, or name it in DRAFTERS.
+it to engine.Speculation, or name it in DRAFTERS. A class is made anew for every generation.
 
     (model, x, last, texts, noise, pick) -> up to k tokens for every row, (B, k) int64, that may come next
 
@@ -28,20 +28,65 @@ def draft_multi_token(model, x, last, texts, noise, pick):
     return pick(model.logits(torch.cat(states, dim=1)), noise)
 
 
-def draft_ngram(model, x, last, texts, noise, pick):
-    """What followed the latest earlier occurrence of the text's last tokens, the more of them the better."""
-    return torch.tensor([look_up(text, noise.size(1)) for text in texts], device=noise.device)
+class NGram:
+    """
+    Prompt lookup: what followed the latest earlier occurrence of the text's last tokens, the more of them the better. One
+    of these serves one generation: it keeps an index of each text, and how often it was right behind as many tokens that
+    were the same. It drafts while a draft is likely enough to be kept.
+    """
+    LONGEST = 8         # tokens that are compared
+    LIKELY = 0.25       # a draft this likely is worth its row in the pass
+
+    def __init__(self):
+        self.indices = {}
+        self.right = [0.3 + 0.05 * n for n in range(self.LONGEST + 1)]      # by n, the tokens that were the same
+
+    def __call__(self, model, x, last, texts, noise, pick):
+        k = noise.size(1)
+        drafts = [self.draft(self.indices.setdefault(id(text), Index(text, self.LONGEST)), k) for text in texts]
+        longest = max(map(len, drafts))
+        drafts = [(draft + text[-1:] * longest)[:longest] for draft, text in zip(drafts, texts)]
+        return torch.tensor(drafts, dtype=torch.long, device=noise.device).view(len(texts), longest)
+
+    def draft(self, index, k):
+        """Up to k tokens that may follow a text."""
+        self.learn(index)
+        n, follows = index.look_up(k)
+        a = self.right[n]
+        likely = sum(a ** (i + 1) > self.LIKELY for i in range(k)) if n else 0
+        # what is not drafted is not seen to be right: so it is believed a little more each time, until it is tried
+        if likely == 0:
+            self.right[n] += 0.02 * (0.5 - a)
+        index.guess = (len(index.text), n, follows[:likely])
+        return follows[:likely]
+
+    def learn(self, index):
+        """From what became of the last drafts. One behind a wrong one had no chance, and does not count."""
+        place, n, drafted = index.guess
+        for guessed, token in zip(drafted, index.text[place:]):
+            self.right[n] += 0.1 * ((guessed == token) - self.right[n])
+            if guessed != token:
+                break
 
 
-def look_up(text, k, longest=8):
-    """k tokens that may follow text (a token list): prompt lookup."""
-    repeated = text[-1:] * k
-    for n in range(min(longest, len(text) - 1), 0, -1):
-        tail = text[-n:]
-        for at in range(len(text) - n - 1, -1, -1):
-            if text[at:at + n] == tail:
-                return (text[at + n:at + n + k] + repeated)[:k]
-    return repeated
+class Index:
+    """Where each run of up to longest tokens of a text was last followed by another; the text may grow."""
+    def __init__(self, text, longest):
+        self.text, self.longest, self.ends, self.known = text, longest, {}, 0
+        self.guess = (0, 0, [])
+
+    def look_up(self, k):
+        """-> how many last tokens stand elsewhere, too, and up to k tokens that followed them there"""
+        text = self.text
+        for end in range(self.known + 1, len(text)):                        # text[end] follows these runs
+            for n in range(1, min(self.longest, end) + 1):
+                self.ends[tuple(text[end - n:end])] = end
+        self.known = max(self.known, len(text) - 1)
+        for n in range(min(self.longest, len(text) - 1), 0, -1):
+            end = self.ends.get(tuple(text[-n:]))
+            if end is not None:
+                return n, text[end:end + k]
+        return 0, []
 
 
 def draft_random(model, x, last, texts, noise, pick):
@@ -51,7 +96,7 @@ def draft_random(model, x, last, texts, noise, pick):
     return torch.tensor(guesses, device=noise.device)
 
 
-DRAFTERS = {'none': None, 'head': draft_head, 'mtp': draft_multi_token, 'ngram': draft_ngram, 'random': draft_random}
+DRAFTERS = {'none': None, 'head': draft_head, 'mtp': draft_multi_token, 'ngram': NGram, 'random': draft_random}
 HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a head -> the model's name for it
 
 

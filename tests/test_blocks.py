@@ -1,0 +1,146 @@
+"""
+data/kernels.py: a block of integers in C++ is the block that PyTorch computes: its products to the bit, the rest to the last
+digits of a float; and a token's result is the same bits whatever is read with it. Prompt lookup by an index.
+"""
+import copy
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data.kernels as K
+from conftest import CHAR, build, randomise
+from data.drafters import Index, NGram
+from data.layouts import for_decoding, step_of
+from data.rounding import IntLinear, convert, round_weight
+from engine import Engine, KVCache, Sampling, Speculation, rounds_pay
+from model import GPT, GPTConfig
+
+needs_kernels = pytest.mark.skipif(K.library() is None, reason='kernels.cpp needs a C++ compiler')
+SHAPES = {'ours': dict(n_kv_head=1), 'a Llama': dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0,
+                                                     norm_eps=1e-5, out_proj=True, n_kv_head=2)}
+
+
+def two(shape, bits):
+    """The same model of integers, as it is and arranged for kernels."""
+    model = randomise(GPT(GPTConfig(block_size=120, vocab_size=96, n_layer=2, n_head=4, n_embd=64, n_hidden=128,
+                                    multi_token_n=2, draft_n=2, **SHAPES[shape])), std=0.12)
+    plain = convert(model, bits)
+    return plain, for_decoding(copy.deepcopy(plain))
+
+
+@needs_kernels
+@pytest.mark.parametrize('bits, group, cols', [(8, 32, 7), (8, 32, 192), (4, 32, 192), (4, 64, 128), (4, 128, 256)])
+def test_a_product_is_the_same_bits(bits, group, cols):
+    torch.manual_seed(0)
+    linear = IntLinear(round_weight(torch.randn(21, cols), bits, group))
+    fast = K.KernelLinear(linear)
+    for rows in (1, 2, 5, K.ROWS, K.ROWS + 1, 200):
+        x = 10 * torch.randn(1, rows, cols)
+        x[0, 0] = 0
+        rest = torch.randn(1, rows, 21)
+        assert torch.equal(fast(x), linear(x))
+        assert torch.equal(fast.read(x, rest=rest), rest + linear(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize('what, reads', [
+    (K.NORM, lambda x: torch.nn.functional.rms_norm(x, (96,), eps=1e-5)), (K.RELU2, lambda x: x.relu().square()),
+    (K.SWIGLU, lambda x: torch.nn.functional.silu(x[..., :96]) * x[..., 96:])])
+def test_what_a_matrix_reads(what, reads):
+    """Next to no activation falls to the other side, and both ways for few and many rows are one."""
+    x = 5 * torch.randn(200, 192 if what == K.SWIGLU else 96)
+    linear = IntLinear(round_weight(torch.eye(96)))
+    fast = K.KernelLinear(linear)
+    got, expected = fast.read(x, what, 1e-5), linear(reads(x))
+    assert ((got - expected).abs() < 1e-5 * expected.abs().amax(dim=-1, keepdim=True)).float().mean() > 0.999
+    assert torch.equal(torch.cat([fast.read(few, what, 1e-5) for few in x.split(7)]), got)
+
+
+@needs_kernels
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('shape', SHAPES)
+@torch.inference_mode()
+def test_it_is_the_same_block(shape, bits):
+    """Close to PyTorch's behind a prompt; and to the bit, whatever rows, and tokens of a row, are read together."""
+    plain, fast = two(shape, bits)
+    assert step_of(plain) == 'PyTorch' and step_of(fast) == 'kernels'
+    ids = torch.randint(96, (3, 100))
+
+    def states(model, widths, rows=slice(None), size=None):
+        cache = KVCache(model.config, len(ids[rows]), size)
+        parts = ids[rows].split(widths, dim=1)
+        return torch.cat([model.trunk(part, cache) for part in parts], dim=1)
+    one_by_one = states(fast, [40] + [1] * 60)
+    near = (one_by_one - states(plain, [40] + [1] * 60)).abs().amax(dim=-1) < 1e-4
+    assert near.float().mean() > 0.5            # where an activation fell to the other side, it is not
+    assert torch.equal(states(fast, [40, 5, 16, 15, 9, 1, 14], size=10), one_by_one)
+    assert torch.equal(states(fast, [40, 7, 53], slice(1, 2))[:, :47], one_by_one[1:2, :47])
+
+
+@needs_kernels
+@pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
+def test_text_does_not_depend_on_drafts_or_neighbours(shape, bits):
+    plain, fast = two(shape, bits)
+    engine, prompts = Engine(fast), [CHAR.encode(t) for t in ('to be', 'x', 'a longer one, of words of words')]
+    sampling = Sampling(0.8, top_k=20, seed=3)
+    texts = engine.complete(prompts, 40, sampling)
+    assert texts[0] == engine.complete(prompts[:1], 40, sampling)[0]
+    for drafter, k in (('head', 4), ('mtp', 2), ('ngram', 7), ('random', 15)):
+        assert engine.complete(prompts, 40, sampling, Speculation(drafter, k, adapt=k == 4)) == texts
+    many = engine.complete(prompts[:1], 10, sampling, num_samples=K.ROWS + 4)
+    assert many[0] == texts[0][:10]
+    small = Engine(fast, cache_dtype=torch.int8)            # attention is PyTorch's then
+    assert small.complete(prompts, 20, speculation=Speculation('random', 4)) == small.complete(prompts, 20)
+
+
+def test_without_a_compiler_it_is_pytorch(monkeypatch):
+    monkeypatch.setattr(K, 'library', lambda: None)
+    plain, fast = two('ours', 4)
+    assert step_of(fast) == 'PyTorch'
+    assert Engine(fast).complete([[1, 2]], 30) == Engine(plain).complete([[1, 2]], 30)
+
+
+@needs_kernels
+def test_whole_rounds_are_compiled_of_few_layers_only(capsys):
+    with pytest.raises(AssertionError, match='kernels=False'):
+        Engine(two('ours', 8)[1], compile=True)
+    assert not rounds_pay(SimpleNamespace(config=GPTConfig(n_layer=30)))
+    assert rounds_pay(build()) and 'whole rounds of 30 layers' in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# prompt lookup
+
+def look_up(text, k, longest=8):
+    """What Index.look_up gives, by going through the whole text."""
+    for n in range(min(longest, len(text) - 1), 0, -1):
+        for at in range(len(text) - n - 1, -1, -1):
+            if text[at:at + n] == text[-n:]:
+                return n, text[at + n:at + n + k]
+    return 0, []
+
+
+def test_the_index_finds_what_a_search_finds():
+    rng = random.Random(0)
+    for _ in range(50):
+        text = rng.choices(range(4), k=rng.randrange(1, 6))
+        index = Index(text, 8)
+        for _ in range(20):
+            assert index.look_up(4) == look_up(text, 4)
+            text += rng.choices(range(4), k=rng.randrange(1, 4))
+
+
+def test_lookup_drafts_what_is_likely():
+    """All of a text that repeats itself; of one that never does what it did before, hardly anything."""
+    rng, noise = random.Random(0), torch.zeros(1, 4, 1)
+    drafter, text = NGram(), [*range(20)] * 3
+    for _ in range(10):
+        drafts = drafter(None, None, None, [text], noise, None)[0].tolist()
+        text += [(text[-1] + 1) % 20]
+    assert drafts == [(text[-2] + i) % 20 for i in (1, 2, 3, 4)]
+    drafter, text, drafted = NGram(), [0, 1], 0
+    for _ in range(300):
+        drafted += drafter(None, None, None, [text], noise, None).size(1)
+        text.append(rng.randrange(50))
+    assert drafted < 60
