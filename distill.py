@@ -8,53 +8,60 @@ Distillation: a student that learns from a teacher's distributions beside the te
     python train.py config/distill_stdlib_bpe.py
         # ... from which any number of students learn
 
+    python distill.py --teacher=gguf:SmolLM2-135M.gguf --to_picochat=out-smollm
+        # a Llama that someone else trained, as best.pt, for every other script; so of hf:FOLDER and nanochat:FOLDER
     python distill.py --fetch=d32 --out_dir=teachers/d32
         # nanochat's d32, 7.2 GB; then --teacher=nanochat:teachers/d32
-    python distill.py --teacher=nanochat:teachers/d32 --dataset=fineweb_edu --to_picochat=out-d32
-        # as best.pt, for every other script
-    python distill.py --teacher=out-stdlib-bpe --to_hf=hf-stdlib-bpe
-        # for transformers' NanoChatForCausalLM
+    python distill.py --teacher=out-smollm --to_hf=hf-smollm
+        # for transformers' LlamaForCausalLM, or NanoChatForCausalLM if the block is nanochat's
+    python distill.py --teacher=out-smollm/int8.safetensors --to_gguf=smollm.gguf --gguf_type=q8_0
+        # for llama.cpp, here what the integers stand for
 
     from distill import Distiller
     losses = Distiller(student, [teacher])(idx, targets)  # {'ce': ..., 'kl': ..., ...}, each in nats per unmasked token
 
-A teacher is a picochat model (its out_dir or a .pt), nanochat:FOLDER (of the d20-d34 era), gpt2:PATH (nanoGPT's ckpt.pt
-or Hugging Face's folder), random:d32 (that shape with random weights, to measure with), or several joined by +, whose
-probabilities are averaged. data/foreign.py reads those that are not ours. Before it teaches, its loss on some of the
+A teacher is one of these, or several joined by +, whose probabilities are averaged (data/foreign.py reads those that
+are not ours):
+    out-stdlib-bpe      a picochat model, its out_dir or a .pt; or an int8.safetensors, in float
+    gguf:FILE           a Llama of llama.cpp's format
+    hf:FOLDER           a folder of Hugging Face's: a Llama, or anything else that transformers loads
+    nanochat:FOLDER     of the d20-d34 era; later ones by py:
+    gpt2:PATH           nanoGPT's ckpt.pt, or a folder of Hugging Face's gpt2
+    py:FILE             a Python file of your own, with load(device) -> (model, tokenizer or None); it is run
+    random:d32          the shape of that nanochat with random weights, to measure with
+Before it teaches, its loss on some of the
 text is printed beside what guessing by the tokens' frequencies gives, and it is refused if it is no better than that.
 Labels are written for every token of the training split, with at least a quarter of the context to its left (but for
 the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
 Those of --method=topk are not, unless k is the vocabulary.
 """
 import contextlib
-import json
 import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import quantize
-from data.causal_lm import InOne
-from data.checkpoint import load_model, save_checkpoint
-from data.export import GGUF_TYPES, dequantised, export_gguf, export_hf
-from data.files import atomic_write, check_once, check_types, hold, in_repo, json_line, read_json, sync_folder
-from data.foreign import FILES, KINDS, refuse_other_blocks
+from data.checkpoint import save_checkpoint
+from data.export import GGUF_TYPES, export_gguf, export_hf
+from data.files import hold, in_repo, json_line
+from data.foreign import refuse_other_blocks
 from data.gpt2 import GPT2
-from data.judge import check_reading, may_label, tokens_each_may_label
-from data.loader import Loader, copy_to, dataset_of
+from data.judge import check_reading
+from data.labels import Labels, Recipe, fit_temperature, refuse_labels, write_labels
+from data.loader import Loader
+from data.machine import autocast, can_compile, pick_device, pick_dtype, shard
 from data.nanochat import fetch_nanochat
 from data.record import already, record
 from data.signals import interrupt_on_stop
-from data.tokenizer import fingerprint, from_meta, vocab_size_of
-from data.weights import drop_padding, padded
-from data.machine import autocast, can_compile, pick_device, pick_dtype, shard
+from data.teachers import (check_teachers, fitted, in_bfloat16, load_teacher, load_teachers, teacher_log_probs,
+                           teacher_names)
+from data.tokenizer import from_meta
 from model import GPT, chunked, or_one, rope_tables
 
 # -----------------------------------------------------------------------------
@@ -77,20 +84,6 @@ def jsd(s, t):
 
 
 DIVERGENCES = {'forward_kl': forward_kl, 'reverse_kl': reverse_kl, 'jsd': jsd}
-
-
-def teacher_log_probs(models, states, temperature, may=None):
-    """
-    The teachers' models and the states (N, n_embd) of each -> the mean of their distributions at temperature, as
-    log-probabilities (N, V). may: (models, N) bool, which of them have a say on which token; all, if it is None.
-    """
-    logs = [F.log_softmax(model.logits(x) / temperature, dim=-1) for model, x in zip(models, states)]
-    if len(logs) == 1:
-        return logs[0]
-    logs = torch.stack(logs)                    # (models, N, V)
-    if may is None:
-        return logs.logsumexp(dim=0) - math.log(len(logs))
-    return logs.masked_fill(~may[..., None], -math.inf).logsumexp(dim=0) - may.sum(dim=0).log()[:, None]
 
 
 class Distiller(nn.Module):
@@ -139,111 +132,6 @@ class Distiller(nn.Module):
         ce, kl = both.sum(dim=0) / or_one(counts['ce'])
         return {'ce': ce, 'kl': kl} | self.student.head_losses(x, targets, idx, counts)
 
-# -----------------------------------------------------------------------------
-# teachers
-
-@dataclass
-class Teacher:
-    """Who teaches, as a value: the model, and what is known about it."""
-    name: str                   # as it was asked for: 'out-stdlib-bpe', 'nanochat:teachers/d32'
-    model: nn.Module            # in eval mode, without gradients
-    tokenizer: object = None    # None: it does not say
-    dataset: str = None         # the folder under data/ that it was trained on; None: it does not say
-    hold_out: str = ''          # the part of that dataset that it has not seen, like '1/4'; empty: it has seen all
-    data: str = None            # the sha256 of the text that it was trained on
-
-
-def teacher_names(spec):
-    """'A+B+...' -> the names A, B, ...; where a path with a + in it is there, it is one name."""
-    parts, names = spec.split('+') if spec else [], []
-    while parts:
-        n = len(parts)                          # the longest name that is there, or what stands before the next +
-        while n > 1 and not os.path.exists(path_of('+'.join(parts[:n]))):
-            n -= 1
-        names.append('+'.join(parts[:n]))
-        parts = parts[n:]
-    return names
-
-
-def path_of(name):
-    """'gpt2:PATH' -> PATH; a name without a kind is a path."""
-    kind, _, path = name.partition(':')
-    return path if kind in KINDS else name
-
-
-def check_teachers(spec):
-    """
-    'A+B+...', or a folder of labels -> the files that they are read from. ValueError if a teacher of another project's
-    making is not there: its data are prepared with its tokenizer, so a script asks for it before it looks for data.
-    """
-    files = []
-    for name in teacher_names(spec):
-        kind, _, path = name.partition(':')
-        if kind in FILES:
-            files.append(FILES[kind](path))
-        elif kind not in KINDS:
-            labels = os.path.join(name, 'labels.bin')
-            files.append(labels if os.path.exists(labels) else checkpoint_of(name))
-    return files
-
-
-def checkpoint_of(name):
-    """A picochat teacher is named by its out_dir, or by a .pt in it."""
-    return os.path.join(name, 'best.pt') if os.path.isdir(name) else name
-
-
-def load_teacher(name, device='cpu'):
-    """
-    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) ->
-    Teacher. ValueError for what is missing, damaged, hostile or of another kind.
-    """
-    kind, _, path = name.partition(':')
-    if kind in KINDS:
-        model, tokenizer = KINDS[kind](path, device)
-        return Teacher(name, model.requires_grad_(False), tokenizer)
-    if name.endswith('.safetensors'):           # of quantize.py; as a teacher it is in float
-        model, state = quantize.load(name, device)
-        return Teacher(name, dequantised(model), from_meta(state['tokenizer']), dataset_of(state, name))
-    if not os.path.exists(name):
-        raise ValueError(f"no teacher at {name}: train one (python train.py ...), "
-                         f"or write its labels there (python distill.py --teacher=... --out_dir={shlex.quote(name)})")
-    model, state = load_model(checkpoint_of(name), device)
-    return Teacher(name, model.requires_grad_(False), from_meta(state['tokenizer']), dataset_of(state, name),
-                   state.get('knobs', {}).get('hold_out', ''), state.get('data'))
-
-
-def fitted(teacher, tokenizer, block_size, dataset=None):
-    """
-    The Teacher as one for texts of that dataset, in windows of block_size tokens. ValueError if it reads other ids, or
-    fewer of them at once.
-    """
-    theirs, c = teacher.tokenizer, teacher.model.config
-    if theirs is None and c.vocab_size == padded(tokenizer.vocab_size):
-        drop_padding(teacher.model, tokenizer.vocab_size)
-    if theirs is not None and fingerprint(theirs) != fingerprint(tokenizer):
-        raise ValueError(f"the teacher {teacher.name} has another tokenizer ({theirs.vocab_size:,} tokens) "
-                         f"than the data ({tokenizer.vocab_size:,}): prepare the data with the teacher's own")
-    if c.vocab_size != tokenizer.vocab_size or c.block_size < block_size:
-        raise ValueError(f"the teacher {teacher.name} has a vocabulary of {c.vocab_size:,} and a context of "
-                         f"{c.block_size}, which must be {tokenizer.vocab_size:,} and at least "
-                         f"block_size ({block_size})")
-    c.block_size = block_size                   # it attends to no more, which flops_per_token counts
-    same = teacher.dataset and dataset and os.path.normpath(teacher.dataset) == os.path.normpath(dataset)
-    return teacher if same else replace(teacher, hold_out='')   # of another text it has held out nothing
-
-
-def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
-    """'A+B+...' -> list of Teacher, all of them fitted. ValueError says which is not there, or does not fit."""
-    return [fitted(load_teacher(name, device), tokenizer, block_size, dataset) for name in teacher_names(spec)]
-
-
-def in_bfloat16(model):
-    """Its matrices in bfloat16, in place: autocast would make the same of them anew, from float32, for every pass."""
-    for module in () if isinstance(model, InOne) else model.modules():
-        if isinstance(module, nn.Linear):       # a new parameter: an embedding that is tied to it stays as it is
-            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
-    return model
-
 
 def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', temperature=1.0, dataset=None,
                  device='cpu', dtype='float32', fsdp=False):
@@ -276,258 +164,6 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
     with autocast(device, dtype):
         check_reading([replace(teacher, model=model) for teacher, model in zip(teachers, models)], loader)
     return Distiller(student, models, divergence, temperature), None
-
-# -----------------------------------------------------------------------------
-# how teachers read a text: in windows of block_size tokens, each of which starts three quarters of a window after the
-# one before. So every place in the text lies beyond the first quarter of one window, and that one labels it: its
-# teacher has seen at least a quarter of a window before it. (Rows of chats hold whole conversations: they do not
-# overlap.)
-
-def overlap(loader):
-    """How many tokens a window shares with the one before."""
-    return 0 if loader.row else loader.block_size // 4
-
-
-def stride(loader):
-    """Tokens from the start of one window to that of the next."""
-    return loader.block_size - overlap(loader)
-
-
-def first_place(batch, loader):
-    """
-    Where batch number so many of windows begins to label, which is where the one before ends. The first begins with
-    the text.
-    """
-    return batch * loader.batch_size * stride(loader) + overlap(loader) if batch else 0
-
-
-@torch.no_grad()
-def read_windows(batch, teachers, loader):
-    """
-    Runs the teachers over batch number so many of windows, which labels N places, in each the token that comes next.
-    -> the first of the places; the models of the teachers who may label any of them, the states (N, n_embd) of each;
-    and may (models, N), who may label which. The last batch may reach beyond the end of the text.
-    """
-    windows = [batch * loader.batch_size + i for i in range(loader.batch_size)]
-    x, _ = loader.rows([window * stride(loader) for window in windows])         # (B, T)
-    places = torch.arange(first_place(batch, loader), first_place(batch + 1, loader), device=x.device)     # (N,)
-    # the window that labels a place; the start of the text lies in the first one alone
-    window = ((places - overlap(loader)) // stride(loader)).clamp(min=0)
-    position = places - window * stride(loader)                                 # of the place within that window
-    following = (places + 1).clamp(max=loader.n_tokens - 1)
-    may = torch.stack([may_label(teacher, following, loader) for teacher in teachers])
-    models = [teacher.model for teacher, here in zip(teachers, may) if here.any()]
-    states = [model.trunk(x)[window - windows[0], position] for model in models]
-    return first_place(batch, loader), models, states, may[may.any(dim=1)]
-
-
-@torch.no_grad()
-def fit_temperature(teachers, loader, batches=16):
-    """
-    -> the temperature of 0.8, 0.85, ..., 2 at which the teachers' distributions give the text the most probability, by
-    so many batches spread over it: teachers that have read their own text often are too sure of what they have not
-    read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
-    """
-    tokens_each_may_label(teachers, loader)     # raises if nobody may label some token
-    vocab_size = teachers[0].model.config.vocab_size
-    grid = [round(0.8 + 0.05 * i, 2) for i in range(25)]
-    nats = torch.zeros(25, dtype=torch.float64)
-    total = math.ceil(loader.n_tokens / (loader.batch_size * stride(loader)))
-    for batch in range(0, total, math.ceil(total / batches)):
-        first, models, states, may = read_windows(batch, teachers, loader)
-        following = slice(first + 1, first + 1 + may.size(1))                   # ends where the text does
-        y = torch.from_numpy(loader.tokens[following].astype(np.int64)).to(may.device)
-        rows = torch.arange(len(y))
-        if loader.mask is not None:             # of chats only what is learnt
-            rows = rows[torch.from_numpy(loader.mask[following] != 0)]
-        rows = rows[::max(1, len(rows) * vocab_size // 2**25)]  # evenly spaced, fewer with a large vocabulary
-        states = [s[rows] for s in states]
-        for i, temperature in enumerate(grid):
-            log_p = teacher_log_probs(models, states, temperature, may[:, rows])
-            nats[i] -= log_p.gather(1, y[rows, None]).sum().cpu()
-        print(f'calibrating: at token {first:,} of {loader.n_tokens:,}', flush=True)
-    return grid[nats.argmin()]
-
-# -----------------------------------------------------------------------------
-# soft labels on disk
-
-@dataclass
-class Recipe:
-    """Labels are of the teachers' distributions at temperature * calibration, for a student at temperature."""
-    method: str = 'sample'      # sample: k draws a token; topk: the k most probable
-    k: int = 12
-    temperature: float = 1.0
-    calibration: float = 1.0    # see fit_temperature
-    seed: int = 1337            # of the draws
-
-
-def label_type(method, k, vocab_size):
-    """
-    The record of one token: the teachers' entropy in nats, k ids, and for topk their probabilities;
-    samples weigh 1/k each.
-    """
-    fields = [('entropy', '<f2'), ('ids', '<u2' if vocab_size <= 2**16 else '<u4', (k,))]
-    if method == 'topk':
-        fields.append(('p', '<f2', (k,)))
-    return np.dtype(fields)
-
-
-@torch.no_grad()
-def choose_labels(log_p, method, k, generator):
-    """
-    log_p (N, V) -> ids (N, k): k draws, or the k most probable;
-    and for topk their probabilities (N, k), made to sum to 1.
-    """
-    if method == 'sample':
-        return torch.multinomial(log_p.exp(), k, replacement=True, generator=generator), None
-    p, ids = log_p.exp().topk(k, dim=-1)
-    return ids, p / p.sum(dim=-1, keepdim=True)
-
-
-@torch.no_grad()
-def label_batch(batch, teachers, loader, recipe):
-    """The records (N,) of the places that this batch of windows labels, as far as the text goes."""
-    vocab_size = teachers[0].model.config.vocab_size
-    generator = torch.Generator(loader.device).manual_seed(hash((recipe.seed, batch)))
-    first, models, states, may = read_windows(batch, teachers, loader)
-    labels = np.empty(may.size(1), label_type(recipe.method, recipe.k, vocab_size))
-    for rows in torch.arange(len(labels)).split(max(1, 2**25 // vocab_size)):   # 128 MiB of logits at a time
-        log_p = teacher_log_probs(models, [s[rows] for s in states], recipe.temperature * recipe.calibration,
-                                  may[:, rows])
-        ids, p = choose_labels(log_p, recipe.method, recipe.k, generator)
-        labels['entropy'][rows] = -(log_p.exp() * log_p).sum(dim=-1).cpu()
-        labels['ids'][rows] = ids.cpu()
-        if p is not None:
-            labels['p'][rows] = p.cpu()
-    return labels[:loader.n_tokens - first]
-
-
-def describe(teachers, loader, recipe):
-    """What meta.json says of labels, their cost included."""
-    T = loader.block_size
-    counts = tokens_each_may_label(teachers, loader)
-    flops = sum(count * teacher.model.flops_per_token(training=False) for teacher, count in zip(teachers, counts))
-    return {**asdict(recipe), 'vocab_size': teachers[0].model.config.vocab_size, 'block_size': T,
-            'batch_size': loader.batch_size, 'tokens': loader.n_tokens, 'data': loader.meta['sha256']['train.bin'],
-            'flops': T / stride(loader) * flops}
-
-
-def refuse_labels(folder):
-    """ValueError if there are labels already."""
-    if os.path.exists(os.path.join(folder, 'meta.json')):
-        raise ValueError(f"{folder} already holds labels: give another --out_dir, or remove it")
-
-
-def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
-    """
-    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it
-    a folder is not a set of labels. about: what else meta.json is to say. Goes on with a labels.bin.part that it finds,
-    and ends with the same bytes. Returns what meta.json says.
-    """
-    meta = dict(about) | describe(teachers, loader, recipe)
-    whole, begun = os.path.join(folder, 'labels.bin'), os.path.join(folder, 'begun.json')
-    part = f'{whole}.part'
-    with hold(folder):
-        refuse_labels(folder)
-        if not os.path.exists(begun):
-            for path in (whole, part):          # without a meta.json they are no labels
-                if os.path.exists(path):
-                    os.remove(path)
-            atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
-        elif read_json(begun, 'remove the folder, or give another --out_dir') != meta:
-            raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
-                             "remove the folder, or give another --out_dir")
-        # if only what is whole is there, we were killed between the last two lines
-        if os.path.exists(part) or not os.path.exists(whole):
-            write_records(part, teachers, loader, recipe)
-            os.replace(part, whole)
-            sync_folder(folder)
-        os.replace(begun, os.path.join(folder, 'meta.json'))
-    return meta
-
-
-def write_records(path, teachers, loader, recipe):
-    """The records of all tokens -> the file at path, which may hold the first of them already."""
-    n = loader.n_tokens
-    size = label_type(recipe.method, recipe.k, teachers[0].model.config.vocab_size).itemsize
-    with open(path, 'ab') as f:
-        # what is there ends with a whole batch, or with a torn one, which is written again
-        done = f.tell() // size
-        batch = max(0, done - overlap(loader)) // (loader.batch_size * stride(loader))
-        f.seek(f.truncate(size * first_place(batch, loader)))
-        began = told = time.perf_counter()
-        while f.tell() < size * n:
-            records = label_batch(batch, teachers, loader, recipe).tobytes()
-            try:
-                f.write(records)
-                f.flush()
-            except OSError as e:
-                raise OSError(f"could not write {path}: {e.strerror}; what is there is kept: "
-                              "free some disk space and run the same command again") from e
-            batch += 1
-            now, seen = time.perf_counter(), f.tell() // size
-            if now - told > 5:
-                told = now
-                print(f'{seen:,} of {n:,} tokens, {(seen - done) / (now - began):,.0f} tokens/s', flush=True)
-        os.fsync(f.fileno())
-
-
-LABELS_META = {'data': str, 'tokens': int, 'method': str, 'k': int, 'vocab_size': int, 'temperature': float}
-
-
-def check_labels(path, table, vocab_size, remedy):
-    """ValueError unless all ids are of the vocabulary, and all else are numbers."""
-    for i in range(0, len(table), 2**20):
-        for name in table.dtype.names:
-            part = table[name][i:i + 2**20]
-            right = (part < vocab_size) if name == 'ids' else np.isfinite(part) & (part >= 0)
-            if not right.all():
-                raise ValueError(f"{path} has {name} that cannot be ({part[~right].flat[0]}): {remedy}")
-
-
-class Labels:
-    """
-    A folder that write_labels wrote, for the data that it was written for.
-    batch(starts, block_size) -> what Distiller takes.
-    """
-    def __init__(self, folder, loader, device='cpu'):
-        again = f"write them again, python distill.py --teacher=... --out_dir={shlex.quote(str(folder))}"
-        meta, path = os.path.join(folder, 'meta.json'), os.path.join(folder, 'labels.bin')
-        self.meta, vocab_size = read_json(meta, again), vocab_size_of(loader.meta)
-        if 'data' not in self.meta or not os.path.exists(path):
-            raise ValueError(f"{folder} holds no whole labels: write some, "
-                             "python distill.py --teacher=... --out_dir=ANOTHER")
-        m = check_types(self.meta, meta, again, LABELS_META)
-        # the loader has fewer tokens than the labels if it holds out a part
-        if m['data'] != loader.meta['sha256']['train.bin'] or m['tokens'] != loader.n_tokens:
-            raise ValueError(f"the labels in {folder} were written for other tokens than this dataset has: {again}")
-        if m['vocab_size'] != vocab_size:
-            raise ValueError(f"the labels in {folder} are of {m['vocab_size']:,} tokens, and this dataset has "
-                             f"{vocab_size:,}: {again}")
-        if m['method'] not in ('sample', 'topk') or not 1 <= m['k'] <= 2**16:
-            raise ValueError(f"the labels in {folder} are {m['k']} of method {m['method']!r:.20} a token, "
-                             f"which nothing writes: {again}")
-        kind = label_type(m['method'], m['k'], vocab_size)
-        size, expected = os.path.getsize(path), m['tokens'] * kind.itemsize
-        if size != expected:
-            raise ValueError(f"{path} has {size:,} bytes, expected {expected:,}: write the labels again")
-        self.table, self.device = np.memmap(path, kind, 'r'), device  # (n_tokens,)
-        check_once(path, [m['method'], m['k'], vocab_size], lambda: check_labels(path, self.table, vocab_size, again))
-
-    def batch(self, starts, block_size):
-        """
-        starts: B places in the split -> ids (B, T, k) int64, weights (B, T, k) and entropy (B, T) float32,
-        for the tokens after those places.
-        """
-        places = np.array(starts)[:, None] + np.arange(block_size)  # (B, T)
-        rows = self.table[np.minimum(places, len(self.table) - 1)]
-        ids = torch.from_numpy(rows['ids'].astype(np.int64))
-        entropy = torch.from_numpy(rows['entropy'].astype(np.float32))
-        if 'p' in rows.dtype.names:
-            weight = torch.from_numpy(rows['p'].astype(np.float32))
-        else:
-            weight = torch.full(ids.shape, 1 / ids.size(-1))
-        return copy_to(self.device, ids, weight, entropy)
 
 # -----------------------------------------------------------------------------
 # the script: labels, fetching, converting
@@ -593,7 +229,7 @@ if __name__ == '__main__':
         """Cuts a model's context, in place: its tables of positions become shorter. 0: as it is."""
         c = model.config
         assert block_size <= c.block_size, (
-            f"block_size ({block_size}) is more than the context of {teacher}, {c.block_size}: lower it, or leave it out")
+            f"block_size ({block_size}) is more than {teacher}'s context, {c.block_size}: lower it, or leave it out")
         if block_size:
             c.block_size = block_size
             model.cos, model.sin = rope_tables(c)
@@ -601,8 +237,8 @@ if __name__ == '__main__':
     def say_size(model):
         """What was read, in two lines."""
         c = model.config
-        print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads of "
-              f"{c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
+        print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads "
+              f"of {c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
         print(f"context: {c.block_size:,} tokens, whose keys and values take "
               f"{c.block_size * model.kv_bytes_per_token() / 1e6:,.0f} MB (--block_size= makes it shorter)", flush=True)
 
@@ -642,8 +278,8 @@ if __name__ == '__main__':
     assert jobs or teacher and out_dir, (
         "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     assert jobs == 0 or jobs == 1 and (out_dir if fetch else teacher), (
-        "--fetch= needs --out_dir= (where the files go); --to_picochat=, --to_hf= or --to_gguf= need --teacher= (what is "
-        "written there); one of the four at a time")
+        "--fetch= needs --out_dir= (where the files go); --to_picochat=, --to_hf= or --to_gguf= need --teacher= (what "
+        "is written there); one of the four at a time")
     name = 'best.pt' if to_picochat else 'model.safetensors' if to_hf else 'labels.bin'
     product = to_gguf or os.path.join(to_picochat or to_hf or out_dir, name)
     # in a ladder (bench.py), what this very command has made from these files is not made again

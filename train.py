@@ -29,8 +29,9 @@ from data.files import atomic_write, hold, in_repo, json_line
 from data.loader import Loader, load_meta, micro_batches
 from data.record import already, record
 from data.signals import on_stop
+from data.teachers import check_teachers
 from data.tokenizer import from_meta
-from distill import check_teachers, make_learner
+from distill import make_learner
 from engine import Engine, Sampling
 from data.machine import (autocast, can_compile, join_processes, least, peak_flops, pick_device, pick_dtype, shard,
                           share)

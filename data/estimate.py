@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from data.files import read_json
 from data.loader import Loader
-from distill import Distiller, in_bfloat16, load_teacher, teacher_names
+from data.teachers import in_bfloat16, load_teacher, teacher_names
+from distill import Distiller
 from data.machine import PEAK_FLOPS, autocast
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, make_optimizers, update
 from data.rounding import prepare

@@ -1,6 +1,6 @@
 """
 Whether a teacher may teach a text: it must not have seen what it labels if it was trained with hold_out, and it must
-know these tokens. A library of distill.py, whose Teacher (a model, its name, hold_out and data) is meant here.
+know these tokens. A library of distill.py; a Teacher is that of data/teachers.py.
 
     check_reading(teachers, loader)     # one line a teacher; ValueError if it only guesses
 """

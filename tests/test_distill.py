@@ -21,11 +21,12 @@ import model as model_file
 from data.checkpoint import load_checkpoint
 from data.gpt2 import GPT2, GPT2Config
 from data.judge import check_reading, loss_on_text
+from data.labels import Labels, Recipe, choose_labels, fit_temperature, write_labels
 from data.loader import Loader, held_out
+from data.teachers import Teacher, check_teachers, in_bfloat16, load_teacher, load_teachers, teacher_names
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_dataset
-from distill import (DIVERGENCES, Distiller, Labels, Recipe, Teacher, check_teachers, choose_labels, fit_temperature,
-                     in_bfloat16, load_teacher, load_teachers, make_learner, teacher_names, write_labels)
+from distill import DIVERGENCES, Distiller, make_learner
 from model import GPT, GPTConfig, shift
 
 SHAPE = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
@@ -610,7 +611,7 @@ def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
 @pytest.mark.parametrize('flags, pattern', [
     ('', 'give --teacher='),
     ('--fetch=d32', '--fetch= needs --out_dir='),
-    ('--to_hf={x}/hf --to_picochat={x}/p --teacher={t}', 'one of the three at a time'),
+    ('--to_hf={x}/hf --to_picochat={x}/p --teacher={t}', 'one of the four at a time'),
     ('--fetch=d20 --out_dir={x}/d20', r'fetch \(d20\) must be one of d32, d34'),
     ('--teacher={t} --to_hf={x}/hf', 'takes a teacher of picochat.s own blocks with a BPE'),
     ('--teacher={x}/nothing --out_dir={x}/l', 'no teacher at'),

@@ -20,10 +20,12 @@ from data.checkpoint import load_model
 from data.export import chat_template, export_gguf, export_hf
 from data.foreign import KINDS
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
+from data.labels import Recipe, write_labels
 from data.loader import Loader
 from data.rounding import convert
+from data.teachers import Teacher, check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
-from distill import Distiller, Recipe, Teacher, check_teachers, load_teacher, write_labels
+from distill import Distiller
 from model import GPT, GPTConfig
 
 SHAPE = {'model_type': 'llama', 'vocab_size': V, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, run, write_gpt2_tokenizer, write_nanochat,
-                      write_nanogpt)
+from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, refused, run, write_gpt2_tokenizer,
+                      write_nanochat, write_nanogpt)
 
 import quantize as Q
 from data.checkpoint import load_model, save_checkpoint
@@ -24,9 +24,9 @@ from data.export import export_hf
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, hf_folder_tokenizer, merges_of
 from data.gpt2 import load_gpt2
 from data.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
+from data.teachers import check_teachers, load_teacher
 from data.tokenizer import CharTokenizer, fingerprint, train_bpe
 from data.writer import write_dataset
-from distill import check_teachers, load_teacher
 from model import GPT, GPTConfig, rope_tables
 
 GOLDEN = '../shared/data/nanochat_e0'
@@ -131,8 +131,7 @@ def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
     assert abs(result['val_loss_quant'] - result['val_loss_float']) < 0.1
-    # without a dataset it is refused
-    assert 'to_picochat' in run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}').err
+    refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}'), 'already holds a best.pt')
 
 
 def test_steps_and_places(tmp_path, bpe):
