@@ -120,9 +120,9 @@ def load_nanochat_tokenizer(path):
 # -----------------------------------------------------------------------------
 # Byte-level BPE, as Hugging Face and llama.cpp keep it
 
-# How text is cut before merging, by llama.cpp's names. In a tokenizer.json SmolLM's is two steps: every digit by itself,
-# then GPT-2's pattern on what lies between. One expression does both, if white space before a digit is taken whole, as
-# it is at the end of a text.
+# How text is cut before merging, by llama.cpp's names. A tokenizer.json has two steps for SmolLM's: every digit by
+# itself, then GPT-2's pattern on what lies between. One expression does both, if white space before a digit is taken
+# whole, as it is at the end of a text.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
