@@ -1,7 +1,7 @@
 """
 Processes beside and around ours: two that write in one folder, signals, a terminal or a pipe that closes.
 
-$ python -m pytest tests/test_processes.py        half a minute
+$ python -m pytest tests/test_processes.py
 """
 import errno
 import json
@@ -263,7 +263,6 @@ def test_a_training_that_nobody_reads_is_saved(model, tmp_path):
 @pytest.mark.parametrize('product, command', [
     ('{x}/meta.json', 'data/text/prepare.py --input={m}/text.txt --out_dir={x}'),
     ('{x}/int8.safetensors', 'quantize.py --out_dir={m}/out --save_dir={x} --device=cpu'),
-    ('{x}/best.pt', 'prune.py --out_dir={m}/out --save_dir={x} --neuron_prune_ratio=0.5 --device=cpu'),
     ('{m}', 'data/text/prepare.py --help'),
 ])
 def test_work_that_nobody_reads_is_done(model, tmp_path, product, command):

@@ -2,7 +2,7 @@
 train.py end to end, on a toy text that is made here: what resumes, accumulates, runs in parallel or is compiled must
 equal what does not; what cannot work must say so in one line and leave everything as it was.
 
-$ python -m pytest tests/test_train.py        about a minute; most runs share this process, to import torch once
+$ python -m pytest tests/test_train.py
 """
 import contextlib
 import io
