@@ -194,6 +194,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """relu^2 (Primer, arXiv 2109.08668)"""
+    readers = ('c_fc',)                 # the matrices that read x
+
     def __init__(self, n_in, n_hidden, n_out):
         super().__init__()
         self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
@@ -205,6 +207,8 @@ class MLP(nn.Module):
 
 class SwiGLU(nn.Module):
     """A Llama's MLP: hidden units that a second matrix opens and shuts (arXiv 2002.05202)."""
+    readers = ('c_gate', 'c_fc')
+
     def __init__(self, n_in, n_hidden, n_out):
         super().__init__()
         self.c_gate = nn.Linear(n_in, n_hidden, bias=False)

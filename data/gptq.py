@@ -10,7 +10,10 @@ import torch
 from data.loader import progress
 from data.rounding import (GROUP, IntLinear, Rounded, choose_step, convert, format_of, round_rows, round_to,
                            round_weight)
+from model import norm
 
+
+@torch.no_grad()
 def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     """
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
@@ -18,56 +21,72 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
     from its columns as they are by then.
     """
-    if w.device.type == 'mps':                  # which has no float64
-        fitted = gptq_weight(w.cpu(), hessian.cpu(), bits, group, damping)
-        step = None if fitted.step is None else fitted.step.to(w.device)
-        return Rounded(fitted.v.to(w.device), fitted.scale.to(w.device), step, bits, group)
     form = format_of(bits)
     nearest = round_weight(w, bits, group)      # its scale stays; v and step are chosen anew
-    scale, step, v = nearest.scale, nearest.step, torch.empty_like(nearest.v)
-    x = (w / scale[:, None]).double()
-    hessian = hessian.double()
-    # without the damping, inputs that are always zero would stop the Cholesky decomposition
-    hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(w.size(1), device=w.device)
-    # row j of U: how later columns answer an error in column j
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    for start in range(0, w.size(1), group):
-        block, upper = x[:, start:start + group], U[start:start + group, start:start + group]
-        errors = torch.zeros_like(block)
+    answer = answers(hessian, damping).to(w.device)
+    x = (w.float() / nearest.scale[:, None]).T.contiguous()                      # (cols, rows): a column lies in one piece
+    v, step = torch.empty_like(x), nearest.step
+    for start in range(0, len(x), group):
+        # the columns of a group one by one; what comes later answers to all of them in one product
+        end = min(start + group, len(x))
+        block, here = x[start:end], answer[start:end, start:end]
+        errors = torch.empty_like(block)
         s = 1
         if form.steps > 1:
-            s = choose_step(block.float(), form)                                 # (rows, 1)
-            step[:, start // group] = s.squeeze(1)
-        for j in range(block.size(1)):
-            column = block[:, j:j + 1]                                           # (rows, 1)
-            rounded = round_to(column, s, form.edge)
-            v[:, start + j:start + j + 1] = rounded
-            errors[:, j:j + 1] = (column - rounded) / upper[j, j]
-            block[:, j + 1:] -= errors[:, j:j + 1] * upper[j, j + 1:]
-        # the columns of later groups, in one product
-        x[:, start + group:] -= errors @ U[start:start + group, start + group:]
-    return Rounded(v, scale, step, bits, group)
+            s = choose_step(block.T, form).squeeze(1)                            # (rows,)
+            step[:, start // group] = s
+        for j in range(end - start):
+            v[start + j] = round_to(block[j], s, form.edge)
+            errors[j] = (block[j] - v[start + j]) / here[j, j]
+            block[j + 1:].addr_(here[j, j + 1:], errors[j], alpha=-1)
+        x[end:].addmm_(answer[start:end, end:].T, errors, alpha=-1)
+    return Rounded(v.T.contiguous().to(torch.int8), nearest.scale, step, bits, group)
 
 
-def second_moments(model, names, run):
+def answers(hessian, damping):
     """
-    {name: sum of x x^T (cols, cols)} over the tokens x that model's matrices of these names read while run() runs,
-    rounded as an integer matrix rounds them.
+    hessian (cols, cols) -> U (cols, cols) float32, upper triangular: row j says how later columns answer an error in
+    column j. It is the Cholesky factor of the inverse, taken in float64.
     """
-    sums = dict.fromkeys(names, 0.0)
+    hessian = hessian.double().cpu()            # some GPUs have no float64
+    # without the damping, inputs that are always zero would stop the decomposition
+    hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(len(hessian))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
-    def reads(name):
-        def add(module, args):
-            xq, xs = round_rows(args[0].float())
-            x = (xq * xs).flatten(0, -2)                                         # (tokens, cols)
-            sums[name] = sums[name] + x.T @ x
-        return add
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(reads(name)) for name in names]
+def second_moment(inputs):
+    """
+    inputs: a list of (..., cols) -> the sum of x x^T (cols, cols) over all tokens x, rounded as an integer matrix rounds
+    what it reads.
+    """
+    total = 0
+    for x in inputs:
+        xq, xs = round_rows(x.float())
+        x = (xq * xs).flatten(0, -2)                                             # (tokens, cols)
+        total = total + x.T @ x
+    return total
+
+
+def read_by(module, run):
+    """The inputs that module reads while run() runs, a list."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run()
-    for hook in hooks:
-        hook.remove()
-    return sums
+    hook.remove()
+    return seen
+
+
+def fit(target, source, names, inputs, bits, group):
+    """
+    Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
+    """
+    weights = [source.get_submodule(name).weight for name in names]
+    rounded = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group)
+    sizes = [len(w) for w in weights]
+    steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
+    for name, v, scale, step in zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps):
+        target.set_submodule(name, IntLinear(Rounded(v, scale, step, bits, group)))
 
 
 @torch.no_grad()
@@ -78,28 +97,32 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
     Tables are rounded as by convert.
     """
     fitted = convert(copy.deepcopy(model), bits, group, tables_bits)
-
-    def fit(names, run):
-        """Rounds the matrices of these names for what they read while run() runs."""
-        for name, hessian in second_moments(fitted, names, run).items():
-            rounded = gptq_weight(model.get_submodule(name).weight, hessian, bits, group)
-            fitted.set_submodule(name, IntLinear(rounded))
-
+    eps = model.config.norm_eps
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
-    blocks = fitted.transformer.h
-    for i, block in enumerate(progress(blocks, len(blocks), 'layers fitted by GPTQ')):
-        def run():
-            return [block(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in states]
-        # in the order in which the block computes: each is fitted to what the ones before it, rounded, give it
-        readers = ('mlp.c_gate', 'mlp.c_fc') if model.config.mlp == 'swiglu' else ('mlp.c_fc',)
-        for names in (('attn.c_q', 'attn.c_k', 'attn.c_v'), ('attn.c_proj',), readers, ('mlp.c_proj',)):
-            fit([f'transformer.h.{i}.{name}' for name in names], run)
-        states = run()
-    # the extra heads are MLPs too
-    heads = [name.removesuffix('.c_fc') for name, _ in fitted.named_modules()
-             if name.endswith('.c_fc') and 'transformer' not in name]
-    if heads:
-        for part in ('c_fc', 'c_proj'):
-            fit([f'{head}.{part}' for head in heads], lambda: [fitted(x, y) for x, y in batches])
+    layers = list(zip(fitted.transformer.h, model.transformer.h))
+    for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
+        # In the order in which the block computes: each matrix is fitted to what those before it, rounded, give it.
+        inputs = [norm(x, eps) for x in states]
+        fit(block.attn, source.attn, ('c_q', 'c_k', 'c_v'), inputs, bits, group)
+        inputs = read_by(block.attn.c_proj, lambda: [
+            block.attn(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in inputs])
+        fit(block.attn, source.attn, ('c_proj',), inputs, bits, group)
+        states = [x + block.attn.c_proj(y) for x, y in zip(states, inputs)]
+        inputs = [norm(x, eps) for x in states]
+        fit(block.mlp, source.mlp, source.mlp.readers, inputs, bits, group)
+        inputs = read_by(block.mlp.c_proj, lambda: [block.mlp(x) for x in inputs])
+        fit(block.mlp, source.mlp, ('c_proj',), inputs, bits, group)
+        states = [x + block.mlp.c_proj(y) for x, y in zip(states, inputs)]
+    fit_heads(fitted, model, batches, bits, group)
     return fitted
 
+
+def fit_heads(fitted, model, batches, bits, group):
+    """gptq's last part: the extra heads, which are MLPs that read the finished trunk's states."""
+    heads = [name.removesuffix('.c_fc') for name, _ in model.named_modules()
+             if name.endswith('.c_fc') and 'transformer' not in name]
+    for head in heads:
+        for part in ('c_fc', 'c_proj'):
+            name = f'{head}.{part}'
+            inputs = read_by(fitted.get_submodule(name), lambda: [fitted(x, y) for x, y in batches])
+            fit(fitted, model, (name,), inputs, bits, group)
