@@ -156,10 +156,10 @@ def test_a_cache_that_cannot_be_written(toy, tmp_path, monkeypatch):
 def test_a_compiler_with_flags(monkeypatch):
     """torch takes all of CXX for the name of a program, so it is told the program alone."""
     from torch._inductor import config, cpp_builder
-    monkeypatch.setattr(config.cpp, 'cxx', (None, 'g++ -O1'))           # as it is imported with such a CXX
     monkeypatch.setenv('CXX', 'g++ -O1')
     monkeypatch.setattr(data.machine, 'small_compilation', lambda kind: None)
-    assert data.machine.can_compile('cpu') and cpp_builder.get_cpp_compiler() == 'g++'
+    with config.patch({'cpp.cxx': (None, 'g++ -O1')}):                  # as torch takes it from there
+        assert data.machine.can_compile('cpu') and cpp_builder.get_cpp_compiler() == 'g++'
 
 
 def test_nothing_is_compiled_where_it_is_off(monkeypatch, toy, tmp_path):

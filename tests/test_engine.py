@@ -318,20 +318,19 @@ def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
     engine = Engine(Q.convert(model) if quantised else model)
     prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
     widths = itertools.cycle([1, 8, 2, 5, 3, 8, 4, 1, 6])
-    for sampling in (Sampling(0, seed=3), Sampling(0.7, top_k=20, seed=3), Sampling(1, seed=3),
-                     Sampling(1.3, top_p=0.9, seed=3)):
-        plain = engine.complete(prompts, 40, sampling)
+    for sampling in (Sampling(0, seed=3), Sampling(0.7, top_k=20, seed=3), Sampling(1.3, top_p=0.9, seed=3)):
+        plain = engine.complete(prompts, 30, sampling)
         texts = [p + t for p, t in zip(prompts, plain)]
-        alone = decode(engine.model, prompts[0], 40, sampling)
+        alone = decode(engine.model, prompts[0], 30, sampling)
         for drafter in ('head', 'mtp', 'ngram', 'random', oracle(100, texts), oracle(60, texts)):
             k = next(widths)
             speculation = Speculation(drafter, k, adapt=k % 2 == 0)
-            assert engine.complete(prompts, 40, sampling, speculation) == plain, speculation
-            assert engine.complete(prompts[:1], 40, sampling, Speculation(drafter)) == [alone], drafter
-        engine.complete(prompts[:1], 40, sampling, Speculation(oracle(100, texts), 5, adapt=False))
-        assert engine.stats['tokens'] == 40
-        assert engine.stats['passes'] <= 9                  # 6 tokens a pass but for the first and the last
-        assert engine.stats['accepted'][5] >= 5
+            assert engine.complete(prompts, 30, sampling, speculation) == plain, speculation
+            assert engine.complete(prompts[:1], 30, sampling, Speculation(drafter)) == [alone], drafter
+        engine.complete(prompts[:1], 30, sampling, Speculation(oracle(100, texts), 5, adapt=False))
+        assert engine.stats['tokens'] == 30
+        assert engine.stats['passes'] <= 7                  # 6 tokens a pass but for the first and the last
+        assert engine.stats['accepted'][5] >= 4
 
 
 @pytest.mark.parametrize('drafter', ['head', 'ngram', 'random'])
