@@ -66,7 +66,7 @@ def load_tensors(path, device='cpu', mmap=False):
     """
     with open(path, 'rb') as f:
         legacy = f.read(len(LEGACY)) == LEGACY
-    if not legacy and not zipfile.is_zipfile(path):
+    if not legacy and not is_archive(path):
         raise ValueError(f"{path} is not a whole checkpoint: expected a zip archive, as torch.save writes it, "
                          f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
                          "use another copy")
@@ -84,6 +84,14 @@ def load_tensors(path, device='cpu', mmap=False):
             raise ValueError(f"{path} was refused: {name} says that it has {t.numel():,} numbers, and fewer are there: "
                              "use another copy")
     return state
+
+
+def is_archive(path):
+    """Whether a file ends as a zip archive does. Of one whose end is damaged, zipfile itself may raise."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def damage(path):
