@@ -82,7 +82,7 @@ def test_under_a_real_limit(toy, tmp_path, monkeypatch):
     fresh = start('-c', 'import distill, engine; from data.batch_size import mapped; print(mapped())').communicate()[0]
     monkeypatch.setattr(data.batch_size, 'mapped', lambda: int(fresh))
     monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 400 * 2**20)
-    args = [*TINY, toy, '--n_layer=1', '--n_embd=256', '--block_size=512', '--max_iters=1', f'--total_batch_size={31 * 512}']
+    args = [*TINY, toy, '--n_layer=1', '--n_embd=128', '--block_size=512', '--max_iters=1', f'--total_batch_size={31 * 512}']
     got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
     assert got.status == 0, got.err
     found = json.loads(got.out.splitlines()[-1])
@@ -92,8 +92,9 @@ def test_under_a_real_limit(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
-def test_other_errors_are_told(toy, tmp_path):
+def test_other_errors_are_told(toy, tmp_path, monkeypatch, in_process):
     """What is wrong with a trial, and is not memory, ends the search."""
+    monkeypatch.setattr(data.batch_size, 'limit_memory', lambda pid, memory: None)      # it would be our own
     got = run('train.py', *TINY, toy, '--batch_size=auto', '--train_only=draft', f'--out_dir={tmp_path}')
     assert got.status == 1
     assert re.search('a trial of 1 rows ended with status 1: train_only=draft needs that head', got.err.splitlines()[-1])
