@@ -75,13 +75,17 @@ def checkpoint_of(name):
 
 def load_teacher(name, device='cpu'):
     """
-    'nanochat:FOLDER', 'gpt2:PATH', 'random:d32', or a picochat checkpoint (a .pt, or a folder with a best.pt) ->
-    Teacher. ValueError for what is missing, damaged, hostile or of another kind.
+    'gguf:FILE' and the other KINDS, or a picochat checkpoint (a .pt, or a folder with a best.pt), or a file of integers
+    of quantize.py -> Teacher. ValueError for what is missing, damaged, hostile or of another kind.
     """
     kind, _, path = name.partition(':')
     if kind in KINDS:
         model, tokenizer = KINDS[kind](path, device)
         return Teacher(name, model.requires_grad_(False), tokenizer)
+    for kind, marks in (('gguf', name.endswith('.gguf')), ('py', name.endswith('.py')),
+                        ('hf', os.path.exists(os.path.join(name, 'config.json')))):
+        if marks and not os.path.exists(os.path.join(name, 'best.pt')):
+            raise ValueError(f"the teacher {name} is no picochat model: name it as {kind}:{name}")
     if name.endswith('.safetensors'):           # of quantize.py; as a teacher it is in float
         model, state = quantize.load(name, device)
         return Teacher(name, dequantised(model), from_meta(state['tokenizer']), dataset_of(state, name))

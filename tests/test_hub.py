@@ -434,6 +434,12 @@ def test_chat_templates_say_what_the_tokenizer_says(chat, system, names):
 # -----------------------------------------------------------------------------
 # teachers that are not our block
 
+def test_a_kind_that_was_forgotten(tmp_path):
+    folder = write_llama(tmp_path)
+    for kind, name in (('hf', folder), ('py', write_py(tmp_path)), ('gguf', f'{tmp_path}/a.gguf')):
+        refuses(f'name it as {kind}:{name}', load_teacher, name)
+
+
 PY = """
 import torch
 from types import SimpleNamespace
