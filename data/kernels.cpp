@@ -106,12 +106,16 @@ extern "C" void int_linear(const float* x, const void* w, const int8_t* step, co
   std::vector<uint8_t> xq((size_t)M * K);
   std::vector<float> xs(M);
   round_rows(x, xq.data(), xs.data(), M, K, input, eps);
+  int bytes = group ? K / 2 : K;                                    // of a row
   #pragma omp parallel
   {
     std::vector<int8_t> unpacked(group ? 8 * K : 0);
     #pragma omp for schedule(static)
     for (int first = 0; first < N; first += 8) {
       int end = first + 8 < N ? first + 8 : N;
+      // the next eight rows are on their way from memory meanwhile
+      const char* next = (const char*)w + (size_t)end * bytes;
+      for (size_t i = 0; end + 8 <= N && i < 8 * (size_t)bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
       const int8_t* v = (const int8_t*)w + (size_t)first * K;
       if (group) {
         for (int n = first; n < end; n++)
