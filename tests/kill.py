@@ -27,6 +27,7 @@ sys.path.insert(0, '.')                         # run from the repo root
 import torch._dynamo
 from data.checkpoint import load_checkpoint
 from data.files import in_repo
+from data.machine import fast_bf16
 from data.writer import write_texts
 
 # -----------------------------------------------------------------------------
@@ -173,6 +174,7 @@ def uninterrupted(args, folder, until):
 
 
 rng = random.Random(seed)
+fast_bf16('cpu')                # measured once: on a busy machine two trainings might find different answers
 with tempfile.TemporaryDirectory() as folder:
     text = 'the cat sat on the mat and went on sitting there\n' * 40
     with contextlib.redirect_stdout(io.StringIO()):
