@@ -129,6 +129,26 @@ def llama_tensors(model):
     return {f'{name}.weight': tensor for name, tensor in theirs.items()}
 
 
+READERS = {'input_layernorm': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+           'post_attention_layernorm': ('mlp.gate_proj', 'mlp.up_proj')}
+
+
+def with_gains(tensors):
+    """
+    llama_tensors -> the same model, whose norms have gains: what they multiply is divided out of the columns of the
+    matrices that read them, so that all columns are of one size. Rounding in groups of columns then loses less.
+    """
+    tensors = dict(tensors)
+    for name in [name for name in tensors if 'model.layers.' in name and 'layernorm' in name]:
+        at, norm = name.removesuffix('.weight').rsplit('.', 1)
+        readers = [f'{at}.{reader}.weight' for reader in READERS[norm]]
+        size = torch.cat([tensors[reader] for reader in readers]).square().mean(dim=0).sqrt()   # (n_embd,)
+        tensors[name] = torch.where(size > 0, size, 1.0)
+        for reader in readers:
+            tensors[reader] = tensors[reader] / tensors[name]
+    return tensors
+
+
 def eps_of(c):
     """What its norms add to the mean square in float32."""
     return c.norm_eps or torch.finfo(torch.float32).eps
@@ -230,6 +250,8 @@ def export_gguf(model, tokenizer, path, kind='f16'):
     assert pre, ("llama.cpp knows ways to cut text by name, and this tokenizer's is none of them: take one of another "
                  "model, like --tokenizer=gguf:FILE of data/text/prepare.py, and train on that")
     tensors = llama_tensors(model)
+    if kind[0] == 'q':
+        tensors = with_gains(tensors)
 
     def write(f):
         writer = gguf.GGUFWriter(f.name, 'llama')

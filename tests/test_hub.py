@@ -17,10 +17,11 @@ from conftest import TEXTS, V, randomise, refused, run, train, write_gpt2_tokeni
 import quantize
 from data.causal_lm import InOne, load_py
 from data.checkpoint import load_model
-from data.export import chat_template, export_gguf, export_hf
+from data.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
 from data.foreign import KINDS
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
 from data.labels import Recipe, write_labels
+from data.llama import as_ours
 from data.loader import Loader
 from data.rounding import convert
 from data.teachers import Teacher, check_teachers, load_teacher
@@ -385,6 +386,20 @@ def test_rounded_gguf_files(tmp_path, tok, kind):
     w, again = (m.transformer.h[0].mlp.c_proj.weight for m in (model, back))
     step = {'f16': 2**-11 * w.abs().max(), 'q8_0': w.abs().max() / 127, 'q4_0': w.abs().max() / 7}[kind]
     assert 0 < far(w, again) < step
+
+
+def test_gains_change_no_logits():
+    """Columns of all sizes become columns of one size, and the gains are folded in again on the way back."""
+    model = our_llama(n_kv_head=2)
+    for block in model.transformer.h:
+        block.mlp.c_fc.weight.data *= torch.randn(32).exp()
+        block.attn.c_q.weight.data[:, 3] = block.attn.c_k.weight.data[:, 3] = block.attn.c_v.weight.data[:, 3] = 0
+    tensors = with_gains(llama_tensors(model))
+    both = torch.cat([tensors[f'model.layers.1.mlp.{name}_proj.weight'] for name in ('gate', 'up')])
+    assert torch.allclose(both.square().mean(dim=0), torch.ones(32), rtol=1e-5)
+    state = as_ours(tensors, model.config)
+    for name, expected in model.state_dict().items():
+        assert torch.allclose(state[name], expected, rtol=1e-5, atol=0), name
 
 
 def test_what_cannot_go_out(tmp_path, tok):
