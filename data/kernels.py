@@ -77,7 +77,8 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.linear, self.rows = linear, len(linear.scale)
         self.group = 0 if linear.step is None else linear.group
-        self.register_buffer('sums', linear.integers().sum(dim=1, dtype=torch.int32))
+        # of each row, as a product, since torch.sum would make int32 of the whole matrix first
+        self.register_buffer('sums', int_matmul(torch.ones(1, linear.cols), linear.integers())[0])
 
     @staticmethod
     def fits(linear):
