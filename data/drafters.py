@@ -30,9 +30,9 @@ def draft_multi_token(model, x, last, texts, noise, pick):
 
 class NGram:
     """
-    Prompt lookup: what followed the latest earlier occurrence of the text's last tokens, the more of them the better. One
-    of these serves one generation: it keeps an index of each text, and how often it was right behind as many tokens that
-    were the same. It drafts while a draft is likely enough to be kept.
+    Prompt lookup: what followed the latest earlier occurrence of the text's last tokens, the more of them the better.
+    One of these serves one generation: it keeps an index of each text, and how often it was right behind as many tokens
+    that were the same. It drafts while a draft is likely enough to be kept.
     """
     LONGEST = 8         # tokens that are compared
     LIKELY = 0.25       # a draft this likely is worth its row in the pass

@@ -1,6 +1,6 @@
-// What data/kernels.py calls for a block of integers, where a pass reads a few tokens: plain loops, of which the compiler
-// makes vector instructions (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not depend on
-// the tokens beside it.
+// What data/kernels.py calls for a block of integers, where a pass reads a few tokens: plain loops, of which the
+// compiler makes vector instructions (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not
+// depend on the tokens beside it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -64,8 +64,8 @@ extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K,
   }
 }
 
-// A row of 4 bits, as data/rounding.into_bytes has it, and its groups' steps -> the int8 that it stands for, v (K,). The
-// sixteen values that a step makes stand in a table, in which one instruction looks up 32 of them.
+// A row of 4 bits, as data/rounding.into_bytes has it, and its groups' steps -> the int8 that it stands for, v (K,).
+// The sixteen values that a step makes stand in a table, in which one instruction looks up 32 of them.
 static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, int group) {
   static const struct Table {
     int8_t values[19][16];
@@ -170,11 +170,12 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
   }
 }
 
-// qkv (B, T, H + 2 KV, D) -> y (B, T, H, D). Turns q and k, by cos and sin (T, D), or (B, T, D) where rows are ragged; writes
-// k and v into the cache, keys and values (B, KV, size, D), behind the starts[b] tokens of row b; and lets every query
-// attend to the tokens up to its own, which is the rule of model.sees.
-extern "C" void attend(float* qkv, const float* cos, const float* sin, float* keys, float* values, const int64_t* starts,
-                       float* y, int B, int T, int H, int KV, int D, int size, int ragged, int normed, float eps) {
+// qkv (B, T, H + 2 KV, D) -> y (B, T, H, D). Turns q and k, by cos and sin (T, D), or (B, T, D) where rows are ragged;
+// writes k and v into the cache, keys and values (B, KV, size, D), behind the starts[b] tokens of row b; and lets every
+// query attend to the tokens up to its own, which is the rule of model.sees.
+extern "C" void attend(float* qkv, const float* cos, const float* sin, float* keys, float* values,
+                       const int64_t* starts, float* y, int B, int T, int H, int KV, int D, int size, int ragged, int normed,
+                       float eps) {
   int heads = H + 2 * KV;
   #pragma omp parallel
   {

@@ -1,10 +1,11 @@
 """
-A block of integers over the few tokens of a decoding step, in five calls of C++ (kernels.cpp) instead of some seventy of
-PyTorch. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go through PyTorch as ever.
+A block of integers over the few tokens of a decoding step, in five calls of C++ (kernels.cpp) instead of some seventy
+of PyTorch. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go through PyTorch as ever.
 
 The compiler takes a second, once: its result is kept for other processes, and serves all shapes. Products are the same
-integers as everywhere. Norms, softmaxes and silu sum floats in an order of their own, so a logit may differ from PyTorch's
-in its last digits; but it is the same however many rows, drafts or tokens are read with it.
+integers as everywhere. Norms, softmaxes and silu are floats in an order of their own: they differ from PyTorch's in the
+last digits, where an activation between two integers may fall to the other one. But a token's result is the same bits
+however many rows, drafts or tokens are read with it.
 """
 import ctypes
 import functools
@@ -91,7 +92,7 @@ class KernelLinear(nn.Module):
         return self.read(x.float().contiguous())
 
     def read(self, x, what=AS_IT_IS, eps=0.0, rest=None):
-        """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N); rest (..., N) is added to it."""
+        """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N), with rest (..., N) added."""
         linear, N, K = self.linear, self.rows, self.linear.cols
         M = x.numel() // (2 * K if what == SWIGLU else K)
         if M > ROWS:
@@ -130,7 +131,7 @@ class KernelBlock(Block):
         if cache is None or cache.starts is None:
             return super().forward(x, cos, sin, cache)
         attn, mlp, eps = self.attn, self.mlp, self.eps or EPS
-        qkv = attn.c_qkv.read(x, NORM, eps)                                 # (B, T, (n_head + 2 * n_kv_head) * head_dim)
+        qkv = attn.c_qkv.read(x, NORM, eps)                             # (B, T, (n_head + 2 * n_kv_head) * head_dim)
         x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
         hidden = getattr(mlp, self.reader).read(x, NORM, eps)
         return mlp.c_proj.read(hidden, self.what, rest=x)

@@ -1,6 +1,6 @@
 """
-data/kernels.py: a block of integers in C++ is the block that PyTorch computes: its products to the bit, the rest to the last
-digits of a float; and a token's result is the same bits whatever is read with it. Prompt lookup by an index.
+data/kernels.py: a block of integers in C++ is the block that PyTorch computes: its products to the bit, the rest to the
+last digits of a float; and a token's result is the same bits whatever is read with it. Prompt lookup by an index.
 """
 import copy
 import random
