@@ -174,8 +174,8 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
 // writes k and v into the cache, keys and values (B, KV, size, D), behind the starts[b] tokens of row b; and lets every
 // query attend to the tokens up to its own, which is the rule of model.sees.
 extern "C" void attend(float* qkv, const float* cos, const float* sin, float* keys, float* values,
-                       const int64_t* starts, float* y, int B, int T, int H, int KV, int D, int size, int ragged, int normed,
-                       float eps) {
+                       const int64_t* starts, float* y, int B, int T, int H, int KV, int D, int size, int ragged,
+                       int normed, float eps) {
   int heads = H + 2 * KV;
   #pragma omp parallel
   {
