@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from data.files import in_repo, private_folder
 from data.machine import cpp_compiler
-from data.rounding import int_matmul
+from data.rounding import BITS, GROUPS, int_matmul
 from model import Block
 
 AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what a matrix reads of x, see kernels.cpp
@@ -86,7 +86,12 @@ class KernelLinear(nn.Module):
         """Whether the kernels take this matrix: groups of 4 bits must divide both halves of a row."""
         if linear.weight.device.type != 'cpu' or library() is None:
             return False
-        return linear.step is None or (linear.cols % 64 == 0 and linear.cols % linear.group == 0)
+        if linear.step is None:
+            return True
+        if linear.bits != 4 or linear.group not in GROUPS or linear.cols % 64 or linear.cols % linear.group:
+            return False
+        # kernels.cpp looks up what a step makes in a table, where a file's step of another size would miss it
+        return 0 <= linear.step.min() and linear.step.max() <= BITS[4].steps
 
     def forward(self, x):
         return self.read(x.float().contiguous())

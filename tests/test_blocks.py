@@ -45,6 +45,16 @@ def test_a_product_is_the_same_bits(bits, group, cols):
 
 
 @needs_kernels
+@pytest.mark.parametrize('name, value', [('bits', 3), ('group', 16), ('step', -1), ('step', 19)])
+def test_integers_that_the_kernels_do_not_know_are_left_to_pytorch(name, value):
+    """Another format, or what a file of somebody else's may say: they would read beside their table."""
+    linear = IntLinear(round_weight(torch.randn(8, 128), 4))
+    assert K.KernelLinear.fits(linear)
+    setattr(linear, name, torch.full_like(linear.step, value) if name == 'step' else value)
+    assert not K.KernelLinear.fits(linear)
+
+
+@needs_kernels
 @pytest.mark.parametrize('what, reads', [
     (K.NORM, lambda x: torch.nn.functional.rms_norm(x, (96,), eps=1e-5)), (K.RELU2, lambda x: x.relu().square()),
     (K.SWIGLU, lambda x: torch.nn.functional.silu(x[..., :96]) * x[..., 96:])])
