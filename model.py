@@ -55,7 +55,8 @@ class GPTConfig:
     embed_norm: bool = True         # embeddings are normed before the first block
     softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: they are as they are
     norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the smallest that its dtype can tell
-    out_proj: bool = False          # a matrix before lm_head: where a tied Llama's last gain goes, which has no other place
+    out_proj: bool = False          # adds c_out(x) to the state x that lm_head reads: where a tied Llama's last gain goes
+    hadamard: int = 0               # hidden units are turned by Hadamard matrices of so many, see data/balance.py; 0: not
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
@@ -85,6 +86,8 @@ class GPTConfig:
         assert max(self.multi_token_n, self.draft_n) < self.block_size, (
             f"multi_token_n ({self.multi_token_n}) and draft_n ({self.draft_n}) look further than "
             f"block_size ({self.block_size}): lower them")
+        assert not self.hadamard or (self.hadamard & (self.hadamard - 1) == 0 and self.n_hidden % self.hadamard == 0), (
+            f"hadamard ({self.hadamard}) must be a power of 2 that divides n_hidden ({self.n_hidden})")
         assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
 
 
@@ -99,6 +102,20 @@ def config_of(knobs, vocab_size):
 def norm(x, eps=0.0):
     """RMSNorm without weights (arXiv 1910.07467)."""
     return F.rms_norm(x, (x.size(-1),), eps=eps or None)
+
+
+def hadamard(x, n):
+    """
+    Every n neighbours of x (..., K) times the Hadamard matrix of n, a power of 2: so each of them becomes a sum of all,
+    with signs of its own, and none stands out. Done twice it is n times x. Made of sums and differences alone, so that
+    the bits do not depend on how many rows there are.
+    """
+    half = 1
+    while half < n:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(dim=-2)                    # (..., K / (2 half), half) both
+        x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        half *= 2
+    return x
 
 
 def rope_tables(config):
@@ -196,21 +213,32 @@ class MLP(nn.Module):
     """relu^2 (Primer, arXiv 2109.08668)"""
     readers = ('c_fc',)                 # the matrices that read x
 
-    def __init__(self, n_in, n_hidden, n_out):
+    @staticmethod
+    def undo(scale):
+        """What c_fc's rows must be divided by for hidden units that are scale times smaller."""
+        return scale.sqrt()
+
+    def __init__(self, n_in, n_hidden, n_out, turned=0):
         super().__init__()
         self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
         self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
+        self.turned = turned            # GPTConfig.hadamard
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(hadamard(F.relu(self.c_fc(x)).square(), self.turned))
 
 
 class SwiGLU(nn.Module):
     """A Llama's MLP: hidden units that a second matrix opens and shuts (arXiv 2002.05202)."""
     readers = ('c_gate', 'c_fc')
 
-    def __init__(self, n_in, n_hidden, n_out):
+    @staticmethod
+    def undo(scale):
+        return scale
+
+    def __init__(self, n_in, n_hidden, n_out, turned=0):
         super().__init__()
+        self.turned = turned
         self.c_gate = nn.Linear(n_in, n_hidden, bias=False)
         self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
         self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
@@ -221,14 +249,14 @@ class SwiGLU(nn.Module):
             gate, hidden = self.c_gate(x), self.c_fc(x)
         else:
             gate, hidden = self.c_gate_fc(x).chunk(2, dim=-1)
-        return self.c_proj(F.silu(gate) * hidden)
+        return self.c_proj(hadamard(F.silu(gate) * hidden, self.turned))
 
 
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.attn = Attention(c, layer)
-        self.mlp = (SwiGLU if c.mlp == 'swiglu' else MLP)(c.n_embd, c.n_hidden, c.n_embd)
+        self.mlp = (SwiGLU if c.mlp == 'swiglu' else MLP)(c.n_embd, c.n_hidden, c.n_embd, c.hadamard)
         self.dropout, self.eps = c.dropout, c.norm_eps
 
     def forward(self, x, cos, sin, cache):
@@ -274,7 +302,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight,
                                 std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         if self.config.out_proj:
-            nn.init.eye_(self.transformer.c_out.weight)
+            nn.init.zeros_(self.transformer.c_out.weight)
         # embed() norms a row, so its length says only how far AdamW's steps turn it: at 1 per channel, hardly at all
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
 
@@ -310,7 +338,7 @@ class GPT(nn.Module):
         has rows.
         """
         if self.config.out_proj:
-            x = self.transformer.c_out(x)
+            x = x + self.transformer.c_out(x)
         y = (head or self.lm_head)(x)
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         cap = self.config.softcap

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors,
                              write_safetensors)
+from data.files import in_repo
 from data.gptq import gptq
 from data.loader import Loader, data_are_gone, data_of
 from data.machine import pick_device
@@ -175,6 +176,15 @@ def compare(model, quantised, batches, token_bytes):
 METHODS = ('rtn', 'clip', 'gptq', 'qat')
 
 
+def without_text(state, source, dataset):
+    """Why there is no text to measure on, in words; None if there is one."""
+    if not data_are_gone(state, dataset):
+        return None
+    if not state.get('dataset'):
+        return f"{source} does not say what it was trained on"
+    return f"{os.path.join(in_repo('data'), str(state['dataset']))}, which {source} was trained on, is gone"
+
+
 def has_groups(bits, tables_bits):
     return any(format_of(b).steps > 1 for b in (bits, tables_bits))
 
@@ -219,8 +229,11 @@ def say(result):
 
 
 if __name__ == '__main__':
-    from data.files import hold, in_repo, json_line
+    from data import calibration
+    from data.balance import balance as balanced
+    from data.files import hold, json_line
     from data.record import already, record
+    from data.tokenizer import from_meta
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
@@ -231,15 +244,18 @@ if __name__ == '__main__':
                                     # and rtn at 8, where nothing is left to gain
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
-    calib_batches = 16              # gptq: so many times 16 rows of the training split
+    balance = True                  # turn and scale the float network into an equal one that rounds better (not for qat)
+    # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
+    calibrate = ''                  # a text file instead of the training split; itself: what the model writes
+    calib_batches = 0               # so many times 16 rows of at most 512 tokens; 0: 16, or 3 from 20M weights on
     device = 'auto'
     limits = {
         'bits': [*BITS],
         'tables_bits': [0, *BITS],
         'group': [0, *GROUPS],
         'method': ['auto', *METHODS],
-        'calib_batches': (1, None),
+        'calib_batches': (0, None),
     }
     exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
@@ -259,21 +275,29 @@ if __name__ == '__main__':
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
     block_size = model.config.block_size
-    gone = data_are_gone(state, dataset)
+    gone = without_text(state, source, dataset)
+    tokenizer = from_meta(state['tokenizer'])
     if gone:
-        text = f"{os.path.join(in_repo('data'), str(state.get('dataset')))}, which {source} was trained on, is gone"
-        if method == 'gptq':
-            raise ValueError(f"{text}, and method gptq is fitted to a text: give --method=clip, which needs none, or "
-                             "--dataset= with another text in the same tokens")
-        print(f"note: {text}: the file is written and not measured; --dataset= with another text in the same tokens "
+        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
               "would measure it")
     else:
         data_dir, tokenizer = data_of(state, out_dir, dataset)
-        validation = Loader(data_dir, 'val', 16, block_size, device=device)
+        validation = Loader(data_dir, 'val', 16, min(block_size, 2048), device=device)
 
+    balance = balance and method != 'qat'
+    batches = []
+    if balance or method == 'gptq':
+        n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
+        if calibrate and calibrate != 'itself':
+            batches = calibration.from_file(calibrate, model, tokenizer, n)
+        elif calibrate or gone:
+            batches = calibration.from_itself(model, tokenizer, n)
+        else:
+            batches = calibration.from_dataset(data_dir, model, n)
+    whole = model
+    if balance:
+        model = balanced(model, batches)
     if method == 'gptq':
-        training = Loader(data_dir, 'train', 16, block_size, device=device)
-        batches = [training.batch(step) for step in range(calib_batches)]
         quantised = gptq(model, batches, bits, group, tables_bits)
     else:
         quantised = convert(copy.deepcopy(model), bits, group, tables_bits, search=method != 'rtn')
@@ -282,11 +306,11 @@ if __name__ == '__main__':
     quantised = load(path, device)[0]                        # what is measured is the file
     n = model.params()['total']
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
-              'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
+              'balance': balance, 'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if not gone:
-        result |= compare(model, quantised, validation.eval_batches(), tokenizer.token_bytes)
+        result |= compare(whole, quantised, validation.eval_batches(), tokenizer.token_bytes)
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))

@@ -23,6 +23,7 @@ from data.llama import GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
 from data.nanochat import HF_NAMES
 from data.rounding import IntEmbedding, IntLinear, unpack
 from data.weights import HF_SHAPE
+from model import hadamard
 
 # the switches of the blocks that others have
 BLOCKS = {'nanochat': {'mlp': 'relu2', 'qk_norm': True, 'embed_norm': True}, 'llama': LLAMA}
@@ -74,6 +75,8 @@ def own_tensors(model):
             left_out.append(name)
         elif not (model.config.tie_weights and name == 'lm_head.weight'):
             tensors[name] = tensor.detach().cpu().float().contiguous()
+        if name.startswith('transformer.h.') and name.endswith('mlp.c_proj.weight') and model.config.hadamard:
+            tensors[name] = hadamard(tensors[name], model.config.hadamard)      # others read hidden units as they are
     if left_out:
         print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: others' models have none")
     return tensors
@@ -87,6 +90,7 @@ def without_c_out(tensors, gains):
     c_out = tensors.pop('transformer.c_out.weight', None)
     if c_out is None:
         return None
+    c_out = torch.eye(len(c_out)) + c_out
     if gains and torch.equal(c_out, c_out.diag().diag()):
         return c_out.diag()
     if 'lm_head.weight' not in tensors:

@@ -36,10 +36,22 @@ static float norm_factor(const float* x, int n, float eps) {
   return 1 / std::sqrt(sum / n + eps);
 }
 
-// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden.
+// model.hadamard of z (K,), in place: sums and differences of neighbours, of pairs of them, and so on.
+static void hadamard(float* z, int K, int n) {
+  for (int half = 1; half < n; half *= 2)
+    for (int first = 0; first < K; first += 2 * half)
+      for (int i = first; i < first + half; i++) {
+        float a = z[i], b = z[i + half];
+        z[i] = a + b;
+        z[i + half] = a - b;
+      }
+}
+
+// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden. Hidden units are
+// turned by Hadamard matrices of so many, if turned is not 0.
 enum Input { AS_IT_IS, NORM, RELU2, SWIGLU };
 
-static void prepare(const float* x, float* z, int K, int input, float eps) {
+static void prepare(const float* x, float* z, int K, int input, int turned, float eps) {
   float factor = input == NORM ? norm_factor(x, K, eps) : 1;
   if (input == RELU2)
     for (int k = 0; k < K; k++) z[k] = x[k] > 0 ? x[k] * x[k] : 0;
@@ -48,13 +60,15 @@ static void prepare(const float* x, float* z, int K, int input, float eps) {
     for (int k = 0; k < K; k++) z[k] = x[k] / (1 + exp_of(-x[k])) * x[K + k];
   else
     for (int k = 0; k < K; k++) z[k] = x[k] * factor;
+  hadamard(z, K, turned);
 }
 
 // data/rounding.round_rows of what a matrix reads of x (M, K or 2 K): xq (M, K), the integers plus 128, and xs (M,).
-extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, float eps) {
+extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned,
+                           float eps) {
   std::vector<float> z(K);
   for (int m = 0; m < M; m++, x += input == SWIGLU ? 2 * K : K, xq += K) {
-    prepare(x, z.data(), K, input, eps);
+    prepare(x, z.data(), K, input, turned, eps);
     float peak = 1e-12f;
     #pragma omp simd reduction(max:peak)
     for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
@@ -102,10 +116,11 @@ extern "C" void unpack(const uint8_t* w, const int8_t* step, int8_t* v, int N, i
 // there is a group; sums (N,) those of each row of integers, of which the 128 in xq makes too much. Eight rows of the
 // matrix stay in the nearest cache until all rows of x have met them.
 extern "C" void int_linear(const float* x, const void* w, const int8_t* step, const int32_t* sums, const float* scale,
-                           const float* rest, float* y, int M, int N, int K, int group, int input, float eps) {
+                           const float* rest, float* y, int M, int N, int K, int group, int input, int turned,
+                           float eps) {
   std::vector<uint8_t> xq((size_t)M * K);
   std::vector<float> xs(M);
-  round_rows(x, xq.data(), xs.data(), M, K, input, eps);
+  round_rows(x, xq.data(), xs.data(), M, K, input, turned, eps);
   int bytes = group ? K / 2 : K;                                    // of a row
   #pragma omp parallel
   {

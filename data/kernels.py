@@ -31,8 +31,8 @@ EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is
 
 FLAGS = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 3 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
-              'int_linear': [POINTER] * 7 + [INT] * 5 + [FLOAT], 'attend': [POINTER] * 7 + [INT] * 8 + [FLOAT]}
+SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
+              'int_linear': [POINTER] * 7 + [INT] * 6 + [FLOAT], 'attend': [POINTER] * 7 + [INT] * 8 + [FLOAT]}
 
 
 @functools.lru_cache(maxsize=None)
@@ -96,22 +96,23 @@ class KernelLinear(nn.Module):
     def forward(self, x):
         return self.read(x.float().contiguous())
 
-    def read(self, x, what=AS_IT_IS, eps=0.0, rest=None):
+    def read(self, x, what=AS_IT_IS, eps=0.0, rest=None, turned=0):
         """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N), with rest (..., N) added."""
         linear, N, K = self.linear, self.rows, self.linear.cols
         M = x.numel() // (2 * K if what == SWIGLU else K)
         if M > ROWS:
-            return self.read_many(x, M, what, eps, rest)
+            return self.read_many(x, M, what, eps, rest, turned)
         y = x.new_empty(*x.shape[:-1], N)
         library().int_linear(x.data_ptr(), linear.weight.data_ptr(), pointer(linear.step), self.sums.data_ptr(),
-                             linear.scale.data_ptr(), pointer(rest), y.data_ptr(), M, N, K, self.group, what, eps)
+                             linear.scale.data_ptr(), pointer(rest), y.data_ptr(), M, N, K, self.group, what, turned,
+                             eps)
         return y
 
-    def read_many(self, x, M, what, eps, rest):
+    def read_many(self, x, M, what, eps, rest, turned):
         """read for many rows: the same bits, by PyTorch's product of integers."""
         linear, N, K = self.linear, self.rows, self.linear.cols
         xq, xs = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
-        library().round_rows(x.data_ptr(), xq.data_ptr(), xs.data_ptr(), M, K, what, eps)
+        library().round_rows(x.data_ptr(), xq.data_ptr(), xs.data_ptr(), M, K, what, turned, eps)
         w = linear.weight
         if self.group:
             w = torch.empty(N, K, dtype=torch.int8)
@@ -139,7 +140,7 @@ class KernelBlock(Block):
         qkv = attn.c_qkv.read(x, NORM, eps)                             # (B, T, (n_head + 2 * n_kv_head) * head_dim)
         x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
         hidden = getattr(mlp, self.reader).read(x, NORM, eps)
-        return mlp.c_proj.read(hidden, self.what, rest=x)
+        return mlp.c_proj.read(hidden, self.what, rest=x, turned=mlp.turned)
 
     def attend(self, qkv, cos, sin, cache):
         """-> (B, T, n_head * head_dim)"""

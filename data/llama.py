@@ -263,7 +263,7 @@ def as_ours(weights, config):
         state['lm_head.weight'] = table
         config.out_proj = not torch.equal(last, torch.ones_like(last))
         if config.out_proj:
-            state['transformer.c_out.weight'] = torch.diag(last)
+            state['transformer.c_out.weight'] = torch.diag(last - 1)
     for i in range(config.n_layer):
         theirs, ours = f'model.layers.{i}', f'transformer.h.{i}'
         before, between = take(f'{theirs}.input_layernorm'), take(f'{theirs}.post_attention_layernorm')

@@ -9,19 +9,24 @@ from dataclasses import replace
 
 import torch
 
-from model import GPT
+from model import GPT, rope_tables
 
 FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
 # what over_channels calls matrices that no moments are known of: tables, and what reads embeddings that have no norm
 TABLE, EMBEDDING = 'transformer.wte', 'embedding'
+C_OUT = 'transformer.c_out.weight'
 MERGE = ('aligned', 'plain', 'first')   # how merge_kv_heads averages
 
 
 def build(state, config):
-    """A state dict and its GPTConfig -> the model, in eval mode, on the state's device."""
-    model = GPT(config)
-    model.load_state_dict(state)
-    return model.to(state['lm_head.weight'].device).eval()
+    """A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own."""
+    with torch.device('meta'):                  # no weights are drawn
+        model = GPT(config)
+    model.load_state_dict({name: w.detach().clone() for name, w in state.items()}, assign=True)
+    if config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    model.cos, model.sin = (table.to(model.lm_head.weight.device) for table in rope_tables(config))
+    return model.eval()
 
 # -----------------------------------------------------------------------------
 # indices -> a new state dict and shape
@@ -58,6 +63,9 @@ def keep_neurons(state, config, neurons, moments=None):
     anew.
     """
     same_length('neurons', neurons, config.n_layer)
+    if config.hadamard:
+        raise ValueError(f"neurons are turned together (hadamard={config.hadamard}), and none can go by itself: "
+                         "cut the model as it was before it was balanced")
     state = dict(state)
     for i, keep in enumerate(neurons):
         proj = f'transformer.h.{i}.mlp.c_proj'
@@ -231,6 +239,10 @@ def keep_channels(state, config, channels, moments=None, refit=True):
     if not len(channels):
         raise ValueError("channels to keep, []: give at least one")
     keep = list(channels)
+    if keep == list(range(config.n_embd)):
+        return state, config
+    if config.out_proj:                         # c_out is added to what it reads: the whole of it is cut
+        state = state | {C_OUT: state[C_OUT] + torch.eye(config.n_embd).to(state[C_OUT])}
 
     def ratio(site):
         power = moments[site].diagonal().contiguous() if moments else torch.ones(config.n_embd)
@@ -251,7 +263,7 @@ def keep_channels(state, config, channels, moments=None, refit=True):
     def fit_to_table(w):
         """c_out's rows: what is left of the table must make of them what all of it made of w."""
         whole = state['lm_head.weight']
-        if not refit or len(keep) == config.n_embd:
+        if not refit:
             return w[keep]
         left = whole[:, keep].double()
         return torch.linalg.solve(damped(left.T @ left), left.T @ (whole.double() @ w.double())).to(w)
@@ -262,6 +274,8 @@ def keep_channels(state, config, channels, moments=None, refit=True):
     table = last if config.tie_weights and not config.out_proj else 1.0
     stream = 1 / first if config.embed_norm else table
     out = over_channels(state, config, read, write)
+    if config.out_proj:
+        out[C_OUT] = out[C_OUT] - torch.eye(len(keep)).to(out[C_OUT])
     if config.tie_weights:
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
     hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)

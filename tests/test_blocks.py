@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 
 needs_kernels = pytest.mark.skipif(K.library() is None, reason='kernels.cpp needs a C++ compiler')
 SHAPES = {'ours': dict(n_kv_head=1), 'a Llama': dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0,
-                                                     norm_eps=1e-5, out_proj=True, n_kv_head=2)}
+                                                     norm_eps=1e-5, out_proj=True, n_kv_head=2, hadamard=32)}
 
 
 def two(shape, bits):

@@ -61,7 +61,7 @@ def llama(model, x):
         h = h + (F.silu(n @ gate.T) * (n @ fc.T)) @ mlp.T
     h = rms(h)
     if c.out_proj:
-        h = h @ w['transformer.c_out.weight'].T
+        h = h + h @ w['transformer.c_out.weight'].T
     return h @ w['lm_head.weight'].T
 
 

@@ -10,11 +10,13 @@ from dataclasses import make_dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, make_dataset, randomise, refused, run
+from conftest import SMALL, make_dataset, randomise, refused, run, toy_text
 
 import data.gptq as G
 import data.rounding as R
 import quantize as Q
+from data.balance import balance
+from data.calibration import from_file
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.loader import Loader
 from data.tokenizer import from_meta
@@ -406,7 +408,7 @@ def quantize(folder, *flags):
 def test_the_script(trained, tmp_path, source, flags, method, how):
     """Each method writes the file that its function gives; qat is for weights trained so, and then the choice."""
     folder, model, loader = trained
-    got = quantize(folder / source, '--calib_batches=2', f'--save_dir={tmp_path}', *flags.split())
+    got = quantize(folder / source, '--calib_batches=2', '--balance=False', f'--save_dir={tmp_path}', *flags.split())
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
     if method == 'gptq':
@@ -432,20 +434,43 @@ def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):
     state = torch.load(folder / source / 'best.pt', weights_only=True) | {'dataset': f'{tmp_path}/gone'}
     (tmp_path / 'm').mkdir()
     torch.save(state, tmp_path / 'm' / 'best.pt')
-    got = quantize(tmp_path / 'm', *flags.split())
+    flags = ['--calib_batches=1', '--calibrate=itself', *flags.split()]
+    got = quantize(tmp_path / 'm', *flags)
     assert got.status == 0 and got.out.count('gone: the file is written and not measured') == 1, got.err
     result = json.loads(got.out.splitlines()[-1])
     assert result['method'] == method and [result[key] for key in Q.MEASURED] == [None] * 7
-    measured = quantize(tmp_path / 'm', *flags.split(), f'--dataset={folder}/data', f'--save_dir={tmp_path}/again')
+    measured = quantize(tmp_path / 'm', *flags, f'--dataset={folder}/data', f'--save_dir={tmp_path}/again')
     again = json.loads(measured.out.splitlines()[-1])
     assert all(again[key] is not None for key in Q.MEASURED) and again['bytes_by_group'] == result['bytes_by_group']
     assert same_tensors(Q.load(result['file'])[0], Q.load(again['file'])[0])
 
 
+@pytest.mark.parametrize('flags', [['--bits=8', '--method=gptq'], ['--bits=4', '--method=clip']])
+def test_a_balanced_file(trained, tmp_path, flags):
+    """balance is the default for weights that were trained in float; a text file may be what it is balanced with."""
+    folder, model, loader = trained
+    (tmp_path / 'text').write_text(toy_text())
+    got = quantize(folder / 'float', '--calib_batches=1', f'--calibrate={tmp_path}/text', f'--save_dir={tmp_path}', *flags)
+    result = json.loads(got.out.splitlines()[-1])
+    written = Q.load(result['file'])[0]
+    assert result['balance'] and written.config.hadamard == 32
+    batches = from_file(f'{tmp_path}/text', model, from_meta(loader.meta), 1)
+    equal = balance(model, batches)
+    expected = Q.gptq(equal, batches, 8) if 'gptq' in flags[1] else Q.convert(equal, 4)
+    assert same_tensors(written, expected)
+    assert result['mean_kl'] < 0.1
+
+
+def test_a_text_too_short_to_calibrate_with(trained, tmp_path):
+    (tmp_path / 'text').write_text('the cat')
+    refused(quantize(trained[0] / 'float', f'--calibrate={tmp_path}/text', f'--save_dir={tmp_path}'),
+            'has 7 tokens.*give a longer text')
+    refused(quantize(trained[0] / 'float', f'--calibrate={tmp_path}/no', f'--save_dir={tmp_path}'), 'no')
+
+
 def test_what_needs_data_says_so(trained, tmp_path):
     state = torch.load(trained[0] / 'float' / 'best.pt', weights_only=True) | {'dataset': 'gone'}
     torch.save(state, tmp_path / 'best.pt')
-    refused(quantize(tmp_path, '--bits=4'), 'data/gone, which .*best.pt was trained on, is gone, .*--method=clip')
     refused(quantize(tmp_path, '--dataset=nowhere'), 'no dataset in data/nowhere')
     make_dataset(tmp_path / 'other', 'another text, of other characters\n' * 90)
     refused(quantize(tmp_path, f'--dataset={tmp_path}/other'), 'has another tokenizer than')
@@ -455,7 +480,7 @@ def test_what_needs_data_says_so(trained, tmp_path):
 @pytest.mark.parametrize('source, flags, words', [
     ('float', '--bits=4 --method=qat', 'quant_bits'), ('qat', '--bits=4 --method=qat --group=32', 'quant_group'),
     ('float', '--method=foo', 'method'), ('float', '--group=48', '48'), ('float', '--tables_bits=5', 'tables_bits'),
-    ('float', '--calib_batches=0', 'calib_batches'), ('float', '--bits=5', 'must be one of 8, 4')])
+    ('float', '--calib_batches=-1', 'calib_batches'), ('float', '--bits=5', 'must be one of 8, 4')])
 def test_knobs_that_are_refused(trained, source, flags, words):
     refused(quantize(trained[0] / source, *flags.split()), words)
 

@@ -1,0 +1,53 @@
+"""
+Text for a model to read while it is fitted to what it reads (data/balance.py, data/gptq.py). A library: a list of
+batches (x, y) of token ids, (rows, T) int64 both, y one token further on.
+
+    batches = from_dataset('data/stdlib_char', model, 16)
+    batches = from_file('notes.txt', model, tokenizer, 16)
+    batches = from_itself(model, tokenizer, 16)
+"""
+import torch
+
+from data.files import read_text
+from data.loader import Loader, progress
+from engine import Engine, Sampling
+
+ROWS, LONGEST = 16, 512         # rows of a batch, tokens of a row at most
+
+
+def length_of(model):
+    return min(model.config.block_size, LONGEST)
+
+
+def from_dataset(folder, model, n):
+    """n batches of a dataset's training split."""
+    loader = Loader(folder, 'train', ROWS, length_of(model), device=model.cos.device)
+    return [loader.batch(step) for step in range(n)]
+
+
+def from_file(path, model, tokenizer, n):
+    """n batches of rows spread over a text file, or as many rows as it has. ValueError if it has not even one."""
+    T = length_of(model)
+    ids = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.int64)
+    if len(ids) <= T:
+        raise ValueError(f"{path} has {len(ids):,} tokens, and a row of text to calibrate with has {T:,} and one more: "
+                         "give a longer text")
+    rows = min(n * ROWS, (len(ids) - 1) // T)
+    starts = torch.linspace(0, len(ids) - T - 1, rows).long()
+    text = torch.stack([ids[start:start + T + 1] for start in starts.tolist()]).to(model.cos.device)
+    return [(part[:, :-1], part[:, 1:]) for part in text.split(ROWS)]
+
+
+def from_itself(model, tokenizer, n):
+    """n batches that the model writes, each row from a beginning of its own: for whoever has no text at hand."""
+    T, bos = length_of(model), tokenizer.bos
+    batches = []
+    for batch in progress(range(n), n, 'batches that the model writes'):
+        # without a token that begins a text, any token does
+        random = torch.Generator().manual_seed(batch)
+        first = [bos] * ROWS if bos is not None else torch.randint(model.config.vocab_size, (ROWS,),
+                                                                   generator=random).tolist()
+        rows = Engine(model).complete([[token] for token in first], T, Sampling(seed=batch))
+        ids = torch.tensor([[token, *row] for token, row in zip(first, rows)], device=model.cos.device)
+        batches.append((ids[:, :-1], ids[:, 1:]))
+    return batches

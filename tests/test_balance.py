@@ -1,0 +1,103 @@
+"""data/balance.py: the float network stays what it is, and its integers are nearer to it."""
+import copy
+
+import pytest
+import torch
+from conftest import LLAMA, SMALL, randomise
+
+from data.balance import balance, peaks
+from model import GPT, GPTConfig
+from quantize import convert, gptq
+
+SHAPES = [dict(multi_token_n=2, draft_n=2), dict(n_kv_head=1, tie_weights=True), LLAMA | dict(n_kv_head=2, draft_n=2),
+          LLAMA | dict(out_proj=False, tie_weights=False)]
+
+
+def make(**shape):
+    return randomise(GPT(GPTConfig(**SMALL | shape)), std=0.3)
+
+
+def batches(n=2):
+    ids = torch.randint(50, (n, 4, 33), generator=torch.Generator().manual_seed(2))
+    return [(x[:, :-1], x[:, 1:]) for x in ids]
+
+
+@torch.no_grad()
+def outputs(model):
+    """Logits of every head that there is."""
+    x = batches()[0][0]
+    state = model.trunk(x)
+    states = [state] + [model.multi_token_state(state, i) for i in range(model.config.multi_token_n)]
+    if model.config.draft_n:
+        states.append(model.draft_state(state, x))
+    return model.logits(torch.cat(states))
+
+
+@pytest.mark.parametrize('data', [batches(), []])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_float_network_is_the_same(shape, data):
+    model = make(**shape)
+    before = copy.deepcopy(model.state_dict())
+    equal = balance(model, data, seed=3)
+    assert (outputs(equal) - outputs(model)).abs().max() < 1e-4
+    assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+    for name, w in equal.state_dict().items():
+        if 'c_proj' in name or 'c_v' in name or 'wte' in name:
+            assert (w - before[name]).abs().max() > 0.01, name
+
+
+@torch.no_grad()
+def uneven(shape):
+    """A model in which a channel and some neurons are much larger than the others, as in trained ones."""
+    model = make(n_embd=64, **shape)
+    for name, w in model.named_parameters():
+        w.mul_(0.3)
+        if 'transformer' in name and name.endswith('c_proj.weight'):
+            w[3] *= 30
+        if name.endswith('mlp.c_fc.weight'):
+            w[::16] *= 8
+    return model
+
+
+def peak_to_rms(model):
+    """{name: how much the largest number of a row stands out} of what the trunk's matrices read, the mean over rows."""
+    found = {}
+
+    def look(name):
+        def watch(module, args):
+            x = args[0].flatten(0, -2)
+            found[name] = (x.abs().amax(dim=1) / x.square().mean(dim=1).sqrt()).mean().item()
+        return watch
+    hooks = [module.register_forward_pre_hook(look(name)) for name, module in model.named_modules()
+             if name.endswith(('c_q', 'c_fc', 'c_proj')) and 'transformer' in name]
+    outputs(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize('shape', [dict(n_kv_head=2), LLAMA | dict(n_kv_head=2)])
+def test_what_stood_out_does_not_any_more(shape):
+    model = uneven(shape)
+    before, after = peak_to_rms(model), peak_to_rms(balance(model, batches()))
+    for name in before:
+        if name.endswith(('1.attn.c_q', 'mlp.c_fc', 'mlp.c_proj')):
+            assert after[name] < 0.75 * before[name], name
+
+
+def test_its_integers_are_nearer():
+    model, data = uneven(dict(n_kv_head=2)), batches()
+    exact = outputs(model)
+
+    def error(other):
+        return (outputs(other) - exact).square().mean()
+    assert error(convert(balance(model, data), 8)) < 0.5 * error(convert(copy.deepcopy(model), 8))
+    assert error(gptq(balance(model, data), data, 4)) < error(gptq(model, data, 4))
+
+
+def test_what_never_fires_stays_as_it_is():
+    model = make(**LLAMA)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[7] = 0
+    assert peaks(model, batches())['transformer.h.0.mlp.c_proj'][7] == 0
+    assert outputs(balance(model, batches())).isfinite().all()
