@@ -17,7 +17,8 @@ and measures what rounding cost.
 Weights are integers v from -127 to 127 times one scale per output row (embedding: per token). With 8 bits v is any of
 them. With 4, every group of 32 (64, 128) columns has a step from 1 to 18, and v is -7, ..., 7 times the step: the file
 and the modules hold two weights in a byte and a byte per step, and what is multiplied is the same kind of integers (a
-scale in two levels: VS-Quant, arXiv 2102.04503). The table BITS says all that is known of 8 and 4 bits.
+scale in two levels: VS-Quant, arXiv 2102.04503). GPTQ has -8, ..., 7 times a step that may be negative. The table BITS
+in data/rounding.py says all that is known of 8 and 4 bits.
 Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any
 order: the result for one token cannot depend on its neighbours.
 """
@@ -211,7 +212,7 @@ def choose_method(method, wanted, trained, source):
         "train again, or use another method")
     if method != 'auto':
         return method
-    return 'qat' if as_trained else format_of(wanted['quant_bits']).method
+    return 'qat' if as_trained else 'gptq'
 
 
 def say(result):
@@ -240,8 +241,7 @@ if __name__ == '__main__':
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
     method = 'auto'                 # rtn: to nearest; clip: with steps searched, of which 8 bits have none; gptq: fitted to calibration data; qat: as the weights were trained
-                                    # auto: qat if they were trained with quant_bits=bits; else gptq at 4 bits,
-                                    # and rtn at 8, where nothing is left to gain
+                                    # auto: qat if they were trained with quant_bits=bits, else gptq
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
     balance = True                  # turn and scale the float network into an equal one that rounds better (not for qat)

@@ -17,7 +17,7 @@ rungs = f'''
 control               | {_train} --out_dir=out-recipe-control && {_round}=out-recipe-control
 float                 | {_train} --quant_bits=0 --out_dir=out-recipe-float
 float -> int8         | {_round}=out-recipe-float
-float -> int4 rtn     | {_round}=out-recipe-float --bits=4 --method=rtn --save_dir=out-recipe-float/rtn
+float -> int4 rtn     | {_round}=out-recipe-float --bits=4 --method=rtn --balance=False --save_dir=out-recipe-float/rtn
 float -> int4 gptq    | {_round}=out-recipe-float --bits=4 --method=gptq
 float, on in float    | {_on} --quant_bits=0 --out_dir=out-recipe-on-float
 float, on in 4 bits   | {_on} --quant_bits=4 --out_dir=out-recipe-on-int4 && {_round}=out-recipe-on-int4 --bits=4

@@ -13,7 +13,7 @@ rungs = f'''
                  | python data/shakespeare_char/prepare.py
 control: float   | {_train} --quant_bits=0 --out_dir=out-float-shakespeare
 float -> int8    | {_round}=out-float-shakespeare
-float -> int4    | {_round}=out-float-shakespeare --bits=4 --method=rtn --save_dir=out-float-shakespeare/rtn
+float -> int4    | {_round}=out-float-shakespeare --bits=4 --method=rtn --balance=False --save_dir=out-float-shakespeare/rtn
 float -> gptq    | {_round}=out-float-shakespeare --bits=4 --method=gptq
 through int8     | {_train} --out_dir=out-qat-shakespeare
 int8             | {_round}=out-qat-shakespeare

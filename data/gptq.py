@@ -4,12 +4,12 @@ Rounding after training, with the errors fed back (GPTQ, arXiv 2210.17323). A li
     quantised = gptq(model, batches, bits=4)        # the float model stays as it is
 """
 import copy
+import math
 
 import torch
 
 from data.loader import progress
-from data.rounding import (GROUP, IntLinear, Rounded, choose_step, convert, format_of, round_rows, round_to,
-                           round_weight)
+from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows
 from model import norm
 
 
@@ -19,13 +19,16 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
-    from its columns as they are by then.
+    from its columns as they are by then, and may be negative: see signed_step.
     """
     form = format_of(bits)
-    nearest = round_weight(w, bits, group)      # its scale stays; v and step are chosen anew
+    peak = w.abs().amax(dim=1)
+    scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
     answer = answers(hessian, damping).to(w.device)
-    x = (w.float() / nearest.scale[:, None]).T.contiguous()                      # (cols, rows): a column lies in one piece
-    v, step = torch.empty_like(x), nearest.step
+    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
+    v, step = torch.empty_like(x), None
+    if form.steps > 1:
+        step = torch.empty(len(w), math.ceil(len(x) / group), dtype=torch.int8, device=w.device)
     for start in range(0, len(x), group):
         # the columns of a group one by one; what comes later answers to all of them in one product
         end = min(start + group, len(x))
@@ -33,14 +36,43 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
         errors = torch.empty_like(block)
         s = 1
         if form.steps > 1:
-            s = choose_step(block.T, form).squeeze(1)                            # (rows,)
+            counts = 1 / here.diagonal().square()       # an error that others can answer counts less
+            s = signed_step(block, counts, form)                                 # (rows,)
             step[:, start // group] = s
         for j in range(end - start):
-            v[start + j] = round_to(block[j], s, form.edge)
+            v[start + j] = (block[j] / s).round().clamp(form.least, form.edge) * s
             errors[j] = (block[j] - v[start + j]) / here[j, j]
             block[j + 1:].addr_(here[j, j + 1:], errors[j], alpha=-1)
         x[end:].addmm_(answer[start:end, end:].T, errors, alpha=-1)
-    return Rounded(v.T.contiguous().to(torch.int8), nearest.scale, step, bits, group)
+    return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group)
+
+
+def most_steps(form):
+    """The largest step whose multiples, form.least of them included, are int8."""
+    return min(form.steps, 127 // -form.least)
+
+
+def signed_step(x, counts, form):
+    """
+    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each counts (group,)
+    -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values, -8, ..., 7, one more
+    on one side than on the other: with a negative step it is on the side of the largest weight.
+    """
+    best = error = None
+    for sign in (1, -1):
+        y = sign * x
+        # below this something is clipped
+        least = torch.maximum(y.amax(dim=0) / form.edge, y.amin(dim=0) / form.least)
+        for less in range(form.tries):
+            step = (least.ceil() - less).clamp(1, most_steps(form))
+            e = ((y / step).round().clamp(form.least, form.edge) * step - y).square()
+            e = (counts[:, None] * e).sum(dim=0)
+            if best is None:
+                best, error = sign * step, e
+            else:
+                best = torch.where(e < error, sign * step, best)
+                error = torch.minimum(e, error)
+    return best
 
 
 def answers(hessian, damping):

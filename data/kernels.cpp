@@ -82,12 +82,12 @@ extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K,
 // The sixteen values that a step makes stand in a table, in which one instruction looks up 32 of them.
 static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, int group) {
   static const struct Table {
-    int8_t values[19][16];
-    Table() { for (int s = 0; s < 19; s++) for (int q = 0; q < 16; q++) values[s][q] = (int8_t)((q - 8) * s); }
+    int8_t values[37][16];                                          // of the steps -18, ..., 18
+    Table() { for (int s = 0; s < 37; s++) for (int q = 0; q < 16; q++) values[s][q] = (int8_t)((q - 8) * (s - 18)); }
   } table;
   int half = K / 2, shift = group == 32 ? 5 : group == 64 ? 6 : 7;  // a division would take longer than all the rest
   for (int k = 0; k < half; k += 32) {
-    const int8_t *low = table.values[step[k >> shift]], *high = table.values[step[(half + k) >> shift]];
+    const int8_t *low = table.values[step[k >> shift] + 18], *high = table.values[step[(half + k) >> shift] + 18];
 #ifdef __AVX2__
     __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + k)), four_bits = _mm256_set1_epi8(15);
     __m256i left = _mm256_and_si256(bytes, four_bits);

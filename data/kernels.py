@@ -91,7 +91,7 @@ class KernelLinear(nn.Module):
         if linear.bits != 4 or linear.group not in GROUPS or linear.cols % 64 or linear.cols % linear.group:
             return False
         # kernels.cpp looks up what a step makes in a table, where a file's step of another size would miss it
-        return 0 <= linear.step.min() and linear.step.max() <= BITS[4].steps
+        return -BITS[4].steps <= linear.step.min() and linear.step.max() <= BITS[4].steps
 
     def forward(self, x):
         return self.read(x.float().contiguous())

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 class IntFormat:
     """What a weight of so many bits is."""
     edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127
+    least: int          # and down to here where GPTQ chooses steps, see data/gptq.py
     steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
     tries: int          # the search tries so many of these, downwards from the least that clips nothing
     stored: int         # bits that a weight takes in the file and in memory
-    method: str         # how quantize.py rounds a model that was trained in float
 
 
-BITS = {8: IntFormat(edge=127, steps=1, tries=1, stored=8, method='rtn'),
-        4: IntFormat(edge=7, steps=18, tries=4, stored=4, method='gptq')}
+BITS = {8: IntFormat(edge=127, least=-127, steps=1, tries=1, stored=8),
+        4: IntFormat(edge=7, least=-8, steps=18, tries=4, stored=4)}
 GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
 GROUP = GROUPS[0]
 # the vocabulary's matrices, which have bits of their own, and the small one between

@@ -512,7 +512,7 @@ def test_the_script(trained, tmp_path):
 
     got = run('quantize.py', f'--out_dir={tmp_path}', '--device=cpu')
     again = json.loads(got.out.splitlines()[-1])
-    assert again['method'] == 'rtn'             # not qat: what was refitted was not trained through the rounding
+    assert again['method'] == 'gptq'            # not qat: what was refitted was not trained through the rounding
     assert abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
     got = run('train.py', f'--init_from={tmp_path}/best.pt', f'--dataset={trained}/data_v280',
               f'--out_dir={tmp_path}/again', '--block_size=32', '--muon_lr=0', '--adam_lr=0', *TRAIN)
