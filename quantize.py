@@ -282,7 +282,9 @@ if __name__ == '__main__':
               "would measure it")
     else:
         data_dir, tokenizer = data_of(state, out_dir, dataset)
-        validation = Loader(data_dir, 'val', 16, min(block_size, 2048), device=device)
+        # long rows are measured a few at a time: so it says how far it is, and takes less memory
+        rows = 16 if block_size <= 512 else 4
+        validation = Loader(data_dir, 'val', rows, min(block_size, 2048), device=device)
 
     balance = balance and method != 'qat'
     batches = []

@@ -66,15 +66,20 @@ static void prepare(const float* x, float* z, int K, int input, int turned, floa
 // data/rounding.round_rows of what a matrix reads of x (M, K or 2 K): xq (M, K), the integers plus 128, and xs (M,).
 extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned,
                            float eps) {
-  std::vector<float> z(K);
-  for (int m = 0; m < M; m++, x += input == SWIGLU ? 2 * K : K, xq += K) {
-    prepare(x, z.data(), K, input, turned, eps);
-    float peak = 1e-12f;
-    #pragma omp simd reduction(max:peak)
-    for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
-    float up = 1 / peak * 127;                                      // PyTorch's 127 / peak, to the bit
-    for (int k = 0; k < K; k++) xq[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + 128);
-    xs[m] = peak / 127;
+  #pragma omp parallel if (M > 16)
+  {
+    std::vector<float> z(K);
+    #pragma omp for schedule(static)
+    for (int m = 0; m < M; m++) {
+      prepare(x + (size_t)m * (input == SWIGLU ? 2 * K : K), z.data(), K, input, turned, eps);
+      float peak = 1e-12f;
+      #pragma omp simd reduction(max:peak)
+      for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
+      float up = 1 / peak * 127;                                    // PyTorch's 127 / peak, to the bit
+      uint8_t* row = xq + (size_t)m * K;
+      for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + 128);
+      xs[m] = peak / 127;
+    }
   }
 }
 

@@ -20,7 +20,7 @@ import torch.nn as nn
 from data.files import in_repo, private_folder
 from data.machine import cpp_compiler
 from data.rounding import BITS, GROUPS, int_matmul
-from model import Block
+from model import Block, norm
 
 AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what a matrix reads of x, see kernels.cpp
 ROWS = 16               # products of more rows than so many are PyTorch's, which is the faster one there
@@ -134,11 +134,12 @@ class KernelBlock(Block):
 
     def forward(self, x, cos, sin, cache):
         """As Block.forward. cache.starts says where the few tokens of a step begin; of a prompt it is None."""
-        if cache is None or cache.starts is None:
-            return super().forward(x, cos, sin, cache)
         attn, mlp, eps = self.attn, self.mlp, self.eps or EPS
-        qkv = attn.c_qkv.read(x, NORM, eps)                             # (B, T, (n_head + 2 * n_kv_head) * head_dim)
-        x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
+        if cache is None or cache.starts is None:                       # PyTorch attends
+            x = x + attn(norm(x, self.eps), cos, sin, cache)
+        else:
+            qkv = attn.c_qkv.read(x, NORM, eps)                         # (B, T, (n_head + 2 * n_kv_head) * head_dim)
+            x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
         hidden = getattr(mlp, self.reader).read(x, NORM, eps)
         return mlp.c_proj.read(hidden, self.what, rest=x, turned=mlp.turned)
 
