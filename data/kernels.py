@@ -134,8 +134,10 @@ class KernelBlock(Block):
 
     def forward(self, x, cos, sin, cache):
         """As Block.forward. cache.starts says where the few tokens of a step begin; of a prompt it is None."""
+        if cache is None:
+            return super().forward(x, cos, sin, cache)
         attn, mlp, eps = self.attn, self.mlp, self.eps or EPS
-        if cache is None or cache.starts is None:                       # PyTorch attends
+        if cache.starts is None:                                        # PyTorch attends
             x = x + attn(norm(x, self.eps), cos, sin, cache)
         else:
             qkv = attn.c_qkv.read(x, NORM, eps)                         # (B, T, (n_head + 2 * n_kv_head) * head_dim)

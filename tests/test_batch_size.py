@@ -75,13 +75,13 @@ def test_nothing_fits(monkeypatch, tmp_path):
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')
 def test_under_a_real_limit(toy, tmp_path, monkeypatch):
     """
-    400 MiB to train in, and 31 rows to be cut into equal parts: one at a time fits, all do not. What is found is
+    300 MiB to train in, and 31 rows to be cut into equal parts: one at a time fits, all do not. What is found is
     trained with, and equals a run that is given the number.
     """
     # this process, which runs all the tests, has mapped more than a training that begins
     fresh = start('-c', 'import distill, engine; from data.batch_size import mapped; print(mapped())').communicate()[0]
     monkeypatch.setattr(data.batch_size, 'mapped', lambda: int(fresh))
-    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 400 * 2**20)
+    monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 300 * 2**20)
     args = [*TINY, toy, '--n_layer=1', '--n_embd=128', '--block_size=512', '--max_iters=1', f'--total_batch_size={31 * 512}']
     got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
     assert got.status == 0, got.err
