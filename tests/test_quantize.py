@@ -213,7 +213,7 @@ def naive_gptq(w, H, bits, group):
     again.
     """
     form = Q.BITS[bits]
-    scale = w.abs().amax(dim=1) / (120 if bits == 4 else 127)
+    scale = w.abs().amax(dim=1) / (-form.least * G.most_steps(form))
     x, v = (w / scale[:, None]).double(), torch.zeros(w.shape)
     inverse = torch.linalg.inv(H.double() + (0.01 * H.double().diagonal().mean() + 1e-12) * torch.eye(len(H)))
     for j in range(w.size(1)):
