@@ -38,7 +38,7 @@ from data.checkpoint import (check_size, check_tensors, config_from, load_model,
                              write_safetensors)
 from data.files import in_repo
 from data.gptq import gptq
-from data.loader import Loader, data_are_gone, data_of
+from data.loader import Loader, data_are_gone, data_of, load_meta
 from data.machine import pick_device
 from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight,
                            rounding_of)     # noqa: prepare and round_weight for those who import them from here
@@ -284,7 +284,8 @@ if __name__ == '__main__':
         data_dir, tokenizer = data_of(state, out_dir, dataset)
         # long rows are measured a few at a time: so it says how far it is, and takes less memory
         rows = 16 if block_size <= 512 else 4
-        validation = Loader(data_dir, 'val', rows, min(block_size, 2048), device=device)
+        length = load_meta(data_dir).get('row') or min(block_size, 2048)
+        validation = Loader(data_dir, 'val', rows, length, device=device)
 
     balance = balance and method != 'qat'
     batches = []

@@ -55,7 +55,7 @@ def scaled_stream(state, config):
         return state, config
     eye = torch.eye(config.n_embd).to(state[C_OUT])
     whole = eye + state[C_OUT]
-    size = whole.diagonal().mean().abs().item()
+    size = whole.diagonal().mean().abs().item() or 1.0
 
     def writes(name):
         return name.startswith('transformer') and name.endswith(('c_proj.weight', 'wte.weight')) or 'lm_head' in name

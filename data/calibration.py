@@ -9,7 +9,7 @@ batches (x, y) of token ids, (rows, T) int64 both, y one token further on.
 import torch
 
 from data.files import read_text
-from data.loader import Loader, progress
+from data.loader import Loader, load_meta, progress
 from engine import Engine, Sampling
 
 ROWS, LONGEST = 16, 512         # rows of a batch, tokens of a row at most
@@ -20,8 +20,9 @@ def length_of(model):
 
 
 def from_dataset(folder, model, n):
-    """n batches of a dataset's training split."""
-    loader = Loader(folder, 'train', ROWS, length_of(model), device=model.cos.device)
+    """n batches of a dataset's training split; of chats, whose rows are packed, whole rows."""
+    length = load_meta(folder).get('row') or length_of(model)
+    loader = Loader(folder, 'train', ROWS, length, device=model.cos.device)
     return [loader.batch(step) for step in range(n)]
 
 

@@ -1,11 +1,16 @@
 """data/balance.py: the float network stays what it is, and its integers are nearer to it."""
 import copy
+import json
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LLAMA, SMALL, randomise
+from conftest import LLAMA, SMALL, make_dataset, randomise
 
+from data import calibration
 from data.balance import balance, peaks
+from data.export import own_tensors
+from data.slicing import build
 from model import GPT, GPTConfig
 from quantize import convert, gptq
 
@@ -93,6 +98,25 @@ def test_its_integers_are_nearer():
         return (outputs(other) - exact).square().mean()
     assert error(convert(balance(model, data), 8)) < 0.5 * error(convert(copy.deepcopy(model), 8))
     assert error(gptq(balance(model, data), data, 4)) < error(gptq(model, data, 4))
+
+
+@pytest.mark.parametrize('shape', [dict(n_kv_head=2), LLAMA | dict(out_proj=False, tie_weights=False)])
+def test_others_read_hidden_units_as_they_are(shape):
+    """What is written for other projects knows of no Hadamard turn, and computes the same."""
+    model = make(**shape)
+    equal = balance(model, batches())
+    plain = build(own_tensors(equal), replace(equal.config, hadamard=0))
+    assert equal.config.hadamard and (outputs(plain) - outputs(model)).abs().max() < 1e-4
+
+
+def test_packed_rows_are_calibrated_with_whole(tmp_path, monkeypatch):
+    """Chats are packed in rows of their own length, whatever the longest row of a text to calibrate with is."""
+    make_dataset(tmp_path / 'chat')
+    meta = json.loads((tmp_path / 'chat' / 'meta.json').read_text())
+    (tmp_path / 'chat' / 'meta.json').write_text(json.dumps(meta | {'row': 32}))
+    monkeypatch.setattr(calibration, 'LONGEST', 8)
+    x, y = calibration.from_dataset(str(tmp_path / 'chat'), make(), 1)[0]
+    assert x.shape == y.shape == (16, 32)
 
 
 def test_what_never_fires_stays_as_it_is():
