@@ -1,10 +1,12 @@
 """
-Measures and plans, a mode for each: decoding, quality, training speed, memory, curves of losses, ladders of models.
+Measures and plans, a mode for each: decoding, quality, knowledge, training speed, memory, curves of losses, ladders of models.
 
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --shape=d12 --peers=True --llama2c=FOLDER --nanochat=FOLDER     # beside other programs: minutes
     python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
+    python bench.py --mode=quality --shape=out-quickstart --texts=mine=FILE         # and bits per byte of another text
+    python bench.py --mode=tasks --tasks=FILE.jsonl --shape=out-quickstart          # how many questions it answers
     python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --peers=FOLDER: beside nanoGPT
     python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54  # hours, dollars
@@ -64,10 +66,11 @@ from data.checkpoint import config_from, load_checkpoint
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
 from data.files import atomic_write, hold, in_repo, json_line, read_json
-from data.ladder import (COLUMNS, build_rung, by_name, compare_records, draw, read_record, read_rungs, summary, untimed,
-                         with_labels, write_record)
+from data.ladder import (build_rung, by_name, columns_of, compare_records, draw, read_record, read_rungs, summary,
+                         untimed, with_labels, write_record)
 from data.loader import Loader, data_of, load_meta
 from data.signals import passed_on
+from data.tasks import asked, measure
 from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_dataset
 from data.layouts import PackedInt8Linear, for_decoding
@@ -91,7 +94,7 @@ FORMATS = {
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
-mode = 'decode'             # decode, quality, train, memory, plot, ladder, table
+mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
 formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; others: see FORMATS
@@ -108,6 +111,13 @@ memory = True               # and what a process takes of it, beyond one that ha
 peers = ''                  # True: other programs, see tests/peers.py; in mode=train the folder of a copy of nanoGPT
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
+# quality, tasks and ladder
+tasks = ''                  # a .jsonl file of questions, see data/tasks.py: every rung of a ladder answers them
+questions = 0               # so many of them, drawn; 0: all
+num_fewshot = 0             # answered examples before each
+delimiter = ' '             # between question and answer; \n is a new line
+texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder
+text_bytes = 200_000        # at most so many bytes of each; 0: all
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
@@ -139,13 +149,13 @@ device = 'auto'             # cuda, mps, cpu
 threads = 0                 # CPU threads; 0: PyTorch's own choice
 child = ''                  # private: what a process started by this script measures
 limits = {                  # what they may be
-    'mode': ['decode', 'quality', 'train', 'memory', 'plot', 'ladder', 'table'],
+    'mode': ['decode', 'quality', 'tasks', 'train', 'memory', 'plot', 'ladder', 'table'],
     'prompt_tokens new_tokens rounds steps': (1, None),
     'draft_n': (1, FEW - 1),                            # more tokens at once are attended in another order
     'temperature price tokens_per_param': (0.0, None),
     'utilisation': (0, 1),
     'gpu': [*GPUS],
-    'vocab_size threads': (0, None),
+    'vocab_size threads questions num_fewshot text_bytes': (0, None),
     'seed': (0, 2**63 - 1)}
 # -----------------------------------------------------------------------------
 # Of the command line train.py gets its configs, and all knobs that are not ours alone. FILE.csv stands for
@@ -334,9 +344,30 @@ def measure_quality():
         model = build(f).model
         for dtype in (torch.float32, torch.int8):
             row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
-            rows.append(row | quality(model, data, tokenizer, dtype))
+            row |= quality(model, data, tokenizer, dtype)
+            rows.append(row | measure(model, tokenizer, dtype, texts, text_bytes))
+    others = [(key.removeprefix('bpb_'), key, '.5f') for key in rows[0] if key.startswith('bpb_')]
     report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
-            ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
+            *others, ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
+
+# -----------------------------------------------------------------------------
+# --mode=tasks
+
+def how_to_answer():
+    return {'tasks': tasks, 'questions': questions, 'num_fewshot': num_fewshot, 'seed': seed,
+            'delimiter': delimiter.replace('\\n', '\n')}
+
+
+def measure_tasks():
+    assert shape not in SHAPES, \
+        f'shape ({shape}) has random weights, which know nothing: give the out_dir of a trained model, or its file'
+    assert tasks, 'tasks () must be a .jsonl file of questions: data/tasks.py says what stands in it'
+    model, state = load(os.path.join(shape, 'best.pt') if os.path.isdir(shape) else shape, device)
+    rows = measure(model, from_meta(state['tokenizer']), **how_to_answer())['tasks']
+    report([('questions about', 'kind'), ('held out', lambda r: {True: 'yes', False: 'no'}.get(r.get('heldout'))),
+            ('questions', 'questions', ',d'), ('% right', 'accuracy', '.1f', 0.01), ('+-', 'error', '.1f', 0.01),
+            ('% by chance', 'chance', '.1f', 0.01), ('centred', 'centred', '.3f'), ('+-', 'centred_error', '.3f'),
+            ('p', 'p', '.1g')], rows, shape=shape, **how_to_answer())
 
 # -----------------------------------------------------------------------------
 # decoding, of ladders too
@@ -812,19 +843,23 @@ def measure_plot():
 # --mode=ladder: runs the commands that build each rung, then measures all rungs in one run, each beside its controls
 
 def measure_rung(file, int8):
-    """-> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one."""
+    """
+    -> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one; and
+    what it knows of other texts and of tasks.
+    """
     print(f'    measuring {file}', file=sys.stderr, flush=True)
     model, data, tokenizer = open_model(file)
     with torch.device('meta'):
         params = GPT(model.config).params()
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
-            **quality(model, data, tokenizer, torch.int8 if int8 else None)}
+            **quality(model, data, tokenizer, torch.int8 if int8 else None),
+            **measure(model, tokenizer, torch.int8 if int8 else None, texts, text_bytes, **how_to_answer())}
 
 
 def build_ladder(wanted):
     """-> the rows of all rungs, measured; what the ladder's last run measured of the same file is not measured again"""
     hold(os.path.dirname(ladder), os.path.basename(ladder))         # rungs are held by the scripts that make them
-    identity = ('command', 'file', 'made', 'int8_cache')
+    identity = ('command', 'file', 'made', 'int8_cache', 'beside')
     known = {}
     if os.path.exists(ladder):
         before = read_json(ladder, 'move it away', {'rows': list})['rows']
@@ -834,6 +869,7 @@ def build_ladder(wanted):
         row = build_rung(ladder, name, rung_seed, command)
         if row:
             row['int8_cache'] = name in int8_cache.split(',')
+            row['beside'] = asked(texts, text_bytes, **how_to_answer()) or None
             before = known.get(tuple(row[key] for key in identity)) if row['made'] else None
             measured_now = untimed(before) if before else measure_rung(row['file'], row['int8_cache'])
             rows.append(measured_now | row)
@@ -905,8 +941,9 @@ def time_rungs(rows):
 def measure_table():
     """A record's Markdown table, and its picture."""
     document = read_record(record)
-    lines, known = summary(document['rows']), {key: column for column in COLUMNS for key in [column[1]]}
-    report([known[key] for key in listed('columns', known)] if columns else COLUMNS, lines,
+    lines, everything = summary(document['rows']), columns_of(document['rows'])
+    known = {column[1]: column for column in everything}
+    report([known[key] for key in listed('columns', known)] if columns else everything, lines,
            machine=document['machine'], date=document.get('date'))
     if png:
         draw(lines, png)
@@ -943,7 +980,7 @@ def measure_ladder():
             draw(lines, os.path.splitext(ladder)[0] + '.png')
         else:                                   # the record is whole without it
             print('no picture: pip install matplotlib', file=sys.stderr)
-    report(COLUMNS, lines, rows=[with_labels(row) for row in rows])
+    report(columns_of(rows), lines, rows=[with_labels(row) for row in rows])
     check_decoding(rows)
 
 # -----------------------------------------------------------------------------
@@ -964,5 +1001,5 @@ machine = describe_machine()
 tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status')
 if temperature is None:
     temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8
-{'decode': measure_decode, 'quality': measure_quality, 'train': measure_train, 'memory': measure_memory,
- 'plot': measure_plot, 'ladder': measure_ladder, 'table': measure_table}[mode]()
+{'decode': measure_decode, 'quality': measure_quality, 'tasks': measure_tasks, 'train': measure_train,
+ 'memory': measure_memory, 'plot': measure_plot, 'ladder': measure_ladder, 'table': measure_table}[mode]()

@@ -137,7 +137,7 @@ def compare_records(before, now):
     changes = []
     for old, new in zip(before, now):
         name = new['name'] if new.get('seed') is None else f"{new['name']} {new['seed']}"
-        for key, most in noise.items():
+        for key, most in (noise | {key: 1e-4 for key in old if key.startswith('bpb_')}).items():
             if old.get(key) and new.get(key) and abs(new[key] / old[key] - 1) > most:
                 changes.append(f'{name}: {key} was {old[key]:.6g} and is {new[key]:.6g}')
     return changes
@@ -150,12 +150,20 @@ def compare_records(before, now):
 COLUMNS = [('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', ',d'), ('x less', 'smaller', '.1f'),
            ('KV B/token', 'kv_bytes_per_token', ',.0f'), ('nats', 'val_loss', '.4f'), ('+-', 'deviation', '.4f'),
            ('bits/byte', 'val_bpb', '.4f'), ('p', 'p', '.1g'),
+           ('tasks', 'tasks_centred', '.3f'), ('+-', 'tasks_error', '.3f'),
            ('tok/s', 'tok_s', ',.0f'), ('x', 'x_tok_s', '.2f'),
            ('drafting', 'tok_s_speculative', ',.0f'), ('x', 'x_tok_s_speculative', '.2f'),
            ('compiled', 'tok_s_compiled', ',.0f'), ('drafting', 'tok_s_speculative_compiled', ',.0f'),
            ('tok/verify', 'tokens_per_verify', '.2f'), ('MiB', 'memory_bytes', ',.1f', 2**20),
            ('Mtokens', 'train_tokens', ',.1f', 1e6), ('seconds', 'train_seconds', ',.0f'),
            ('PFLOPs', 'train_flops', ',.2f', 1e15)]
+
+
+def columns_of(rows):
+    """COLUMNS, and behind the bits per byte those of the further texts that rows were measured on."""
+    names = dict.fromkeys(key for row in rows for key in row if key.startswith('bpb_'))
+    place = 1 + [key for _, key, *_ in COLUMNS].index('val_bpb')
+    return COLUMNS[:place] + [(key.removeprefix('bpb_'), key, '.4f') for key in names] + COLUMNS[place:]
 
 
 def with_labels(row):
@@ -196,6 +204,9 @@ def summary(rows):
             line |= {'val_loss': mean(losses[name]), 'val_bpb': mean(row['val_bpb'] for row in same),
                      'deviation': stdev(losses[name]) if len(same) > 1 else None,
                      'p': welch(losses[name], losses[control]) if control not in (None, name) else None}
+        for key in line:                            # what it knows beside its own text, see data/tasks.py
+            if key.startswith('bpb_') or key in ('tasks_centred', 'tasks_error'):
+                line[key] = mean(row[key] for row in same)
         if line.get('bytes'):
             line['smaller'] = first['bytes'] / line['bytes']
         for key in ('tok_s', 'tok_s_speculative'):
