@@ -1,5 +1,5 @@
 """
-Measures and plans, a mode for each: decoding, quality, knowledge, training speed, memory, curves of losses, ladders of models.
+Measures and plans, a mode for each: decoding, quality, knowledge, training speed, memory, curves of losses, ladders.
 
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4

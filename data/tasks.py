@@ -136,7 +136,7 @@ def scored_tokens(item, examples, tokenizer, delimiter):
 def cut_left(rows, places, bos, block_size):
     """
     Rows of tokens that are too long for a context lose as many tokens as the longest must, all alike, so that they
-    still differ in their answers alone; the token that stands before any text stays. ValueError if answers are too long.
+    still differ in their answers alone; the token that begins a text stays. ValueError if answers are too long.
     """
     over = max(map(len, rows)) - block_size
     if over <= 0:
@@ -158,7 +158,8 @@ def read_rows(model, rows, places, dtype=torch.float32):
     """
     device, longest = model.cos.device, max(map(len, rows))
     cache = KVCache(model.config, 1, longest, dtype, device)
-    shared = min(common_length(rows), *places) - 1          # the last token before what is scored predicts it
+    # the last token before what is scored is read with it, since it predicts its first token
+    shared = max(0, min(common_length(rows), *places) - 1)
     for start in range(0, shared, PREFILL_CHUNK):
         model.trunk(torch.tensor([rows[0][start:min(start + PREFILL_CHUNK, shared)]], device=device), cache)
     cache.keep([0] * len(rows))
@@ -186,13 +187,17 @@ def answer(model, tokenizer, item, examples=(), delimiter=' ', dtype=torch.float
     return int((nats.sum(dim=1) / (targets >= 0).sum(dim=1)).argmin()) == item['gold']
 
 
-def draw_examples(items, i, n):
-    """n of the questions like items[i], by form and kind, but not itself: another draw for each i, always the same."""
-    like = [j for j, other in enumerate(items)
-            if j != i and form_of(other) == form_of(items[i]) and other.get('kind') == items[i].get('kind')]
+def sorts_of(items):
+    """Of each question its form and its kind: an example should be like the question behind it."""
+    return [(form_of(item), item.get('kind')) for item in items]
+
+
+def draw_examples(sorts, i, n):
+    """sorts_of the questions -> the numbers of n of question i's sort, but not i: for an i always the same draw."""
+    like = [j for j, sort in enumerate(sorts) if sort == sorts[i] and j != i]
     assert n <= len(like), (f'num_fewshot ({n}) must be at most {len(like)}: there are no more questions like '
-                            f'{items[i].get("kind", form_of(items[i]))!r}')
-    return [items[j] for j in random.Random(1234 + i).sample(like, n)]
+                            f'{sorts[i][1] or sorts[i][0]!r}')
+    return random.Random(1234 + i).sample(like, n)
 
 
 def answer_all(model, tokenizer, items, questions=0, num_fewshot=0, delimiter=' ', dtype=torch.float32):
@@ -200,10 +205,9 @@ def answer_all(model, tokenizer, items, questions=0, num_fewshot=0, delimiter=' 
     Which of the first so many questions (0: all) the model answers rightly, a list of bools; examples are drawn from
     all of them. It says how far it is every ten seconds.
     """
-    n = min(questions or len(items), len(items))
-    right = []
+    n, sorts, right = min(questions or len(items), len(items)), sorts_of(items), []
     for i in progress(range(n), n, 'questions', every=10):
-        examples = draw_examples(items, i, num_fewshot) if num_fewshot else ()
+        examples = [items[j] for j in draw_examples(sorts, i, num_fewshot)]
         right.append(answer(model, tokenizer, items[i], examples, delimiter, dtype))
     return right
 
