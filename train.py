@@ -337,11 +337,12 @@ def show_sample(step):
     asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())
     prompt = val_loader.tokens[:asked].tolist()
     swap_averages()
-    n, end = min(sample_tokens, block_size - asked), tokenizer.bos          # which stands before the next document
-    ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=[end])
+    # where the model writes what ends an answer or a text, the sample is at its end
+    n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
+    ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
     swap_averages()
     model.train()
-    text = tokenizer.decode([token for token in prompt[1:] + ids if token != end])
+    text = tokenizer.decode(prompt[1:] + [token for token in ids if token not in ends])
     say(f"----- sample at step {step} -----\n{text}\n-----")
 
 

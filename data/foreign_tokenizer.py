@@ -8,6 +8,7 @@ library; prepare.py's --tokenizer= names what load_tokenizer takes.
 [0, 1, 2]
 """
 
+import glob
 import io
 import json
 import os
@@ -22,8 +23,8 @@ AGAIN = 'use another copy'
 LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
 
 
-# What a picochat out_dir may hold.
-MODELS = ('best.pt', 'int8.safetensors', 'int4.safetensors')
+# What a picochat out_dir may hold, and every file of it its tokenizer; integers have any number of bits.
+MODELS = ('best.pt', 'int*.safetensors')
 
 
 def load_tokenizer(path):
@@ -46,7 +47,7 @@ def load_tokenizer(path):
     at = lambda name: os.path.join(path, name)
     if os.path.exists(at('meta.json')):
         return from_meta(read_json(at('meta.json'), AGAIN))
-    models = [at(name) for name in MODELS if os.path.exists(at(name))]
+    models = [file for name in MODELS for file in sorted(glob.glob(os.path.join(glob.escape(path), name)))]
     if not models and os.path.isfile(path) and path.endswith(('.pt', '.safetensors')):
         models = [path]
     if models:

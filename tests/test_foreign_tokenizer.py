@@ -8,6 +8,7 @@ import doctest
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -348,7 +349,9 @@ def test_every_kind_of_path(smol, table, tmp_path):
     save_checkpoint(str(tmp_path / 'out' / 'best.pt'), model, smol.meta(), step=0, dataset='gone')
     (tmp_path / 'int').mkdir()
     export(str(tmp_path / 'int' / 'int8.safetensors'), convert(build(smol)), smol.meta())
-    for name in ('out', 'out/best.pt', 'int', 'int/int8.safetensors'):
+    (tmp_path / 'few').mkdir()      # integers of any number of bits
+    shutil.copy(tmp_path / 'int' / 'int8.safetensors', tmp_path / 'few' / 'int3.safetensors')
+    for name in ('out', 'out/best.pt', 'int', 'int/int8.safetensors', 'few'):
         assert load_tokenizer(tmp_path / name).meta() == smol.meta(), name
     (tmp_path / 'int' / 'meta.json').write_text(json.dumps(CharTokenizer('abc').meta()))
     assert load_tokenizer(tmp_path / 'int').chars == 'abc'
