@@ -16,7 +16,7 @@ import torch
 
 import data.estimate
 import model as M
-from conftest import e0_state, make_dataset, nanogpt_state, randomise, refused, run, write_nanochat, write_nanogpt
+from conftest import LLAMA, e0_state, make_dataset, nanogpt_state, randomise, refused, run, write_nanochat, write_nanogpt
 from data.checkpoint import config_from, save_checkpoint
 from data.estimate import Living, Training, training_bytes
 from data.machine import autocast
@@ -286,7 +286,8 @@ def test_living_counts_what_exists():
 @pytest.mark.parametrize('changed', [
     dict(dtype='bfloat16'), dict(n_kv_head=1, n_head=4, tie_weights=True, ema=0.9),
     dict(dropout=0.1, dtype='bfloat16', quant_bits=8), dict(multi_token_n=2, draft_n=2, total_batch_size=512),
-    dict(teacher='labels-absent'), dict(chunks=3)])
+    dict(teacher='labels-absent'), dict(chunks=3),
+    LLAMA | dict(n_kv_head=1, n_head=2, quant_bits=4)])
 def test_training_bytes_are_those_of_the_tensors(changed, monkeypatch):
     """Counted on fake tensors it is what counting on true ones gives, and what a step leaves and autograd keeps."""
     vocab_size = 1000

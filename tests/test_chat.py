@@ -187,11 +187,13 @@ def test_fine_tuning_and_talking_in_chatml(tmp_path):
 
 
 def test_a_training_shows_an_answer_up_to_its_end(tmp_path):
-    """By a model that says <|im_end|> and nothing else."""
+    """By a model that says <|im_end|>, and behind that an x."""
     t = chatml()
     model = GPT(GPTConfig(block_size=96, vocab_size=t.vocab_size, n_layer=1, n_head=2, n_embd=16))
     model.transformer.wte.weight.data.fill_(1.0)
+    model.transformer.wte.weight.data[2] = -1.0
     model.lm_head.weight.data[2] = 1.0
+    model.lm_head.weight.data[t.encode('x')] = -1.0
     save_checkpoint(str(tmp_path / 'model' / 'best.pt'), model, t.meta(), step=0, dataset='gone')
     with contextlib.redirect_stdout(io.StringIO()):
         write_chats(tmp_path / 'data', t, [t.render_chat([USER, BOT])] * 8, [t.render_chat([USER, BOT])] * 4, 96, 'toy')

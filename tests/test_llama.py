@@ -8,10 +8,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, SMALL, randomise, train
+from conftest import LLAMA, SMALL, largest_difference, randomise, train
+from test_train import two
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from data.checkpoint import load_model
+import prune
+from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.layouts import for_decoding
+from data.loader import load_meta
+from data.tokenizer import from_meta
 from engine import Engine, KVCache, Sampling, Speculation, decode
 from model import GPT, GPTConfig, rope_tables
 from quantize import convert, export, gptq, load, prepare
@@ -83,15 +89,47 @@ def test_cached_chunked_and_batched_equal_the_full_forward(shape):
 
 
 @pytest.mark.parametrize('shape', SHAPES[:2])
-def test_text_does_not_depend_on_how_it_is_decoded(shape):
-    """Integers: plain, arranged for decoding, with drafts and in a batch, to the token."""
-    model = convert(make(multi_token_n=2, draft_n=2, **shape), 8)
+@torch.no_grad()
+def test_ragged_prompts_in_chunks_and_drafts_that_are_forgotten(shape, monkeypatch):
+    monkeypatch.setattr('engine.PREFILL_CHUNK', 7)
+    model, x, lengths = make(**shape), ids(3), [40, 3, 24]
+    more = ids(3, 5)
+    whole = [model(torch.cat((row[:n], new))[None])[0] for row, n, new in zip(x, lengths, more)]
+    cache = KVCache(model.config, 3, 16)
+    last = Engine(model).prefill(cache, [row[:n].tolist() for row, n in zip(x, lengths)])
+    assert cache.lengths == lengths
+    for state, n, logits in zip(last, lengths, whole):
+        assert (model.logits(state) - logits[n - 1]).abs().max() < 2e-4
+    model.trunk(x[:, :6], cache)
+    cache.rewind(lengths)
+    for logits, n, expected in zip(model.logits(model.trunk(more, cache)), lengths, whole):
+        assert (logits - expected[n:]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize('bits', [0, 8, 4])
+@pytest.mark.parametrize('shape', SHAPES[:2])
+def test_text_does_not_depend_on_how_it_is_decoded(shape, bits):
+    """Plain, arranged for decoding, with every drafter and in a batch, to the token."""
+    model = make(multi_token_n=2, draft_n=2, **shape)
+    model = convert(model, bits) if bits else model
     prompts, sampling = ids().tolist(), Sampling(temperature=0.9, seed=3)
-    expected = decode(model, prompts[0], 16, sampling)
     engine = Engine(for_decoding(copy.deepcopy(model)))
-    assert engine.complete(prompts, 16, sampling)[0] == expected
-    for drafter in ('head', 'mtp', 'ngram'):
-        assert engine.complete(prompts[:1], 16, sampling, Speculation(drafter, 3))[0] == expected
+    texts = engine.complete(prompts, 16, sampling)
+    assert texts[0] == decode(model, prompts[0], 16, sampling)
+    for drafter, k in (('head', 3), ('mtp', 2), ('ngram', 7), ('random', 15)):
+        assert engine.complete(prompts[:1], 16, sampling, Speculation(drafter, k)) == texts[:1], drafter
+        assert engine.complete(prompts, 16, sampling, Speculation(drafter, k, adapt=False)) == texts, drafter
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@torch.no_grad()
+def test_integers_are_the_same_bits_however_many_tokens_are_read_at_once(bits):
+    model, x = convert(make(**LLAMA), bits), ids(1)
+    one_by_one, *others = (
+        torch.cat([model.trunk(part, cache) for part in x.split(width, dim=1)], dim=1)
+        for width, cache in [(width, KVCache(model.config, 1)) for width in (1, 5, 16)])
+    for other in others:
+        assert torch.equal(other, one_by_one)
 
 
 @pytest.mark.parametrize('bits', [8, 4])
@@ -125,3 +163,71 @@ def test_it_is_trained_from_scratch(toy, tmp_path):
     assert (c.mlp, c.qk_norm, c.embed_norm, c.softcap, c.norm_eps, c.rope_base) == ('swiglu', False, False, 0, 1e-5, 500)
     assert c.n_hidden == 42 and 'transformer.h.0.mlp.c_gate.weight' in state['model']
     assert whole['val_loss'] < log_of_vocabulary(model)
+
+
+# -----------------------------------------------------------------------------
+# what it costs, what is cut off, and who trains it
+
+@pytest.mark.parametrize('shape', [dict(n_kv_head=4), *SHAPES[:2]])
+def test_flops_are_those_that_torch_counts(shape):
+    """To the last one, of both blocks, forward and backward."""
+    model, x = make(**shape), ids(3, 64)        # as many as the context has room for
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:       # of others it does not know
+        logits = model(x)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    counted = [forward.get_total_flops(), backward.get_total_flops()]
+    assert counted[0] == x.numel() * model.flops_per_token(training=False)
+    assert sum(counted) == x.numel() * model.flops_per_token()
+
+
+def what_it_reads(model, name, x):
+    """The input of the first layer's matrix of that name, for tokens x -> (x.numel(), columns)"""
+    read = []
+    hook = model.get_submodule(f'transformer.h.0.{name}').register_forward_hook(
+        lambda module, args, out: read.append(args[0].flatten(0, 1)))
+    model(x)
+    hook.remove()
+    return read[0]
+
+
+@pytest.mark.parametrize('how, name, keep, columns', [
+    ('keep_neurons', 'mlp.c_proj', list(range(0, 85, 2)), list(range(0, 85, 2))),
+    ('keep_heads', 'attn.c_proj', [[1], [2]], list(range(8, 24)))])
+@torch.no_grad()
+def test_refit_is_the_least_squares_solution(how, name, keep, columns):
+    """Of what c_proj reads in a Llama, gated hidden units for one: what is left gives nearly what the whole gave."""
+    model, x = make(**LLAMA), ids(40)
+    moments = prune.measure(model, [(x, x)])[1]
+    cut = [prune.build(*getattr(prune, how)(model.state_dict(), model.config, [keep] * 2, *fit))
+           for fit in ((moments,), ())]
+    fitted, plain = (m.get_submodule(f'transformer.h.0.{name}').weight for m in cut)
+    read, whole = what_it_reads(model, name, x), model.get_submodule(f'transformer.h.0.{name}').weight
+    best = torch.linalg.lstsq(read[:, columns], read @ whole.T).solution.T
+
+    def error(weight):
+        return (read[:, columns] @ weight.T - read @ whole.T).square().mean()
+    assert torch.equal(plain, whole[:, columns])
+    assert error(fitted) < 1.01 * error(best) < 0.9 * error(plain)
+
+
+def test_two_processes_and_shards_equal_one(toy, tmp_path, monkeypatch):
+    """A tied model with a last gain, as SmolLM2, goes on learning from the text and from itself as it was."""
+    monkeypatch.setattr('model.fast_bf16', lambda device: False)        # Muon's bfloat16 would hide mistakes
+    tokenizer = from_meta(load_meta(toy.removeprefix('--dataset=')))
+    model = make(16, **LLAMA | dict(vocab_size=tokenizer.vocab_size))
+    save_checkpoint(f'{tmp_path}/smol/best.pt', model, tokenizer.meta(), step=0, dataset='gone')
+    train(tmp_path / 'teacher', toy, f'--init_from={tmp_path}/smol/best.pt', '--max_iters=30', '--eval_interval=30')
+    args = [toy, f'--init_from={tmp_path}/teacher/best.pt', f'--teacher={tmp_path}/teacher', '--max_iters=2',
+            '--total_batch_size=128', '--adam_lr=0.01']
+    train(tmp_path / 'one', *args)
+    for name, more in (('two', []), ('shards', ['--fsdp=True'])):
+        said = two(*args, *more, f'--out_dir={tmp_path}/{name}')
+        assert [p.status for p in said] == [0, 0], said[0].err + said[1].err
+    one, *others = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in ('one', 'two', 'shards'))
+    assert one['config']['out_proj'] and one['config']['tie_weights']
+    assert largest_difference(one['model'], load_checkpoint(f'{tmp_path}/teacher/best.pt')['model']) > 0.01
+    for other in others:
+        for part in ('model', 'optimizers'):
+            assert largest_difference(one[part], other[part]) < 1e-4
+        assert abs(one['best']['loss'] - other['best']['loss']) < 1e-5
