@@ -128,6 +128,9 @@ def load_causal_lm(folder, device='cpu'):
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True)
         if about['missing_keys']:
             raise ValueError(f"{sorted(about['missing_keys'])[0]} and maybe others are missing")
+    # Copies: what transformers gives are windows into the file, and who overwrote that would change a model as it runs.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     check_finite(model.state_dict(), file)
     model = model.to(device).eval()
     c = model.config.get_text_config()

@@ -10,15 +10,18 @@ A checkpoint is the dict {'picochat': 1, 'config': the shape, 'tokenizer': its m
 else was given. What guards against damaged and foreign files raises a ValueError that names what was expected.
 """
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import shlex
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data.files import atomic_write
 from data.machine import whole
@@ -59,11 +62,8 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
 LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'      # how files of torch before 1.6 begin, which are no zip archives
 
 
-def load_tensors(path, device='cpu', mmap=False):
-    """
-    A file of torch.save -> its tensors and plain types; mmap=True maps them from the disk: they take no memory until
-    they are used. ValueError for a file that is damaged, or holds more than that.
-    """
+def load_tensors(path, device='cpu'):
+    """A file of torch.save -> its tensors and plain types. ValueError for a file that is damaged, or holds more."""
     with open(path, 'rb') as f:
         legacy = f.read(len(LEGACY)) == LEGACY
     if not legacy and not is_archive(path):
@@ -71,18 +71,21 @@ def load_tensors(path, device='cpu', mmap=False):
                          f"found {os.path.getsize(path):,} bytes that are truncated or of another kind: "
                          "use another copy")
     try:
-        damaged = None if legacy else damage(path)  # torch.load does not check the sums that torch.save writes
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True, mmap=mmap and not legacy)
+        (check_old_file if legacy else check_archive)(path)
+        with ThreadPoolExecutor(1) as pool:
+            # torch.load does not check the sums that torch.save writes: another thread does, at the same time
+            damaged = None if legacy else pool.submit(damage, path)
+            state = torch.load(path, map_location=device, weights_only=True)
+        damaged = damaged and damaged.result()
+        if not damaged:
+            check_contents(state, os.path.getsize(path))
     except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file
-        raise ValueError(f"{path} was refused ({type(e).__name__}): "
+        why = str(e) if type(e) is ValueError else type(e).__name__
+        raise ValueError(f"{path} was refused ({why}): "
                          "a checkpoint holds tensors and plain types only; use another copy") from e
     if damaged:
         raise ValueError(f"{path} is damaged: expected the checksum that was saved with {damaged}, "
                          "found another: use another copy")
-    for name, t in tensors_in(state):
-        if t.untyped_storage().nbytes() < t.numel() * t.element_size():
-            raise ValueError(f"{path} was refused: {name} says that it has {t.numel():,} numbers, and fewer are there: "
-                             "use another copy")
     return state
 
 
@@ -95,11 +98,115 @@ def is_archive(path):
 
 
 def damage(path):
-    """The first member of a zip archive that is not what was written, or None. torch.save compresses nothing."""
+    """The first member of a zip archive that is not what was written, or None."""
     with zipfile.ZipFile(path) as z:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in z.infolist()):
-            raise ValueError('it is compressed')
         return z.testzip()
+
+
+def check_archive(path):
+    """ValueError unless a zip archive is such as torch.save writes, and no larger in memory than on the disk."""
+    with zipfile.ZipFile(path) as z:
+        members = z.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError('it is compressed')
+        if len({member.filename.casefold() for member in members}) < len(members):
+            raise ValueError('two of its members have the same name')
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError('its members share their bytes')
+        for member in members:
+            if member.filename.casefold().endswith('.pkl'):
+                check_pickle(io.BytesIO(z.read(member)))
+
+
+def check_old_file(path):
+    """The same for a file of torch before 1.6: five pickles, and the tensors' bytes."""
+    with open(path, 'rb') as f:
+        for _ in range(5):
+            check_pickle(f)
+
+
+# All that the pickle of a checkpoint needs to name: what dicts and tensors are made of. torch.load knows more, some of
+# which takes as much memory as a file of a few bytes asks for.
+NAMES = re.compile(r'collections\.OrderedDict|torch\.(Size|device|bool|(b?float|u?int)\d+)'
+                   r'|torch\.(cuda\.|storage\.)?\w+Storage|torch\._utils\._rebuild_(tensor(_v[23])?|parameter)')
+# And its instructions, each a byte, with how many bytes of argument, or of its length, follow.
+CONSTANTS = {b'K': 1, b'M': 2, b'J': 4, b'G': 8, b'N': 0, b'\x88': 0, b'\x89': 0, b')': 0, b']': 0, b'}': 0, b'\x80': 1}
+TEXTS = {b'X': 4, b'U': 1, b'\x8a': 1}
+PUTS, GETS = {b'q': 1, b'r': 4}, {b'h': 1, b'j': 4}                 # what is kept under a number, to be used again
+TUPLES = {b'\x85': 1, b'\x86': 2, b'\x87': 3}                      # here: of so many values
+DROPS = {b'R': 1, b'\x81': 1, b'Q': 0, b'a': 1, b's': 2, b'b': 1}   # and here: so many fewer are on the stack
+LARGEST = 10_000
+
+
+def check_pickle(f):
+    """
+    Reads the instructions of a pickle from the open file f, and obeys none. ValueError for those that a checkpoint has
+    no need of, for names besides NAMES, and for a tuple in a tuple in a tuple ... that holds more than LARGEST values:
+    as the key of a dict it would be hashed value by value, which may take for ever, or all of the processor's stack.
+    """
+    stack, marks, memo = [], [], {}             # the stack holds of how many values each of its entries consists
+    read, number = f.read, int.from_bytes
+    while (op := read(1)) != b'.':
+        if op in TEXTS:
+            read(number(read(TEXTS[op]), 'little'))
+            stack.append(1)
+        elif op in PUTS:
+            memo[number(read(PUTS[op]), 'little')] = stack[-1]
+        elif op in GETS:
+            stack.append(memo[number(read(GETS[op]), 'little')])
+        elif op in CONSTANTS:
+            read(CONSTANTS[op])
+            stack.append(1)
+        elif op == b'(':
+            marks.append(len(stack))
+        elif op in (b'e', b'u'):                # all since the mark goes into a list or a dict
+            del stack[marks.pop():]
+        elif op == b't' or op in TUPLES:
+            start = marks.pop() if op == b't' else len(stack) - TUPLES[op]
+            stack[start:] = [1 + sum(stack[start:])]
+            if stack[-1] > LARGEST:
+                raise ValueError(f'it has a tuple of more than {LARGEST:,} values')
+        elif op in DROPS:
+            del stack[len(stack) - DROPS[op]:]
+        elif op == b'c':
+            name = b'.'.join(f.readline(100).rstrip(b'\n') for _ in range(2)).decode()
+            if not NAMES.fullmatch(name):
+                raise ValueError(f'it names {name}')
+            stack.append(1)
+        else:
+            raise ValueError(f'it has the instruction {op}')
+
+
+def check_contents(state, size):
+    """ValueError unless what a file of so many bytes has become is plain, and takes no more memory than the file."""
+    if n_values(state, {}) > 2 * size:
+        raise ValueError('it has the same values again and again')
+    total = 0
+    for name, t in tensors_in(state):
+        if t.untyped_storage().nbytes() < t.nbytes:
+            raise ValueError(f'{name} says that it has {t.numel():,} numbers, and fewer are there')
+        total += t.nbytes
+    if total > 2 * size:                        # tied tables are there twice
+        raise ValueError(f'its tensors have {total:,} bytes, and the file has {size:,}')
+
+
+def n_values(x, known):
+    """
+    Of how many values nested dicts, lists and tuples consist: each counts as often as it is reached. known: what has
+    been counted, by id. ValueError for keys that are neither texts nor whole numbers.
+    """
+    if not isinstance(x, (dict, list, tuple)):
+        return 1
+    if id(x) not in known:
+        known[id(x)] = math.inf                 # if it is met again within itself, it has no end
+        if getattr(x, '__dict__', {}).keys() - {'_metadata'}:
+            raise ValueError('a dict in it is more than that')
+        odd = [key for key in x if type(key) not in (str, int)] if isinstance(x, dict) else []
+        if odd:
+            raise ValueError(f'a key in it is a {type(odd[0]).__name__}')
+        values = x.values() if isinstance(x, dict) else x
+        known[id(x)] = 1 + sum(n_values(value, known) for value in values)
+    return known[id(x)]
 
 
 def tensors_in(x, name=''):
@@ -108,7 +215,8 @@ def tensors_in(x, name=''):
         yield name, x
     items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
     for key, value in items:
-        yield from tensors_in(value, f'{name}/{key}' if name else str(key))
+        if isinstance(value, (dict, list, tuple, torch.Tensor)):
+            yield from tensors_in(value, f'{name}/{key}' if name else str(key))
 
 
 def plain_names(state):
@@ -193,9 +301,11 @@ def check_tensors(own, state, path):
 def check_finite(state, path):
     """ValueError names the first tensor of nested dicts and lists that has a number that is NaN or infinite."""
     for name, t in tensors_in(state):
-        # least and most are NaN if any number is: one pass that needs no memory
-        if t.is_floating_point() and t.numel() and not t.is_meta and not torch.stack(t.aminmax()).isfinite().all():
-            n = (~t.isfinite()).sum().item()
+        # A sum is NaN or infinite if any of its numbers is; or if they are very large, for which all are looked at.
+        if not t.is_floating_point() or t.is_meta or t.sum(dtype=torch.float32).isfinite():
+            continue
+        n = (~t.double().isfinite()).sum().item()
+        if n:
             raise ValueError(f"{path} is of no use: {n:,} of the {t.numel():,} numbers of {name} are NaN or infinite: "
                              "use another copy, or train again with lower learning rates")
 
@@ -220,18 +330,35 @@ def load_checkpoint(path, device='cpu'):
     config = config_from(state['config'], path)
     state['model'] = plain_names(state['model'])
     check_size(config, dict(tensors_in(state['model'])), path)
-    with torch.device('meta'):                  # takes no memory
-        model = GPT(config)
-    check_tensors(model.state_dict(), state['model'], path)
+    check_tensors(without_memory(GPT, config).state_dict(), state['model'], path)
     return state
+
+
+class NotDrawn(TorchFunctionMode):
+    """
+    For the device meta: torch.nn.init does nothing, and tables of positions are on the CPU. PyTorch would do both in
+    Python there, and import its compiler first, which takes a second.
+    """
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if getattr(func, '__module__', '') == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        if func is torch.arange:
+            kwargs['device'] = 'cpu'
+        return func(*args, **kwargs)
+
+
+def without_memory(kind, config):
+    """kind(config), a model whose weights are shapes alone."""
+    with torch.device('meta'), NotDrawn():
+        return kind(config)
 
 
 def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and the checkpoint's dict."""
     state = load_checkpoint(path, device)
     config = GPTConfig(**state['config'])
-    with torch.device('meta'):                  # no weights are drawn, and none are in memory twice
-        model = GPT(config)
+    model = without_memory(GPT, config)         # so no weights are in memory twice
     model.load_state_dict({name: t.float() for name, t in state['model'].items()}, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight

@@ -8,15 +8,15 @@ import os
 
 import torch
 
-from data.checkpoint import check_tensors, load_tensors
+from data.checkpoint import check_tensors, load_tensors, without_memory
 from data.files import read_text
 from model import GPT, rope_tables
 
 def load_weights(file):
-    """A state dict of torch.save -> {name: tensor}, mapped from the disk: they take no memory until they are used."""
+    """A state dict of torch.save -> {name: tensor}."""
     if os.path.getsize(file) > 2**30:
         print(f'reading {file}, {os.path.getsize(file) / 1e9:.1f} GB', flush=True)
-    return load_tensors(file, mmap=True)
+    return load_tensors(file)
 
 
 @contextlib.contextmanager
@@ -34,11 +34,10 @@ def make(kind, config, state, path, device, tied=False):
     kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode.
     tied: lm_head is the embedding's table. path: where they are from, for the message of a ValueError.
     """
-    # a model without weights: so they are in memory only once
-    with expecting(f"{path} does not have the tensors of its own settings"), torch.device('meta'):
-        model = kind(config)
+    with expecting(f"{path} does not have the tensors of its own settings"):
+        model = without_memory(kind, config)    # so the weights are in memory only once
     check_tensors(model.state_dict(), state, path)
-    weights = {name: tensor.to(device, torch.float32).contiguous() for name, tensor in state.items()}
+    weights = {name: state.pop(name).to(device, torch.float32).contiguous() for name in [*state]}
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
@@ -96,7 +95,8 @@ def read_hf(file):
         return load_weights(file)
     import safetensors.torch
     with expecting(f"{file} is not a whole file of safetensors"):
-        return safetensors.torch.load_file(file)
+        # Copies: what it gives are windows into the file, and who overwrote that would change the model as it runs.
+        return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
 
 
 def read_shards(index):

@@ -2,11 +2,14 @@
 data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused; a full disk loses
 nothing.
 """
+import copy
 import json
 import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -190,6 +193,117 @@ def test_a_compressed_archive_is_refused(tmp_path):
             packed.writestr(name, whole.read(name))
     with pytest.raises(ValueError, match='was refused'):
         load_model(small)
+
+
+class Asks:
+    """Unpickled by torch.load, weights_only or not, it takes as much memory as it is told to."""
+    def __reduce__(self):
+        return bytearray, (1_000_000,)
+
+
+def in_pairs(depth):
+    """A tuple of two tuples of two tuples ..., each there once: to hash it is to hash 2 ** depth values."""
+    t = 1
+    for _ in range(depth):
+        t = (t, t)
+    return t
+
+
+def in_itself():
+    x = []
+    x.append([x])
+    return x
+
+
+def again_and_again():
+    x = [1]
+    for _ in range(60):
+        x = [x, x]
+    return x
+
+
+@pytest.mark.parametrize('more, match', [
+    ({in_pairs(14): 1}, 'it has a tuple of more than 10,000 values'),       # with 40, torch.load never comes back
+    (in_pairs(14), 'it has a tuple of more than 10,000 values'),
+    ([{(1, 2): 3}], 'a key in it is a tuple'),
+    ({1.5: 3}, 'a key in it is a float'),
+    ({None: 3}, 'a key in it is a NoneType'),
+    ({torch.ones(1): 3}, 'a key in it is a Tensor'),
+    ({'a', 'b'}, 'it names __builtin__.set'),
+    (b'x', 'it names _codecs.encode'),
+    (Asks(), 'it names __builtin__.bytearray'),
+    (torch.eye(3).to_sparse(), 'it names torch._utils._rebuild_sparse_tensor'),
+    (torch.ones(3, device='meta'), 'it names torch._utils._rebuild_meta_tensor_no_storage'),
+    (torch.ones(3).to(torch.float8_e5m2), 'it names torch.float8_e5m2'),
+    (in_itself(), 'the same values again and again'),
+    (again_and_again(), 'the same values again and again'),
+    ([torch.ones(300, 300).expand(90, 300, 300)], '0 says that it has 8,100,000 numbers, and fewer are there'),
+    ([*torch.ones(300, 300).expand(9, 300, 300)], 'its tensors have 3,.* bytes, and the file has')])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_what_no_checkpoint_holds(tmp_path, more, match, zipped):
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    torch.save(torch.load(path, weights_only=True) | {'more': more}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=f'best.pt was refused .*{match}') as e:
+        load_checkpoint(path)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('pickled, match', [
+    # as the key of a dict, a tuple of a million levels took all of the processor's stack
+    (b'}K\x01' + b'\x85' * 20_000 + b'K\x01s.', 'it has a tuple of more than 10,000 values'),
+    (b']' * 3000 + b'a' * 2999 + b'.', 'RecursionError'),
+    (b'ccollections\nOrderedDict\n)R}U\x05itemsK\x01sb.', 'a dict in it is more than that'),
+    (b'cposix\nsystem\n.', 'it names posix.system'),
+    (b'\x8c\x01x.', 'it has the instruction'),
+    (b'}', 'it has the instruction'),
+    (b't.', 'IndexError')])
+def test_pickles_that_torch_does_not_write(tmp_path, pickled, match):
+    with zipfile.ZipFile(tmp_path / 'best.pt', 'w') as z:
+        z.writestr('best/data.pkl', b'\x80\x02' + pickled)
+        z.writestr('best/version', '3\n')
+    with pytest.raises(ValueError, match=f'best.pt was refused .*{match}'):
+        load_checkpoint(tmp_path / 'best.pt')
+
+
+@pytest.mark.parametrize('how', ['one header', 'one name'])
+def test_members_of_an_archive_share_nothing(tmp_path, how):
+    path, odd = f'{tmp_path}/best.pt', f'{tmp_path}/odd.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(odd, 'w') as z:
+        for name in whole.namelist():
+            z.writestr(name, whole.read(name))
+        for i in range(100 if how == 'one header' else 0):      # a small file of many large members
+            again = copy.copy(z.getinfo('archive/data/1'))
+            again.filename = f'archive/data/{100 + i}'
+            z.filelist.append(again)
+        if how == 'one name':
+            z.writestr('Archive/Data.pkl', whole.read('archive/data.pkl'))
+    with pytest.raises(ValueError, match='was refused .*(its members share their bytes|have the same name)'):
+        load_checkpoint(odd)
+
+
+def test_large_numbers_are_numbers(tmp_path):
+    """Whose sum is infinite, and none of them is."""
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    state = torch.load(path, weights_only=True)
+    for dtype, number in ((torch.float32, 3e38), (torch.float16, 6e4), (torch.bfloat16, -3e38), (torch.float64, 1e300)):
+        state['model']['lm_head.weight'] = torch.full((50, 32), number, dtype=dtype)
+        torch.save(state, path)
+        assert load_checkpoint(path)['model']['lm_head.weight'][0, 0] == torch.tensor(number, dtype=dtype)
+        state['model']['lm_head.weight'][7, 7] = math.nan
+        torch.save(state, path)
+        with pytest.raises(ValueError, match='1 of the 1,600 numbers of lm_head.weight are NaN'):
+            load_checkpoint(path)
+
+
+def test_loading_needs_no_compiler(tmp_path):
+    """To import it takes a second, and PyTorch does so for what is computed without memory."""
+    path = f'{tmp_path}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    code = f'import sys, data.checkpoint as c; c.load_model({path!r}); sys.exit("torch._dynamo" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
 def header(tensors, metadata=None, data=b'\0' * 12):

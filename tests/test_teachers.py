@@ -195,7 +195,7 @@ def test_hostile_files_run_nothing(tmp_path, bpe, name):
         pickle.dump(Evil(made), open(path, 'wb'))
     else:
         torch.save({**e0_state(), 'x': Evil(made)}, path)
-    refuses(f'{name}.*(UnpicklingError|only tiktoken)', load_nanochat, folder)
+    refuses(f'{name}.*(it names posix.mkdir|only tiktoken)', load_nanochat, folder)
     assert not made.exists()
     # the attack is real: an ordinary load makes the folder
     pickle.load(open(path, 'rb')) if name.endswith('pkl') else torch.load(path, weights_only=False)
