@@ -16,12 +16,18 @@ import tempfile
 
 import pytest
 import torch
-from conftest import build, content, make_dataset, refused, run, train
+from conftest import (LLAMA, TEXTS, V, build, content, make_dataset, refused, run, train, write_nanochat, write_nanogpt)
 
+from data.causal_lm import load_causal_lm
 from data.checkpoint import save_checkpoint
+from data.export import export_gguf, export_hf
 from data.files import private_folder, shown
+from data.foreign_tokenizer import GPT2_PATTERN
+from data.gpt2 import load_gpt2
+from data.llama import load_gguf, load_llama
 from data.machine import join_processes, private_cache
-from data.tokenizer import CharTokenizer
+from data.nanochat import load_nanochat
+from data.tokenizer import CharTokenizer, train_bpe
 
 
 # -----------------------------------------------------------------------------
@@ -198,3 +204,46 @@ def test_commands_that_are_printed_survive_a_shell(model, tmp_path):
             (run('distill.py', f'--teacher={odd}/no', f'--out_dir={tmp_path}/l'),
              f'distill.py --teacher=... --out_dir={shlex.quote(f"{odd}/no")})')):
         refused(got, re.escape(wanted))
+
+
+# -----------------------------------------------------------------------------
+# a teacher's file that changes while it teaches
+
+def tokens_of_gpt2():
+    return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
+
+
+def llama():
+    model = build(tokens_of_gpt2(), kv=2, **LLAMA)
+    model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
+    return model
+
+
+def in_transformers(folder, device='cpu'):
+    pytest.importorskip('transformers')
+    return load_causal_lm(folder, device)
+
+
+@pytest.mark.parametrize('load, write, needs', [
+    (load_gpt2, lambda path: write_nanogpt(path / 'ckpt.pt'), None),
+    (load_nanochat, lambda path: write_nanochat(path, train_bpe(TEXTS, V)), None),
+    (load_llama, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
+    (in_transformers, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
+    (lambda path: load_gguf(f'{path}/x.gguf'),
+     lambda path: export_gguf(llama(), tokens_of_gpt2(), path / 'x.gguf', 'f32'), 'gguf')])
+def test_a_teacher_does_not_change_with_its_file(tmp_path, load, write, needs):
+    """Nor does it end with a bus error when somebody copies a shorter one over it: nothing of it is read later."""
+    if needs:
+        pytest.importorskip(needs)
+    write(tmp_path)
+    teacher, _ = load(str(tmp_path))
+    idx = torch.arange(8)[None]
+    with torch.no_grad():
+        before = teacher.logits(teacher.trunk(idx))
+        for path in tmp_path.iterdir():
+            with open(path, 'r+b') as f:                # in place: a new file of that name would be another one
+                f.write(bytes(path.stat().st_size))
+        assert torch.equal(teacher.logits(teacher.trunk(idx)), before)
+    if os.path.exists('/proc/self/maps'):               # Linux
+        with open('/proc/self/maps') as f:
+            assert str(tmp_path) not in f.read()
