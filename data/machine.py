@@ -148,17 +148,20 @@ def private_cache():
     """
     torch.compile runs what it finds in its cache, a folder of the shared temporary one: not of somebody else's. Where a
     cache that is named cannot be written, torch gets ours, too, as it needs one even for what is not compiled.
-    -> what is wrong with the one that is named, or None.
+    -> why there is none that can be written, or not the one that is named; or None.
     """
     named, why = os.environ.get('TORCHINDUCTOR_CACHE_DIR'), None
-    if named:
-        try:
+    try:
+        if named:
             os.makedirs(named, exist_ok=True)
             tempfile.TemporaryFile(dir=named).close()
-        except OSError as e:
-            named, why = None, f'TORCHINDUCTOR_CACHE_DIR ({named}) cannot be written: {e.strerror}'
-    if not named:
+            return None
+    except OSError as e:
+        why = f'TORCHINDUCTOR_CACHE_DIR ({named}) cannot be written: {e.strerror}'
+    try:
         os.environ['TORCHINDUCTOR_CACHE_DIR'] = private_folder('picochat-inductor')
+    except OSError as e:
+        why = f'no folder for what is compiled can be made ({e.strerror}): name one, TORCHINDUCTOR_CACHE_DIR=...'
     return why
 
 # -----------------------------------------------------------------------------

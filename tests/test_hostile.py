@@ -25,7 +25,7 @@ from data.files import private_folder, shown
 from data.foreign_tokenizer import GPT2_PATTERN
 from data.gpt2 import load_gpt2
 from data.llama import load_gguf, load_llama
-from data.machine import join_processes, private_cache
+from data.machine import can_compile, join_processes, private_cache
 from data.nanochat import load_nanochat
 from data.tokenizer import CharTokenizer, train_bpe
 
@@ -119,6 +119,16 @@ def test_a_cache_that_somebody_else_has_made_is_not_taken(shared, how, monkeypat
     assert taken.startswith(str(path.parent / 'picochat-inductor-')) and os.listdir(taken) == []
     assert taken not in (str(path), f'{path.parent}/picochat-inductor-{os.getuid()}')
     assert stat.S_IMODE(os.stat(taken).st_mode) == 0o700 and 'is not ours alone' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('named', ['', 'none/cache'])
+def test_without_any_cache_training_goes_on_in_eager_mode(shared, named, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, 'tempdir', f'{shared}/gone')
+    (shared / 'none').touch()                           # a file, in which no folder can be made
+    if named:
+        monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{shared}/{named}')
+    assert not can_compile('cpu')
+    assert 'compile: off, no folder for what is compiled can be made (No such file' in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
