@@ -21,7 +21,9 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 import time
+from types import SimpleNamespace
 
 try:
     import fcntl
@@ -325,7 +327,8 @@ atexit.register(release_all)
 # Downloads
 
 UNANNOUNCED = 2**30  # bytes that a file may have if its server does not say how many
-SLOWEST = 10_000  # bytes a second on average; a minute more for everything
+SLOWEST = 10_000  # bytes a second on average
+PATIENCE = 120  # seconds besides, for the answer and all else
 ALTERED = 'altered'
 
 
@@ -370,10 +373,78 @@ def download(url, path, sha256=None, size=None, pause=0.0):
 
 
 def _receive(url, path, sha256, size):
-    """What is missing of path + '.part', from url -> the sha256 that the server tells, or None."""
+    """
+    What is missing of path + '.part', from url -> the sha256 that the server tells, or None. DownloadError, too, if it
+    takes longer than PATIENCE seconds and one more for every SLOWEST bytes. A server can send what stands before a body
+    and between its chunks byte by byte, and requests waits for it. So another thread asks, and may be left behind.
+    """
+    transfer, result, began = SimpleNamespace(answered=False, bytes=0, late=False), [], time.monotonic()
+
+    def ask():
+        try:
+            result.append(_fetch(url, path, sha256, size, transfer))
+        except BaseException as e:  # it is raised where it is waited for
+            result.append(e)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+        if time.monotonic() - began > PATIENCE + transfer.bytes / SLOWEST and not result:
+            transfer.late = True
+            if transfer.answered:
+                raise _cut_short(url, path, sha256, size, f'slower than {SLOWEST:,} bytes/s')
+            raise _unreachable(url, path, f'no answer in {PATIENCE} seconds')
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def _fetch(url, path, sha256, size, transfer):
+    """The same, for as long as it takes. transfer: what it tells of its progress, and whether nobody waits for it."""
     import requests
-    part, version = path + '.part', None
-    have = os.path.getsize(part) if os.path.exists(part) else 0
+    part = path + '.part'
+    have, version, headers = _range(path, sha256)
+    try:
+        response = requests.get(url, headers=headers, stream=True, timeout=60)
+    except (OSError, UnicodeError) as e:  # the errors of requests are OSErrors as well
+        raise _unreachable(url, path, _short(e)) from None
+    transfer.answered, cause, total = True, None, None
+    with response as r:
+        if 'Range' in headers and r.status_code in (206, 416):
+            # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
+            sent = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
+            changed = version and _version(r) and _version(r) != version
+            # another range or file, or our part is longer than their file: from the start
+            if changed or not sent or int(sent[1] or sent[2]) != have:
+                os.remove(part)
+                return _fetch(url, path, sha256, size, transfer)
+            total = int(sent[2])
+        elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
+            have, version = 0, _version(r)
+            length = r.headers.get('Content-Length', '')
+            total = int(length) if re.fullmatch(r'\d{1,20}', length) else None
+        else:
+            raise DownloadError(f'{url} answered {r.status_code} {r.reason}', r.status_code)
+        _check_announced(r, path, total, have, size)
+        total = size if total is None else total
+        if r.status_code != 416:
+            try:
+                with open(part, 'ab' if have else 'wb') as f:
+                    if not have:
+                        _keep_version(path, version)
+                    _read_body(r, f, total, transfer)
+            except (OSError, requests.packages.urllib3.exceptions.HTTPError) as e:  # what arrived is in the .part
+                cause = e
+        # what Hugging Face says of a large file, where it sends us on to the server that has it
+        tags = [h.headers.get('X-Linked-Etag', '').strip('"') for h in (*r.history, r)]
+    if cause or _size_of(part) < (total or 0):
+        raise _cut_short(url, path, sha256, total, cause and _short(cause))
+    return next((tag for tag in tags if re.fullmatch('[0-9a-f]{64}', tag)), None)
+
+
+def _range(path, sha256):
+    """How many bytes there are already, of which version of the file, and the headers that ask for the rest of it."""
+    have, version = _size_of(path + '.part'), None
     if os.path.exists(_version_path(path)):
         version = read_text(_version_path(path))
     # identity: if the server compressed it, what arrives would be neither the bytes that Content-Length counts nor
@@ -383,47 +454,24 @@ def _receive(url, path, sha256, size):
         headers['Range'] = f'bytes={have}-'
         if version:
             headers['If-Range'] = version
-    try:
-        response = requests.get(url, headers=headers, stream=True, timeout=60)
-    except OSError as e:  # the errors of requests are OSErrors as well
-        raise DownloadError(f'cannot reach {url} ({_short(e)}): try again later, or put the file at {path} yourself',
-                            'unreachable') from None
-    cause, total = None, None
-    with response as r:
-        if 'Range' in headers and r.status_code in (206, 416):
-            # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
-            sent = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
-            changed = version and _version(r) and _version(r) != version
-            # another range or file, or our part is longer than their file: from the start
-            if changed or not sent or int(sent[1] or sent[2]) != have:
-                os.remove(part)
-                return _receive(url, path, sha256, size)
-            total = int(sent[2])
-        elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
-            have, version = 0, _version(r)
-            if 'Content-Length' in r.headers:
-                total = int(r.headers['Content-Length'])
-        else:
-            raise DownloadError(f'{url} answered {r.status_code} {r.reason}', r.status_code)
-        _check_announced(r, path, total, have, size)
-        if r.status_code != 416:
-            try:
-                with open(part, 'ab' if have else 'wb') as f:
-                    if not have:
-                        _keep_version(path, version)
-                    _read_body(r, f, size if total is None else total)
-            except (OSError, requests.packages.urllib3.exceptions.HTTPError) as e:  # what arrived is in the .part
-                cause = e
-        # what Hugging Face says of a large file, where it sends us on to the server that has it
-        tags = [h.headers.get('X-Linked-Etag', '').strip('"') for h in (*r.history, r)]
-    got = os.path.getsize(part) if os.path.exists(part) else 0
-    total = size if total is None else total
-    if cause or got < (total or 0):
-        why = f' ({_short(cause)})' if cause else ''
-        on = ' to go on from there' if version or sha256 else ''
-        raise DownloadError(f'{url} was cut short{why}: {got:,} of {total or "unknown"} bytes are kept in {part}, '
-                            f'run the same command again{on}', 'cut short')
-    return next((tag for tag in tags if re.fullmatch('[0-9a-f]{64}', tag)), None)
+    return have, version, headers
+
+
+def _unreachable(url, path, why):
+    return DownloadError(f'cannot reach {url} ({why}): try again later, or put the file at {path} yourself',
+                         'unreachable')
+
+
+def _cut_short(url, path, sha256, total, why):
+    on = ' to go on from there' if sha256 or os.path.exists(_version_path(path)) else ''
+    return DownloadError(f"{url} was cut short{f' ({why})' if why else ''}: {_size_of(path + '.part'):,} of "
+                         f"{total or 'unknown'} bytes are kept in {path}.part, run the same command again{on}",
+                         'cut short')
+
+
+def _size_of(path):
+    """Bytes of a file; 0 if it is not there."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _check_announced(response, path, total, have, size):
@@ -439,18 +487,18 @@ def _check_announced(response, path, total, have, size):
                                 f'{path} is as it was', ALTERED)
 
 
-def _read_body(response, f, total):
-    """What comes, into the open file f, until it has total bytes; no more, and not for ever."""
-    most, start, began = UNANNOUNCED if total is None else total, f.tell(), time.monotonic()
-    # as much as is there, so that nothing of it is lost when the line goes dead, and no byte a minute keeps us waiting
+def _read_body(response, f, total, transfer):
+    """What comes, into the open file f, until it has total bytes, and no more."""
+    most = UNANNOUNCED if total is None else total
+    # as much as is there, so that nothing of it is lost when the line goes dead
     read = getattr(response.raw, 'read1', response.raw.read)
-    while chunk := read(1 << 16):
+    while (chunk := read(1 << 16)) and not transfer.late:
         if f.tell() + len(chunk) > most:
             raise DownloadError(f'{response.url} is not the file that was expected: it goes on after {most:,} bytes; '
                                 'it was refused', ALTERED)
         f.write(chunk)
-        if time.monotonic() - began > 60 + (f.tell() - start) / SLOWEST:
-            raise TimeoutError(None, f'slower than {SLOWEST:,} bytes/s')
+        f.flush()
+        transfer.bytes += len(chunk)
 
 
 def _version(response):
