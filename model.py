@@ -643,5 +643,9 @@ def load_optimizer(optimizer, state):
     own.
     """
     params = [p for group in optimizer.param_groups for p in group['params']]
+    for i, values in state['state'].items():
+        shapes = [v.shape for v in values.values() if torch.is_tensor(v) and v.numel() > 1]
+        assert i in range(len(params)) and all(shape == params[i].shape for shape in shapes), (
+            f"the checkpoint's optimizer has for parameter {i} numbers of shape {shapes}: use another copy")
     state = {i: {k: share(v, params[i]) for k, v in values.items()} for i, values in state['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
