@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from data.checkpoint import check_finite
+from data.checks import check_finite
 from data.foreign_tokenizer import hf_folder_tokenizer
 from data.weights import expecting, hf_file, padded_sizes
 

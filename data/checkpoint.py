@@ -10,19 +10,19 @@ A checkpoint is the dict {'picochat': 1, 'config': the shape, 'tokenizer': its m
 else was given. What guards against damaged and foreign files raises a ValueError that names what was expected.
 """
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import shlex
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from data.checks import (check_archive, check_contents, check_old_file, check_size, check_tensors, check_training,
+                         check_what_it_says, damage, is_archive, tensors_in)
 from data.files import atomic_write
 from data.machine import whole
 from data.tokenizer import fingerprint, from_meta
@@ -89,136 +89,6 @@ def load_tensors(path, device='cpu'):
     return state
 
 
-def is_archive(path):
-    """Whether a file ends as a zip archive does. Of one whose end is damaged, zipfile itself may raise."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
-
-
-def damage(path):
-    """The first member of a zip archive that is not what was written, or None."""
-    with zipfile.ZipFile(path) as z:
-        return z.testzip()
-
-
-def check_archive(path):
-    """ValueError unless a zip archive is such as torch.save writes, and no larger in memory than on the disk."""
-    with zipfile.ZipFile(path) as z:
-        members = z.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError('it is compressed')
-        if len({member.filename.casefold() for member in members}) < len(members):
-            raise ValueError('two of its members have the same name')
-        if sum(member.file_size for member in members) > os.path.getsize(path):
-            raise ValueError('its members share their bytes')
-        for member in members:
-            if member.filename.casefold().endswith('.pkl'):
-                check_pickle(io.BytesIO(z.read(member)))
-
-
-def check_old_file(path):
-    """The same for a file of torch before 1.6: five pickles, and the tensors' bytes."""
-    with open(path, 'rb') as f:
-        for _ in range(5):
-            check_pickle(f)
-
-
-# All that the pickle of a checkpoint needs to name: what dicts and tensors are made of. torch.load knows more, some of
-# which takes as much memory as a file of a few bytes asks for.
-NAMES = re.compile(r'collections\.OrderedDict|torch\.(Size|device|bool|(b?float|u?int)\d+)'
-                   r'|torch\.(cuda\.|storage\.)?\w+Storage|torch\._utils\._rebuild_(tensor(_v[23])?|parameter)')
-# And its instructions, each a byte, with how many bytes of argument, or of its length, follow.
-CONSTANTS = {b'K': 1, b'M': 2, b'J': 4, b'G': 8, b'N': 0, b'\x88': 0, b'\x89': 0, b')': 0, b']': 0, b'}': 0, b'\x80': 1}
-TEXTS = {b'X': 4, b'U': 1, b'\x8a': 1}
-PUTS, GETS = {b'q': 1, b'r': 4}, {b'h': 1, b'j': 4}                 # what is kept under a number, to be used again
-TUPLES = {b'\x85': 1, b'\x86': 2, b'\x87': 3}                      # here: of so many values
-DROPS = {b'R': 1, b'\x81': 1, b'Q': 0, b'a': 1, b's': 2, b'b': 1}   # and here: so many fewer are on the stack
-LARGEST = 10_000
-
-
-def check_pickle(f):
-    """
-    Reads the instructions of a pickle from the open file f, and obeys none. ValueError for those that a checkpoint has
-    no need of, for names besides NAMES, and for a tuple in a tuple in a tuple ... that holds more than LARGEST values:
-    as the key of a dict it would be hashed value by value, which may take for ever, or all of the processor's stack.
-    """
-    stack, marks, memo = [], [], {}             # the stack holds of how many values each of its entries consists
-    read, number = f.read, int.from_bytes
-    while (op := read(1)) != b'.':
-        if op in TEXTS:
-            read(number(read(TEXTS[op]), 'little'))
-            stack.append(1)
-        elif op in PUTS:
-            memo[number(read(PUTS[op]), 'little')] = stack[-1]
-        elif op in GETS:
-            stack.append(memo[number(read(GETS[op]), 'little')])
-        elif op in CONSTANTS:
-            read(CONSTANTS[op])
-            stack.append(1)
-        elif op == b'(':
-            marks.append(len(stack))
-        elif op in (b'e', b'u'):                # all since the mark goes into a list or a dict
-            del stack[marks.pop():]
-        elif op == b't' or op in TUPLES:
-            start = marks.pop() if op == b't' else len(stack) - TUPLES[op]
-            stack[start:] = [1 + sum(stack[start:])]
-            if stack[-1] > LARGEST:
-                raise ValueError(f'it has a tuple of more than {LARGEST:,} values')
-        elif op in DROPS:
-            del stack[len(stack) - DROPS[op]:]
-        elif op == b'c':
-            name = b'.'.join(f.readline(100).rstrip(b'\n') for _ in range(2)).decode()
-            if not NAMES.fullmatch(name):
-                raise ValueError(f'it names {name}')
-            stack.append(1)
-        else:
-            raise ValueError(f'it has the instruction {op}')
-
-
-def check_contents(state, size):
-    """ValueError unless what a file of so many bytes has become is plain, and takes no more memory than the file."""
-    if n_values(state, {}) > 2 * size:
-        raise ValueError('it has the same values again and again')
-    total = 0
-    for name, t in tensors_in(state):
-        if t.untyped_storage().nbytes() < t.nbytes:
-            raise ValueError(f'{name} says that it has {t.numel():,} numbers, and fewer are there')
-        total += t.nbytes
-    if total > 2 * size:                        # tied tables are there twice
-        raise ValueError(f'its tensors have {total:,} bytes, and the file has {size:,}')
-
-
-def n_values(x, known):
-    """
-    Of how many values nested dicts, lists and tuples consist: each counts as often as it is reached. known: what has
-    been counted, by id. ValueError for keys that are neither texts nor whole numbers.
-    """
-    if not isinstance(x, (dict, list, tuple)):
-        return 1
-    if id(x) not in known:
-        known[id(x)] = math.inf                 # if it is met again within itself, it has no end
-        if getattr(x, '__dict__', {}).keys() - {'_metadata'}:
-            raise ValueError('a dict in it is more than that')
-        odd = [key for key in x if type(key) not in (str, int)] if isinstance(x, dict) else []
-        if odd:
-            raise ValueError(f'a key in it is a {type(odd[0]).__name__}')
-        values = x.values() if isinstance(x, dict) else x
-        known[id(x)] = 1 + sum(n_values(value, known) for value in values)
-    return known[id(x)]
-
-
-def tensors_in(x, name=''):
-    """Yields name, tensor for every tensor in nested dicts and lists; the name says where it is."""
-    if torch.is_tensor(x):
-        yield name, x
-    items = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
-    for key, value in items:
-        if isinstance(value, (dict, list, tuple, torch.Tensor)):
-            yield from tensors_in(value, f'{name}/{key}' if name else str(key))
-
-
 def plain_names(state):
     """
     A state dict without what wrappers put into its names: torch.compile _orig_mod., DDP and DataParallel module.
@@ -244,70 +114,10 @@ def config_from(shape, source):
     for name, value in shape.items():
         kind = (int, float) if fields[name].type is float else fields[name].type
         is_number = isinstance(value, (int, float))
-        if not isinstance(value, kind) or is_number and not 0 <= value < math.inf:
+        is_odd = isinstance(value, bool) and fields[name].type is not bool      # Python takes True for a number
+        if not isinstance(value, kind) or is_odd or is_number and not 0 <= value < math.inf:
             raise ValueError(f"{source} says that {name} is {value!r:.40}: use another copy")
     return GPTConfig(**shape)
-
-
-def check_size(config, tensors, path):
-    """
-    ValueError if the shape is larger than what the file holds. It comes before a model of that shape is made: a small
-    file must not take much memory, or time.
-    """
-    widest = 2 * max((max(t.shape, default=1) for t in tensors.values()), default=0)    # a byte may hold two numbers
-    held = sum(t.numel() for t in tensors.values())
-    layers = {name.split('.')[2] for name in tensors if name.startswith('transformer.h.')}
-    c = config
-    for name, asked, most in (
-            ('n_layer', c.n_layer, len(layers)),
-            ('multi_token_n', c.multi_token_n, len(tensors)),
-            ('vocab_size', c.vocab_size, widest),
-            ('n_embd', c.n_embd, widest),
-            ('n_hidden', c.n_hidden, widest),
-            ('n_head * head_dim', c.n_head * c.head_dim, widest),
-            ('multi_token_hidden_mult', c.multi_token_hidden_mult * c.n_embd, widest),
-            ('draft_hidden_mult', c.draft_hidden_mult * c.n_embd, widest),
-            # the tables of positions are in no file: 8 MiB, or more where the weights take more
-            ('block_size * head_dim', c.block_size * c.head_dim, 2**21 + 16 * held)):
-        if asked > most:
-            raise ValueError(f"{path} does not hold the model that it describes: its {name} is {asked:,}, "
-                             f"and its {len(tensors):,} tensors are those of at most {most:,}: use another copy")
-
-
-def check_tensors(own, state, path):
-    """
-    own: the state dict that a model has, which needs no memory; state: what the file at path holds for it. ValueError
-    unless names, shapes and kinds are the same and all numbers are finite.
-    """
-    wrong = []
-    for name in {**own, **state}:
-        if name not in state:
-            wrong.append(f'{name} is missing')
-        elif name not in own:
-            wrong.append(f'{name} is unknown')
-        elif not torch.is_tensor(state[name]):
-            wrong.append(f'{name} is no tensor')
-        elif state[name].shape != own[name].shape:
-            wrong.append(f'{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}')
-        elif state[name].dtype != own[name].dtype and not (
-                state[name].is_floating_point() and own[name].is_floating_point()):
-            wrong.append(f'{name} is {state[name].dtype} instead of {own[name].dtype}')
-    if wrong:
-        raise ValueError(f"{path} does not have the tensors of its own settings: {', '.join(wrong[:3])}"
-                         f"{', ...' if wrong[3:] else ''}: use another copy")
-    check_finite(state, path)
-
-
-def check_finite(state, path):
-    """ValueError names the first tensor of nested dicts and lists that has a number that is NaN or infinite."""
-    for name, t in tensors_in(state):
-        # A sum is NaN or infinite if any of its numbers is; or if they are very large, for which all are looked at.
-        if not t.is_floating_point() or t.is_meta or t.sum(dtype=torch.float32).isfinite():
-            continue
-        n = (~t.double().isfinite()).sum().item()
-        if n:
-            raise ValueError(f"{path} is of no use: {n:,} of the {t.numel():,} numbers of {name} are NaN or infinite: "
-                             "use another copy, or train again with lower learning rates")
 
 
 def load_checkpoint(path, device='cpu'):
@@ -325,8 +135,7 @@ def load_checkpoint(path, device='cpu'):
         found = sorted(map(str, state))[:6] if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is not a picochat checkpoint: "
                          f"expected the keys picochat, config, tokenizer and model, found {found}")
-    if not isinstance(state.get('knobs', {}), dict):
-        raise ValueError(f"{path} does not say how it was trained, but {state['knobs']!r:.40}: use another copy")
+    check_what_it_says(state, path)
     config = config_from(state['config'], path)
     state['model'] = plain_names(state['model'])
     check_size(config, dict(tensors_in(state['model'])), path)
@@ -398,7 +207,7 @@ def check_resumable(state, path, knobs, data_dir, data_hash):
     start_anew = f"start from it with --init_from={shlex.quote(str(path))}"
     if not {'optimizers', 'knobs'} <= state.keys():
         raise ValueError(f"{path} holds weights alone and cannot be resumed: {start_anew}")
-    check_finite({part: state.get(part) for part in ('optimizers', 'ema')}, path)
+    check_training(state, path)
     before = state['knobs']
     shape = [key for key in GPTConfig.__dataclass_fields__ if key != 'dropout']
     differ = [f'{key} is {before[key]!r} there and {knobs[key]!r} here'

@@ -99,10 +99,14 @@ def read_json(path, remedy, needs={}):
 
 
 def check_types(document, path, remedy, needs):
-    """A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type."""
+    """
+    A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type; numbers are at
+    least 0.
+    """
     for key, kind in needs.items():
         value = document.get(key)
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+        right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not right or kind in (int, float) and not (0 <= value < 2**53 or value == math.inf):
             raise ValueError(f'{path} is damaged, it says that {key} is {value!r:.40}, not {kind.__name__}: {remedy}')
     return document
 

@@ -19,7 +19,8 @@ import os
 import numpy as np
 import torch
 
-from data.checkpoint import check_size, check_tensors, config_from, plain_names
+from data.checkpoint import config_from, plain_names
+from data.checks import check_size, check_tensors
 from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, open_gguf
 from data.weights import cut_padding, expecting, hf_file, make, padded_sizes, read_config, read_weights, shape_in
 from model import GPT

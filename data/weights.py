@@ -8,7 +8,8 @@ import os
 
 import torch
 
-from data.checkpoint import check_tensors, load_tensors, without_memory
+from data.checkpoint import load_tensors, without_memory
+from data.checks import check_tensors
 from data.files import read_text
 from model import GPT, rope_tables
 

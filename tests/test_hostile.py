@@ -181,7 +181,7 @@ def test_odd_knobs_are_refused(model, tmp_path):
     torch.save(state | {'knobs': ['x']}, tmp_path / 'best.pt')
     for script in ('prune.py', 'quantize.py'):
         got = run(script, f'--out_dir={tmp_path}', *[f'--save_dir={tmp_path}/new'] * (script == 'prune.py'))
-        refused(got, r"best.pt does not say how it was trained, but \['x'\]")
+        refused(got, r"best.pt is damaged, it says that knobs is \['x'\], not dict: use another copy")
 
 
 def test_no_dataset_is_written_where_a_checkpoint_says(model, tmp_path):
