@@ -146,10 +146,9 @@ def n_values(x, known):
 # -----------------------------------------------------------------------------
 # what it says, and its tensors
 
-# what a checkpoint may say besides, of the best weights so far, and of the knobs that it was trained with
+# what a checkpoint may say besides, and which of the knobs that it was trained with are used again
 SAYS = {'step': int, 'seconds': float, 'total_batch_size': int, 'val_loss_before': float, 'data': str, 'best': dict,
         'knobs': dict, 'optimizers': list, 'ema': dict}
-BEST = {'loss': float, 'step': int}
 KNOBS = {'hold_out': str, 'init_from': str, 'quant_bits': int, 'quant_group': int, 'tables_bits': int,
          'qat_start': float, 'max_iters': int}
 
@@ -158,8 +157,10 @@ def check_what_it_says(state, path):
     """ValueError unless what a checkpoint says of its training is of the types that a training has written."""
     may_be_none = ('val_loss_before', 'data')
     known = {key: value for key, value in state.items() if not (value is None and key in may_be_none)}
-    for part, types in ((known, SAYS), (known.get('best', {}), BEST), (known.get('knobs', {}), KNOBS)):
-        check_types(part, path, 'use another copy', {key: kind for key, kind in types.items() if key in part})
+    check_types(known, path, 'use another copy', {}, SAYS)
+    if 'best' in known:
+        check_types(known['best'], path, 'use another copy', {'loss': float}, {'step': int})
+    check_types(known.get('knobs', {}), path, 'use another copy', {}, KNOBS)
     for key, value in known.get('knobs', {}).items():
         if not isinstance(value, (str, int, float, type(None))):
             raise ValueError(f"{path} says that the knob {key} was {value!r:.40}: use another copy")

@@ -98,15 +98,16 @@ def read_json(path, remedy, needs={}):
     return check_types(document, path, remedy, needs)
 
 
-def check_types(document, path, remedy, needs):
+def check_types(document, path, remedy, needs, may={}):
     """
-    A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type; numbers are at
-    least 0.
+    A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type, and those of
+    may, if it has them; numbers are at least 0.
     """
-    for key, kind in needs.items():
+    for key, kind in (needs | {key: may[key] for key in may if key in document}).items():
         value = document.get(key)
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not right or kind in (int, float) and not (0 <= value < 2**53 or value == math.inf):
+        most = {int: 2**53, float: 1e300}.get(kind)
+        if not right or most and not (0 <= value < most or value == math.inf):
             raise ValueError(f'{path} is damaged, it says that {key} is {value!r:.40}, not {kind.__name__}: {remedy}')
     return document
 

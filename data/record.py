@@ -15,10 +15,12 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, finite, hold, in_repo, read_json
+from data.files import atomic_write, check_types, finite, hold, in_repo, read_json
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
+MADE = {'document': dict, 'cost': dict, 'times': dict}                     # what an entry says when it was finished
+COST = {'train_tokens': float, 'train_seconds': float, 'train_flops': float, 'labels': dict}
 
 
 def already(product, reads=()):
@@ -110,10 +112,18 @@ def times(product):
 
 
 def read(folder):
-    path = os.path.join(folder, 'made.json')
+    """FOLDER/made.json -> {product: what is recorded of it}. ValueError if it is not as write has written it."""
+    path, remedy = os.path.join(folder, 'made.json'), 'remove it, and no ladder will take what is beside it for its own'
     if not os.path.exists(path):
         return {}
-    return read_json(path, 'remove it, and no ladder will take what is beside it for its own')
+    entries = read_json(path, remedy)
+    check_types(entries, path, remedy, dict.fromkeys(entries, dict))
+    for entry in entries.values():
+        check_types(entry, path, remedy, {'command': dict, 'date': str} | (MADE if MADE.keys() & entry.keys() else {}))
+        if 'cost' in entry:
+            labels = check_types(entry['cost'], path, remedy, COST)['labels']
+            check_types(labels, path, remedy, dict.fromkeys(labels, float))
+    return entries
 
 
 def write(product, result):
