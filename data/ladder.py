@@ -21,7 +21,7 @@ import sys
 import time
 from statistics import mean, median, stdev, variance
 
-from data.files import atomic_write, finite, in_repo, read_json
+from data.files import atomic_write, check_types, finite, in_repo, read_json
 from data.record import made
 from data.signals import passed_on
 
@@ -123,6 +123,11 @@ def read_record(path):
     document['rows'] = [row for row in document['rows'] if isinstance(row, dict) and row.get('name')]
     if not document['rows']:
         raise ValueError(f'{path} records no rung: {FIRST}')
+    numbers = {key: float for _, key, *shown_as in COLUMNS if shown_as}
+    for row in document['rows']:
+        known = {key: value for key, value in row.items() if value is not None}
+        check_types(known, path, FIRST, {'name': str}, numbers | {'labels': dict, 'seed': int, 'file': str})
+        check_types(row.get('labels') or {}, path, FIRST, {}, dict.fromkeys(row.get('labels') or {}, float))
     return document
 
 
