@@ -212,10 +212,10 @@ def summary(rows):
         for key in line:                            # what it knows beside its own text, see data/tasks.py
             if key.startswith('bpb_') or key in ('tasks_centred', 'tasks_error'):
                 line[key] = mean(row[key] for row in same)
-        if line.get('bytes'):
+        if line.get('bytes') and first.get('bytes'):
             line['smaller'] = first['bytes'] / line['bytes']
         for key in ('tok_s', 'tok_s_speculative'):
-            if key in line and 'tok_s' in first:
+            if line.get(key) and first.get('tok_s'):
                 line[f'x_{key}'] = line[key] / first['tok_s']
         lines.append(line)
     return lines
