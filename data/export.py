@@ -29,10 +29,15 @@ from model import hadamard
 BLOCKS = {'nanochat': {'mlp': 'relu2', 'qk_norm': True, 'embed_norm': True}, 'llama': LLAMA}
 
 
+def is_block(c, kind):
+    """Whether a GPTConfig's block is of a kind."""
+    return all(getattr(c, name) == value for name, value in BLOCKS[kind].items())
+
+
 def block_of(c, kinds=BLOCKS):
     """GPTConfig -> which of the kinds it is. AssertionError names the switches that make it neither."""
     for kind in kinds:
-        if all(getattr(c, name) == value for name, value in BLOCKS[kind].items()):
+        if is_block(c, kind):
             return kind
     switches = ', '.join(f'{name}={getattr(c, name)}' for name in LLAMA)
     known = ' or '.join(f"{kind}'s ({', '.join(f'{name}={value}' for name, value in BLOCKS[kind].items())})"
@@ -254,7 +259,7 @@ def export_gguf(model, tokenizer, path, kind='f16'):
     assert pre, ("llama.cpp knows ways to cut text by name, and this tokenizer's is none of them: take one of another "
                  "model, like --tokenizer=gguf:FILE of data/text/prepare.py, and train on that")
     tensors = llama_tensors(model)
-    if kind[0] == 'q':
+    if kind != 'f32':           # they are rounded now, or later, by llama.cpp's own tool
         tensors = with_gains(tensors)
 
     def write(f):

@@ -64,9 +64,9 @@ def what_is_odd(c):
         odd.append(f"it sees a window of {window} tokens (sliding_window)")
     for key in ('rope_scaling', 'rope_parameters'):
         rope = c.get(key) or {}
-        kind = rope.get('rope_type', rope.get('type', 'default'))
+        kind = rope.get('rope_type', rope.get('type', 'default')) if isinstance(rope, dict) else rope
         if kind != 'default':
-            odd.append(f"its positions are scaled ({key}: {kind})")
+            odd.append(f"its positions are scaled ({key}: {str(kind):.40})")
     return odd
 
 
@@ -83,6 +83,7 @@ def shape_of(c, path):
 def llama_config(shape, path):
     """What differs from Llama to Llama, as a dict -> GPTConfig."""
     with expecting(f"{path} does not say a Llama's shape"):
+        assert shape['rope_base'] > 0, f"the base of its positions is {shape['rope_base']}"
         return config_from(shape | LLAMA, path)
 
 

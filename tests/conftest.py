@@ -7,12 +7,15 @@ import csv
 import http.server
 import io
 import json
+import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -139,6 +142,56 @@ class Here:
 def in_process(monkeypatch):
     """What scripts start runs in this process, to import torch once; monkeypatch.undo() where a process is the point."""
     monkeypatch.setattr(subprocess, 'Popen', Here)
+
+
+def poisoned(at):
+    """A GPT.forward whose losses are NaN in call number at."""
+    forward, calls = GPT.forward, []
+
+    def nan_once(self, *batch, **how):
+        calls.append(batch)
+        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch, **how).items()}
+    return nan_once
+
+
+def one_of_two(rank, port, stop_in, nan_at, args, answers):
+    """A process of two."""
+    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
+                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    import model
+    model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
+    GPT.forward = poisoned(nan_at if rank == 1 else None)
+    batch = data.loader.Loader.batch
+
+    def batch_and_signal(self, step, *rest):
+        if step == stop_in and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, step, *rest)
+    data.loader.Loader.batch = batch_and_signal
+    got = run('train.py', *args)
+    answers.put((rank, got.status, got.out, got.err))
+
+
+def two(*args, stop_in=None, nan_at=None):
+    """
+    train.py in two processes on gloo, forked where torch has been imported already; the second one
+    gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'distill', 'engine', 'conftest'])
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    answers = context.Queue()
+    children = [context.Process(target=one_of_two, args=(rank, port, stop_in, nan_at,
+                                                         [*TINY, *map(str, args)], answers), daemon=True)
+                for rank in (0, 1)]
+    for child in children:
+        child.start()
+    said = sorted(answers.get(timeout=300) for _ in children)   # processes that disagree wait for each other
+    for child in children:
+        child.join()
+    return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
 
 
 def refused(got, pattern):
@@ -372,3 +425,52 @@ def write_gpt2_tokenizer(folder, tok):
     (folder / 'vocab.json').write_text(json.dumps(vocab))
     (folder / 'merges.txt').write_text(
         '#version: 0.2\n' + ''.join(f'{text(a)} {text(b)}\n' for a, b in merges_of(tokens)), encoding='utf-8')
+
+
+# the config.json of a small Llama of Hugging Face's
+HF_LLAMA = {'model_type': 'llama', 'vocab_size': V, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
+            'num_attention_heads': 4, 'num_key_value_heads': 2, 'max_position_embeddings': 40, 'rms_norm_eps': 1e-3,
+            'rope_theta': 500.0, 'hidden_act': 'silu', 'tie_word_embeddings': False}
+
+
+def llama_state(**shape):
+    """Random weights under Hugging Face's names."""
+    c = HF_LLAMA | shape
+    torch.manual_seed(0)
+    n, hidden = c['hidden_size'], c['intermediate_size']
+    kv = n // c['num_attention_heads'] * c['num_key_value_heads']
+    state = {'model.embed_tokens': torch.randn(c['vocab_size'], n), 'model.norm': torch.randn(n)}
+    for i in range(c['num_hidden_layers']):
+        layer = {'self_attn.q_proj': (n, n), 'self_attn.k_proj': (kv, n), 'self_attn.v_proj': (kv, n),
+                 'self_attn.o_proj': (n, n), 'mlp.gate_proj': (hidden, n), 'mlp.up_proj': (hidden, n),
+                 'mlp.down_proj': (n, hidden), 'input_layernorm': (n,), 'post_attention_layernorm': (n,)}
+        state |= {f'model.layers.{i}.{name}': 0.4 * torch.randn(shape) for name, shape in layer.items()}
+    if not c['tie_word_embeddings']:
+        state['lm_head'] = 0.3 * torch.randn(c['vocab_size'], n)
+    return {f'{name}.weight': tensor for name, tensor in state.items()}
+
+
+def write_llama(folder, state=None, tok=None, **shape):
+    """A folder of Hugging Face's that needs no package."""
+    os.makedirs(folder, exist_ok=True)
+    torch.save(llama_state(**shape) if state is None else state, f'{folder}/pytorch_model.bin')
+    with open(f'{folder}/config.json', 'w') as f:
+        json.dump(HF_LLAMA | shape, f)
+    if tok:
+        write_gpt2_tokenizer(folder, tok)
+    return str(folder)
+
+
+def logits_of(model, idx):
+    with torch.no_grad():
+        return model.logits(model.trunk(idx))
+
+
+def far(a, b):
+    return (a - b).abs().max()
+
+
+def refuses(match, f, *args):
+    with pytest.raises((ValueError, AssertionError), match=match) as e:
+        f(*args)
+    assert '\n' not in str(e.value)

@@ -18,7 +18,7 @@ import data.foreign_tokenizer
 import data.vocabulary
 from conftest import TEMPLATE, TEXTS, build
 from data.checkpoint import save_checkpoint
-from data.foreign_tokenizer import (GPT2_PATTERN, PATTERNS, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
+from data.foreign_tokenizer import (GPT2_PATTERN, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
                                     hf_tokenizer, load_tokenizer, merges_of, pre_tokenizer_of)
 from data.tokenizer import PATTERN, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe, vocab_size_of
 from data.vocabulary import cut_tokenizer, recode

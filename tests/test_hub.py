@@ -1,65 +1,37 @@
 """
-Models of a hub: Llamas in and out, and teachers that are not our block. What transformers and gguf say of the same
-weights; what is refused.
+Llamas of a hub, in and out: what transformers and gguf say of the same weights; what is refused.
 
 With `pip install gguf safetensors transformers` everything runs; a folder of a Llama needs none of them.
 """
 import json
 import os
-import shutil
 
 import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, V, randomise, refused, run, train, write_gpt2_tokenizer
+from conftest import (HF_LLAMA, TEXTS, V, far, llama_state, logits_of, randomise, refused, refuses, run,
+                      write_llama)
 
 import quantize
-from data.causal_lm import InOne, load_py
 from data.checkpoint import load_model
 from data.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
 from data.foreign import KINDS
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
-from data.labels import Recipe, write_labels
-from data.llama import as_ours
-from data.loader import Loader
+from data.llama import LLAMA, as_ours
 from data.rounding import convert
-from data.teachers import Teacher, check_teachers, load_teacher
+from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
-from distill import Distiller
 from model import GPT, GPTConfig
-
-SHAPE = {'model_type': 'llama', 'vocab_size': V, 'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2,
-         'num_attention_heads': 4, 'num_key_value_heads': 2, 'max_position_embeddings': 40, 'rms_norm_eps': 1e-3,
-         'rope_theta': 500.0, 'hidden_act': 'silu', 'tie_word_embeddings': False}
-LLAMA = dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0)
-
 
 @pytest.fixture(scope='module')
 def tok():
     return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
 
 
-def llama_state(**shape):
-    """Random weights under Hugging Face's names."""
-    c = SHAPE | shape
-    torch.manual_seed(0)
-    n, hidden = c['hidden_size'], c['intermediate_size']
-    kv = n // c['num_attention_heads'] * c['num_key_value_heads']
-    state = {'model.embed_tokens': torch.randn(c['vocab_size'], n), 'model.norm': torch.randn(n)}
-    for i in range(c['num_hidden_layers']):
-        layer = {'self_attn.q_proj': (n, n), 'self_attn.k_proj': (kv, n), 'self_attn.v_proj': (kv, n),
-                 'self_attn.o_proj': (n, n), 'mlp.gate_proj': (hidden, n), 'mlp.up_proj': (hidden, n),
-                 'mlp.down_proj': (n, hidden), 'input_layernorm': (n,), 'post_attention_layernorm': (n,)}
-        state |= {f'model.layers.{i}.{name}': 0.4 * torch.randn(shape) for name, shape in layer.items()}
-    if not c['tie_word_embeddings']:
-        state['lm_head'] = 0.3 * torch.randn(c['vocab_size'], n)
-    return {f'{name}.weight': tensor for name, tensor in state.items()}
-
-
 def llama_forward(state, idx, **shape):
     """A Llama in plain formulas."""
-    c = SHAPE | shape
+    c = HF_LLAMA | shape
     w = {name.removesuffix('.weight'): t.float() for name, t in state.items()}
     D = c['hidden_size'] // c['num_attention_heads']
     rms = lambda x, gain: x * (x.square().mean(-1, keepdim=True) + c['rms_norm_eps']).rsqrt() * gain
@@ -84,27 +56,19 @@ def llama_forward(state, idx, **shape):
     return rms(x, w['model.norm']) @ w.get('lm_head', w['model.embed_tokens']).T
 
 
-def write_llama(folder, state=None, tok=None, **shape):
-    """A folder of Hugging Face's that needs no package."""
-    os.makedirs(folder, exist_ok=True)
-    torch.save(llama_state(**shape) if state is None else state, f'{folder}/pytorch_model.bin')
-    with open(f'{folder}/config.json', 'w') as f:
-        json.dump(SHAPE | shape, f)
-    if tok:
-        write_gpt2_tokenizer(folder, tok)
-    return str(folder)
-
-
 GGUF = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_head': 'output',
         'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm', 'self_attn.q_proj': 'attn_q',
         'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
         'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'model.layers': 'blk'}
 
 
-def write_gguf(path, tok, state=None, kind='F32', more=(), architecture='llama', pre='gpt-2', **shape):
-    """The same as a GGUF file, by its own package; more: further settings of the model, integers."""
+def write_gguf(path, tok, state=None, kind='F32', more=(), drawn={}, architecture='llama', pre='gpt-2', **shape):
+    """
+    The same as a GGUF file, by its own package; more: further settings of the model, integers; drawn: the bytes of
+    tensors that are rounded already.
+    """
     gguf = pytest.importorskip('gguf')
-    c, state = SHAPE | shape, llama_state(**shape) if state is None else state
+    c, state = HF_LLAMA | shape, llama_state(**shape) if state is None else state
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, name in (
             ('context_length', 'max_position_embeddings'), ('block_count', 'num_hidden_layers'),
@@ -124,35 +88,20 @@ def write_gguf(path, tok, state=None, kind='F32', more=(), architecture='llama',
     writer.add_token_types([3 if name in tok.special_tokens else 1 for name in names])
     writer.add_token_merges(model['merges'])
     for name, tensor in state.items():
+        dtype = getattr(gguf.GGMLQuantizationType, kind if tensor.ndim > 1 else 'F32')
+        rows = drawn[name] if name in drawn else gguf.quants.quantize(tensor.float().numpy(), dtype)
         for part, heads in (('q_proj', c['num_attention_heads']), ('k_proj', c['num_key_value_heads'])):
             if part in name:    # row j * D/2 + i of a head becomes row 2i + j
-                D = len(tensor) // heads
-                order = [h * D + j * (D // 2) + i for h in range(heads) for i in range(D // 2) for j in range(2)]
-                tensor = tensor[order]
+                D = len(rows) // heads
+                rows = rows[[h * D + j * (D // 2) + i for h in range(heads) for i in range(D // 2) for j in range(2)]]
         for theirs, short in GGUF.items():
             name = name.replace(theirs, short)
-        dtype = getattr(gguf.GGMLQuantizationType, kind if tensor.ndim > 1 else 'F32')
-        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), dtype), raw_dtype=dtype)
+        writer.add_tensor(name, rows, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
-
-
-def logits_of(model, idx):
-    with torch.no_grad():
-        return model.logits(model.trunk(idx))
-
-
-def far(a, b):
-    return (a - b).abs().max()
-
-
-def refuses(match, f, *args):
-    with pytest.raises((ValueError, AssertionError), match=match) as e:
-        f(*args)
-    assert '\n' not in str(e.value)
 
 
 IDX = torch.arange(80).view(2, 40) * 3 % V
@@ -217,9 +166,34 @@ def test_gguf(tmp_path, tok, kind, tied, capsys):
     assert ('rounded before (Q' in capsys.readouterr().out) == (kind[0] == 'Q')
 
 
+SCALES = {'Q4_K': [0, 2], 'Q5_K': [0, 2], 'Q6_K': [208]}       # the bytes of a block where 16-bit floats begin
+
+
+@pytest.mark.parametrize('kind', SCALES)
+def test_k_quants(tmp_path, tok, kind):
+    """In blocks of 256. gguf reads them and cannot write them, so their bytes are drawn."""
+    gguf = pytest.importorskip('gguf')
+    dtype, rng = getattr(gguf.GGMLQuantizationType, kind), np.random.default_rng(0)
+    shape = dict(hidden_size=256, intermediate_size=256)
+    state, size = llama_state(**shape), gguf.GGML_QUANT_SIZES[dtype][1]
+    drawn = {name: rng.integers(256, size=(len(t), t.size(1) // 256, size), dtype=np.uint8)
+             for name, t in state.items() if t.ndim > 1}
+    for name, blocks in drawn.items():
+        for at in SCALES[kind]:
+            scales = rng.normal(size=blocks.shape[:2] + (1,), scale=2e-4).astype(np.float16)
+            blocks[..., at:at + 2] = scales.view(np.uint8)
+        state[name] = torch.from_numpy(gguf.quants.dequantize(blocks.reshape(len(blocks), -1), dtype))
+    path = write_gguf(tmp_path / 'a.gguf', tok, state, drawn={name: b.reshape(len(b), -1) for name, b in drawn.items()},
+                      kind=kind, **shape)
+    model, _ = KINDS['gguf'](path)
+    expected = llama_forward(state, IDX, **shape)
+    assert expected.std() > 0.1 and far(logits_of(model, IDX), expected) < 1e-4
+
+
 @pytest.mark.parametrize('shape, match', [
     (dict(rope_scaling={'rope_type': 'llama3', 'factor': 8.0}), 'positions are scaled .rope_scaling: llama3'),
     (dict(rope_scaling={'type': 'linear', 'factor': 2.0}), 'positions are scaled .rope_scaling: linear'),
+    (dict(rope_scaling=[1]), r'positions are scaled .rope_scaling: \[1\]'),
     (dict(rope_parameters={'rope_type': 'yarn', 'rope_theta': 1e4}), 'positions are scaled .rope_parameters: yarn'),
     (dict(attention_bias=True), 'attention_bias is True'), (dict(mlp_bias=True), 'mlp_bias is True'),
     (dict(hidden_act='gelu'), 'hidden_act is gelu'), (dict(quantization_config={'bits': 4}), 'quantization_config'),
@@ -246,7 +220,8 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path):
     (dict(num_attention_heads=3), 'multiple'), (dict(head_dim=7), 'must be even'),
     (dict(hidden_size=None), 'n_embd is None'),
     (dict(max_position_embeddings=2**50), 'block_size'), (dict(tie_word_embeddings=True), 'has another'),
-    (dict(rms_norm_eps='x'), 'shape'), (dict(model_type=7), 'no model_type')])
+    (dict(rms_norm_eps='x'), 'shape'), (dict(rope_theta=0), 'base of its positions is 0.0'),
+    (dict(model_type=7), 'no model_type')])
 def test_a_config_that_lies(tmp_path, lie, match):
     refuses(match, KINDS['hf'], write_llama(tmp_path, llama_state(), **lie))
 
@@ -358,7 +333,7 @@ def test_transformers_gives_the_same_logits(tmp_path, tok, shape):
         'rope_type': 'default', 'rope_theta': 3e5}), dict(model_type='mistral')])
 def test_a_folder_of_transformers_own(tmp_path, how):
     transformers = pytest.importorskip('transformers')
-    c = {key: value for key, value in (SHAPE | how).items() if key != 'rope_theta'}
+    c = {key: value for key, value in (HF_LLAMA | how).items() if key != 'rope_theta'}
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
         **c | ({'sliding_window': None} if 'model_type' in how else {})))
     randomise(theirs, 0.4).save_pretrained(tmp_path)
@@ -379,13 +354,17 @@ def test_our_own_block_comes_back(tmp_path, tok):
 
 @pytest.mark.parametrize('kind', ['f16', 'q8_0', 'q4_0'])
 def test_rounded_gguf_files(tmp_path, tok, kind):
-    """They are as large as they should be, and as near as they can be."""
-    pytest.importorskip('gguf')
+    """They are as near as they can be, and the columns of what a norm feeds are of one size."""
+    gguf = pytest.importorskip('gguf')
     model = our_llama(n_hidden=64)
     back, _ = KINDS['gguf'](export_gguf(model, tok, f'{tmp_path}/a.gguf', kind))
     w, again = (m.transformer.h[0].mlp.c_proj.weight for m in (model, back))
     step = {'f16': 2**-11 * w.abs().max(), 'q8_0': w.abs().max() / 127, 'q4_0': w.abs().max() / 7}[kind]
     assert 0 < far(w, again) < step
+    gate, up = (next(t for t in gguf.GGUFReader(f'{tmp_path}/a.gguf').tensors if t.name == f'blk.1.ffn_{name}.weight')
+                for name in ('gate', 'up'))
+    both = np.concatenate([gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in (gate, up)])
+    assert np.allclose(np.square(both).mean(axis=0), 1, atol=0.05)
 
 
 def test_gains_change_no_logits():
@@ -445,134 +424,3 @@ def test_chat_templates_say_what_the_tokenizer_says(chat, system, names):
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)        # as transformers has it
     text = jinja.from_string(chat_template(tok)).render(messages=chat, add_generation_prompt=True)
     assert text == tok.decode(tok.render_prompt(chat))
-
-# -----------------------------------------------------------------------------
-# teachers that are not our block
-
-def test_a_kind_that_was_forgotten(tmp_path):
-    folder = write_llama(tmp_path)
-    for kind, name in (('hf', folder), ('py', write_py(tmp_path)), ('gguf', f'{tmp_path}/a.gguf')):
-        refuses(f'name it as {kind}:{name}', load_teacher, name)
-
-
-PY = """
-import torch
-from types import SimpleNamespace
-torch.manual_seed(0)
-table = torch.randn(64, {V})
-
-class Model:
-    config = SimpleNamespace(vocab_size={V}, block_size=32)
-    def __call__(self, idx):
-        # this token and those before it
-        return table[idx % 64].cumsum(dim=1)
-
-def load(device):
-    return Model(), None
-"""
-
-
-def write_py(folder, text=PY, **change):
-    text = text.replace('{V}', str(V))
-    for old, new in change.get('change', []):
-        assert old in text
-        text = text.replace(old, new)
-    (folder / 'teacher.py').write_text(text)
-    return f'{folder}/teacher.py'
-
-
-def test_a_python_file_teaches(tmp_path):
-    model, tokenizer = load_py(write_py(tmp_path))
-    assert tokenizer is None and (model.config.vocab_size, model.config.block_size) == (V, 32)
-    torch.manual_seed(0)
-    expected = torch.randn(64, V)[IDX % 64].cumsum(dim=1)
-    assert torch.equal(logits_of(model, IDX), expected)
-    # in any pieces
-    states = model.trunk(IDX).flatten(0, 1)
-    assert torch.equal(torch.cat([model.logits(s) for s in states.split(7)]), expected.flatten(0, 1))
-    assert torch.equal(model.logits(states[[70, 3, 44]]), expected.flatten(0, 1)[[70, 3, 44]])
-
-
-@pytest.mark.parametrize('change, match', [
-    ([('def load', 'def lead')], 'no function load'), ([('import torch\n', 'import torch.no\n')], 'could not be run'),
-    ([('return Model(), None', '1 / 0')], "load.'cpu'. of .* failed .ZeroDivisionError"),
-    ([('return Model(), None', 'return Model()')], r'must return .model, tokenizer or None., not a Model'),
-    ([('block_size=32', 'context=32')], r'config.block_size, whole numbers, not .300, None'),
-    ([('cumsum', 'softmix')], 'cannot teach .AttributeError'), ([('table[', '0 / 0 * table[')], 'cannot teach'),
-    ([('vocab_size=300', 'vocab_size=301')], r'gave .1, 8, 300. logits for 8 tokens of a vocabulary of 301'),
-    ([('.cumsum(dim=1)', '.flip(1)')], 'looks ahead'), ([('Model(), None', 'Model(), 7')], 'must be one of ours')])
-def test_python_files_that_do_not_teach(tmp_path, change, match):
-    refuses(match, load_py, write_py(tmp_path, change=change))
-    refuses('no Python file at', check_teachers, f'py:{tmp_path}/nothing.py')
-
-
-def wrapped(model):
-    """Our own model, as one of which nothing is known."""
-    return InOne(model, model, model.config.vocab_size, model.config.block_size)
-
-
-@pytest.mark.parametrize('chunk', [2**27, 4 * V * 5])
-def test_a_model_in_one_teaches_what_it_teaches_in_two(monkeypatch, chunk):
-    """Losses and gradients, whether or not they come in chunks that end within a row."""
-    monkeypatch.setattr('model.LOSS_CHUNK_BYTES', chunk)
-    teacher, found = our_llama(n_kv_head=2), []
-    for teachers in ([teacher], [wrapped(teacher)], [teacher, wrapped(teacher)]):
-        student = our_llama()
-        losses = Distiller(student, teachers)(IDX[:, :16], IDX[:, 1:17])
-        losses['kl'].backward()
-        found.append((losses['kl'].item(), student.lm_head.weight.grad))
-    for kl, grad in found[1:]:
-        assert kl == pytest.approx(found[0][0], rel=1e-5) and torch.allclose(grad, found[0][1], atol=1e-6)
-
-
-def test_labels_of_a_model_in_one_are_its_labels_in_two(tmp_path, toy):
-    loader = Loader(toy.removeprefix('--dataset='), 'train', 4, 16)
-    size = len(loader.meta['chars'])
-    model = randomise(GPT(GPTConfig(block_size=16, vocab_size=size, n_layer=1, n_head=2, n_embd=16, **LLAMA)))
-    for name, teacher in (('two', model), ('one', wrapped(model))):
-        write_labels(f'{tmp_path}/{name}', [Teacher(name, teacher)], loader, Recipe(k=3))
-    a, b = (np.fromfile(f'{tmp_path}/{name}/labels.bin', np.uint8) for name in ('one', 'two'))
-    assert len(a) == len(b) and (a != b).mean() < 0.001     # a draw may turn on the last bit of a logit
-
-
-def test_a_python_file_beside_a_student(tmp_path, toy):
-    """By its flag, from the beginning to the end."""
-    code = f'''
-import sys; sys.path.append({os.getcwd()!r})
-from data.checkpoint import load_model
-def load(device):
-    return load_model({str(tmp_path)!r} + '/teacher/best.pt', device)[0], None
-'''
-    train(f'{tmp_path}/teacher', toy, '--max_iters=30', '--muon_lr=0.05')
-    done = train(f'{tmp_path}/out', toy, f'--teacher=py:{write_py(tmp_path, code)}', '--max_iters=3')
-    assert done['flops'] > 0
-
-
-@pytest.mark.parametrize('kind, more, parts', [
-    ('qwen2', {}, True), ('qwen3', dict(head_dim=8), True),
-    ('gemma2', dict(head_dim=8, final_logit_softcapping=3.0), False)])
-def test_any_model_of_transformers_teaches(tmp_path, tok, kind, more, parts):
-    transformers = pytest.importorskip('transformers')
-    shape = {key: SHAPE[key] for key in SHAPE if key not in ('model_type', 'hidden_act', 'rope_theta')}
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **shape | more))
-    randomise(theirs, 0.3).save_pretrained(tmp_path)
-    write_gpt2_tokenizer(tmp_path, tok)
-    teacher = load_teacher(f'hf:{tmp_path}')
-    with torch.no_grad():
-        expected = theirs(IDX).logits
-    assert far(logits_of(teacher.model, IDX), expected) < 1e-5 and teacher.tokenizer.meta() == tok.meta()
-    assert isinstance(teacher.model, InOne) != parts and teacher.model.config.block_size == 40
-    weights = sum(p.numel() for p in theirs.parameters())
-    assert weights < teacher.model.flops_per_token(training=False) < 3 * weights
-
-
-def test_what_transformers_does_not_load(tmp_path):
-    transformers = pytest.importorskip('transformers')
-    folder = write_llama(tmp_path, model_type='qwen2')      # whose biases are not there
-    refuses('are missing', KINDS['hf'], folder)
-    refuses('does not load', KINDS['hf'], write_llama(tmp_path, model_type='nosuchthing'))
-    shutil.rmtree(tmp_path)
-    bert = transformers.BertLMHeadModel(transformers.BertConfig(
-        vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
-    randomise(bert, 0.3).save_pretrained(tmp_path)
-    refuses('cannot teach .*looks ahead', KINDS['hf'], str(tmp_path))

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, SMALL, largest_difference, randomise, train
-from test_train import two
+from conftest import LLAMA, SMALL, largest_difference, randomise, train, two
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

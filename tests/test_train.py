@@ -8,20 +8,17 @@ import contextlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
-from conftest import (TINY, content, largest_difference, log, make_dataset, refused, run, start, tensors, toy_text,
-                      train)
+from conftest import (TINY, content, largest_difference, log, make_dataset, poisoned, refused, run, start, tensors,
+                      toy_text, train, two)
 import torch
 
 import data.loader
@@ -33,57 +30,6 @@ from engine import Engine, Sampling
 from data.machine import fast_bf16
 from model import GPT, GPTConfig
 from quantize import prepare
-
-
-def poisoned(at):
-    """A GPT.forward whose losses are NaN in call number at."""
-    forward, calls = GPT.forward, []
-
-    def nan_once(self, *batch, **how):
-        calls.append(batch)
-        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch, **how).items()}
-    return nan_once
-
-
-def one_of_two(rank, port, stop_in, nan_at, args, answers):
-    """A process of two."""
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
-                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    import model
-    model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
-    GPT.forward = poisoned(nan_at if rank == 1 else None)
-    batch = data.loader.Loader.batch
-
-    def batch_and_signal(self, step, *rest):
-        if step == stop_in and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, *rest)
-    data.loader.Loader.batch = batch_and_signal
-    got = run('train.py', *args)
-    answers.put((rank, got.status, got.out, got.err))
-
-
-def two(*args, stop_in=None, nan_at=None):
-    """
-    train.py in two processes on gloo, forked where torch has been imported already; the second one
-    gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'distill', 'engine', 'test_train'])
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    answers = context.Queue()
-    children = [context.Process(target=one_of_two, args=(rank, port, stop_in, nan_at,
-                                                         [*TINY, *map(str, args)], answers), daemon=True)
-                for rank in (0, 1)]
-    for child in children:
-        child.start()
-    said = sorted(answers.get(timeout=300) for _ in children)   # processes that disagree wait for each other
-    for child in children:
-        child.join()
-    return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
-
 
 # -----------------------------------------------------------------------------
 # equalities
