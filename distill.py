@@ -62,7 +62,7 @@ from data.signals import interrupt_on_stop
 from data.teachers import (check_teachers, fitted, in_bfloat16, load_teacher, load_teachers, teacher_log_probs,
                            teacher_names)
 from data.tokenizer import from_meta
-from model import GPT, chunked, or_one, rope_tables
+from model import DEEP, GPT, chunked, compile_blocks, or_one, rope_tables
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
@@ -261,7 +261,9 @@ if __name__ == '__main__':
         with autocast(device, precision):
             check_reading(teachers, loader)
         for t in teachers:
-            if compiles:
+            if compiles and isinstance(t.model, GPT) and t.model.config.n_layer >= DEEP:
+                compile_blocks(t.model)
+            elif compiles:
                 t.model.trunk, t.model.logits = torch.compile(t.model.trunk), torch.compile(t.model.logits)
             if precision == 'bfloat16':
                 in_bfloat16(t.model)

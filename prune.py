@@ -410,6 +410,7 @@ if __name__ == '__main__':
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split
+    report = True              # loss and speed before and after; False: in a chain of commands, whose end is measured
     seed = 1337
     device = 'auto'
     limits = {
@@ -479,7 +480,11 @@ if __name__ == '__main__':
     save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name,
                     knobs=knobs | {'quant_bits': 0, 'hold_out': fold})
     model = load_model(path, device)[0]     # what is measured is the file
-    before, after = measure_speeds([whole, model])
+    before = after = None
+    if report:
+        before, after = measure_speeds([whole, model])
+    else:
+        old_dir = data_dir = None
     result = {'file': path,
               **measure_side('before', whole, source, old_dir, old, before),
               **measure_side('after', model, path, data_dir, tokenizer, after)}

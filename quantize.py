@@ -248,6 +248,7 @@ if __name__ == '__main__':
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
+    report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
     calib_batches = 0               # so many times 16 rows of at most 512 tokens; 0: 16, or 3 from 20M weights on
     device = 'auto'
     limits = {
@@ -312,7 +313,7 @@ if __name__ == '__main__':
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
-    if not gone:
+    if report and not gone:
         result |= compare(whole, quantised, validation.eval_batches(), tokenizer.token_bytes)
     say(result)
     record(path, result, [source], starts_from=source)

@@ -35,7 +35,7 @@ from distill import make_learner
 from engine import Engine, Sampling
 from data.machine import (autocast, can_compile, join_processes, least, peak_flops, pick_device, pick_dtype, shard,
                           share)
-from model import GPT, MLPS, compile_step, config_of, evaluate, load_optimizer, make_optimizers, update
+from model import GPT, MLPS, compile_step, config_of, eager, evaluate, load_optimizer, make_optimizers, update
 from quantize import BITS, GROUPS, prepare
 
 # -----------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def swap_averages():
 
 def measure(step):
     """Loss on the whole validation split."""
-    with autocast(device, dtype):
+    with eager(), autocast(device, dtype):
         result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
     say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte"
         f"{f' (weights rounded to int{quant_bits})' if step > qat_step or qat_step == 0 else ''}")
@@ -339,7 +339,8 @@ def show_sample(step):
     swap_averages()
     # where the model writes what ends an answer or a text, the sample is at its end
     n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
-    ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
+    with eager():
+        ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
     swap_averages()
     model.train()
     text = tokenizer.decode(prompt[1:] + [token for token in ids if token not in ends])
@@ -352,7 +353,8 @@ def write_own_rows():
     starts = [start for step in range(64) for start in loader.starts(step)[:n]]
     prompts = loader.rows(starts)[0][:, :cut].tolist()
     say(f'the model writes {64 * n} rows of its own')
-    written = Engine(model).complete(prompts, block_size + 1 - cut, Sampling(seed=seed))
+    with eager():
+        written = Engine(model).complete(prompts, block_size + 1 - cut, Sampling(seed=seed))
     model.train()
     return torch.tensor([p + w for p, w in zip(prompts, written)], device=device)        # (64 n, block_size + 1)
 

@@ -28,10 +28,11 @@ from data.writer import dataset_dir, stdlib_files, stdlib_held_out, stdlib_sourc
 name = 'stdlib_bpe'  # the dataset's name
 vocab_size = 4096  # tokens, of which 256 are the bytes and nine are special
 tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's folder, or another data/<name>
+share = 1.0  # of the training files, evenly spread over them; held-out modules are all there
 root = ''  # another folder of Python files to read instead
 out_dir = ''  # empty: data/<name>
 
-limits = {'vocab_size': (265, None)}
+limits = {'vocab_size': (265, None), 'share': (0.001, 1.0)}
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
 
@@ -42,6 +43,7 @@ tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
 files = stdlib_files(root)
 train = [text for module, text in files if not stdlib_held_out(module)]
+train = [text for i, text in enumerate(train) if int((i + 1) * share) > int(i * share)]
 val = [text for module, text in files if stdlib_held_out(module)]
 n_train, n_val = (sum(len(text.encode()) for text in texts) for texts in (train, val))
 print(f'{len(files)} files; training text {n_train:,} bytes, validation {n_val:,}')
