@@ -256,3 +256,57 @@ def test_mode_tasks_refuses(trained):
                            (f'--shape={folder}/a.jsonl --tasks={folder}/a.jsonl', 'a.jsonl'),
                            (f'--shape={folder} --tasks={folder}/a.jsonl --questions=-1', r'questions \(-1\)')):
         refused(run('bench.py', '--mode=tasks', '--device=cpu', *flags.split()), pattern)
+
+
+# -----------------------------------------------------------------------------
+# data/pydoc_chat/prepare.py --tasks=FILE
+
+@pytest.fixture
+def library(tmp_path):
+    """Modules of three functions each; optparse and mailbox are held out, _hidden is nobody's to import from."""
+    folder = tmp_path / 'lib'
+    folder.mkdir()
+    for module in ('aa', 'bb', 'cc', 'optparse', 'mailbox', '_hidden'):
+        text = ''.join(f'def {module.strip("_")}_{i}(self, a=1):\n    """Do what {module} does, number {i}. More."""\n'
+                       for i in range(5)) + 'def common():\n    pass\n'
+        (folder / f'{module}.py').write_text(text + ('# aa_0 is mentioned here\n' if module == 'bb' else ''))
+    (folder / 'broken.py').write_text('def (')
+    return folder
+
+
+def write(library, *flags):
+    got = run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl', *flags)
+    assert got.status == 0, got.err
+    return [json.loads(line) for line in (library / 't.jsonl').read_text().splitlines()]
+
+
+def test_questions_about_a_library(library):
+    items = write(library, '--seed=3')
+    assert items != write(library) == write(library)
+    items = write(library)
+    assert sorted(map(json.dumps, items)) == sorted(map(json.dumps, read_tasks(f'{library}/t.jsonl')))
+    imports, docstrings = ([item for item in items if item['kind'] == kind] for kind in ('module', 'docstring'))
+    # aa_0 has only optparse, mailbox and cc beside it, which still are three
+    assert sorted(item['continuation'] for item in imports) == sorted(
+        f'{module}_{i}' for module in ('aa', 'bb', 'cc', 'optparse', 'mailbox') for i in range(5))
+    for item in imports:
+        module = item['continuation'][:-2]
+        assert item['context_options'][item['gold']] == f'from {module} import'
+        assert len(set(item['context_options'])) == 4 and 'from _hidden import' not in item['context_options']
+        assert item['continuation'] != 'aa_0' or 'from bb import' not in item['context_options']
+        assert item['heldout'] == (module in ('optparse', 'mailbox'))
+    assert len(docstrings) == 30
+    for item in docstrings:
+        module, i = item['query'][4:].partition('(')[0].rsplit('_', 1)
+        assert item['query'] == f'def {module}_{i}(self, a=1):\n    """\n   '
+        right = item['choices'][item['gold']]
+        assert right in (f'Do what {module} does, number {i}.', f'Do what _{module} does, number {i}.')
+        assert all(choice[:-2] == right[:-2] for choice in item['choices'])                 # of the same module
+    assert len({item['gold'] for item in items}) == 4
+    few = write(library, '--questions=2')
+    assert [(item['kind'], item['heldout']) for item in few] == [
+        ('module', True)] * 2 + [('module', False)] * 2 + [('docstring', True)] * 2 + [('docstring', False)] * 2
+    for module in ('aa', 'bb', 'cc', 'mailbox', '_hidden'):
+        (library / f'{module}.py').unlink()
+    (library / 'optparse.py').write_text('x = 1')
+    refused(run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl'), 'nothing to ask about')

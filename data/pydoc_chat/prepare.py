@@ -1,10 +1,11 @@
 """
-Questions and answers about the running Python's own standard library, for chat fine-tuning.
+Questions and answers about the running Python's own standard library, for chat fine-tuning and for measuring.
 Offline; the files are read, nothing is imported.
 
 $ python data/stdlib_bpe/prepare.py         the tokenizer, that of the model to be fine-tuned
 $ python data/pydoc_chat/prepare.py
 $ python data/pydoc_chat/prepare.py --tokenizer=out-smollm2 --name=pydoc_smollm2        for another model, in its format
+$ python data/pydoc_chat/prepare.py --tasks=pydoc.jsonl         multiple choice, for bench.py --mode=tasks
 
 One conversation of one to three exchanges about each public module, class, function and method with a docstring: what
 it does, its signature, arguments, defaults, methods. The modules held out are those of stdlib_char and stdlib_bpe.
@@ -16,17 +17,23 @@ Takes some 5 seconds. With Python 3.11.7 you see
         43.5 % of the tokens are learnt, 1.3 % are padding; 0 conversations are cut at a turn, 0 left out
     data/pydoc_chat: 378,880 training and 13,824 validation tokens, vocabulary of 4,096 (chat),
         sha256 27b16b43 b7fb2240
+
+The multiple choice asks a model that has read Python, not one that chats: from which of four modules could a name be
+imported, and which of four docstrings is that of a function, where the other three are of its own module. Half of the
+questions, if there are so many, are about the modules held out.
 """
 
 import ast
+import json
 import random
 import re
 import os
 import sys
 import warnings
+from collections import Counter
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import in_repo
+from data.files import atomic_write, in_repo
 from data.writer import chat_tokenizer, dataset_dir, stdlib_files, stdlib_held_out, stdlib_source, write_chats
 
 # -----------------------------------------------------------------------------
@@ -36,8 +43,10 @@ row = 256  # tokens a row, which must be the block_size of training
 root = ''  # another folder of Python files to read instead
 seed = 1337  # of the choice of questions
 out_dir = ''  # empty: data/<name>
+tasks = ''  # a .jsonl file: multiple choice is written to it, and no dataset is made
+questions = 200  # of each kind, as many about modules held out as about others
 
-limits = {'row': (8, None)}
+limits = {'row': (8, None), 'questions': (1, None)}
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
 
@@ -185,15 +194,102 @@ def conversation(x, facts, mentions):
     return messages
 
 
-out_dir, tokenizer = dataset_dir(out_dir, name), chat_tokenizer(tokenizer)
+# -----------------------------------------------------------------------------
+# multiple choice, in the format of data/tasks.py. What is asked is Python source, as a model has read it: a name behind
+# the import that it is most likely behind, and a docstring in its place.
+
+def import_questions(modules, rng):
+    """
+    'from MODULE import' and a name that only one of the library's modules defines; the other three are of other
+    packages and do not even mention it.
+    """
+    names = {module: [node.name for node in definitions(tree.body)] for module, _, tree in modules}
+    owners = Counter(name for mine in names.values() for name in mine)
+    public = lambda module: not any(part[0] == '_' for part in module.split('.'))
+    names = {module: [name for name in mine if owners[name] == 1] for module, mine in names.items() if public(module)}
+    words = {module: {*re.findall(r'\w+', text)} for module, text, _ in modules if names.get(module)}
+    for module, name in shuffled([(module, name) for module in words for name in names[module]], rng):
+        others = [other for other in words
+                  if other.split('.')[0] != module.split('.')[0] and name not in words[other]]
+        if len(others) >= 3:
+            choices, gold = choice_of(f'from {module} import', [f'from {other} import' for other in others], rng)
+            yield module, {'context_options': choices, 'continuation': name, 'gold': gold}
+
+
+def docstring_questions(modules, rng):
+    """
+    The head of a public function, and the first sentences of four docstrings of its module, or of others where that has
+    too few. Each pair of a name and a sentence is asked for once: mailboxes of nine kinds have the same methods.
+    """
+    found = {}
+    for module, _, tree in modules:
+        for node in ast.walk(tree):
+            sentence = first_sentence(node) if isinstance(node, FUNCTIONS) and node.name[0] != '_' else None
+            if sentence and len(sentence) <= 100:
+                found.setdefault((node.name, sentence), (module, node))
+    everything = sorted(found)
+    mine = {}
+    for (name, sentence), (module, _) in found.items():
+        mine.setdefault(module, []).append((name, sentence))
+    for (name, sentence), (module, node) in shuffled([*found.items()], rng):
+        differ = lambda pairs: sorted({other for called, other in pairs if called != name and other != sentence})
+        others = differ(mine[module])
+        if len(others) < 3:
+            others = differ(everything)
+        if len(others) >= 3:
+            choices, gold = choice_of(sentence, others, rng)
+            head = f"{'async ' * isinstance(node, ast.AsyncFunctionDef)}def {name}({ast.unparse(node.args)}):"
+            # between question and choice comes a space, which is the last one of the indentation
+            yield module, {'query': f'{head}\n    """\n   ', 'choices': choices, 'gold': gold}
+
+
+def shuffled(things, rng):
+    return rng.sample(things, len(things))
+
+
+def choice_of(right, others, rng):
+    """-> the right one among three of the others, and its place"""
+    gold = rng.randrange(4)
+    choices = rng.sample(others, 3)
+    return choices[:gold] + [right] + choices[gold:], gold
+
+
+def write_tasks(path, modules):
+    lines = []
+    for kind, make in (('module', import_questions), ('docstring', docstring_questions)):
+        sides = {True: [], False: []}
+        for module, question in make(modules, random.Random(f'{seed} {kind}')):
+            heldout = stdlib_held_out(module)
+            if len(sides[heldout]) < questions:
+                sides[heldout].append({'kind': kind, 'heldout': heldout} | question)
+            if min(map(len, sides.values())) == questions:
+                break
+        lines += sides[True] + sides[False]
+        print(f"{kind}: {len(sides[True])} questions about modules held out, {len(sides[False])} about others")
+    if not lines:
+        raise ValueError(f'there is nothing to ask about: four modules with names and docstrings of their own are needed; '
+                         f'root ({root}) must be a folder with more Python files')
+    text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+    atomic_write(path, lambda f: f.write(text.encode()))
+
+
+# -----------------------------------------------------------------------------
+
 warnings.simplefilter('ignore')  # of the parser, about other people's escapes
-train, val, unread = [], [], 0
+modules, unread = [], 0
 for module, text in stdlib_files(root):
     try:
-        tree = ast.parse(text)
+        modules.append((module, text, ast.parse(text)))
     except (SyntaxError, ValueError):  # a template, or a test of the parser
         unread += 1
-        continue
+if tasks:
+    write_tasks(tasks, modules)
+    print(f'{tasks}: of the {stdlib_source()}, seed {seed}')
+    sys.exit()
+
+out_dir, tokenizer = dataset_dir(out_dir, name), chat_tokenizer(tokenizer)
+train, val = [], []
+for module, _, tree in modules:
     for x, facts, mentions in things(module, tree):
         messages = conversation(x, facts, mentions)
         if messages:
