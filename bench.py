@@ -4,10 +4,11 @@ Measures and plans, a mode for each: decoding, quality, knowledge, training spee
     python bench.py --mode=decode                                # the quick start's shape, random weights: seconds
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --shape=d12 --peers=True --llama2c=FOLDER --nanochat=FOLDER     # beside other programs: minutes
+    python bench.py --shape=out-smollm --formats=int8-packed --peers=True   # a Llama: llama.cpp with the same weights
     python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
     python bench.py --mode=quality --shape=out-quickstart --texts=mine=FILE         # and bits per byte of another text
     python bench.py --mode=tasks --tasks=FILE.jsonl --shape=out-quickstart          # how many questions it answers
-    python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --peers=FOLDER: beside nanoGPT
+    python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --nanogpt=FOLDER: beside it
     python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
     python bench.py --mode=memory config/distill_d12_mqa.py --plan=True --gpu=a100-80 --price=0.54  # hours, dollars
     python bench.py --mode=memory --plan=True --target_params=38M --vocab_size=24576        # shapes of that size
@@ -25,6 +26,8 @@ decode: the first row is the yardstick: float32, F.linear, a cache, one sequence
     % memory    that, of the rate at which these threads read 512 MiB; beyond 100 where weights come from a cache
     rows        a cached pass over 2, 4, 5, 8 tokens of a sequence, over a pass over 1: what it costs to check drafts
     tok/verify  tokens that a pass settled, per sequence
+    X / it      with --peers=True of a trained Llama, see tests/same_weights.py: how many times as fast our format X
+                was in the same round; before prompt tok/s in decoding, behind it in reading a prompt of 512 tokens
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4; compiled for
 a GPU 0.1); if one does not, the numbers are printed all the same, but the status is 1.
 
@@ -50,10 +53,8 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from statistics import mean, median
 from types import SimpleNamespace
 
@@ -62,35 +63,25 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.checkpoint import config_from, load_checkpoint
+from data.checkpoint import config_from
+from data.decoding import FORMATS, SHAPES, build, check_context, make_prompts
 from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
                            bill, micro_batches, shape_of_size, training_bytes)
+from data.export import is_block
 from data.files import atomic_write, hold, in_repo, json_line, read_json
 from data.ladder import (build_rung, by_name, columns_of, compare_records, draw, read_record, read_rungs, summary,
                          untimed, with_labels, write_record)
-from data.loader import Loader, data_of, load_meta
-from data.signals import passed_on
+from data.loader import Loader, data_are_gone, data_of, load_meta
 from data.tasks import asked, measure
+from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_dataset
 from data.layouts import PackedInt8Linear, for_decoding
 from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Sampling, Speculation, first_difference
 from data.machine import PEAK_FLOPS, can_compile, peak_flops, pick_device, pick_dtype
 from model import GPT, GPTConfig, compile_step, evaluate
-from quantize import convert, export, load, rounding_of
+from quantize import convert, export, load
 
-SHAPES = {
-    'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
-    'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-# What is decoded: the bits of the weights (0: float), and the dtype in which for_decoding packs matrices. Without a
-# dash the model's own layers run. int8-packed and int4-packed are what sample.py runs, -compiled is with its
-# --compile=True: one sequence, a minute of compiling for each. int4-bf16 leaves 4 bits in memory.
-FORMATS = {
-    'f32': (0, None), 'f32-packed': (0, torch.float32), 'f32-compiled': (0, None),
-    'bf16-packed': (0, torch.bfloat16), 'bf16-compiled': (0, torch.bfloat16), 'f16-packed': (0, torch.float16),
-    'int8': (8, None), 'int8-packed': (8, None), 'int8-compiled': (8, None),
-    'int4': (4, None), 'int4-packed': (4, None), 'int4-compiled': (4, None),
-    'int4-bf16': (4, torch.bfloat16), 'int4-bf16-compiled': (4, torch.bfloat16)}
 LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
@@ -108,7 +99,9 @@ rounds = 5                  # of mode=train, too
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
 recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
-peers = ''                  # True: other programs, see tests/peers.py; in mode=train the folder of a copy of nanoGPT
+peers = False               # other programs: with a trained Llama's weights, or of another shape, see tests/README.md
+gguf = ''                   # a GGUF file that llama.cpp decodes with, too, whatever our model is
+llamacpp = ''               # folder of a built llama.cpp's llama-bench
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # quality, tasks and ladder
@@ -122,6 +115,7 @@ text_bytes = 200_000        # at most so many bytes of each; 0: all
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
 any_length = True           # train: steps compiled for any length, too
+nanogpt = ''                # train: folder of a copy of nanoGPT, whose train.py runs, too
 measured = True             # memory: the measured peak of each batch, too, with and without torch.compile
 # --mode=memory --plan=True: nothing is run
 plan = False
@@ -211,52 +205,6 @@ def listed(knob, known):
     return words
 
 
-def in_rounds(of=''):
-    """Yields 0, for a round that only warms up, then 1 to rounds; stderr hears when one is over."""
-    for r in range(rounds + 1):
-        yield r
-        print(of + (f'round {r} of {rounds}' if r else 'warm'), file=sys.stderr, flush=True)
-
-
-def start(script, *words, **knobs):
-    """A script in a process of its own -> the document that ends its output. What ends it ends us."""
-    said = f'no word from {script}'
-    with tempfile.TemporaryFile('w+') as out:
-        command = [sys.executable, in_repo(script), *words, *(f'--{key}={value}' for key, value in knobs.items())]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
-        with passed_on(process):
-            for line in process.stderr:
-                said = line.strip() or said
-                if not said.startswith('error: '):
-                    print(line, end='', file=sys.stderr, flush=True)
-            process.wait()
-        if process.returncode:
-            raise ValueError(f"{script}: {said.removeprefix('error: ')}")
-        out.seek(0)
-        return json.loads(out.read().splitlines()[-1])
-
-
-def speed(rates, **others):
-    """tokens/s by round -> a row's tok_s and tok_s_rounds, and key=others: the ratio to theirs in the same round."""
-    row = {'tok_s': median(rates), 'tok_s_rounds': rates}
-    for key, theirs in others.items():
-        if theirs:
-            row[key] = median(a / b for a, b in zip(rates, theirs))
-    return row
-
-
-def timed_call(f):
-    """-> seconds"""
-    clock = time.perf_counter()
-    f()
-    return time.perf_counter() - clock
-
-
-def resident(key='VmRSS'):
-    """Bytes of memory that this process has, or VmHWM: had at most (Linux)."""
-    return 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
-
-
 def describe_machine():
     """-> what a document says of where it was measured"""
     cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
@@ -288,35 +236,6 @@ def open_model(file):
     return model, *data_of(state, file)
 
 
-def random_model():
-    """The shape with random weights, the same in every format; heads are there that the drafters need."""
-    noise = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(**SHAPES[shape], draft_n=4 * ('head' in drafters), multi_token_n=3 * ('mtp' in drafters)))
-    for p in model.parameters():                # none of the usual zeros: every path must have work to do
-        torch.nn.init.normal_(p, std=0.05, generator=noise)
-    return model.to(device)
-
-
-def trained_model(bits):
-    """The model in out_dir: its integers if they are there and belong to best.pt, else best.pt."""
-    best, integers = os.path.join(shape, 'best.pt'), os.path.join(shape, f'int{bits}.safetensors')
-    if bits and os.path.exists(integers):
-        if os.path.getmtime(integers) >= os.path.getmtime(best):
-            return load(integers, device)[0]
-        print(f'{integers} is older than {best}, which is rounded instead', file=sys.stderr)
-    return load(best, device)[0]
-
-
-def build(format):
-    """-> an Engine"""
-    bits, pack = FORMATS[format]
-    model = random_model() if shape in SHAPES else trained_model(bits)
-    if bits and not rounding_of(model):
-        model = convert(model, bits)
-    compiled = format.endswith('compiled')
-    return Engine(for_decoding(model, pack, kernels=not compiled) if '-' in format else model, compile=compiled)
-
-
 def bytes_per_pass(model):
     """Of weights, in one pass of trunk and lm_head over one token: all their tensors, packed ones too, a row of wte."""
     def nbytes(*parts):
@@ -338,13 +257,18 @@ def quality(model, data, tokenizer, dtype):
 
 def measure_quality():
     check_shape()
-    _, data, tokenizer = open_model(os.path.join(shape, 'best.pt'))
+    file = os.path.join(shape, 'best.pt')
+    state, data = load(file, device)[1], None
+    tokenizer = from_meta(state['tokenizer'])
+    if not texts or not data_are_gone(state):           # a model of somebody else's has no dataset here
+        data, _ = data_of(state, file)
     rows = []
     for f in listed('formats', FORMATS):
-        model = build(f).model
+        model = build(k, f).model
         for dtype in (torch.float32, torch.int8):
             row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
-            row |= quality(model, data, tokenizer, dtype)
+            if data:
+                row |= quality(model, data, tokenizer, dtype)
             rows.append(row | measure(model, tokenizer, dtype, texts, text_bytes))
     others = [(key.removeprefix('bpb_'), key, '.5f') for key in rows[0] if key.startswith('bpb_')]
     report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
@@ -371,12 +295,6 @@ def measure_tasks():
 
 # -----------------------------------------------------------------------------
 # decoding, of ladders too
-
-def check_context(config, whose):
-    assert prompt_tokens + new_tokens <= config.block_size, (
-        f'prompt_tokens ({prompt_tokens}) + new_tokens ({new_tokens}) do not fit the context of '
-        f'{config.block_size} that {whose} has: lower them')
-
 
 def decode(engine, prompts, seed, drafter):
     """-> the texts, and the engine's stats"""
@@ -445,19 +363,14 @@ def difference(engine, prompt, row, expected, got):
                 f'and their scores differ by {found[1]:.2g}')
 
 
-def make_prompts(plain, n):
-    """-> n prompts: random ids, or what a trained model writes from the token that stands before any text."""
-    if shape in SHAPES:
-        noise = torch.Generator().manual_seed(seed)
-        return torch.randint(plain.config.vocab_size, (n, prompt_tokens), generator=noise).tolist()
-    # without such a token it is the vocabulary's first, which is mostly a newline
-    first = from_meta(load_checkpoint(os.path.join(shape, 'best.pt'))['tokenizer']).bos or 0
-    texts = plain.complete([[first]], prompt_tokens - 1, Sampling(temperature=0.8, seed=seed + 1), num_samples=n)
-    return [[first] + text for text in texts]
-
-
 def measure_peers(c):
-    """-> rows of other programs with this shape, each beside ours in a process of its own"""
+    """-> rows of other programs, each beside ours in a process of its own: with these weights, or with this shape"""
+    if gguf or shape not in SHAPES and is_block(c, 'llama'):
+        assert not (llama2c or nanochat), 'llama2c and nanochat have random weights, which are measured without a gguf'
+        same = {key: config[key] for key in ('shape', 'formats', 'prompt_tokens', 'new_tokens', 'rounds', 'gguf',
+                                             'llamacpp')}
+        rows = start('tests/same_weights.py', **same, seed=seed, device=device, threads=torch.get_num_threads())['rows']
+        return [row | speed(row['tok_s_rounds'], ratio_plain_f32=rows[0]['tok_s_rounds']) for row in rows]
     assert c.head_dim == c.n_embd // c.n_head, \
         f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}'
     same = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size',
@@ -472,6 +385,14 @@ def measure_peers(c):
             | speed(row['tok_s_rounds'], ratio_plain_f32=row.get('ours', ours)) for row in (alone, *got['rows'])]
 
 
+def columns_of_peers():
+    """Of other programs with the same weights: by how much each of our formats is faster, in decoding and prompts."""
+    def over_it(key):
+        return [(f'{f} / it', lambda row, f=f: (row.get(key) or {}).get(f), '.2f') for f in listed('formats', FORMATS)]
+    return [*over_it('ours_over_it'), ('prompt tok/s', 'prompt_tok_s', ',.0f'), *over_it('prompt_ours_over_it'),
+            ('MiB', lambda row: row.get('prompt_tok_s') and row['memory_bytes'], ',.0f', 2**20), ('same', 'same', 'd')]
+
+
 def decode_in_rounds(engines, prompts, wanted):
     """
     Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> by round
@@ -481,7 +402,7 @@ def decode_in_rounds(engines, prompts, wanted):
     costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
     # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
     big = torch.ones(2**27, device=device)
-    for r in in_rounds():
+    for r in in_rounds(rounds):
         for (f, drafter, batch), stats in runs.items():
             text, got = decode(engines[f], prompts[:batch], seed, drafter)
             known = texts.setdefault(f, [])     # by row; the plain runs come first
@@ -527,7 +448,7 @@ def decoding_rows(engines, runs, costs, slow, rates):
 def memory_row():
     """-> the row of an int8 file that a fresh process decodes with"""
     with tempfile.TemporaryDirectory() as folder:
-        export(f'{folder}/int8.safetensors', convert(build('f32').model), {})
+        export(f'{folder}/int8.safetensors', convert(build(k, 'f32').model), {})
         alone = memory_alone(f'{folder}/int8.safetensors')
     print(f"int8-packed takes {alone['memory_bytes'] / 2**20:,.1f} MiB of memory, "
           f"{alone['memory_ratio']:.2f} times its file and cache "
@@ -551,19 +472,18 @@ def formats_drafters_and_batches(sizes):
 def measure_decode():
     if child:
         return print(json.dumps(memory_taken(child)))
-    assert peers in ('', 'True', 'False'), f'peers ({peers}) must be True or False where decoding is measured'
-    assert not (llama2c or nanochat) or peers == 'True', \
-        f'llama2c ({llama2c}) and nanochat ({nanochat}) are measured with --peers=True'
+    assert peers or not (gguf or llamacpp or llama2c or nanochat), \
+        'gguf, llamacpp, llama2c and nanochat are measured with --peers=True'
     check_shape()
     sizes = numbered('batches') or [1]
     wanted = formats_drafters_and_batches(sizes)
-    plain = build('f32')
-    check_context(plain.config, shape)
+    plain = build(k, 'f32')
+    check_context(k, plain.config, shape)
     for _, drafter, _ in wanted:
         Speculation(drafter).check(plain.model)
-    prompts, params = make_prompts(plain, max(sizes)), plain.model.params()['total']
-    others = measure_peers(plain.config) if peers == 'True' else []         # first, as they may refuse
-    engines = {'f32': plain} | {f: build(f) for f, *_ in wanted if f != 'f32'}
+    prompts, params = make_prompts(k, plain, max(sizes)), plain.model.params()['total']
+    others = measure_peers(plain.config) if peers else []         # first, as they may refuse
+    engines = {'f32': plain} | {f: build(k, f) for f, *_ in wanted if f != 'f32'}
     runs, costs, slow, rates, wrong = decode_in_rounds(engines, prompts, wanted)
     rows = decoding_rows(engines, runs, costs, slow, rates)
     del plain, engines                          # the other process gets the memory
@@ -571,6 +491,7 @@ def measure_decode():
         rows.append(memory_row())
     # what a row does not have is None
     empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty |= dict.fromkeys(key for row in others for key in row)
     empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     rows = [empty | row for row in rows + others]
     report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'),
@@ -579,7 +500,7 @@ def measure_decode():
             ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
             ('rows ' + ' '.join(map(str, LENGTHS[1:])),
              lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())),
-            ('tok/verify', 'tokens_per_verify', '.2f')],
+            ('tok/verify', 'tokens_per_verify', '.2f'), *columns_of_peers()],
            rows, bandwidth_gb_s=median(rates) / 1e9)
     if wrong:
         raise ValueError('another text than the plain row: ' + '; '.join(wrong))
@@ -645,7 +566,7 @@ def time_steps(training, c):
     if t.compile and any_length:
         forwards['dynamic'] = compile_step(training.trained, tokens, c.vocab_size, dynamic=True)
     runs, gemm, peaks, accumulation = {way: [] for way in forwards}, 0.0, {}, micro_batches(t, t.batch_size)
-    for r in in_rounds():
+    for r in in_rounds(rounds):
         for way, forward in forwards.items():
             if way == 'dynamic' and not r:
                 training.step(forward, c.block_size // 2 + 1, accumulation)
@@ -665,8 +586,8 @@ def measure_train():
     with tempfile.TemporaryDirectory() as folder:
         write_random(folder, c.vocab_size)
         others = []
-        if peers:                               # nanoGPT beside our train.py
-            others = start('tests/peers.py', nanogpt=peers, training=json.dumps(vars(t) | {'dataset': folder}),
+        if nanogpt:                             # beside our train.py
+            others = start('tests/peers.py', nanogpt=nanogpt, training=json.dumps(vars(t) | {'dataset': folder}),
                            vocab_size=c.vocab_size, steps=steps, rounds=rounds, device=device)['rows']
         training = Training(t, c, t.batch_size, folder)
         runs, gemm, peaks = time_steps(training, c)
@@ -892,7 +813,7 @@ def timed_runs(rows):
     runs = []
     for row in rows:
         model, data, _ = open_model(row['file'])
-        check_context(model.config, row['name'])
+        check_context(k, model.config, row['name'])
         text = Loader(data, 'val', 1, model.config.block_size)
         drafters = {'tok_s': 'none'}
         for drafter, head in HEADS.items():
@@ -912,7 +833,7 @@ def time_rungs(rows):
     another text of the validation split; whether the texts are the same, with drafts and compiled; and memory.
     """
     runs, usual = timed_runs(rows), torch.get_num_threads()
-    for r in in_rounds('timing, '):
+    for r in in_rounds(rounds, 'timing, '):
         for row, key, engine, text, drafter, seen in runs:
             torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
             start_at = 1024 * r % max(1, text.n_tokens - prompt_tokens)
@@ -1001,5 +922,6 @@ machine = describe_machine()
 tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status')
 if temperature is None:
     temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8
+k = SimpleNamespace(**{key: globals()[key] for key in config})      # the knobs, resolved
 {'decode': measure_decode, 'quality': measure_quality, 'tasks': measure_tasks, 'train': measure_train,
  'memory': measure_memory, 'plot': measure_plot, 'ladder': measure_ladder, 'table': measure_table}[mode]()

@@ -6,7 +6,7 @@ llama2.c, and nanochat's.
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
     python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
-    python bench.py --mode=train --peers=FOLDER             # our train.py beside nanoGPT's, in FOLDER
+    python bench.py --mode=train --nanogpt=FOLDER           # our train.py beside nanoGPT's, in FOLDER
 
 A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
 nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
@@ -125,7 +125,7 @@ if nanogpt:
     odd = [k for k in ('n_kv_head', 'head_dim', 'n_hidden', 'multi_token_n', 'draft_n', 'teacher', 'quant_bits')
            if t[k]]
     if odd or vocab_size > 65536 or not os.path.isfile(f'{nanogpt}/train.py'):
-        raise ValueError(f"peers ({nanogpt}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
+        raise ValueError(f"nanogpt ({nanogpt}) must be the folder of a copy of github.com/karpathy/nanoGPT, "
                          f"and the shape one that it has{f', without {odd[0]}' if odd else ''}")
     print(json.dumps({'rows': training_rows(t)}))
     sys.exit()

@@ -244,7 +244,7 @@ def test_train_mode(tmp_path):
     config.write_text('n_layer, n_head, n_embd, block_size = 1, 1, 64, 64\n'
                       'batch_size, total_batch_size, muon_lr = 2, 384, 0.01\n')
     document = bench('--mode=train', config, '--vocab_size=300', '--compile=False', '--steps=2', '--dtype=float32',
-                     f'--peers={tmp_path}')
+                     f'--nanogpt={tmp_path}')
     rows = document['rows']
     assert [(r['run'], r['way']) for r in rows] == [('steps', 'eager'), ('train.py', 'eager'), ('nanoGPT', 'eager')]
     assert document['tokens_per_step'] == 384 and rows[0]['ratio'] == 1
@@ -444,7 +444,7 @@ def test_bad_knobs(out_dir, flags, pattern):
 @pytest.mark.parametrize('flags, changed, pattern', [
     ('--mode=train', dict(dataset='nowhere'), 'data/nowhere is not prepared, .*--vocab_size=4096'),
     ('--mode=train --vocab_size=65', dict(n_embd=30, n_head=4), r'n_embd \(30\) is not a multiple of n_head \(4\)'),
-    ('--mode=train --vocab_size=65 --peers=data', {}, r'peers \(data\) must be the folder of a copy of .*/nanoGPT'),
+    ('--mode=train --vocab_size=65 --nanogpt=data', {}, r'nanogpt \(data\) must be the folder of a copy of .*/nanoGPT'),
     ('--mode=train --vocab_size=65', dict(teacher='random:d2'), r'teacher random:d2 has a vocabulary of 65,536')])
 def test_bad_trainings(flags, changed, pattern):
     child = json.dumps(vars(knobs_of_training(**changed)))
