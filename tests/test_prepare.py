@@ -11,6 +11,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from conftest import content, make_dataset, refused, run, start, write_gpt2_tokenizer
 
 from data.foreign_tokenizer import GPT2_PATTERN
@@ -68,7 +69,21 @@ def test_stdlib_bpe(library, tmp_path):
     assert from_meta(load_meta(tmp_path / 'out')).meta() == train_bpe(train.split('<|bos|>'), 270).meta()
     assert train.count('<|bos|>') == 3 and 'M\u00fcller' in train and load_meta(tmp_path / 'out')['vocab_size'] == 270
     fails('vocab_size .4096. is out of reach', 'stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/out')
+    # a share of the training files, and all of those held out
+    prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/third', '--vocab_size=270', '--share=0.34')
+    assert texts_of(tmp_path / 'third')[0].count('<|bos|>') == 1
+    assert texts_of(tmp_path / 'third')[1] == val
     assert load_meta(tmp_path / 'out')['vocab_size'] == 270
+
+
+def test_newcode(tmp_path):
+    """What is there of the files named is joined, in their order, and what is not is said."""
+    said = prepare('newcode', f'--out_dir={tmp_path}', '--files=nn/functional.py _no_such_file.py __init__.py')
+    folder = os.path.dirname(torch.__file__)
+    expected = '\n'.join(open(os.path.join(folder, name)).read() for name in ('nn/functional.py', '__init__.py'))
+    assert open(tmp_path / 'text.txt').read() == expected
+    assert said.count('is not in this torch') == 1
+    fails('torch .* has none of the 1 files', 'newcode', f'--out_dir={tmp_path}', '--files=_no_such_file.py')
 
 
 def test_the_real_standard_library(tmp_path):

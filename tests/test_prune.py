@@ -546,6 +546,17 @@ def gone(trained, tmp_path):
     return tmp_path
 
 
+def test_without_a_report_the_file_is_the_same(trained, tmp_path):
+    """What is measured before and after is null, and nothing else changes."""
+    results = [json.loads(prune(trained, '--neuron_prune_ratio=0.5', f'--save_dir={tmp_path}/{name}', f'--report={name}')
+                          .out.splitlines()[-1]) for name in ('True', 'False')]
+    whole, file = (load_model(result['file'])[0].state_dict() for result in results)
+    assert all(torch.equal(w, file[name]) for name, w in whole.items())
+    assert {key for key in results[1] if results[1][key] is None} == {
+        f'{what}_{when}' for what in ('val_loss', 'bpb', 'tok_s') for when in ('before', 'after')}
+    assert None not in results[0].values()
+
+
 def test_what_needs_no_text_goes_without(trained, gone):
     """By the weights alone; another text in the same tokens measures what came of it, and changes nothing of it."""
     how = ('--layers=1,', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--channel_prune_ratio=0.25',

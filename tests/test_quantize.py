@@ -435,6 +435,14 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     assert result['file'] == f"{tmp_path}/int{how['bits']}.safetensors"
 
 
+def test_without_a_report_the_file_is_the_same(trained, tmp_path):
+    results = [json.loads(quantize(trained[0] / 'float', f'--save_dir={tmp_path}/{name}', f'--report={name}')
+                          .out.splitlines()[-1]) for name in ('True', 'False')]
+    assert same_tensors(*(Q.load(result['file'])[0] for result in results))
+    assert {key for key in results[1] if results[1][key] is None} - {'group'} == set(Q.MEASURED)
+    assert None not in [results[0][key] for key in Q.MEASURED]
+
+
 @pytest.mark.parametrize('source, flags, method', [
     ('float', '', 'gptq'), ('float', '--bits=4 --method=clip', 'clip'), ('qat', '--bits=4', 'qat')])
 def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):

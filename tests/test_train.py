@@ -28,7 +28,7 @@ from data.tokenizer import train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
 from data.machine import fast_bf16
-from model import GPT, GPTConfig
+from model import DEEP, GPT, GPTConfig
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -415,6 +415,22 @@ def test_chats_are_compiled_once(tmp_path, monkeypatch):
     train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
           '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
     assert len(graphs) == 2
+
+
+def test_a_deep_model_is_compiled_a_block_at_a_time(toy, tmp_path, monkeypatch):
+    """One graph serves all layers; evaluating and sampling ask for no more. The losses are those of a run without."""
+    args = [toy, f'--n_layer={DEEP}', '--max_iters=2', '--eval_interval=1', '--sample_interval=1']
+    train(tmp_path / 'eager', *args)
+    graphs = []
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+    compile_by(count, monkeypatch)
+    train(tmp_path / 'compiled', *args, '--compile=True')
+    assert len(graphs) == 1
+    eager, compiled = ([float(row['train_loss']) for row in log(tmp_path / name)] for name in ('eager', 'compiled'))
+    assert compiled == pytest.approx(eager, abs=1e-5)
 
 
 @pytest.mark.parametrize('name, value', [('CXX', 'no-such-compiler'), ('PATH', '')])
