@@ -213,6 +213,9 @@ def check_tensors(own, state, path):
         raise ValueError(f"{path} does not have the tensors of its own settings: {', '.join(wrong[:3])}"
                          f"{', ...' if wrong[3:] else ''}: use another copy")
     check_finite(state, path)
+    for name, t in state.items():
+        if name.endswith('.step') and not t.all():
+            raise ValueError(f"{path} was refused: {name}, of which numbers are multiples, is 0: use another copy")
 
 
 def check_finite(state, path):
@@ -239,6 +242,8 @@ def tensors_in(x, name=''):
 
 def check_training(state, path):
     """ValueError unless a checkpoint's optimizers and moving averages can be gone on with."""
+    check_types(state, path, 'use another copy', {'step': int, 'total_batch_size': int})
+    check_types(state['knobs'], path, 'use another copy', {'init_from': str})
     for saved in state['optimizers']:
         parts = saved.get('state') if isinstance(saved, dict) else None
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):

@@ -19,6 +19,7 @@ A BPE of 4,096 on Python's standard library (12 MB of text) trains in 4 s on one
 Nothing here touches the network: tiktoken does the encoding, with our own table of tokens.
 """
 
+import contextlib
 import hashlib
 import heapq
 import json
@@ -156,6 +157,10 @@ class BPETokenizer:
         whole = ranks | {bytes([byte]): n + i for i, byte in enumerate(self._missing)}
         self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=whole, special_tokens={
             name: len(whole) + i for i, name in enumerate(self.special_tokens)})
+        with contextlib.suppress(regex.error, TimeoutError):  # of what only tiktoken knows
+            if not all(match.group() for match in regex.finditer(pattern, ALL_KINDS, timeout=5)):
+                raise ValueError(f'the pattern of this tokenizer, {pattern!r:.60}, matches where there is nothing, of '
+                                 'which tiktoken dies: use another tokenizer')
         self.encode(ALL_KINDS)  # raises, now rather than at somebody's prompt, if the pattern leaves some of it out
 
     def _usual_bos(self):

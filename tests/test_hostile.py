@@ -6,6 +6,8 @@ tokenizers: test_tokenizer.py; labels: test_distill.py.)
 $ python -m pytest tests/test_hostile.py
 """
 import contextlib
+import json
+import math
 import os
 import re
 import shlex
@@ -16,18 +18,22 @@ import tempfile
 
 import pytest
 import torch
-from conftest import (LLAMA, TEXTS, V, build, content, make_dataset, refused, run, train, write_nanochat, write_nanogpt)
+from conftest import (LLAMA, TEXTS, TINY, V, build, content, make_dataset, refused, run, train, write_nanochat,
+                      write_nanogpt)
 
+import quantize
 from data.causal_lm import load_causal_lm
-from data.checkpoint import save_checkpoint
+from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.export import export_gguf, export_hf
 from data.files import private_folder, shown
 from data.foreign_tokenizer import GPT2_PATTERN
 from data.gpt2 import load_gpt2
+from data.ladder import read_record, summary
 from data.llama import load_gguf, load_llama
 from data.machine import can_compile, join_processes, private_cache
 from data.nanochat import load_nanochat
-from data.tokenizer import CharTokenizer, train_bpe
+from data.record import made, record
+from data.tokenizer import CharTokenizer, from_meta, train_bpe
 
 
 # -----------------------------------------------------------------------------
@@ -257,3 +263,87 @@ def test_a_teacher_does_not_change_with_its_file(tmp_path, load, write, needs):
     if os.path.exists('/proc/self/maps'):               # Linux
         with open('/proc/self/maps') as f:
             assert str(tmp_path) not in f.read()
+
+
+# -----------------------------------------------------------------------------
+# documents that say something else than we have written
+
+def in_checkpoint(path, value):
+    """-> a checkpoint whose part at the path of keys is that value; nothing: it is taken out."""
+    def change(state):
+        part = state
+        for key in path[:-1]:
+            part = part[key]
+        part.pop(path[-1]) if value is None else part.update({path[-1]: value})
+        return state
+    return change
+
+
+@pytest.mark.parametrize('path, value, match', [
+    (('step',), 'x', "says that step is 'x', not int"), (('step',), -1, 'says that step is -1'),
+    (('step',), None, 'says that step is None'), (('seconds',), [], 'says that seconds is'),
+    (('total_batch_size',), {}, 'says that total_batch_size is'), (('best',), {}, 'says that loss is None'),
+    (('best', 'loss'), math.nan, 'says that loss is nan'), (('knobs', 'hold_out'), 7, 'says that hold_out is 7'),
+    (('knobs', 'muon_lr'), torch.ones(2), 'says that the knob muon_lr was tensor'),
+    (('knobs', 'init_from'), None, 'says that init_from is None'), (('config', 'n_hidden'), True, 'n_hidden is True'),
+    (('optimizers',), [7], 'no whole state of its optimizers'), (('optimizers',), 7, 'says that optimizers is 7'),
+    (('optimizers',), [{'state': {0: 1}}], 'no whole state of its optimizers'),
+    (('optimizers',), [{'state': {99: {}}}], 'optimizer has for parameter 99'),
+    (('optimizers',), [{'state': {0: {'momentum': torch.ones(3)}}}], 'numbers of shape .*3'),
+    (('ema',), {'x': torch.ones(2)}, 'a moving average of x that is not of its shape'),
+    (('ema',), {'lm_head.weight': torch.ones(1)}, 'a moving average of lm_head.weight that is not')])
+def test_a_training_goes_on_from_what_a_training_has_written(model, tmp_path, path, value, match):
+    out, data = model
+    state = in_checkpoint(path, value)(torch.load(out / 'ckpt.pt', weights_only=True))
+    torch.save(state, tmp_path / 'ckpt.pt')
+    refused(run('train.py', *TINY, data, f'--out_dir={tmp_path}', '--init_from=resume'), match)
+
+
+@pytest.mark.parametrize('entry, match', [
+    ('x', 'says that best.pt is'), ({}, 'says that command is None'),
+    ({'document': {}}, 'says that cost is None'), ({'times': []}, 'says that times is'),
+    ({'cost': {'train_flops': 'x'}}, 'says that train_.* is'), ({'cost': {'labels': {'x': '1'}}}, 'says that x is')])
+def test_a_record_says_what_was_recorded(tmp_path, entry, match):
+    record(f'{tmp_path}/best.pt', {'iters': 1, 'tokens': 2})
+    whole = json.loads((tmp_path / 'made.json').read_text())['best.pt']
+    assert made(f'{tmp_path}/best.pt') == whole
+    if entry == {'document': {}}:
+        del whole['cost']
+    elif entry:
+        entry = whole | {key: {**whole[key], **part} if part else part for key, part in entry.items()} \
+            if isinstance(entry, dict) else entry
+    (tmp_path / 'made.json').write_text(json.dumps({'best.pt': whole if entry == {'document': {}} else entry}))
+    with pytest.raises(ValueError, match=f'made.json is damaged, it {match}.*: remove it'):
+        made(f'{tmp_path}/best.pt')
+
+
+@pytest.mark.parametrize('row, match', [
+    ({'bytes': 'x'}, 'bytes is'), ({'val_bpb': {}}, 'val_bpb is'), ({'train_flops': [1]}, 'train_flops is'),
+    ({'name': ['x']}, 'name is'), ({'labels': {'x': 'y'}}, 'x is'), ({'tok_s': True}, 'tok_s is')])
+def test_a_ladders_rows_are_of_numbers(tmp_path, row, match):
+    path, good = tmp_path / 'ladder.json', {'name': 'a', 'bytes': 9, 'val_loss': 1.0, 'val_bpb': 1.5, 'tok_s': None}
+    path.write_text(json.dumps({'rows': [good, good | {'name': 'b', 'tok_s': 3, 'bytes': None}]}))
+    assert len(summary(read_record(path)['rows'])) == 2         # null is what could not be measured
+    path.write_text(json.dumps({'rows': [good, good | row]}))
+    with pytest.raises(ValueError, match=f'ladder.json is damaged, it says that {match}'):
+        read_record(path)
+
+
+@pytest.mark.parametrize('pattern', ['', '(?=x)', '(?i)', 'x*'])
+def test_a_pattern_of_nothing_is_told_in_a_line(pattern, capfd):
+    with pytest.raises(ValueError, match='the pattern of this tokenizer, .* matches where there is nothing'):
+        from_meta(tokens_of_gpt2().meta() | {'pattern': pattern})
+    assert capfd.readouterr().err == ''                         # tiktoken would have panicked, a page of Rust
+
+
+def test_a_step_of_nothing_is_refused(model, tmp_path):
+    """Four bits are multiples of a step."""
+    assert run('quantize.py', f'--out_dir={model[0]}', f'--save_dir={tmp_path}', model[1], '--bits=4',
+               '--method=rtn', '--balance=False').status == 0
+    path = str(tmp_path / 'int4.safetensors')
+    tensors, metadata = read_safetensors(path, quantize.FORMAT)
+    name = next(name for name in tensors if name.endswith('.step'))
+    tensors[name][0, 0] = 0
+    write_safetensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=f'{name}, of which numbers are multiples, is 0'):
+        quantize.load(path)
