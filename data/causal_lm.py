@@ -197,7 +197,7 @@ def load_py(path, device='cpu'):
 
 
 def find_py(path):
-    """The path itself. ValueError if there is no such file."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no Python file at {path}: py: takes one with a function load(device)")
+    """The path itself. ValueError if there is no such file, or it is no .py."""
+    if not os.path.isfile(path) or not path.endswith('.py'):
+        raise ValueError(f"no Python file at {path}: py: takes one, like py:mine.py, with a function load(device)")
     return path

@@ -197,8 +197,10 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
         raise ValueError(f"{init_from} was not trained with hold_out={knobs['hold_out']}: "
                          "it has seen that part of the text; start from scratch")
     if fingerprint(from_meta(state['tokenizer'])) != fingerprint(tokenizer):
-        raise ValueError(f"{path} was trained with another tokenizer, on {state.get('dataset')}, than {data_dir} has: "
-                         "give that dataset, or prepare this one with the same tokenizer")
+        known = state.get('dataset')            # of a model from elsewhere there is none
+        on, remedy = (f", on {known},", 'that dataset, or ') if known else ('', '')
+        raise ValueError(f"{path} was trained with another tokenizer{on} than {data_dir} has: give {remedy}one that was "
+                         f"prepared with --tokenizer={path}")
     return state
 
 

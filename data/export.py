@@ -255,6 +255,7 @@ def export_gguf(model, tokenizer, path, kind='f16'):
     import gguf
     check_tokenizer(model, tokenizer)
     block_of(model.config, ['llama'])
+    assert not os.path.isdir(path), f"{path} is a folder, and a GGUF is one file: name it, like {path}/model.gguf"
     pre = pre_tokenizer_of(tokenizer.pattern)
     assert pre, ("llama.cpp knows ways to cut text by name, and this tokenizer's is none of them: take one of another "
                  "model, like --tokenizer=gguf:FILE of data/text/prepare.py, and train on that")

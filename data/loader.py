@@ -249,6 +249,8 @@ def data_of(state, source, dataset=''):
     data_dir = os.path.join(in_repo('data'), dataset or dataset_of(state, source))
     tokenizer = from_meta(state['tokenizer'])
     if fingerprint(from_meta(load_meta(data_dir))) != fingerprint(tokenizer):
-        raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give the dataset it '
-                         f"was trained on ({state.get('dataset')}), or prepare that as it was")
+        known = state.get('dataset')            # of a model from elsewhere there is none
+        remedy = (f'the dataset it was trained on ({known}), or prepare that as it was' if known else
+                  f'one that was prepared with --tokenizer={shlex.quote(str(source))}')
+        raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give {remedy}')
     return data_dir, tokenizer

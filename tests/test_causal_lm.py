@@ -82,6 +82,8 @@ def test_a_python_file_teaches(tmp_path):
 def test_python_files_that_do_not_teach(tmp_path, change, match):
     refuses(match, load_py, write_py(tmp_path, change=change))
     refuses('no Python file at', check_teachers, f'py:{tmp_path}/nothing.py')
+    (tmp_path / 'teacher.txt').write_text(PY)
+    refuses('no Python file at .*teacher.txt: py: takes one, like', check_teachers, f'py:{tmp_path}/teacher.txt')
 
 
 def our_llama(**shape):

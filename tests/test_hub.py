@@ -389,6 +389,7 @@ def test_what_cannot_go_out(tmp_path, tok):
     refuses('softcap=15.0', export_hf, our_llama(softcap=15.0), tok, tmp_path)
     refuses('int8', export_hf, convert(our_llama()), tok, tmp_path)
     refuses('own BPE of 300 tokens', export_hf, our_llama(), train_bpe(TEXTS, V - 1), tmp_path)
+    refuses('is a folder, and a GGUF is one file', export_gguf, our_llama(), tok, str(tmp_path))
     refuses('llama.cpp knows ways to cut text', export_gguf, our_llama(), train_bpe(TEXTS, V), f'{tmp_path}/a.gguf')
     assert not os.listdir(tmp_path)
 
