@@ -2,6 +2,7 @@
 Questions answered by likelihood, and bits per byte of further texts: data/tasks.py, and bench.py's mode=tasks. What the
 cache, padding and cutting give must be what whole forwards over each text by itself give.
 """
+import contextlib
 import json
 import math
 import random
@@ -16,6 +17,7 @@ from data.loader import Loader
 from data.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
                         p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.tokenizer import from_meta
+from data.writer import write_texts
 from engine import KVCache
 from model import GPT, GPTConfig, evaluate
 from quantize import convert, export
@@ -245,6 +247,25 @@ def test_mode_tasks(trained):
             assert document['num_fewshot'] == 1 and 'held out' in got.out
     row = measure(model, BPE, tasks=f'{folder}/a.jsonl', texts=f'x={folder}/a.jsonl', text_bytes=300)
     assert row['tasks_centred'] == row['tasks'][0]['centred'] and row['bpb_x'] > 0
+
+
+def test_mode_quality_measures_other_texts(trained):
+    """Beside the validation split, and of a model that has no dataset here alone."""
+    folder, model = trained
+    text = (folder / 'a.jsonl').read_text()[:900]
+    (folder / 'text').write_text(text)
+    flags = '--mode=quality', f'--shape={folder}', f'--texts=x={folder}/text', '--device=cpu', '--formats=f32'
+    for has_dataset in (False, True):
+        if has_dataset:
+            with contextlib.redirect_stdout(None):
+                meta = write_texts(f'{folder}/toy', [text], [text], 'bpe', 'toy', tokenizer=BPE)
+            save_checkpoint(f'{folder}/best.pt', model, meta, dataset=f'{folder}/toy')
+        got = run('bench.py', *flags)
+        assert got.status == 0, got.err
+        for row in json.loads(got.out.splitlines()[-1])['rows']:
+            dtype = getattr(torch, row['cache'])
+            assert row['bpb_x'] == pytest.approx(bits_per_byte(model, BPE, text, dtype), rel=1e-6)
+            assert not has_dataset or row['val_bpb'] == pytest.approx(row['bpb_x'], rel=1e-5)
 
 
 def test_mode_tasks_refuses(trained):
