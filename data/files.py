@@ -59,9 +59,10 @@ def visible_files(folder, endings, below=True):
     """
     The files in a folder, and in folders below it, whose names end so -> list of paths, sorted. What begins with a dot,
     or is in a folder that does, is skipped, and said: editors and file managers leave copies there that nobody means.
-    So are links to what lies elsewhere: who gives a folder means what is in it.
+    So are links to what lies elsewhere, since who gives a folder means what is in it, and what is no file, like a pipe,
+    which nobody may ever write to.
     """
-    paths, n_hidden, n_links, home = [], 0, 0, os.path.realpath(folder)
+    paths, n_hidden, n_links, n_odd, home = [], 0, 0, 0, os.path.realpath(folder)
     for at, folders, names in os.walk(folder):
         hidden = any(part.startswith('.') for part in os.path.relpath(at, folder).split(os.sep) if part != '.')
         n_links += sum(os.path.islink(os.path.join(at, name)) for name in folders)  # where walk does not go
@@ -73,6 +74,8 @@ def visible_files(folder, endings, below=True):
                 n_hidden += 1
             elif os.path.commonpath([home, os.path.realpath(path)]) != home:
                 n_links += 1
+            elif not os.path.isfile(path):
+                n_odd += 1
             else:
                 paths.append(path)
         if not below:
@@ -81,6 +84,8 @@ def visible_files(folder, endings, below=True):
         print(f'{n_hidden:,} hidden files skipped')
     if n_links:
         print(f'{n_links:,} links that lead out of {folder} skipped: copy what they lead to, if it is meant')
+    if n_odd:
+        print(f'{n_odd:,} that are no files skipped')
     return sorted(paths)
 
 

@@ -9,7 +9,7 @@ import os
 import torch
 
 from data.checkpoint import load_tensors, without_memory
-from data.checks import check_tensors
+from data.checks import check_size, check_tensors, tensors_in
 from data.files import read_text
 from model import GPT, rope_tables
 
@@ -36,6 +36,10 @@ def make(kind, config, state, path, device, tied=False):
     tied: lm_head is the embedding's table. path: where they are from, for the message of a ValueError.
     """
     with expecting(f"{path} does not have the tensors of its own settings"):
+        if config.n_layer > len(state):         # to make a million layers takes long, even without memory
+            raise ValueError(f"{config.n_layer:,} layers of {len(state):,} tensors")
+        if kind is GPT:
+            check_size(config, dict(tensors_in(state)), path)
         model = without_memory(kind, config)    # so the weights are in memory only once
     check_tensors(model.state_dict(), state, path)
     weights = {name: state.pop(name).to(device, torch.float32).contiguous() for name in [*state]}

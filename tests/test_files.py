@@ -19,7 +19,7 @@ import pytest
 from conftest import Handler
 
 import data.files
-from data.files import DownloadError, atomic_write, download, read_text
+from data.files import DownloadError, atomic_write, download, read_text, visible_files
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -33,6 +33,16 @@ def test_reading_texts(tmp_path):
         read_text(tmp_path / 'b')
     with pytest.raises(OSError, match='No such file'):
         read_text(tmp_path / 'c')
+
+
+def test_a_folder_of_texts_is_its_files(tmp_path, capsys):
+    """A pipe would keep its reader for ever."""
+    (tmp_path / 'a.txt').touch()
+    (tmp_path / 'b.txt').mkdir()
+    (tmp_path / 'gone.txt').symlink_to('no.txt')
+    os.mkfifo(tmp_path / 'pipe.txt')
+    assert visible_files(tmp_path, '.txt') == [f'{tmp_path}/a.txt']
+    assert '2 that are no files skipped' in capsys.readouterr().out
 
 
 def test_files_and_preparing_need_no_torch():

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import stat
 import subprocess
@@ -224,6 +225,18 @@ def test_commands_that_are_printed_survive_a_shell(model, tmp_path):
 
 # -----------------------------------------------------------------------------
 # a teacher's file that changes while it teaches
+
+@pytest.mark.parametrize('load, write', [
+    (load_nanochat, lambda path: write_nanochat(path, train_bpe(TEXTS, V), n_layer=10**7)),
+    (load_nanochat, lambda path: write_nanochat(path, train_bpe(TEXTS, V), sequence_len=10**9)),
+    (load_gpt2, lambda path: write_nanogpt(path / 'ckpt.pt', n_layer=10**7))])
+def test_a_teacher_asks_for_no_more_than_its_file_holds(tmp_path, load, write):
+    write(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match='does not have the tensors of its own settings .*(10,000,000|8,000,000,000)'):
+        load(str(tmp_path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000         # kB
+
 
 def tokens_of_gpt2():
     return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
