@@ -62,14 +62,18 @@ def options_of(item):
     return item.get('choices') or item.get('context_options') or []
 
 
+def check_tasks(path):
+    if not os.path.isfile(path):
+        raise ValueError(f'tasks ({path}) must be a .jsonl file of questions: make one, for instance, with '
+                         'python data/pydoc_chat/prepare.py --tasks=FILE')
+
+
 def read_tasks(path, seed=1337):
     """
     A .jsonl file -> its questions as dicts, in an order drawn by the seed (nanochat's seed is 1337), so that the first
     few are of all sorts. ValueError names the line that is no question.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f'tasks ({path}) must be a .jsonl file of questions: make one, for instance, with '
-                         'python data/pydoc_chat/prepare.py --tasks=FILE')
+    check_tasks(path)
     items = []
     for number, line in enumerate(read_text(path).split('\n'), 1):
         if not line.strip():
@@ -256,20 +260,28 @@ def by_group(items, right):
 # -----------------------------------------------------------------------------
 # other texts
 
-def read_texts(spec, most=0):
-    """
-    'new=FILE,general=FILE' -> {name: the file's text, its first so many bytes (0: all)}. Bytes, and not tokens, so that
-    models with different tokenizers are measured on the same text.
-    """
-    texts = {}
+def text_files(spec):
+    """'new=FILE,general=FILE' -> {name: path}. AssertionError or ValueError if it is something else."""
+    files = {}
     for part in filter(None, spec.split(',')):
         name, _, path = part.strip().partition('=')
         assert re.fullmatch(r'\w+', name) and path, f'texts ({spec}) must be like new=FILE,general=FILE'
         if not os.path.isfile(path):
             raise ValueError(f'texts ({spec}): {path} is not there, or is a folder: give a text file')
-        texts[name] = read_text(path).encode()[:most or None].decode(errors='ignore')
-        if len(texts[name]) < 2:
-            raise ValueError(f'texts ({spec}): {path} is empty: give a longer text')
+        files[name] = path
+    return files
+
+
+def read_texts(spec, most=0):
+    """
+    The same -> {name: the file's text, its first so many bytes (0: all)}. Bytes, and not tokens, so that models with
+    different tokenizers are measured on the same text.
+    """
+    texts = {name: read_text(path).encode()[:most or None].decode(errors='ignore')
+             for name, path in text_files(spec).items()}
+    for name, text in texts.items():
+        if len(text) < 2:
+            raise ValueError(f'texts ({spec}): {name} is empty: give a longer text')
     return texts
 
 
@@ -302,11 +314,11 @@ def bits_per_byte(model, tokenizer, text, dtype=None):
 
 def asked(texts='', text_bytes=0, tasks='', **how):
     """What measure is asked for, in words without paths; '' if it is nothing. Files by their sha256's first digits."""
-    pairs = [part.strip().partition('=') for part in texts.split(',') if part]
-    said = [f'{name} {sha256_of(path)[:8]}' for name, _, path in pairs]
+    said = [f'{name} {sha256_of(path)[:8]}' for name, path in text_files(texts).items()]
     if said:
         said.append(f'{text_bytes} bytes')
     if tasks:
+        check_tasks(tasks)
         said.append(f'tasks {sha256_of(tasks)[:8]} {how}')
     return ', '.join(said)
 

@@ -16,12 +16,14 @@ import time
 import pytest
 import torch
 
-import data.machine
-from conftest import Here, make_dataset, randomise, refused, run, start
+import data.rungs
+from conftest import Here, make_dataset, randomise, refused, run, start, toy_text
 from data.checkpoint import load_model, save_checkpoint
 from data.ladder import compare_records, read_rungs, summary, welch
 from data.loader import Loader
 from data.record import already, made, record
+from data.tasks import bits_per_byte
+from data.tokenizer import from_meta
 from engine import KVCache
 from model import GPT, GPTConfig, evaluate
 from quantize import load
@@ -234,10 +236,31 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     refused(climb(check), 'build the ladder again')
 
 
+def test_rungs_read_other_texts_and_answer_questions(climb):
+    at, tokenizer = climb.folder, from_meta(json.load(open(climb.folder / 'toy' / 'meta.json')))
+    (at / 'other.txt').write_text(toy_text(9)[::-1])
+    (at / 't.jsonl').write_text('\n'.join(json.dumps(
+        {'query': 'the cat', 'choices': ['sat on', 'a mat'], 'gold': i % 3 // 2}) for i in range(30)))
+    flags = (f'--rungs=wide | python {at}/make.py {at}/wide/best.pt {at}/w 1', f'--texts=other={at}/other.txt',
+             '--text_bytes=99', f'--tasks={at}/t.jsonl', '--questions=20')
+    got = climb(*flags)
+    row, = rows_of(got)
+    assert 'bits/byte other' in ' '.join(got.out.split()) and ' tasks ' in got.out
+    expected = bits_per_byte(load(row['file'])[0], tokenizer, toy_text(9)[::-1][:99])
+    assert row['bpb_other'] == pytest.approx(expected, rel=1e-6) and row['tasks'][0]['questions'] == 20
+    assert row['tasks_centred'] == row['tasks'][0]['centred'] and row['tasks_error'] > 0
+    assert json.load(open(at / 'kept.json'))['rows'] == [row]
+    (at / 'other.txt').write_text(toy_text(9))                                  # another text is measured again
+    assert rows_of(climb(*flags))[0]['bpb_other'] != row['bpb_other']
+    table = run('bench.py', '--mode=table', f'{at}/kept.json', '--columns=name,bpb_other,tasks_centred,tasks_error')
+    assert table.status == 0 and table.out.splitlines()[0].split() == '| rung | other | tasks | +- |'.split()
+    refused(climb('--texts=other'), r'texts \(other\) must be like')
+
+
 def test_compiled_rounds_are_timed(climb, monkeypatch):
     """They are the same function, so without a compiler their texts are the plain ones."""
     monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
-    monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
+    monkeypatch.setattr(data.rungs, 'can_compile', lambda device: True)
     rows = rows_of(climb('--timed=narrow,int4', '--compiled=narrow,int4', '--seeds=1'))
     assert rows[2]['same_texts_compiled'] == rows[3]['same_texts_compiled'] == 1
     assert 0 <= rows[2]['same_texts_speculative_compiled'] <= 1 and rows[3]['tok_s_compiled'] > 0
@@ -341,6 +364,8 @@ def test_a_summary_has_a_line_for_each_rung():
     assert (control['val_loss'], control['val_bpb'], control['p']) == (3.0, 1.5, None)
     assert student['smaller'] == 4 and student['x_tok_s'] == 0.25 and student['deviation'] == pytest.approx(2 ** 0.5)
     assert student['p'] == welch([1.0, 3.0], [2.0, 4.0])
+    beside = [row | {'bpb_new': row['val_loss'], 'tasks_centred': row['val_loss'], 'tasks_error': 0.1} for row in rows]
+    assert [(line['bpb_new'], line['tasks_centred']) for line in summary(beside)] == [(1, 1), (3, 3), (2, 2)]
 
 
 def test_what_has_changed_between_two_records():
