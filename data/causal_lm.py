@@ -16,7 +16,7 @@ import torch.nn as nn
 
 from data.checks import check_finite
 from data.foreign_tokenizer import hf_folder_tokenizer
-from data.weights import expecting, hf_file, padded_sizes
+from data.weights import expecting, hf_file, names_in, padded_sizes, read_config
 
 
 class InTwo(nn.Module):
@@ -122,7 +122,11 @@ def load_causal_lm(folder, device='cpu'):
     """
     import transformers
     transformers.utils.logging.disable_progress_bar()
-    file = hf_file(folder)
+    file, c = hf_file(folder), read_config(folder)
+    layers, held = c.get('num_hidden_layers', c.get('n_layer', 0)), len(names_in(file))
+    if not isinstance(layers, int) or layers > held:
+        raise ValueError(f"{folder} says that it has {layers!r:.20} layers, and {file} has {held:,} tensors: use another "
+                         "copy")
     with expecting(f"transformers does not load {folder} as a causal language model"):
         model, about = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True)

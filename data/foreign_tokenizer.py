@@ -310,8 +310,16 @@ def open_gguf(path):
     import gguf
     if not os.path.isfile(path):
         raise ValueError(f'there is no file {str(path)!r}: give the path of a .gguf')
+
+    class Reader(gguf.GGUFReader):
+        """Of a list that claims to be longer than the file, GGUFReader would read nothing, again and again."""
+        def _get(self, offset, dtype, count=1, **how):
+            found = super()._get(offset, dtype, count, **how)
+            if len(found) < count:
+                raise ValueError('it ends too early')
+            return found
     try:
-        return gguf.GGUFReader(path)
+        return Reader(path)
     except Exception as e:  # garbage makes it raise nearly anything
         raise ValueError(f'{path} is not a whole GGUF file ({type(e).__name__}: {str(e)[:80]}): {AGAIN}') from None
 

@@ -104,6 +104,18 @@ def read_hf(file):
         return {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
 
 
+def names_in(file):
+    """What hf_file found -> the names of its tensors, which a .safetensors says without being read."""
+    if file.endswith('.json'):
+        with expecting(f"{file} does not say which tensor is in which file"):
+            return list(json.loads(read_text(file))['weight_map'])
+    if file.endswith('.bin'):
+        return list(load_weights(file))
+    import safetensors
+    with expecting(f"{file} is not a whole file of safetensors"), safetensors.safe_open(file, 'pt') as f:
+        return list(f.keys())
+
+
 def read_shards(index):
     """An index.json, which names the file beside it that each tensor is in -> {name: tensor} of them all."""
     with expecting(f"{index} does not say which tensor is in which file"):

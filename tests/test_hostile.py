@@ -13,6 +13,7 @@ import re
 import resource
 import shlex
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -236,6 +237,25 @@ def test_a_teacher_asks_for_no_more_than_its_file_holds(tmp_path, load, write):
     with pytest.raises(ValueError, match='does not have the tensors of its own settings .*(10,000,000|8,000,000,000)'):
         load(str(tmp_path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000         # kB
+
+
+def test_transformers_is_asked_for_no_more_than_a_file_holds(tmp_path):
+    pytest.importorskip('transformers')
+    export_hf(llama(), tokens_of_gpt2(), tmp_path)
+    c = json.loads((tmp_path / 'config.json').read_text())
+    for layers in (10**7, 'x'):
+        (tmp_path / 'config.json').write_text(json.dumps(c | {'num_hidden_layers': layers}))
+        with pytest.raises(ValueError, match=f"says that it has '?{layers}'? layers, and .* has .* tensors"):
+            load_causal_lm(str(tmp_path))
+
+
+def test_a_list_in_a_gguf_file_ends_with_the_file(tmp_path):
+    """gguf would read nothing 10**12 times, and keep it."""
+    pytest.importorskip('gguf')
+    head = struct.pack('<4sIQQQ1sIIQ', b'GGUF', 3, 0, 1, 1, b'x', 9, 4, 10**12)     # one setting, x, a list of integers
+    (tmp_path / 'x.gguf').write_bytes(head + bytes(64))
+    with pytest.raises(ValueError, match='x.gguf is not a whole GGUF file .ValueError: it ends too early'):
+        load_gguf(str(tmp_path / 'x.gguf'))
 
 
 def tokens_of_gpt2():
