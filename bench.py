@@ -42,47 +42,37 @@ freed. cache: of as many sequences that decode.
 ladder: a list of commands, see data/ladder.py. One that was stopped goes on where it was, two share what the same words
 make, and what no ladder has made is not replaced.
 """
-import contextlib
 import csv
-import ctypes
-import gc
 import glob
 import importlib.util
 import json
-import math
 import os
-import platform
 import re
 import sys
 import tempfile
-from statistics import mean, median
+from statistics import median
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.checkpoint import config_from
-from data.decoding import FORMATS, SHAPES, build, check_context, make_prompts
-from data.estimate import (ASSUMED_UTILISATION, GPUS, SHARD_BYTES, SHARD_TOKENS, USABLE, Training, batches_that_fit,
-                           bill, micro_batches, shape_of_size, training_bytes)
+from data.decoding import (FORMATS, LENGTHS, SHAPES, build, check_context, decode_in_rounds, decoding_rows,
+                           make_prompts, memory_row, memory_taken, quality)
+from data.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
+                           peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
+                           write_random)
 from data.export import is_block
-from data.files import atomic_write, hold, in_repo, json_line, read_json
-from data.ladder import (build_rung, by_name, columns_of, compare_records, draw, read_record, read_rungs, summary,
-                         untimed, with_labels, write_record)
-from data.loader import Loader, data_are_gone, data_of, load_meta
-from data.tasks import asked, measure
-from data.timing import in_rounds, resident, speed, start, timed_call
-from data.tokenizer import CharTokenizer, from_meta
-from data.writer import write_dataset
-from data.layouts import PackedInt8Linear, for_decoding
-from engine import DRAFTERS, FEW, HEADS, Engine, KVCache, Sampling, Speculation, first_difference
-from data.machine import PEAK_FLOPS, can_compile, peak_flops, pick_device, pick_dtype
-from model import GPT, GPTConfig, compile_step, evaluate
-from quantize import convert, export, load
-
-LENGTHS = (1, 2, 4, 5, 8)                               # tokens in a pass, for rows_cost
+from data.files import atomic_write, in_repo, json_line
+from data.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary, with_labels,
+                         write_record)
+from data.loader import data_are_gone, data_of
+from data.machine import PEAK_FLOPS, can_compile, describe_machine, peak_flops, pick_device, pick_dtype
+from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs
+from data.tasks import measure
+from data.timing import speed, start
+from data.tokenizer import from_meta
+from engine import DRAFTERS, FEW, Speculation
+from quantize import load
 
 # -----------------------------------------------------------------------------
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
@@ -204,15 +194,6 @@ def listed(knob, known):
         assert word in known, f"{knob} ({config[knob]}) must be of {', '.join(known)}; {word!r} is not"
     return words
 
-
-def describe_machine():
-    """-> what a document says of where it was measured"""
-    cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
-    named = re.findall(r'model name\s*: (.*)', cpuinfo)
-    gpu = {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
-    return {'cpu': named[0] if named else platform.processor() or platform.machine(), **gpu,
-            'threads': torch.get_num_threads(), 'torch': torch.__version__}
-
 # -----------------------------------------------------------------------------
 # --mode=decode and quality: the model, in a format
 
@@ -228,31 +209,6 @@ def check_shape():
         assert f != 'bf16-compiled' or device != 'cpu', \
             f"formats ({formats}): bf16-compiled is for a GPU, there is no compiling oneDNN's layout"
         assert not f.startswith('int4-bf16') or device == 'cpu', f'formats ({formats}): int4-bf16 is a layout for CPUs'
-
-
-def open_model(file):
-    """A checkpoint, or an int8 or int4 one -> the model, the folder of its data, its tokenizer."""
-    model, state = load(file, device)
-    return model, *data_of(state, file)
-
-
-def bytes_per_pass(model):
-    """Of weights, in one pass of trunk and lm_head over one token: all their tensors, packed ones too, a row of wte."""
-    def nbytes(*parts):
-        modules = [module for part in parts for module in part.modules()]
-        values = [v for m in modules for v in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
-        return sum(v.nbytes for v in values if isinstance(v, torch.Tensor))
-    return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
-
-
-def quality(model, data, tokenizer, dtype):
-    """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
-    c = model.config
-    make_cache = dtype and (lambda batch: KVCache(c, batch, dtype=dtype, device=device))
-    batches = Loader(data, 'val', 16, c.block_size, device=device).eval_batches()
-    result = evaluate(model, batches, tokenizer.token_bytes, make_cache)
-    return {'val_loss': result['loss'], 'val_bpb': result['bpb'],
-            'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
 
 
 def measure_quality():
@@ -277,91 +233,19 @@ def measure_quality():
 # -----------------------------------------------------------------------------
 # --mode=tasks
 
-def how_to_answer():
-    return {'tasks': tasks, 'questions': questions, 'num_fewshot': num_fewshot, 'seed': seed,
-            'delimiter': delimiter.replace('\\n', '\n')}
-
-
 def measure_tasks():
     assert shape not in SHAPES, \
         f'shape ({shape}) has random weights, which know nothing: give the out_dir of a trained model, or its file'
     assert tasks, 'tasks () must be a .jsonl file of questions: data/tasks.py says what stands in it'
     model, state = load(os.path.join(shape, 'best.pt') if os.path.isdir(shape) else shape, device)
-    rows = measure(model, from_meta(state['tokenizer']), **how_to_answer())['tasks']
+    rows = measure(model, from_meta(state['tokenizer']), **how_to_answer(k))['tasks']
     report([('questions about', 'kind'), ('held out', lambda r: {True: 'yes', False: 'no'}.get(r.get('heldout'))),
             ('questions', 'questions', ',d'), ('% right', 'accuracy', '.1f', 0.01), ('+-', 'error', '.1f', 0.01),
             ('% by chance', 'chance', '.1f', 0.01), ('centred', 'centred', '.3f'), ('+-', 'centred_error', '.3f'),
-            ('p', 'p', '.1g')], rows, shape=shape, **how_to_answer())
-
-# -----------------------------------------------------------------------------
-# decoding, of ladders too
-
-def decode(engine, prompts, seed, drafter):
-    """-> the texts, and the engine's stats"""
-    text = engine.complete(prompts, new_tokens, Sampling(temperature, seed=seed), Speculation(drafter, draft_n))
-    return text, engine.stats
-
-
-def memory_taken(path):
-    """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
-    small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
-    Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
-    before, dtype = resident(), torch.int8 if int8_cache == path else torch.float32
-    engine = Engine(for_decoding(load(path, device)[0]), cache_dtype=dtype)
-    for _ in engine.generate([[1] * prompt_tokens], new_tokens, Sampling(temperature, seed=seed)):
-        grown = resident() - before
-    size, cache = os.path.getsize(path), KVCache(engine.config, 1, prompt_tokens + new_tokens, dtype).nbytes()
-    return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
-
-
-def memory_alone(path, int8=False):
-    """The same of a fresh process."""
-    knobs = config | dict(mode='decode', child=path, int8_cache=path if int8 else '', temperature=temperature,
-                          device=device, threads=torch.get_num_threads())
-    return start('bench.py', **knobs)
+            ('p', 'p', '.1g')], rows, shape=shape, **how_to_answer(k))
 
 # -----------------------------------------------------------------------------
 # --mode=decode
-
-@torch.inference_mode()
-def pass_seconds(engine, prompt):
-    """-> {n: seconds} of a cached pass, up to the most probable tokens, over n tokens of one sequence."""
-    m, longest = engine.model, max(LENGTHS)
-    cache = KVCache(engine.config, 1, prompt_tokens + longest, device=device)
-    engine.prefill(cache, [prompt[:engine.config.block_size - longest]])
-    before, ids = cache.lengths, torch.tensor([prompt[:1] * longest], device=device)
-    times = {n: [] for n in LENGTHS}
-    for n in LENGTHS * 5:
-        times[n].append(timed_call(lambda: m.logits(m.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()))
-        cache.rewind(before)
-    return {n: median(t) for n, t in times.items()}
-
-
-@torch.inference_mode()
-def without_cache(engine, prompt, text):
-    """-> tokens/s with a forward over everything so far for each token, at up to 16 places spread over the text."""
-    ids, n, m = torch.tensor([prompt + text], device=device), min(16, len(text)), engine.model
-    ends = [prompt_tokens + i * len(text) // n for i in range(n)]
-    return n / timed_call(lambda: [m.logits(m.trunk(ids[:, :end])[:, -1:]).argmax(dim=-1).tolist() for end in ends])
-
-
-def bandwidth(big):
-    """-> bytes/s at which these threads read memory, by a sum or a matrix-vector product: neither is always faster."""
-    m = big.view(-1, 8192)
-    reads = (big.sum, lambda: m @ m[0])
-    return big.nbytes / min(timed_call(lambda: read().amax().item()) for read in reads)    # .item() waits for a GPU
-
-
-def difference(engine, prompt, row, expected, got):
-    """
-    What is wrong with a row's text; None if it is the expected one, or parts from it at a tie. Compiled for a GPU, the
-    same floats are summed in one order or another, and an activation between two integers may be rounded to either.
-    """
-    found = first_difference(engine.model, prompt, expected, got, temperature, row, seed)
-    if found and found[1] > (0.1 if engine.compile and device != 'cpu' else 1e-4):
-        return (f'sequence {row}: token {found[0]} is {got[found[0]]}, not {expected[found[0]]}, '
-                f'and their scores differ by {found[1]:.2g}')
-
 
 def measure_peers(c):
     """-> rows of other programs, each beside ours in a process of its own: with these weights, or with this shape"""
@@ -393,69 +277,6 @@ def columns_of_peers():
             ('MiB', lambda row: row.get('prompt_tok_s') and row['memory_bytes'], ',.0f', 2**20), ('same', 'same', 'd')]
 
 
-def decode_in_rounds(engines, prompts, wanted):
-    """
-    Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> by round
-    the stats of each of wanted, {format: passes' seconds}, tokens/s without a cache, bytes/s of memory; what is wrong.
-    """
-    runs, texts, wrong = {key: [] for key in wanted}, {}, []
-    costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
-    # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
-    big = torch.ones(2**27, device=device)
-    for r in in_rounds(rounds):
-        for (f, drafter, batch), stats in runs.items():
-            text, got = decode(engines[f], prompts[:batch], seed, drafter)
-            known = texts.setdefault(f, [])     # by row; the plain runs come first
-            for row, (expected, own) in enumerate(zip(known, text)):
-                found = difference(engines[f], prompts[row], row, expected, own)
-                if found:
-                    wrong.append(f'format {f}, drafter {drafter}, batch {batch}, {found}')
-            known += text[len(known):]
-            stats.append(got)
-        for f, cost in costs.items():
-            cost.append(pass_seconds(engines[f], prompts[0]))
-        if recompute:
-            slow.append(without_cache(engines['f32'], prompts[0], texts['f32'][0]))
-        rates.append(bandwidth(big))
-    for seen in (*runs.values(), *costs.values(), slow, rates):
-        del seen[:1]                            # round 0
-    return runs, costs, slow, rates, wrong
-
-
-def decoding_rows(engines, runs, costs, slow, rates):
-    """-> a row for each of runs, and one for decoding without a cache"""
-    yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
-    for (f, drafter, batch), run in runs.items():
-        size = bytes_per_pass(engines[f].model)
-        gb_s = size * median(s['tok_s'] * s['passes'] / s['tokens'] for s in run) / 1e9
-        accepted = [sum(n) for n in zip(*(s['accepted'] for s in run))]
-        plain = drafter == 'none'
-        rows.append({
-            'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
-            **speed([s['tok_s'] for s in run], ratio_plain_f32=yardstick, ratio_recompute=slow),
-            'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
-            'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
-            'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if f in costs else None,
-            'tokens_per_verify': 1.0 if plain else sum(s['tokens'] for s in run) / sum(accepted),
-            'accepted': None if plain else accepted,
-            'kv_bytes_per_token': engines['f32'].model.kv_bytes_per_token(), 'weight_bytes': size})
-    if slow:
-        rows.append({'decoder': 'no cache', 'format': 'f32'}
-                    | speed(slow, ratio_plain_f32=yardstick, ratio_recompute=slow))
-    return rows
-
-
-def memory_row():
-    """-> the row of an int8 file that a fresh process decodes with"""
-    with tempfile.TemporaryDirectory() as folder:
-        export(f'{folder}/int8.safetensors', convert(build(k, 'f32').model), {})
-        alone = memory_alone(f'{folder}/int8.safetensors')
-    print(f"int8-packed takes {alone['memory_bytes'] / 2**20:,.1f} MiB of memory, "
-          f"{alone['memory_ratio']:.2f} times its file and cache "
-          f"({alone['file_bytes'] / 2**20:,.1f} + {alone['cache_bytes'] / 2**20:,.1f})")
-    return {'decoder': 'picochat alone', 'format': 'int8-packed'} | alone
-
-
 def formats_drafters_and_batches(sizes):
     """-> what is to be decoded, the yardstick first, then each format's plain row before its others"""
     wanted = [('f32', 'none', 1)]
@@ -471,7 +292,7 @@ def formats_drafters_and_batches(sizes):
 
 def measure_decode():
     if child:
-        return print(json.dumps(memory_taken(child)))
+        return print(json.dumps(memory_taken(k, child)))
     assert peers or not (gguf or llamacpp or llama2c or nanochat), \
         'gguf, llamacpp, llama2c and nanochat are measured with --peers=True'
     check_shape()
@@ -482,13 +303,16 @@ def measure_decode():
     for _, drafter, _ in wanted:
         Speculation(drafter).check(plain.model)
     prompts, params = make_prompts(k, plain, max(sizes)), plain.model.params()['total']
-    others = measure_peers(plain.config) if peers else []         # first, as they may refuse
+    others = measure_peers(plain.config) if peers else []      # first, as they may refuse
     engines = {'f32': plain} | {f: build(k, f) for f, *_ in wanted if f != 'f32'}
-    runs, costs, slow, rates, wrong = decode_in_rounds(engines, prompts, wanted)
+    runs, costs, slow, rates, wrong = decode_in_rounds(k, engines, prompts, wanted)
     rows = decoding_rows(engines, runs, costs, slow, rates)
     del plain, engines                          # the other process gets the memory
     if tells_memory:
-        rows.append(memory_row())
+        rows.append(memory_row(k))
+        mib = {part: rows[-1][f'{part}_bytes'] / 2**20 for part in ('memory', 'file', 'cache')}
+        print(f"int8-packed takes {mib['memory']:,.1f} MiB of memory, {rows[-1]['memory_ratio']:.2f} times its file "
+              f"and cache ({mib['file']:,.1f} + {mib['cache']:,.1f})")
     # what a row does not have is None
     empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
     empty |= dict.fromkeys(key for row in others for key in row)
@@ -522,75 +346,20 @@ def read_training():
     t.compile = t.compile and (plan or can_compile(t.device))
     return t
 
-
-def shape_of_training():
-    """-> its GPTConfig; the vocabulary is vocab_size, or the dataset's, or nanochat's if that teaches."""
-    folder, size = os.path.join(in_repo('data'), t.dataset), vocab_size
-    if not size and os.path.exists(os.path.join(folder, 'meta.json')):
-        size = load_meta(folder)['vocab_size']
-    if not size and t.teacher.startswith(('nanochat:', 'random:')):
-        size = 65536
-    assert size, f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'
-    shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
-    return config_from(shape | {'vocab_size': size}, 'the config')
-
-
-def write_random(folder, vocab):
-    """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
-    ids = np.random.default_rng(t.seed).integers(vocab, size=2**20)
-    characters = CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab))
-    with contextlib.redirect_stdout(None):
-        write_dataset(folder, characters, ids, ids[:2 * t.block_size + 1], 'random')
-
-
 # -----------------------------------------------------------------------------
 # --mode=train
 
-@torch.inference_mode()
-def gemm_rate(c):
-    """-> FLOP/s of the fastest of some products in the training's dtype: a large square one, and those of an MLP."""
-    big, rows, best = 2048 if device == 'cpu' else 8192, t.batch_size * c.block_size, 0.0
-    for m, k, n in ((big, big, big), (rows, c.n_embd, c.n_hidden), (rows, c.n_hidden, c.n_embd)):
-        a, b = (torch.randn(shape, device=device).to(getattr(torch, t.dtype)) for shape in ((m, k), (n, k)))
-        for _ in range(3):
-            best = max(best, 2 * m * k * n / timed_call(lambda: F.linear(a, b)[0, 0].item()))    # it waits for a GPU
-    return best
-
-
-def time_steps(training, c):
-    """-> {way: ms by part of each round's mean step}, FLOP/s of a matrix product, on a GPU {way: bytes at its peak}"""
-    tokens = t.batch_size * c.block_size
-    forwards = {'eager': training.trained}
-    if t.compile:
-        forwards['compiled'] = compile_step(training.trained, tokens, c.vocab_size)
-    if t.compile and any_length:
-        forwards['dynamic'] = compile_step(training.trained, tokens, c.vocab_size, dynamic=True)
-    runs, gemm, peaks, accumulation = {way: [] for way in forwards}, 0.0, {}, micro_batches(t, t.batch_size)
-    for r in in_rounds(rounds):
-        for way, forward in forwards.items():
-            if way == 'dynamic' and not r:
-                training.step(forward, c.block_size // 2 + 1, accumulation)
-            if device.startswith('cuda'):
-                torch.cuda.reset_peak_memory_stats()
-            parts = [training.step(forward, c.block_size, accumulation) for _ in range(steps)]
-            runs[way].append({part: 1000 * mean(p[part] for p in parts) for part in parts[0]})
-            if device.startswith('cuda'):
-                peaks[way] = torch.cuda.max_memory_allocated()      # the last round's, when all is compiled
-        gemm = max(gemm, gemm_rate(c))
-    return {way: run[1:] for way, run in runs.items()}, gemm, peaks
-
-
 def measure_train():
-    c = shape_of_training()
+    c = shape_of_training(t, vocab_size)
     tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
     with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, c.vocab_size)
+        write_random(folder, t, c.vocab_size)
         others = []
         if nanogpt:                             # beside our train.py
             others = start('tests/peers.py', nanogpt=nanogpt, training=json.dumps(vars(t) | {'dataset': folder}),
                            vocab_size=c.vocab_size, steps=steps, rounds=rounds, device=device)['rows']
         training = Training(t, c, t.batch_size, folder)
-        runs, gemm, peaks = time_steps(training, c)
+        runs, gemm, peaks = time_steps(training, c, steps, rounds, any_length)
     flops, params = training.trained.flops_per_token(), training.model.params()['total']
     rows, rates = [], {way: [1000 * tokens / sum(ms.values()) for ms in run] for way, run in runs.items()}
     for way, run in runs.items():
@@ -610,36 +379,10 @@ def measure_train():
 # -----------------------------------------------------------------------------
 # --mode=memory: the estimate beside what it takes
 
-def peak_of_training(c):
-    """-> bytes by which three steps make this process grow, once libraries and compiler have taken theirs."""
-    def three_steps(folder):
-        training = Training(t, c, t.batch_size, folder)
-        forward = training.trained
-        if t.compile:
-            forward = compile_step(forward, t.batch_size * c.block_size, c.vocab_size)
-        for _ in range(3):
-            training.step(forward, c.block_size, min(micro_batches(t, t.batch_size), 2))
-    cuda = device.startswith('cuda')
-    with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, c.vocab_size)
-        three_steps(folder)
-        gc.collect()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back to the system
-            with open('/proc/self/clear_refs', 'w') as f:
-                f.write('5')                                        # from here on the peak is counted anew (man 5 proc)
-            before = resident()
-        three_steps(folder)
-    return (torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')) - before
-
-
 def measure_memory():
-    c = shape_of_training()
+    c = shape_of_training(t, vocab_size)
     if child:
-        return print(json.dumps({'peak': peak_of_training(c)}))
+        return print(json.dumps({'peak': peak_of_training(t, c)}))
     if target_params:
         return plan_shapes(c)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -674,10 +417,6 @@ def measure_memory():
 # -----------------------------------------------------------------------------
 # --mode=memory --plan=True: what a training would take on a GPU
 
-def budget():
-    return SimpleNamespace(gpu=gpu, utilisation=utilisation, price=price)
-
-
 def source_of_rate():
     """-> where a plan's FLOP/s come from, in words, and for its document"""
     share, peak = utilisation or ASSUMED_UTILISATION, PEAK_FLOPS[GPUS[gpu][0]]
@@ -691,16 +430,7 @@ def plan_shapes(c):
     found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
     assert found, f'target_params ({target_params}) must be a number of parameters, like 38M'
     target = float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]]
-    rows, (source, counted_on) = [], source_of_rate()
-    for model in filter(None, (shape_of_size(t, c, depth, target) for depth in range(1, 97))):
-        n = model.params()['total']
-        tokens = round(tokens_per_param * n)
-        shards = math.ceil(tokens / SHARD_TOKENS)
-        rows.append({'n_layer': model.config.n_layer, 'n_embd': model.config.n_embd, 'n_head': model.config.n_head,
-                     'params': n, 'shards': shards, 'download_bytes': shards * SHARD_BYTES,
-                     'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
-                     'steps': math.ceil(tokens / (t.total_batch_size or t.batch_size * t.block_size)),
-                     **bill(budget(), tokens, model.flops_per_token())})
+    rows, (source, counted_on) = shapes_of_size(k, t, c, target), source_of_rate()
     assert rows, (f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}, whose tables '
                   'alone take more, or too many for 96 layers: give another number, or a smaller --vocab_size')
     print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
@@ -709,14 +439,14 @@ def plan_shapes(c):
             ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
             ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
             ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
-           sorted(rows, key=lambda row: abs(row['params'] - target))[:5], **counted_on)
+           rows[:5], **counted_on)
 
 
 def plan_training(c, groups, flops):
     """What fits of the config's training, and what all of it would take."""
     memory, room = GPUS[gpu][1], USABLE * GPUS[gpu][1]
     rows, largest = batches_that_fit(t, c, room)
-    cost = bill(budget(), t.max_iters * (t.total_batch_size or t.batch_size * t.block_size), flops)
+    cost = bill(k, t.max_iters * (t.total_batch_size or t.batch_size * t.block_size), flops)
     source, counted_on = source_of_rate()
     print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
           f"the largest batch that fits is {largest} rows of {c.block_size}, between two of these by proportion"
@@ -763,102 +493,6 @@ def measure_plot():
 # -----------------------------------------------------------------------------
 # --mode=ladder: runs the commands that build each rung, then measures all rungs in one run, each beside its controls
 
-def measure_rung(file, int8):
-    """
-    -> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one; and
-    what it knows of other texts and of tasks.
-    """
-    print(f'    measuring {file}', file=sys.stderr, flush=True)
-    model, data, tokenizer = open_model(file)
-    with torch.device('meta'):
-        params = GPT(model.config).params()
-    return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
-            **quality(model, data, tokenizer, torch.int8 if int8 else None),
-            **measure(model, tokenizer, torch.int8 if int8 else None, texts, text_bytes, **how_to_answer())}
-
-
-def build_ladder(wanted):
-    """-> the rows of all rungs, measured; what the ladder's last run measured of the same file is not measured again"""
-    hold(os.path.dirname(ladder), os.path.basename(ladder))         # rungs are held by the scripts that make them
-    identity = ('command', 'file', 'made', 'int8_cache', 'beside')
-    known = {}
-    if os.path.exists(ladder):
-        before = read_json(ladder, 'move it away', {'rows': list})['rows']
-        known = {tuple(row.get(key) for key in identity): row for row in before if isinstance(row, dict)}
-    rows = []
-    for name, rung_seed, command in wanted:
-        row = build_rung(ladder, name, rung_seed, command)
-        if row:
-            row['int8_cache'] = name in int8_cache.split(',')
-            row['beside'] = asked(texts, text_bytes, **how_to_answer()) or None
-            before = known.get(tuple(row[key] for key in identity)) if row['made'] else None
-            measured_now = untimed(before) if before else measure_rung(row['file'], row['int8_cache'])
-            rows.append(measured_now | row)
-            write_record(ladder, rows, machine)
-    return rows
-
-
-def measure_again(recorded):
-    """-> the recorded rungs' rows, measured anew"""
-    rows = []
-    for row in recorded:
-        if not os.path.exists(str(row.get('file'))):
-            raise ValueError(f"rung {row['name']!r}: {row.get('file')} is not there any more: build the ladder again")
-        rows.append(untimed(row) | measure_rung(row['file'], row.get('int8_cache', False)))
-    return rows
-
-
-def timed_runs(rows):
-    """-> what is timed: (row, key of its tokens/s, engine, text, drafter, a list for what is seen)"""
-    runs = []
-    for row in rows:
-        model, data, _ = open_model(row['file'])
-        check_context(k, model.config, row['name'])
-        text = Loader(data, 'val', 1, model.config.block_size)
-        drafters = {'tok_s': 'none'}
-        for drafter, head in HEADS.items():
-            if hasattr(model, head):
-                drafters.setdefault('tok_s_speculative', drafter)
-        compiles = row['name'] in compiled.split(',') and can_compile(device)
-        for how in ('', '_compiled') if compiles else ('',):
-            model = for_decoding(open_model(row['file'])[0], kernels=not how)
-            engine = Engine(model, bool(how), torch.int8 if row['int8_cache'] else torch.float32)
-            runs += [(row, key + how, engine, text, drafter, []) for key, drafter in drafters.items()]
-    return runs
-
-
-def time_rungs(rows):
-    """
-    Adds tokens/s, plain and drafting, eager and maybe compiled, as sample.py runs them, interleaved, in every round on
-    another text of the validation split; whether the texts are the same, with drafts and compiled; and memory.
-    """
-    runs, usual = timed_runs(rows), torch.get_num_threads()
-    for r in in_rounds(rounds, 'timing, '):
-        for row, key, engine, text, drafter, seen in runs:
-            torch.set_num_threads(threads or (1 if row['params'] < 4e6 else usual))
-            start_at = 1024 * r % max(1, text.n_tokens - prompt_tokens)
-            prompt = text.rows([start_at])[0][0, :prompt_tokens].tolist()
-            (own,), stats = decode(engine, [prompt], seed + r, drafter)
-            seen.append((prompt, own, stats, seed + r))
-    torch.set_num_threads(usual)
-    for row, key, engine, _, _, seen in runs:
-        row[key] = median(stats['tok_s'] for _, _, stats, _ in seen[1:])
-        if key == 'tok_s':                      # a row's plain run comes first
-            plain = [own for _, own, _, _ in seen]
-        elif key == 'tok_s_speculative':
-            accepted = sum(sum(stats['accepted']) for _, _, stats, _ in seen)
-            row['tokens_per_verify'] = sum(stats['tokens'] for _, _, stats, _ in seen) / accepted
-            row['speculation_exact'] = plain == [own for _, own, _, _ in seen]
-        else:       # compiled, what is float has its sums in another order, and at a tie a text may part from the plain
-            parts = [first_difference(engine.model, prompt, expected, own, temperature, 0, drawn)
-                     for expected, (prompt, own, _, drawn) in zip(plain, seen)]
-            row[key.replace('tok_s', 'same_texts')] = mean(part is None for part in parts)
-            gaps = [part[1] for part in parts if part]
-            row['same_texts_gap'] = max([row.get('same_texts_gap', 0), *gaps])
-    for row in rows if tells_memory else ():
-        row['memory_bytes'] = memory_alone(row['file'], row['int8_cache'])['memory_bytes']
-
-
 def measure_table():
     """A record's Markdown table, and its picture."""
     document = read_record(record)
@@ -870,15 +504,6 @@ def measure_table():
         draw(lines, png)
 
 
-def check_decoding(rows):
-    """ValueError if drafts or compiling gave another text than plain decoding, where they must not."""
-    for row in rows:
-        if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False:
-            raise ValueError(f"{row['name']}: another text with drafts than without, on integers")
-        if row.get('same_texts_gap', 0) > 1:
-            raise ValueError(f"{row['name']}: another text compiled, by scores {row['same_texts_gap']:.2g} apart")
-
-
 def measure_ladder():
     recorded, wanted = read_record(check) if check else None, [] if check else read_rungs(rungs, seeds)
     there = {row['name'] for row in recorded['rows']} if check else {name for name, *_ in wanted if name}
@@ -887,10 +512,10 @@ def measure_ladder():
             listed(knob, there)
     if check and recorded.get('machine') != machine:
         print(f"note: {check} is of another machine: {recorded.get('machine')}", file=sys.stderr)
-    rows = measure_again(recorded['rows']) if check else build_ladder(wanted)
+    rows = measure_again(k, recorded['rows']) if check else build_ladder(k, wanted, machine)
     names = by_name(rows)
     if timed != 'none':                         # of a rung with several seeds the first one is timed
-        time_rungs([names[name][0] for name in (names if timed == 'all' else listed('timed', there))])
+        time_rungs(k, [names[name][0] for name in (names if timed == 'all' else listed('timed', there))])
     lines = summary(rows)
     if check:
         print('\n'.join(compare_records(recorded['rows'], rows) or ['nothing changed beyond noise']))
@@ -918,7 +543,7 @@ if device.startswith('cuda') and t:
 if threads:
     torch.set_num_threads(threads)
     os.environ['OMP_NUM_THREADS'] = str(threads)                    # for the processes that are started here
-machine = describe_machine()
+machine = describe_machine(device)
 tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status')
 if temperature is None:
     temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8

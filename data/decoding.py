@@ -2,20 +2,26 @@
 How fast a model decodes, in the formats in which its weights may lie. A library for bench.py --mode=decode, quality and
 ladder, and for its peers.
 
-    engine = build(k, 'int8-packed')            # k: bench.py's knobs, resolved, as a namespace
+    engine = build(k, 'int8-packed')                                # k: bench.py's knobs, resolved, as a namespace
     prompts = make_prompts(k, engine, 4)
+    seen = decode_in_rounds(k, {'int8-packed': engine, ...}, prompts, [('int8-packed', 'ngram', 4), ...])
+    memory_row(k)                                                   # of a fresh process
 """
 import os
 import sys
+import tempfile
+from statistics import median
 
 import torch
 
 from data.checkpoint import load_checkpoint
-from data.layouts import for_decoding
+from data.layouts import PackedInt8Linear, for_decoding
+from data.loader import Loader, data_of
+from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import from_meta
-from engine import Engine, Sampling
-from model import GPT, GPTConfig
-from quantize import convert, load, rounding_of
+from engine import Engine, KVCache, Sampling, Speculation, first_difference
+from model import GPT, GPTConfig, evaluate
+from quantize import convert, export, load, rounding_of
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
@@ -29,6 +35,7 @@ FORMATS = {
     'int8': (8, None), 'int8-packed': (8, None), 'int8-compiled': (8, None),
     'int4': (4, None), 'int4-packed': (4, None), 'int4-compiled': (4, None),
     'int4-bf16': (4, torch.bfloat16), 'int4-bf16-compiled': (4, torch.bfloat16)}
+LENGTHS = (1, 2, 4, 5, 8)                       # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
 # the model, in a format
@@ -63,6 +70,18 @@ def build(k, format):
     return Engine(for_decoding(model, pack, kernels=not compiled) if '-' in format else model, compile=compiled)
 
 
+def open_model(k, file):
+    """A checkpoint, or an int8 or int4 one -> the model, the folder of its data, its tokenizer."""
+    model, state = load(file, k.device)
+    return model, *data_of(state, file)
+
+
+def check_context(k, config, whose):
+    assert k.prompt_tokens + k.new_tokens <= config.block_size, (
+        f'prompt_tokens ({k.prompt_tokens}) + new_tokens ({k.new_tokens}) do not fit the context of '
+        f'{config.block_size} that {whose} has: lower them')
+
+
 def make_prompts(k, plain, n):
     """-> n prompts: random ids, or what a trained model writes from the token that stands before any text."""
     if k.shape in SHAPES:
@@ -74,7 +93,149 @@ def make_prompts(k, plain, n):
     return [[first] + text for text in texts]
 
 
-def check_context(k, config, whose):
-    assert k.prompt_tokens + k.new_tokens <= config.block_size, (
-        f'prompt_tokens ({k.prompt_tokens}) + new_tokens ({k.new_tokens}) do not fit the context of '
-        f'{config.block_size} that {whose} has: lower them')
+def quality(model, data, tokenizer, dtype):
+    """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
+    c, device = model.config, model.cos.device
+    make_cache = dtype and (lambda batch: KVCache(c, batch, dtype=dtype, device=device))
+    batches = Loader(data, 'val', 16, c.block_size, device=device).eval_batches()
+    result = evaluate(model, batches, tokenizer.token_bytes, make_cache)
+    return {'val_loss': result['loss'], 'val_bpb': result['bpb'],
+            'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
+
+# -----------------------------------------------------------------------------
+# what is timed
+
+def decode(k, engine, prompts, seed, drafter):
+    """-> the texts, and the engine's stats"""
+    how = Sampling(k.temperature, seed=seed), Speculation(drafter, k.draft_n)
+    return engine.complete(prompts, k.new_tokens, *how), engine.stats
+
+
+@torch.inference_mode()
+def pass_seconds(k, engine, prompt):
+    """-> {n: seconds} of a cached pass, up to the most probable tokens, over n tokens of one sequence."""
+    m, longest = engine.model, max(LENGTHS)
+    cache = KVCache(engine.config, 1, k.prompt_tokens + longest, device=k.device)
+    engine.prefill(cache, [prompt[:engine.config.block_size - longest]])
+    before, ids = cache.lengths, torch.tensor([prompt[:1] * longest], device=k.device)
+    times = {n: [] for n in LENGTHS}
+    for n in LENGTHS * 5:
+        times[n].append(timed_call(lambda: m.logits(m.trunk(ids[:, :n], cache)).argmax(dim=-1).tolist()))
+        cache.rewind(before)
+    return {n: median(t) for n, t in times.items()}
+
+
+@torch.inference_mode()
+def without_cache(k, engine, prompt, text):
+    """-> tokens/s with a forward over everything so far for each token, at up to 16 places spread over the text."""
+    ids, n, m = torch.tensor([prompt + text], device=k.device), min(16, len(text)), engine.model
+    ends = [k.prompt_tokens + i * len(text) // n for i in range(n)]
+    return n / timed_call(lambda: [m.logits(m.trunk(ids[:, :end])[:, -1:]).argmax(dim=-1).tolist() for end in ends])
+
+
+def bandwidth(big):
+    """-> bytes/s at which these threads read memory, by a sum or a matrix-vector product: neither is always faster."""
+    m = big.view(-1, 8192)
+    reads = (big.sum, lambda: m @ m[0])
+    return big.nbytes / min(timed_call(lambda: read().amax().item()) for read in reads)    # .item() waits for a GPU
+
+
+def difference(k, engine, prompt, row, expected, got):
+    """
+    What is wrong with a row's text; None if it is the expected one, or parts from it at a tie. Compiled for a GPU, the
+    same floats are summed in one order or another, and an activation between two integers may be rounded to either.
+    """
+    found = first_difference(engine.model, prompt, expected, got, k.temperature, row, k.seed)
+    if found and found[1] > (0.1 if engine.compile and k.device != 'cpu' else 1e-4):
+        return (f'sequence {row}: token {found[0]} is {got[found[0]]}, not {expected[found[0]]}, '
+                f'and their scores differ by {found[1]:.2g}')
+
+# -----------------------------------------------------------------------------
+# all of it, in rounds
+
+def decode_in_rounds(k, engines, prompts, wanted):
+    """
+    Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> by round
+    the stats of each of wanted, {format: passes' seconds}, tokens/s without a cache, bytes/s of memory; what is wrong.
+    """
+    runs, texts, wrong = {key: [] for key in wanted}, {}, []
+    costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
+    # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
+    big = torch.ones(2**27, device=k.device)
+    for _ in in_rounds(k.rounds):
+        for (f, drafter, batch), stats in runs.items():
+            text, got = decode(k, engines[f], prompts[:batch], k.seed, drafter)
+            known = texts.setdefault(f, [])     # by row; the plain runs come first
+            for row, (expected, own) in enumerate(zip(known, text)):
+                found = difference(k, engines[f], prompts[row], row, expected, own)
+                if found:
+                    wrong.append(f'format {f}, drafter {drafter}, batch {batch}, {found}')
+            known += text[len(known):]
+            stats.append(got)
+        for f, cost in costs.items():
+            cost.append(pass_seconds(k, engines[f], prompts[0]))
+        if k.recompute:
+            slow.append(without_cache(k, engines['f32'], prompts[0], texts['f32'][0]))
+        rates.append(bandwidth(big))
+    for seen in (*runs.values(), *costs.values(), slow, rates):
+        del seen[:1]                            # round 0
+    return runs, costs, slow, rates, wrong
+
+
+def bytes_per_pass(model):
+    """Of weights, in one pass of trunk and lm_head over one token: all their tensors, packed ones too, a row of wte."""
+    def nbytes(*parts):
+        modules = [module for part in parts for module in part.modules()]
+        values = [v for m in modules for v in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
+        return sum(v.nbytes for v in values if isinstance(v, torch.Tensor))
+    return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
+
+
+def decoding_rows(engines, runs, costs, slow, rates):
+    """What decode_in_rounds gives -> a row for each of runs, and one for decoding without a cache"""
+    yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
+    for (f, drafter, batch), run in runs.items():
+        size = bytes_per_pass(engines[f].model)
+        gb_s = size * median(s['tok_s'] * s['passes'] / s['tokens'] for s in run) / 1e9
+        accepted = [sum(n) for n in zip(*(s['accepted'] for s in run))]
+        plain = drafter == 'none'
+        rows.append({
+            'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
+            **speed([s['tok_s'] for s in run], ratio_plain_f32=yardstick, ratio_recompute=slow),
+            'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
+            'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
+            'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if f in costs else None,
+            'tokens_per_verify': 1.0 if plain else sum(s['tokens'] for s in run) / sum(accepted),
+            'accepted': None if plain else accepted,
+            'kv_bytes_per_token': engines['f32'].model.kv_bytes_per_token(), 'weight_bytes': size})
+    if slow:
+        rows.append({'decoder': 'no cache', 'format': 'f32'}
+                    | speed(slow, ratio_plain_f32=yardstick, ratio_recompute=slow))
+    return rows
+
+# -----------------------------------------------------------------------------
+# memory
+
+def memory_taken(k, path):
+    """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
+    small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
+    Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
+    before, dtype = resident(), torch.int8 if k.int8_cache == path else torch.float32
+    engine = Engine(for_decoding(load(path, k.device)[0]), cache_dtype=dtype)
+    for _ in engine.generate([[1] * k.prompt_tokens], k.new_tokens, Sampling(k.temperature, seed=k.seed)):
+        grown = resident() - before
+    size, cache = os.path.getsize(path), KVCache(engine.config, 1, k.prompt_tokens + k.new_tokens, dtype).nbytes()
+    return {'memory_bytes': grown, 'file_bytes': size, 'cache_bytes': cache, 'memory_ratio': grown / (size + cache)}
+
+
+def memory_alone(k, path, int8=False):
+    """The same of a fresh process."""
+    knobs = vars(k) | dict(mode='decode', child=path, int8_cache=path if int8 else '', threads=torch.get_num_threads())
+    return start('bench.py', **knobs)
+
+
+def memory_row(k):
+    """-> the row of an int8 file that a fresh process decodes with"""
+    with tempfile.TemporaryDirectory() as folder:
+        export(f'{folder}/int8.safetensors', convert(build(k, 'f32').model), {})
+        return {'decoder': 'picochat alone', 'format': 'int8-packed'} | memory_alone(k, f'{folder}/int8.safetensors')

@@ -7,25 +7,35 @@ memory; and what all of it would take on a GPU. A library for bench.py --mode=tr
     training_bytes(t, config, rows=4)['peak']                           # bytes of a step that is not taken
 """
 import contextlib
+import ctypes
+import gc
 import math
 import os
 import re
 import sys
+import tempfile
 import time
 import weakref
+from statistics import mean
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from data.files import read_json
-from data.loader import Loader
+from data.checkpoint import config_from
+from data.files import in_repo, read_json
+from data.loader import Loader, load_meta
 from data.teachers import in_bfloat16, load_teacher, teacher_names
 from distill import Distiller
 from data.machine import PEAK_FLOPS, autocast
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, make_optimizers, update
 from data.rounding import prepare
+from data.timing import in_rounds, resident, timed_call
+from data.tokenizer import CharTokenizer
+from data.writer import write_dataset
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step, make_optimizers, update
 
 
 def micro_batches(t, rows):
@@ -129,6 +139,88 @@ class Laps:
         self.last = now
 
 # -----------------------------------------------------------------------------
+# measuring steps, on random tokens
+
+def shape_of_training(t, vocab_size=0):
+    """-> its GPTConfig; the vocabulary is vocab_size, or the dataset's, or nanochat's if that teaches."""
+    folder, size = os.path.join(in_repo('data'), t.dataset), vocab_size
+    if not size and os.path.exists(os.path.join(folder, 'meta.json')):
+        size = load_meta(folder)['vocab_size']
+    if not size and t.teacher.startswith(('nanochat:', 'random:')):
+        size = 65536
+    assert size, f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'
+    shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
+    return config_from(shape | {'vocab_size': size}, 'the config')
+
+
+def write_random(folder, t, vocab_size):
+    """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
+    ids = np.random.default_rng(t.seed).integers(vocab_size, size=2**20)
+    characters = CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab_size))
+    with contextlib.redirect_stdout(None):
+        write_dataset(folder, characters, ids, ids[:2 * t.block_size + 1], 'random')
+
+
+@torch.inference_mode()
+def gemm_rate(t, c):
+    """-> FLOP/s of the fastest of some products in the training's dtype: a large square one, and those of an MLP."""
+    big, rows, best = 2048 if t.device == 'cpu' else 8192, t.batch_size * c.block_size, 0.0
+    for m, k, n in ((big, big, big), (rows, c.n_embd, c.n_hidden), (rows, c.n_hidden, c.n_embd)):
+        a, b = (torch.randn(shape, device=t.device).to(getattr(torch, t.dtype)) for shape in ((m, k), (n, k)))
+        for _ in range(3):
+            best = max(best, 2 * m * k * n / timed_call(lambda: F.linear(a, b)[0, 0].item()))    # it waits for a GPU
+    return best
+
+
+def time_steps(training, c, steps, rounds, any_length):
+    """-> {way: ms by part of each round's mean step}, FLOP/s of a matrix product, on a GPU {way: bytes at its peak}"""
+    t, tokens = training.t, training.rows * c.block_size
+    forwards = {'eager': training.trained}
+    if t.compile:
+        forwards['compiled'] = compile_step(training.trained, tokens, c.vocab_size)
+    if t.compile and any_length:
+        forwards['dynamic'] = compile_step(training.trained, tokens, c.vocab_size, dynamic=True)
+    runs, gemm, peaks, accumulation = {way: [] for way in forwards}, 0.0, {}, micro_batches(t, t.batch_size)
+    for r in in_rounds(rounds):
+        for way, forward in forwards.items():
+            if way == 'dynamic' and not r:
+                training.step(forward, c.block_size // 2 + 1, accumulation)
+            if t.device.startswith('cuda'):
+                torch.cuda.reset_peak_memory_stats()
+            parts = [training.step(forward, c.block_size, accumulation) for _ in range(steps)]
+            runs[way].append({part: 1000 * mean(p[part] for p in parts) for part in parts[0]})
+            if t.device.startswith('cuda'):
+                peaks[way] = torch.cuda.max_memory_allocated()      # the last round's, when all is compiled
+        gemm = max(gemm, gemm_rate(t, c))
+    return {way: run[1:] for way, run in runs.items()}, gemm, peaks
+
+
+def peak_of_training(t, c):
+    """-> bytes by which three steps make this process grow, once libraries and compiler have taken theirs."""
+    def three_steps(folder):
+        training = Training(t, c, t.batch_size, folder)
+        forward = training.trained
+        if t.compile:
+            forward = compile_step(forward, t.batch_size * c.block_size, c.vocab_size)
+        for _ in range(3):
+            training.step(forward, c.block_size, min(micro_batches(t, t.batch_size), 2))
+    cuda = t.device.startswith('cuda')
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(folder, t, c.vocab_size)
+        three_steps(folder)
+        gc.collect()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back to the system
+            with open('/proc/self/clear_refs', 'w') as f:
+                f.write('5')                                        # from here on the peak is counted anew (man 5 proc)
+            before = resident()
+        three_steps(folder)
+    return (torch.cuda.max_memory_allocated() if cuda else resident('VmHWM')) - before
+
+# -----------------------------------------------------------------------------
 # memory
 
 class Living(TorchDispatchMode):
@@ -194,15 +286,15 @@ COMPILED_MEMORY = 1.9
 SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
 
 
-def bill(budget, tokens, flops):
+def bill(k, tokens, flops):
     """
-    budget: a namespace of gpu (a name of GPUS), utilisation (0: the assumed one) and price (dollars an hour). For so
-    many tokens, at so many FLOPs each -> a row's tokens/s, hours, dollars.
+    k: bench.py's knobs, of which gpu, utilisation and price count. For so many tokens, at so many FLOPs each -> a row's
+    tokens/s, hours, dollars.
     """
-    rate = (budget.utilisation or ASSUMED_UTILISATION) * PEAK_FLOPS[GPUS[budget.gpu][0]] / flops
+    rate = (k.utilisation or ASSUMED_UTILISATION) * PEAK_FLOPS[GPUS[k.gpu][0]] / flops
     hours = tokens / rate / 3600
     return {'tokens': tokens, 'flops_per_token': flops, 'tok_s': rate,
-            'hours': hours, 'dollars': hours * budget.price if budget.price else None}
+            'hours': hours, 'dollars': hours * k.price if k.price else None}
 
 
 def shape_of_size(t, c, depth, target):
@@ -215,6 +307,21 @@ def shape_of_size(t, c, depth, target):
     with torch.device('meta'):
         model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights))
     return model
+
+
+def shapes_of_size(k, t, c, target):
+    """-> a row for each shape of about target parameters, the nearest first, and what training them takes"""
+    rows = []
+    for model in filter(None, (shape_of_size(t, c, depth, target) for depth in range(1, 97))):
+        n = model.params()['total']
+        tokens = round(k.tokens_per_param * n)
+        shards = math.ceil(tokens / SHARD_TOKENS)
+        rows.append({'n_layer': model.config.n_layer, 'n_embd': model.config.n_embd, 'n_head': model.config.n_head,
+                     'params': n, 'shards': shards, 'download_bytes': shards * SHARD_BYTES,
+                     'disk_bytes': (2 if c.vocab_size <= 65536 else 4) * shards * SHARD_TOKENS,
+                     'steps': math.ceil(tokens / (t.total_batch_size or t.batch_size * t.block_size)),
+                     **bill(k, tokens, model.flops_per_token())})
+    return sorted(rows, key=lambda row: abs(row['params'] - target))
 
 
 def batches_that_fit(t, c, room):

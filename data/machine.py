@@ -50,6 +50,15 @@ def pick_device(device):
     return device
 
 
+def describe_machine(device):
+    """-> what a document says of where it was measured"""
+    cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
+    named = re.findall(r'model name\s*: (.*)', cpuinfo)
+    gpu = {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
+    return {'cpu': named[0] if named else platform.processor() or platform.machine(), **gpu,
+            'threads': torch.get_num_threads(), 'torch': torch.__version__}
+
+
 @functools.lru_cache(maxsize=None)
 def fast_bf16(device):
     """
