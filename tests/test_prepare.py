@@ -223,6 +223,7 @@ GOOD = '[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "H
     (f'{GOOD}\n{{"conversations": [{{"from": "gpt", "value": "Hi."}}]}}', [], "line 2: message 0 has role 'assistant'"),
     (f'{GOOD}\n{{"conversations": [{{"from": "human"}}]}}', [], 'line 2: message 0 must be'),
     (f'{GOOD}\n{{"conversations": "Hi."}}', [], 'line 2: a conversation is a list'),
+    (f'{GOOD}\n{{"conversations": [{{"from": [], "value": "Hi."}}]}}', [], 'line 2: message 0 must be'),
     (GOOD, [], r'has 1 conversation\(s\): at least two'),
     ('', [], r'has 0 conversation\(s\)'),
     (f'{GOOD}\n{GOOD}', [], r'has 1 conversation\(s\)'),

@@ -45,7 +45,7 @@ def messages_of(document):
     if not isinstance(document, dict) or not isinstance(document.get('conversations'), list):
         return document
     roles = {'human': 'user', 'gpt': 'assistant'}
-    return [{'role': roles.get(turn.get('from'), turn.get('from')), 'content': turn.get('value')}
+    return [{'role': roles.get(str(turn.get('from')), turn.get('from')), 'content': turn.get('value')}
             if isinstance(turn, dict) else turn for turn in document['conversations']]
 
 
