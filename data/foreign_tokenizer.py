@@ -258,7 +258,7 @@ def _read_tokenizer_json(path):
         raise ValueError(f"{path} is not a tokenizer in GPT-2's manner, but a {kind!r:.40} with normalizer "
                          f'{normalizer!r:.40}{"".join(strange)}: use another one')
     try:
-        added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
+        added = {token['content'] + '': token['id'] for token in content.get('added_tokens') or []}      # texts alone
         merges = [merge.split(' ') if isinstance(merge, str) else merge for merge in model.get('merges', [])]
         table = {'vocab': model['vocab'] | added, 'merges': merges, 'added': {*added.values()},
                  'normalizer': normalizer}

@@ -28,7 +28,7 @@ from data.causal_lm import load_causal_lm
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.export import export_gguf, export_hf
 from data.files import private_folder, shown
-from data.foreign_tokenizer import GPT2_PATTERN
+from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_tokenizer
 from data.gpt2 import load_gpt2
 from data.ladder import read_record, summary
 from data.llama import load_gguf, load_llama
@@ -360,6 +360,14 @@ def test_a_ladders_rows_are_of_numbers(tmp_path, row, match):
     path.write_text(json.dumps({'rows': [good, good | row]}))
     with pytest.raises(ValueError, match=f'ladder.json is damaged, it says that {match}'):
         read_record(path)
+
+
+def test_a_tokenizer_json_whose_token_is_no_text(tmp_path):
+    theirs = hf_tokenizer(tokens_of_gpt2())
+    theirs['added_tokens'][0]['content'] = 1.5
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match='tokenizer.json is not a tokenizer .* of another form'):
+        load_tokenizer(f'hf:{tmp_path}')
 
 
 @pytest.mark.parametrize('pattern', ['', '(?=x)', '(?i)', 'x*'])
