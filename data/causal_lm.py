@@ -125,8 +125,8 @@ def load_causal_lm(folder, device='cpu'):
     file, c = hf_file(folder), read_config(folder)
     layers, held = c.get('num_hidden_layers', c.get('n_layer', 0)), len(names_in(file))
     if not isinstance(layers, int) or layers > held:
-        raise ValueError(f"{folder} says that it has {layers!r:.20} layers, and {file} has {held:,} tensors: use another "
-                         "copy")
+        raise ValueError(f"{folder} says that it has {layers!r:.20} layers, and {file} has {held:,} tensors: "
+                         "use another copy")
     with expecting(f"transformers does not load {folder} as a causal language model"):
         model, about = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True)

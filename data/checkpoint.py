@@ -59,7 +59,7 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
 # -----------------------------------------------------------------------------
 # reading
 
-LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'      # how files of torch before 1.6 begin, which are no zip archives
+LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # how files of torch before 1.6 begin, no zip archives
 
 
 def load_tensors(path, device='cpu'):
@@ -251,7 +251,7 @@ def shape_of_student(config, source):
 
 
 def load_weights(model, source):
-    """The checkpoint's weights into model; heads that it does not have keep their fresh ones, all else must be there."""
+    """The checkpoint's weights into model; heads that it lacks keep their fresh ones, all else must be there."""
     fresh = {name: p for name, p in model.state_dict().items() if name.startswith(('multi_token', 'draft'))}
     model.load_state_dict(fresh | source['model'])
 

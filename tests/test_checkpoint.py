@@ -88,7 +88,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
 def test_the_container_of_integers(tmp_path):
     """The safetensors layout: the package reads it, if it is there; so do we; a flipped bit is refused."""
     path = f'{tmp_path}/x.safetensors'
-    tensors = {'a': torch.arange(-5, 6, dtype=torch.int8).view(1, 11), 'b': torch.randn(3), 'c': torch.tensor([7]).byte()}
+    tensors = {'a': torch.arange(-5, 6, dtype=torch.int8).view(1, 11), 'b': torch.randn(3),
+               'c': torch.tensor([7]).byte()}
     assert write_safetensors(path, tensors, {'format': 'ours', 'note': '{}'}) == os.path.getsize(path)
     again, metadata = read_safetensors(path, 'ours')
     assert metadata == {'format': 'ours', 'note': '{}'}
