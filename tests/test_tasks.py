@@ -122,7 +122,7 @@ def test_choices_that_are_the_same_or_one_the_others_start():
     for choices in (['the', 'the'], ['cat', 'cat cat cat'], ['', 'a']):
         assert answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0}) in (True, False)
     alike = GPT(GPTConfig(block_size=64, vocab_size=BPE.vocab_size, n_layer=1, n_head=1, n_embd=8))
-    assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})                 # the first counts
+    assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})         # the first counts
 
 
 def test_an_int8_cache_and_integer_weights_answer_too():
@@ -282,12 +282,15 @@ def test_mode_tasks_refuses(trained):
 # -----------------------------------------------------------------------------
 # data/pydoc_chat/prepare.py --tasks=FILE
 
+SEEN, HELD = ('aa', 'bb', 'cc', 'dd', 'ee'), ('getpass', 'hmac', 'mailbox', 'optparse')
+
+
 @pytest.fixture
 def library(tmp_path):
-    """Modules of three functions each; optparse and mailbox are held out, _hidden is nobody's to import from."""
+    """Modules of five functions each; those of HELD are held out, _hidden is nobody's to import from."""
     folder = tmp_path / 'lib'
     folder.mkdir()
-    for module in ('aa', 'bb', 'cc', 'optparse', 'mailbox', '_hidden'):
+    for module in (*SEEN, *HELD, '_hidden'):
         text = ''.join(f'def {module.strip("_")}_{i}(self, a=1):\n    """Do what {module} does, number {i}. More."""\n'
                        for i in range(5)) + 'def common():\n    pass\n'
         (folder / f'{module}.py').write_text(text + ('# aa_0 is mentioned here\n' if module == 'bb' else ''))
@@ -307,16 +310,16 @@ def test_questions_about_a_library(library):
     items = write(library)
     assert sorted(map(json.dumps, items)) == sorted(map(json.dumps, read_tasks(f'{library}/t.jsonl')))
     imports, docstrings = ([item for item in items if item['kind'] == kind] for kind in ('module', 'docstring'))
-    # aa_0 has only optparse, mailbox and cc beside it, which still are three
     assert sorted(item['continuation'] for item in imports) == sorted(
-        f'{module}_{i}' for module in ('aa', 'bb', 'cc', 'optparse', 'mailbox') for i in range(5))
+        f'{module}_{i}' for module in SEEN + HELD for i in range(5))
     for item in imports:
         module = item['continuation'][:-2]
         assert item['context_options'][item['gold']] == f'from {module} import'
         assert len(set(item['context_options'])) == 4 and 'from _hidden import' not in item['context_options']
-        assert item['continuation'] != 'aa_0' or 'from bb import' not in item['context_options']
-        assert item['heldout'] == (module in ('optparse', 'mailbox'))
-    assert len(docstrings) == 30
+        assert item['continuation'] != 'aa_0' or 'from bb import' not in item['context_options']   # it is in there
+        assert item['heldout'] == (module in HELD)
+        assert all((option.split()[1] in HELD) == item['heldout'] for option in item['context_options'])
+    assert len(docstrings) == 50
     for item in docstrings:
         module, i = item['query'][4:].partition('(')[0].rsplit('_', 1)
         assert item['query'] == f'def {module}_{i}(self, a=1):\n    """\n   '
@@ -327,7 +330,7 @@ def test_questions_about_a_library(library):
     few = write(library, '--questions=2')
     assert [(item['kind'], item['heldout']) for item in few] == [
         ('module', True)] * 2 + [('module', False)] * 2 + [('docstring', True)] * 2 + [('docstring', False)] * 2
-    for module in ('aa', 'bb', 'cc', 'mailbox', '_hidden'):
+    for module in (*SEEN, *HELD, '_hidden'):
         (library / f'{module}.py').unlink()
     (library / 'optparse.py').write_text('x = 1')
     refused(run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl'), 'nothing to ask about')

@@ -200,8 +200,8 @@ def conversation(x, facts, mentions):
 
 def import_questions(modules, rng):
     """
-    'from MODULE import' and a name that only one of the library's modules defines; the other three are of other
-    packages and do not even mention it.
+    'from MODULE import' and a name that only one of the library's modules defines. The other three are of other
+    packages and do not mention it; all four are held out, or none is, so that having trained on a module is no hint.
     """
     names = {module: [node.name for node in definitions(tree.body)] for module, _, tree in modules}
     owners = Counter(name for mine in names.values() for name in mine)
@@ -209,8 +209,8 @@ def import_questions(modules, rng):
     names = {module: [name for name in mine if owners[name] == 1] for module, mine in names.items() if public(module)}
     words = {module: {*re.findall(r'\w+', text)} for module, text, _ in modules if names.get(module)}
     for module, name in shuffled([(module, name) for module in words for name in names[module]], rng):
-        others = [other for other in words
-                  if other.split('.')[0] != module.split('.')[0] and name not in words[other]]
+        others = [other for other in words if stdlib_held_out(other) == stdlib_held_out(module)
+                  and other.split('.')[0] != module.split('.')[0] and name not in words[other]]
         if len(others) >= 3:
             choices, gold = choice_of(f'from {module} import', [f'from {other} import' for other in others], rng)
             yield module, {'context_options': choices, 'continuation': name, 'gold': gold}
@@ -267,8 +267,8 @@ def write_tasks(path, modules):
         lines += sides[True] + sides[False]
         print(f"{kind}: {len(sides[True])} questions about modules held out, {len(sides[False])} about others")
     if not lines:
-        raise ValueError(f'there is nothing to ask about: four modules with names and docstrings of their own are needed; '
-                         f'root ({root}) must be a folder with more Python files')
+        raise ValueError('there is nothing to ask about: four modules with names and docstrings of their own are '
+                         f'needed; root ({root}) must be a folder with more Python files')
     text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
     atomic_write(path, lambda f: f.write(text.encode()))
 
