@@ -44,7 +44,11 @@ def library():
     source = in_repo('data/kernels.cpp')
     # another source, machine or compiler is another file
     about = [open(source).read(), *FLAGS, compiler, platform.node(), cpu_flags()]
-    path = os.path.join(private_folder('picochat-kernels'), hashlib.sha256('\n'.join(about).encode()).hexdigest()[:24])
+    try:
+        folder = private_folder('picochat-kernels')
+    except OSError:                             # there is no temporary folder
+        return None
+    path = os.path.join(folder, hashlib.sha256('\n'.join(about).encode()).hexdigest()[:24])
     if not os.path.exists(path):
         got = subprocess.run([compiler, *FLAGS, source, '-o', f'{path}.{os.getpid()}'], capture_output=True)
         if got.returncode:
