@@ -71,8 +71,9 @@ def _end_in_one_line():
     for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
-    if sys.stdout and sys.stdout.isatty():          # what a model or a file says is shown there, and no command to it
-        sys.stdout.write = lambda text, write=sys.stdout.write: write(shown(text))
+        if stream and stream.isatty():              # what a model or a file says is shown there, and no command to it
+            stream.write = lambda text, write=stream.write: write(shown(text))
+            os.environ['PYTHON_COLORS'] = '0'       # those of Python's own tracebacks would be shown, too
 
 
 def _configure(script, install_hook):

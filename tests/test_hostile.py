@@ -81,6 +81,16 @@ def test_a_model_does_not_command_the_terminal(speaks_to_terminals):
     assert seen == shown(text).encode()
 
 
+@pytest.mark.skipif(not hasattr(os, 'openpty'), reason='no terminals of this kind')
+def test_neither_stream_commands_the_terminal(tmp_path):
+    """What a foreign record says, or a child has printed, reaches stderr."""
+    (tmp_path / 'x.py').write_text(
+        f"import sys\nsys.path.insert(0, {os.getcwd()!r})\nfrom data.files import in_repo\n"
+        "exec(open(in_repo('configurator.py')).read())\n"
+        "for stream in (sys.stdout, sys.stderr):\n    print('\\x1b]0;owned\\x07', file=stream, flush=True)\n")
+    assert at_terminal(tmp_path / 'x.py') == rb'\x1b]0;owned\x07' + b'\n' + rb'\x1b]0;owned\x07' + b'\n'
+
+
 def test_an_error_does_not_command_the_terminal():
     got = run('train.py', '--dataset=\x1b]0;owned\x07')
     refused(got, r'no dataset in .*\\x1b\]0;owned\\x07')
