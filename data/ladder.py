@@ -99,6 +99,8 @@ def build_rung(ladder, name, seed, command):
             if 'out_dir' in document:
                 file = os.path.join(document['out_dir'], 'best.pt')
             file = document.get('file', file)
+            if file and os.path.isdir(file):
+                file = os.path.join(file, 'best.pt')
     if not name:
         return None
     assert file, f'rung {name!r}: its command names no model file; a line that only prepares has no name'
