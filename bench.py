@@ -26,8 +26,8 @@ decode: the first row is the yardstick: float32, F.linear, a cache, one sequence
     % memory    that, of the rate at which these threads read 512 MiB; beyond 100 where weights come from a cache
     rows        a cached pass over 2, 4, 5, 8 tokens of a sequence, over a pass over 1: what it costs to check drafts
     tok/verify  tokens that a pass settled, per sequence
-    X / it      with --peers=True of a trained Llama, see tests/same_weights.py: how many times as fast our format X
-                was in the same round; before prompt tok/s in decoding, behind it in reading a prompt of 512 tokens
+    X / it      with --peers=True of a trained Llama: how many times as fast our format X was in the same round, in
+                decoding, and behind prompt tok/s in reading a prompt of 512 tokens; see tests/same_weights.py
 Every row must give the text of its format's plain row, or part from it at a tie (scores within 1e-4; compiled for
 a GPU 0.1); if one does not, the numbers are printed all the same, but the status is 1.
 
@@ -69,7 +69,7 @@ from data.loader import data_are_gone, data_of
 from data.machine import PEAK_FLOPS, can_compile, describe_machine, peak_flops, pick_device, pick_dtype
 from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs
 from data.tasks import measure
-from data.timing import speed, start
+from data.timing import resident, speed, start
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
 from quantize import load
@@ -106,7 +106,6 @@ vocab_size = 0              # 0: the dataset's, if it is prepared, or the teache
 steps = 10                  # training steps a round
 any_length = True           # train: steps compiled for any length, too
 nanogpt = ''                # train: folder of a copy of nanoGPT, whose train.py runs, too
-measured = True             # memory: the measured peak of each batch, too, with and without torch.compile
 # --mode=memory --plan=True: nothing is run
 plan = False
 gpu = 'h100'                # a100-40, a100-80, h100, h200, rtx3090, rtx4090
@@ -308,7 +307,7 @@ def measure_decode():
     runs, costs, slow, rates, wrong = decode_in_rounds(k, engines, prompts, wanted)
     rows = decoding_rows(engines, runs, costs, slow, rates)
     del plain, engines                          # the other process gets the memory
-    if tells_memory:
+    if memory and device == 'cpu' and resident():
         rows.append(memory_row(k))
         mib = {part: rows[-1][f'{part}_bytes'] / 2**20 for part in ('memory', 'file', 'cache')}
         print(f"int8-packed takes {mib['memory']:,.1f} MiB of memory, {rows[-1]['memory_ratio']:.2f} times its file "
@@ -392,7 +391,7 @@ def measure_memory():
           + ''.join(f'; of a teacher {n:,}' for n in training.teacher_params))
     if plan:
         return plan_training(c, groups, training.trained.flops_per_token())
-    can_measure = measured and (device.startswith('cuda') or os.path.exists('/proc/self/clear_refs'))
+    can_measure = device.startswith('cuda') or os.path.exists('/proc/self/clear_refs')
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
     rows, n = [], t.batch_size
@@ -544,7 +543,6 @@ if threads:
     torch.set_num_threads(threads)
     os.environ['OMP_NUM_THREADS'] = str(threads)                    # for the processes that are started here
 machine = describe_machine(device)
-tells_memory = memory and device == 'cpu' and os.path.exists('/proc/self/status')
 if temperature is None:
     temperature = 0.0 if mode == 'decode' and shape in SHAPES else 0.8
 k = SimpleNamespace(**{key: globals()[key] for key in config})      # the knobs, resolved

@@ -41,6 +41,18 @@ def speed(rates, **others):
     return row
 
 
+class TokenClock:
+    """The streamer of transformers' generate(), which calls put with the prompt, then with every token."""
+    def __init__(self):
+        self.times = []
+
+    def put(self, ids):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+
 def resident(key='VmRSS'):
     """Bytes of memory that this process has, or VmHWM: had at most; None where no /proc says so (not Linux)."""
     if os.path.exists('/proc/self/status'):

@@ -32,6 +32,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 from data.files import atomic_write, in_repo
+from data.timing import TokenClock
 from engine import Engine, Sampling
 from data.machine import pick_device
 from model import GPT, GPTConfig
@@ -162,14 +163,8 @@ def transformers_rate(dtype):
         num_key_value_heads=c.n_kv_head, vocab_size=c.vocab_size, max_position_embeddings=c.block_size,
         tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None, pad_token_id=0))
     model = model.to(device, dtype).eval()
-
-    class Clock:                                        # generate() calls put with the prompt, then with every token
-        def __init__(self): self.times = []
-        def put(self, ids): self.times.append(time.perf_counter())
-        def end(self): pass
-
     ids = torch.tensor([prompt], device=device)
-    for clock in (Clock(), Clock()):
+    for clock in (TokenClock(), TokenClock()):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
                        streamer=clock)
     assert len(clock.times) == new_tokens + 1, f'{len(clock.times) - 1} tokens, not {new_tokens}'

@@ -31,7 +31,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
 from data.files import in_repo
-from data.timing import in_rounds, resident, speed
+from data.signals import interrupt_on_stop
+from data.timing import TokenClock, in_rounds, resident, speed
 
 # -----------------------------------------------------------------------------
 shape = ''                  # the out_dir of a trained model, or a shape of bench.py's, if only a gguf is beside it
@@ -79,16 +80,11 @@ def transformers(format, folder):
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None         # nothing ends a text early
 
-    class Clock:                                        # generate() calls put with the prompt, then with every token
-        def __init__(self): self.times = [time.perf_counter()]
-        def put(self, ids): self.times.append(time.perf_counter())
-        def end(self): pass
-
     def decode(prompt, n, text):
-        ids, clock = torch.tensor([prompt], device=device), Clock()
+        ids, clock, began = torch.tensor([prompt], device=device), TokenClock(), time.perf_counter()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
                              pad_token_id=0, streamer=clock)
-        began, _, first, *_, last = [*clock.times, clock.times[-1]]
+        first, last = clock.times[1], clock.times[-1]
         return {'first_seconds': first - began, 'tok_s': (n - 1) / max(1e-9, last - first),
                 'text': out[0, len(prompt):].tolist()}
     return decode, before
@@ -128,18 +124,20 @@ if program:
     serve(*json.loads(program))
     sys.exit()
 
+import torch                # no earlier, as llama.cpp's processes need none of it
+if threads:
+    torch.set_num_threads(threads)
+threads = torch.get_num_threads()
+interrupt_on_stop()         # so that the files that were written for others go away
+
 # -----------------------------------------------------------------------------
 # what will run
 
-def say(line):
-    print(line, file=sys.stderr, flush=True)
-
-
-def installed(*packages):
-    """Whether the packages that a program needs are there; says so in a line where one is not."""
+def installed(program, *packages):
+    """Whether the packages that a program needs are there; says in a line which one is not."""
     absent = [name for name in packages if not importlib.util.find_spec(name)]
     if absent:
-        say(f"{packages[0]} is not measured: {absent[0]} is not installed: pip install {absent[0]}")
+        print(f'{program} is left out, {absent[0]} is not installed: pip install {absent[0]}', file=sys.stderr)
     return not absent
 
 
@@ -157,10 +155,10 @@ def write_for_others(folder):
     prompt, = make_prompts(k, engine, 1)
     if shape not in SHAPES and is_block(engine.config, 'llama'):
         tokenizer = from_meta(load_checkpoint(os.path.join(shape, 'best.pt'))['tokenizer'])
-        if installed('transformers', 'safetensors'):
+        if installed('transformers', 'transformers', 'safetensors'):
             export_hf(engine.model, tokenizer, f'{folder}/hf')
             programs += [('transformers', format, f'{folder}/hf') for format in ('f32', 'bf16')]
-        if device == 'cpu' and installed('gguf'):
+        if device == 'cpu' and installed('llama.cpp', 'gguf'):
             programs += [('llama.cpp', kind, export_gguf(engine.model, tokenizer, f'{folder}/{kind}.gguf', kind))
                          for kind in ('f16', 'q8_0', 'q4_0')]
     return programs, engine.model.params()['total'], engine.config.block_size, prompt
@@ -172,7 +170,7 @@ def all_programs(folder):
     if gguf:
         programs.append(('llama.cpp', os.path.basename(gguf).removesuffix('.gguf'), gguf))
     files = [('llama-bench', *others) for decoder, *others in programs if decoder == 'llama.cpp']
-    if files and not installed('xllamacpp'):
+    if files and not installed('llama.cpp from pip', 'xllamacpp'):
         programs = [program for program in programs if program[0] != 'llama.cpp']
     ours = [('picochat', format, '') for format in dict.fromkeys(['f32', *formats.split(',')])]
     return ours + programs + (files if llamacpp else []), *about
@@ -187,14 +185,15 @@ class Child:
         knobs = config | {'program': json.dumps(program), 'threads': threads}
         self.told = block.enter_context(tempfile.TemporaryFile('w+'))
         command = [sys.executable, in_repo('tests/same_weights.py'), *(f'--{key}={v}' for key, v in knobs.items())]
-        self.process = block.enter_context(subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
+        self.process = block.enter_context(subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE,
                                                             stdout=subprocess.PIPE, stderr=self.told))
 
     def decode(self, prompt, n, text=False):
-        self.process.stdin.write(json.dumps({'prompt': prompt, 'n': n, 'text': text}) + '\n')
-        self.process.stdin.flush()
+        request = json.dumps({'prompt': prompt, 'n': n, 'text': text}) + '\n'
+        with contextlib.suppress(BrokenPipeError):              # it has ended: its last line says why
+            self.process.stdin.write(request.encode())
         for line in self.process.stdout:
-            if line.startswith('{'):            # whatever else it may say
+            if line.startswith(b'{'):                           # whatever else it may say
                 return json.loads(line)
         self.told.seek(0)
         raise ValueError(f"{self.name}: {(self.told.read().splitlines() or ['no word'])[-1].removeprefix('error: ')}")
@@ -220,9 +219,10 @@ class LlamaBench:
             process = subprocess.Popen([*map(str, self.command), str(len(long))], text=True, stdout=subprocess.PIPE,
                                        stderr=told)
             said = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
+            _, status, usage = os.wait4(process.pid, 0)         # which says how much memory it took
+            process.returncode = os.waitstatus_to_exitcode(status)
             told.seek(0)
-            if status:
+            if process.returncode:
                 raise ValueError(f'{self.command[0]} failed: {told.read().strip()[-200:]}')
         tests = json.loads(said)
         rates = [next(test['avg_ts'] for test in tests if bool(test['n_gen']) == decodes) for decodes in (False, True)]
@@ -237,12 +237,9 @@ def measured(programs, context, prompt):
                     for program in programs}
         texts = {program: child.decode(prompt, new_tokens, text=True)['text'] for program, child in children.items()}
         seen = {program: [] for program in programs}
-        for r in in_rounds(rounds, 'peers, '):
+        for _ in in_rounds(rounds, 'peers, '):
             for program, child in children.items():
                 seen[program].append(child.turn(prompt, long))
-        for child in children.values():
-            if isinstance(child, Child):
-                child.process.stdin.close()
     return {program: turns[1:] for program, turns in seen.items()}, texts
 
 
@@ -257,7 +254,7 @@ def row_of(program, turns, ours, text, expected, params):
             'params': None if path == gguf != '' else params, **speed(rates),
             'prompt_tok_s': median(prompts), 'prompt_tok_s_rounds': prompts,
             'ours_over_it': over_it(1), 'prompt_ours_over_it': over_it(0), 'memory_bytes': memory[-1],
-            'same': text and next((i for i, (a, b) in enumerate(zip(text, expected)) if a != b), len(expected))}
+            'same': text and next((i for i, (a, b) in enumerate(zip(text, expected)) if a != b), len(text))}
 
 
 assert shape, 'shape () must be the out_dir of a trained model'

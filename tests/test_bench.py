@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import struct
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,12 +17,15 @@ import torch
 
 import data.estimate
 import model as M
-from conftest import LLAMA, e0_state, make_dataset, nanogpt_state, randomise, refused, run, write_nanochat, write_nanogpt
-from data.checkpoint import config_from, save_checkpoint
+from conftest import (LLAMA, TEXTS, V, Here, e0_state, make_dataset, nanogpt_state, randomise, refused, run,
+                      write_nanochat, write_nanogpt)
+from data.checkpoint import config_from, load_model, save_checkpoint
 from data.estimate import Living, Training, training_bytes
+from data.export import export_gguf, export_hf
+from data.foreign_tokenizer import GPT2_PATTERN
 from data.machine import autocast
 from data.loader import Loader
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, from_meta, train_bpe
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 from quantize import convert, export
@@ -230,6 +234,88 @@ def test_nanochat_as_a_peer(tmp_path, no_transformers):
     assert row['decoder'] == 'nanochat' and row['params'] == 7 and 0 < row['tok_s_rounds'][0] < 100
 
 
+@pytest.fixture(scope='module')
+def llama_dir(tmp_path_factory):
+    """A Llama and its BPE. It writes printable tokens only, as llama.cpp does not tell what no text can show."""
+    tokenizer = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
+    shape = LLAMA | dict(out_proj=False, n_layer=2, n_head=2, n_embd=32, n_hidden=64, vocab_size=V, block_size=64)
+    model, folder = randomise(GPT(GPTConfig(**shape)), 0.4), tmp_path_factory.mktemp('llama')
+    for i in range(V):
+        if not tokenizer.decode_bytes([i]).decode(errors='replace').isprintable():
+            model.transformer.wte.weight.data[i] = 0
+    save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta())
+    return str(folder)
+
+
+def test_others_write_the_same_text_with_the_same_weights(llama_dir, tmp_path):
+    for package in ('gguf', 'safetensors', 'transformers', 'xllamacpp'):
+        pytest.importorskip(package)
+    model, state = load_model(f'{llama_dir}/best.pt')
+    tokenizer, prompt = from_meta(state['tokenizer']), [5, 17, 40, 99, 120]
+    expected, = Engine(model).complete([prompt], 12, Sampling(temperature=0))
+    for program in (('picochat', 'f32', ''), ('transformers', 'f32', export_hf(model, tokenizer, f'{tmp_path}/hf')),
+                    ('llama.cpp', 'f16', export_gguf(model, tokenizer, f'{tmp_path}/f16.gguf', 'f16'))):
+        got = run('tests/same_weights.py', f'--shape={llama_dir}', '--threads=1', f'--program={json.dumps(program)}',
+                  stdin=json.dumps({'prompt': prompt, 'n': 12, 'text': True}))
+        answer = json.loads(got.out.splitlines()[-1])
+        assert answer['text'] == expected, program
+        assert answer['tok_s'] > 0 and answer['first_seconds'] > 0
+    assert len(set(expected)) > 3
+
+
+class Talk(Here):
+    """A program of tests/same_weights.py that answers at once, every time faster, each at a rate of its own."""
+    def __init__(self, command, **how):
+        program = [word for word in command if str(word).startswith('--program=')]
+        if not program:
+            super().__init__(command, **how)
+            return
+        self.stdin = self.stdout = self
+        self.rate, self.asked = {'picochat': 8, 'transformers': 2, 'llama.cpp': 4}[json.loads(program[0][10:])[0]], 0
+
+    def write(self, line):
+        self.request, self.asked = json.loads(line), self.asked + 1
+
+    def __iter__(self):
+        n, rate = len(self.request['prompt']), self.rate * self.asked
+        assert (n, self.request['n']) in ((6, 12), (63, 1))                 # the context is of 64
+        yield b'what else it says'
+        yield json.dumps({'first_seconds': n / rate, 'tok_s': rate, 'memory_bytes': 2**20,
+                          'text': [1, 2, self.rate] if self.request['text'] else None}).encode()
+
+
+@pytest.mark.parametrize('there', [True, False])
+def test_rounds_beside_others(llama_dir, tmp_path, monkeypatch, there):
+    pytest.importorskip('gguf'), pytest.importorskip('safetensors')
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name, *of: there if name in ('transformers', 'xllamacpp') else find(name, *of))
+    monkeypatch.setattr(subprocess, 'Popen', Talk)
+    (tmp_path / 'mine.gguf').write_text('')
+    tool = tmp_path / 'llama-bench'
+    tool.write_text('#!/bin/sh\necho "$@" > "$0.args"\n'
+                    """echo '[{"n_gen": 0, "avg_ts": 100.5}, {"n_gen": 12, "avg_ts": 50}]'\n""")
+    tool.chmod(0o700)
+    document = bench(f'--shape={llama_dir}', '--formats=int8', '--peers=True', '--rounds=2', '--recompute=False',
+                     f'--gguf={tmp_path}/mine.gguf', f'--llamacpp={tmp_path}')
+    rows = {(r['decoder'], r['format']): r for r in document['rows'][2:]}
+    kinds = ['f16', 'q8_0', 'q4_0', 'mine']
+    names = [('picochat alone', 'f32'), ('picochat alone', 'int8')]
+    if there:
+        names += [('transformers', 'f32'), ('transformers', 'bf16')] + [('llama.cpp', kind) for kind in kinds]
+    assert list(rows) == names + [('llama-bench', kind) for kind in kinds]
+    row = rows['llama-bench', 'mine']
+    assert (row['prompt_tok_s'], row['tok_s'], row['same'], row['params']) == (100.5, 50, None, None)
+    assert row['memory_bytes'] > 2**16 and rows['llama-bench', 'q8_0']['params'] == document['rows'][0]['params']
+    assert (tmp_path / 'llama-bench.args').read_text().split()[1:] == (
+        f'{tmp_path}/mine.gguf -n 12 -t {torch.get_num_threads()} -r 1 -o json -p 63'.split())
+    if there:
+        row = rows['llama.cpp', 'q8_0']
+        assert row['ours_over_it'] == row['prompt_ours_over_it'] == pytest.approx({'f32': 2, 'int8': 2})
+        assert row['ratio_plain_f32'] == 0.5 and row['memory_bytes'] == 2**20 and row['same'] == 2
+        assert rows['transformers', 'bf16']['ours_over_it']['int8'] == 4
+
+
 def test_train_mode(tmp_path):
     """Its rows, and a nanoGPT that only prints: what it is called with must be our shape and our tokens."""
     (tmp_path / 'configurator.py').write_text('')
@@ -429,6 +515,8 @@ def test_plot(tmp_path, monkeypatch):
     ('--new_tokens=400', r'prompt_tokens \(6\) \+ new_tokens \(400\) do not fit the context of 256'),
     ('--device=nowhere', r'device \(nowhere\) cannot be used here'),
     ('--llama2c=data', 'measured with --peers=True'),
+    ('--peers=True --gguf=nowhere.gguf', 'no GGUF file at nowhere.gguf'),
+    ('--peers=True --gguf=bench.py --llamacpp=data', r'llamacpp \(data\) has no llama-bench: .*cmake'),
     ('--peers=True --llama2c=data', r'llama2c \(data\) has no run: .*gcc'),
     ('--bacthes=1', 'unknown key'),
     ('--mode=train --muon_rl=1', 'unknown key .*muon_lr'),
