@@ -30,16 +30,7 @@ TEXTS = ['def fibonacci(n):\n', 'The reasons for the fall of the Roman Empire ar
 
 
 @pytest.fixture(scope='module')
-def packages():
-    """gguf reads a file in seconds, and here several of its readers read the same one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for slow in ('GGUFReader', 'get_tensor_name_map'):
-            patch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
-        yield
-
-
-@pytest.fixture(scope='module')
-def ours(packages):
+def ours():
     """The model, its tokenizer, and of each prompt its tokens and the N that are most probable behind it."""
     model, tokenizer = load_gguf(FILE)
     prompts = [tokenizer.render_prompt([{'role': 'user', 'content': text}]) for text in CHATS]
@@ -53,9 +44,11 @@ def greedy(model, tokenizer, prompts):
 
 
 @torch.no_grad()
-def test_transformers_reads_the_same_model(ours):
+def test_transformers_reads_the_same_model(ours, monkeypatch):
     """Its logits along our texts: near ours, and what is most probable to it is what we wrote."""
     model, tokenizer, prompts, texts = ours
+    for slow in ('GGUFReader', 'get_tensor_name_map'):          # which it asks for twice, and for each tensor
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         os.path.dirname(FILE), gguf_file=os.path.basename(FILE), dtype=torch.float32).eval()
     for prompt, text in zip(prompts, texts):
