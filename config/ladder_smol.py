@@ -15,7 +15,8 @@ record = 'config/ladder_smol.json'
 texts = 'newcode=data/newcode/text.txt,general=data/shakespeare_char/input.txt'
 text_bytes = 50_000
 tasks = 'out-ladder-smol/tasks.jsonl'
-new_tokens, rounds, memory = 64, 3, False       # of the decoding that is timed
+questions = 200
+timed = 'none'             # see the notebook: bench.py --mode=decode beside llama.cpp
 
 # the share of the domain's text that all of them train on: about as much as the students read in these lengths
 _share = 0.25
@@ -42,7 +43,7 @@ rungs = f'''
                               | python data/pydoc_chat/prepare.py --tasks={tasks}
                               | python data/stdlib_bpe/prepare.py --tokenizer=gguf:{_gguf} --name=stdlib_smol --share={_share}
 SmolLM2 as it came            | python distill.py --teacher=gguf:{_gguf} --to_picochat=out-smol --block_size=512 --dataset=stdlib_smol
-its 8,192 commonest tokens    | {_prune}=2 --out_dir=out-smol --vocab_keep=8192 --save_dir=out-smol-cut
+                              | {_prune}=2 --out_dir=out-smol --vocab_keep=8192 --save_dir=out-smol-cut
 teacher: corrected            | {_train} --init_from=out-smol-cut/best.pt --max_iters={_correct} {_slow} --out_dir=out-smol-teacher
                               | python distill.py --teacher=out-smol-teacher --out_dir=labels-smol --batch_size=4 --compile=False
 half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={_layers} --neuron_prune_ratio=0.5 --save_dir=out-smol-half0 && {_train} {_labels} --init_from=out-smol-half0/best.pt --max_iters={_half} {_fast} --out_dir=out-smol-half
