@@ -333,4 +333,4 @@ def test_questions_about_a_library(library):
     for module in (*SEEN, *HELD, '_hidden'):
         (library / f'{module}.py').unlink()
     (library / 'optparse.py').write_text('x = 1')
-    refused(run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl'), 'nothing to ask about')
+    refused(run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl'), 'nothing to ask')

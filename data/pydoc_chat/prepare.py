@@ -216,6 +216,15 @@ def import_questions(modules, rng):
             yield module, {'context_options': choices, 'continuation': name, 'gold': gold}
 
 
+def functions(body):
+    """The public functions and methods that a body defines."""
+    for node in definitions(body):
+        if isinstance(node, ast.ClassDef):
+            yield from functions(node.body)
+        elif node.name != '__init__':
+            yield node
+
+
 def docstring_questions(modules, rng):
     """
     The head of a public function, and the first sentences of four docstrings of its module, or of others where that has
@@ -223,8 +232,8 @@ def docstring_questions(modules, rng):
     """
     found = {}
     for module, _, tree in modules:
-        for node in ast.walk(tree):
-            sentence = first_sentence(node) if isinstance(node, FUNCTIONS) and node.name[0] != '_' else None
+        for node in functions(tree.body):
+            sentence = first_sentence(node)
             if sentence and len(sentence) <= 100:
                 found.setdefault((node.name, sentence), (module, node))
     everything = sorted(found)
