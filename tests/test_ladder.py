@@ -19,7 +19,7 @@ import torch
 import data.rungs
 from conftest import Here, make_dataset, randomise, refused, run, start, toy_text
 from data.checkpoint import load_model, save_checkpoint
-from data.ladder import compare_records, read_rungs, summary, welch
+from data.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
 from data.loader import Loader
 from data.record import already, made, record
 from data.tasks import bits_per_byte
@@ -136,6 +136,16 @@ def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / 'made.json').write_text('{"best')
     with pytest.raises(ValueError, match='made.json is damaged.*: remove it'):
         made(f'{tmp_path}/best.pt')
+
+
+def test_a_rung_may_know_less_than_chance(tmp_path):
+    """No other number of a record is below 0, and this one comes back as it was."""
+    rows, path = [{'name': 'guesses', 'bytes': 8, 'tasks_centred': -0.08}], f'{tmp_path}/ladder.json'
+    write_record(path, rows, {})
+    assert read_record(path)['rows'] == rows
+    write_record(path, [rows[0] | {'bytes': -8}], {})
+    with pytest.raises(ValueError, match='ladder.json is damaged.*bytes is -8'):
+        read_record(path)
 
 # -----------------------------------------------------------------------------
 # a ladder
