@@ -216,7 +216,7 @@ def summary(rows):
                      'p': welch(losses[name], losses[control]) if control not in (None, name) else None}
         for key in line:                            # what it knows beside its own text, see data/tasks.py
             if key.startswith('bpb_') or key in ('tasks_centred', 'tasks_error'):
-                line[key] = mean(row[key] for row in same)
+                line[key] = mean(row[key] for row in same if key in row)
         if line.get('bytes') and first.get('bytes'):
             line['smaller'] = first['bytes'] / line['bytes']
         for key in ('tok_s', 'tok_s_speculative'):

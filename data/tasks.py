@@ -133,6 +133,8 @@ def scored_tokens(item, examples, tokenizer, delimiter):
         if form == 'schema':
             same = common_length([row[::-1] for row in rows])
             places = [len(row) - same for row in rows]
+    if min(map(len, rows)) < 2:
+        raise ValueError(f'a question needs a token before its answer: {item} has none; leave it out')
     # something must be scored, and something must stand before it
     return rows, [max(1, min(place, len(row) - 1)) for row, place in zip(rows, places)]
 

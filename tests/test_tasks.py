@@ -121,6 +121,8 @@ def test_choices_that_are_the_same_or_one_the_others_start():
     model = build(BPE)
     for choices in (['the', 'the'], ['cat', 'cat cat cat'], ['', 'a']):
         assert answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0}) in (True, False)
+    with pytest.raises(ValueError, match='needs a token before its answer'):
+        answer(build(), CHAR, {'context': '', 'continuation': 'a'}, delimiter='')
     alike = GPT(GPTConfig(block_size=64, vocab_size=BPE.vocab_size, n_layer=1, n_head=1, n_embd=8))
     assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})         # the first counts
 
