@@ -14,7 +14,8 @@ new_tokens behind prompt_tokens, whose clock starts when those are read. llama-b
 decodes from an empty context, which flatters it a little.
 
 same: so many of its first tokens are those of our float32 row. Rounded weights, and ties, give other texts.
-memory: what the process has at the end beyond what it had before it read the model (Linux); of llama-bench all.
+memory: what the process has at the end beyond what it had before it read the model (Linux); of llama-bench all. Ours
+reads int8.safetensors where quantize.py has written it; rounding here, it has had the float model in memory as well.
 The last line is JSON. Each row has the rates of every round, and by how much each of our formats is faster in the same
 round: ours_over_it of decoding, prompt_ours_over_it of prompts.
 """
