@@ -207,9 +207,10 @@ def import_questions(modules, rng):
     owners = Counter(name for mine in names.values() for name in mine)
     public = lambda module: not any(part[0] == '_' for part in module.split('.'))
     names = {module: [name for name in mine if owners[name] == 1] for module, mine in names.items() if public(module)}
+    heldout = {module: stdlib_held_out(module) for module, *_ in modules}
     words = {module: {*re.findall(r'\w+', text)} for module, text, _ in modules if names.get(module)}
     for module, name in shuffled([(module, name) for module in words for name in names[module]], rng):
-        others = [other for other in words if stdlib_held_out(other) == stdlib_held_out(module)
+        others = [other for other in words if heldout[other] == heldout[module]
                   and other.split('.')[0] != module.split('.')[0] and name not in words[other]]
         if len(others) >= 3:
             choices, gold = choice_of(f'from {module} import', [f'from {other} import' for other in others], rng)
