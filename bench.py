@@ -461,6 +461,22 @@ def plan_training(c, groups, flops):
 # -----------------------------------------------------------------------------
 # --mode=plot
 
+def read_log(path):
+    """
+    A log.csv of train.py -> its points (tokens, loss) of training and of validation, and its last step and tokens.
+    ValueError if it is something else.
+    """
+    try:
+        with open(path, newline='') as f:
+            read = list(csv.DictReader(f))
+        training, validation = ([(int(float(r['tokens'])), float(r[key])) for r in read if r[key]]
+                                for key in ('train_loss', 'val_loss'))
+        return training, validation, int(read[-1]['step']), training[-1][0]
+    except (ValueError, ArithmeticError, TypeError, LookupError, csv.Error) as e:
+        raise ValueError(f'{path} has no line yet, or is no log.csv of train.py, with steps, tokens and losses '
+                         f'({type(e).__name__}: {str(e)[:80]}): give another') from None
+
+
 def measure_plot():
     paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
     if not paths:
@@ -469,18 +485,12 @@ def measure_plot():
     figure, rows = matplotlib.figure.Figure(figsize=(8, 5)), []
     axes = figure.subplots()
     for path in paths:
-        with open(path, newline='') as f:
-            read = list(csv.DictReader(f))
-        if not read or not {'tokens', 'train_loss', 'val_loss'} <= set(read[0]):
-            raise ValueError(f'{path} has no line yet, or is no log.csv of train.py: '
-                             'it lacks tokens, train_loss and val_loss')
-        training, validation = ([(int(r['tokens']), float(r[key])) for r in read if r[key]]
-                                for key in ('train_loss', 'val_loss'))
+        training, validation, steps, tokens = read_log(path)
         curve, = axes.plot(*zip(*training), alpha=0.4, linewidth=1)
         if validation:
             axes.plot(*zip(*validation), color=curve.get_color(), marker='o', markersize=3,
                       label=os.path.dirname(path) or path)
-        rows.append({'log': path, 'steps': int(read[-1]['step']), 'tokens': int(read[-1]['tokens']),
+        rows.append({'log': path, 'steps': steps, 'tokens': tokens,
                      'train_loss': training[-1][1], 'best_val_loss': min((y for _, y in validation), default=None)})
     axes.set(xlabel='tokens', ylabel='nats a token')
     axes.legend(title='validation; thin: training')
@@ -498,7 +508,7 @@ def measure_table():
     lines, everything = summary(document['rows']), columns_of(document['rows'])
     known = {column[1]: column for column in everything}
     report([known[key] for key in listed('columns', known)] if columns else everything, lines,
-           machine=document['machine'], date=document.get('date'))
+           machine=document.get('machine'), date=document.get('date'))
     if png:
         draw(lines, png)
 

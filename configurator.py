@@ -42,6 +42,8 @@ def _end_in_one_line():
         if isinstance(error, BrokenPipeError):      # whoever read our output has left: nobody is there to be told
             return True
         message = ' '.join(str(error).split())
+        if len(message) > 2000:                     # a name from outside may have any length
+            message = f'{message[:1000]} ... {message[-1000:]}'
         status = 1
         if ran_out_of_memory(error):
             message = f'memory ran out ({message[:200]}): use a smaller batch_size, or a smaller model'

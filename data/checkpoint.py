@@ -115,7 +115,7 @@ def config_from(shape, source):
         kind = (int, float) if fields[name].type is float else fields[name].type
         is_number = isinstance(value, (int, float))
         is_odd = isinstance(value, bool) and fields[name].type is not bool      # Python takes True for a number
-        if not isinstance(value, kind) or is_odd or is_number and not 0 <= value < math.inf:
+        if not isinstance(value, kind) or is_odd or is_number and not 0 <= value < 2**53:
             raise ValueError(f"{source} says that {name} is {value!r:.40}: use another copy")
     return GPTConfig(**shape)
 

@@ -96,11 +96,21 @@ def read_json(path, remedy, needs={}):
     """
     try:
         document = json.loads(read_text(path))
-    except (ValueError, RecursionError) as e:  # brackets in brackets in ...
+        check_depth([document])
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is damaged, it is not JSON: {remedy} ({" ".join(str(e).split())[:80]})') from None
     if not isinstance(document, dict):
         raise ValueError(f'{path} is damaged, expected an object with names and values: {remedy}')
     return check_types(document, path, remedy, needs)
+
+
+def check_depth(values, most=100):
+    """ValueError if lists and objects are in one another so deep that who walks through them comes to no end."""
+    if not most:
+        raise ValueError('brackets in brackets in brackets')
+    for value in values:
+        if isinstance(value, (dict, list)):
+            check_depth(value.values() if isinstance(value, dict) else value, most - 1)
 
 
 def check_types(document, path, remedy, needs, may={}):

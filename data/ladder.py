@@ -117,22 +117,22 @@ def write_record(path, rows, machine):
     atomic_write(path, lambda f: f.write((json.dumps(finite(document), indent=1, allow_nan=False) + '\n').encode()))
 
 
-def read_record(path):
+def read_record(path, remedy=FIRST):
     """A ladder's record -> its document; of older ones the rungs alone."""
     if not os.path.isfile(path):
-        raise ValueError(f'{path} is not there: {FIRST}')
-    document = read_json(path, FIRST, {'rows': list})
+        raise ValueError(f'{path} is not there: {remedy}')
+    document = read_json(path, remedy, {'rows': list})
     document['rows'] = [row for row in document['rows'] if isinstance(row, dict) and row.get('name')]
     if not document['rows']:
-        raise ValueError(f'{path} records no rung: {FIRST}')
-    numbers = {key: float for _, key, *shown_as in COLUMNS if shown_as}
+        raise ValueError(f'{path} records no rung: {remedy}')
+    numbers = {key: float for _, key, *shown_as in columns_of(document['rows']) if shown_as}
     for row in document['rows']:
         known = {key: value for key, value in row.items() if value is not None}
         # the one number that may be below 0: less is answered rightly than chance would
         if isinstance(known.get('tasks_centred'), (int, float)):
             known['tasks_centred'] = abs(known['tasks_centred'])
-        check_types(known, path, FIRST, {'name': str}, numbers | {'labels': dict, 'seed': int, 'file': str})
-        check_types(row.get('labels') or {}, path, FIRST, {}, dict.fromkeys(row.get('labels') or {}, float))
+        check_types(known, path, remedy, {'name': str}, numbers | {'labels': dict, 'seed': int, 'file': str})
+        check_types(row.get('labels') or {}, path, remedy, {}, dict.fromkeys(row.get('labels') or {}, float))
     return document
 
 
@@ -203,6 +203,12 @@ def welch(a, b):
     return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
 
 
+def mean_of(rows, key):
+    """The mean of what was measured, or None."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return mean(values) if values else None
+
+
 def summary(rows):
     """-> a line for each rung: means over its seeds, their deviation, Welch's p against the first control"""
     names, lines, first = by_name(rows), [], rows[0]
@@ -211,12 +217,12 @@ def summary(rows):
     for name, same in names.items():
         line = with_labels(same[0])
         if losses[name]:
-            line |= {'val_loss': mean(losses[name]), 'val_bpb': mean(row['val_bpb'] for row in same),
+            line |= {'val_loss': mean(losses[name]), 'val_bpb': mean_of(same, 'val_bpb'),
                      'deviation': stdev(losses[name]) if len(same) > 1 else None,
                      'p': welch(losses[name], losses[control]) if control not in (None, name) else None}
         for key in line:                            # what it knows beside its own text, see data/tasks.py
             if key.startswith('bpb_') or key in ('tasks_centred', 'tasks_error'):
-                line[key] = mean(row[key] for row in same if key in row)
+                line[key] = mean_of(same, key)
         if line.get('bytes') and first.get('bytes'):
             line['smaller'] = first['bytes'] / line['bytes']
         for key in ('tok_s', 'tok_s_speculative'):
@@ -235,14 +241,17 @@ def draw(lines, path):
     figure = matplotlib.figure.Figure(figsize=(8, 4))
     axes = figure.subplots()
     points = [line for line in lines if line.get('bytes') and line.get('val_bpb')]
+    if not points:
+        raise ValueError(f'no picture {path}: no rung has both bytes and bits per byte')
     best, usual = min(line['val_bpb'] for line in points), median(line['val_bpb'] for line in points)
     top = min(max(line['val_bpb'] for line in points), best + 3 * (usual - best) + 0.05)
     step, placed = (top - best) / 16, []        # placed: where numbers are, so that no two are on one another
     for number, line in enumerate(points, 1):
         x, y = line['bytes'] / 1e6, min(line['val_bpb'], top)
         marker, color = ('x', 'gray') if 'control' in line['name'] else ('^' if line['val_bpb'] > top else 'o', 'C0')
+        name = line['name'].replace('$', r'\$')  # what stands between two would be a formula
         axes.scatter(x, y, marker=marker, color=color, zorder=2,
-                     label=f"{number}  {line['name']}: {line['val_bpb']:.3f}, {x:.2f} MB")
+                     label=f"{number}  {name}: {line['val_bpb']:.3f}, {x:.2f} MB")
         while any(abs(math.log(x / other_x)) < 0.1 and abs(y - other_y) < step for other_x, other_y in placed):
             y += step / 4
         placed.append((x, y))

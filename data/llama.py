@@ -44,8 +44,9 @@ def refuse(file, odd):
 
 def other_architecture(name):
     """What to say of a model that is no Llama."""
+    name = str(name)
     why = f", {TOO_MUCH[name]}" if name in TOO_MUCH else ''
-    return f"its architecture is {str(name):.40}{why}"
+    return f"its architecture is {name:.40}{why}"
 
 # -----------------------------------------------------------------------------
 # Hugging Face's folder

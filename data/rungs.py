@@ -6,6 +6,7 @@ know, then their decoding in turns. A library for bench.py --mode=ladder; data/l
     time_rungs(k, rows)                                                 # adds tokens/s to them
     check_decoding(rows)
 """
+import json
 import os
 import sys
 from statistics import mean, median
@@ -13,8 +14,8 @@ from statistics import mean, median
 import torch
 
 from data.decoding import check_context, decode, memory_alone, open_model, quality
-from data.files import hold, read_json
-from data.ladder import build_rung, untimed, write_record
+from data.files import hold
+from data.ladder import build_rung, read_record, untimed, write_record
 from data.layouts import for_decoding
 from data.loader import Loader
 from data.machine import can_compile
@@ -50,18 +51,17 @@ def measure_rung(k, file, int8):
 def build_ladder(k, wanted, machine):
     """-> the rows of all rungs, measured; what the ladder's last run measured of the same file is not measured again"""
     hold(os.path.dirname(k.ladder), os.path.basename(k.ladder))     # rungs are held by the scripts that make them
-    identity = ('command', 'file', 'made', 'int8_cache', 'beside')
+    same = lambda row: json.dumps([row.get(key) for key in ('command', 'file', 'made', 'int8_cache', 'beside')])
     known = {}
     if os.path.exists(k.ladder):
-        before = read_json(k.ladder, 'move it away', {'rows': list})['rows']
-        known = {tuple(row.get(key) for key in identity): row for row in before if isinstance(row, dict)}
+        known = {same(row): row for row in read_record(k.ladder, 'move it away')['rows']}
     rows = []
     for name, seed, command in wanted:
         row = build_rung(k.ladder, name, seed, command)
         if row:
             row['int8_cache'] = name in k.int8_cache.split(',')
             row['beside'] = asked(k.texts, k.text_bytes, **how_to_answer(k)) or None
-            before = known.get(tuple(row[key] for key in identity)) if row['made'] else None
+            before = known.get(same(row)) if row['made'] else None
             measured_now = untimed(before) if before else measure_rung(k, row['file'], row['int8_cache'])
             rows.append(measured_now | row)
             write_record(k.ladder, rows, machine)

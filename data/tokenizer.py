@@ -73,6 +73,8 @@ class CharTokenizer:
         self.chars = ''.join(sorted(set(chars)))
         if not self.chars:
             raise ValueError('a character vocabulary needs at least one character, and this text is empty')
+        if not _is_text(self.chars):
+            raise ValueError('half a surrogate pair is no character, and this vocabulary has one: leave it out')
         self.vocab_size = len(self.chars)
         self._ids = {c: i for i, c in enumerate(self.chars)}
         self.token_bytes = [len(c.encode('utf-8')) for c in self.chars]
@@ -172,6 +174,9 @@ class BPETokenizer:
     def _check(self):
         """ValueError unless each special token has a name and an id of its own, and what is said of the table fits."""
         ids, n = self.special_ids, len(self.special_tokens)
+        if not all(map(_is_text, [self.pattern, *self.special_tokens])):
+            raise ValueError('the pattern or a special token of this tokenizer has half a surrogate pair, which is no '
+                             'character: use another tokenizer')
         if len(set(self.special_tokens)) < n:
             raise ValueError(f'a special token is there twice: {self.special_tokens!r:.200}')
         whole = len(ids) == n and all(type(i) is int and 0 <= i < self.vocab_size for i in ids)
@@ -339,6 +344,11 @@ def _utf8(text):
         return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace').encode('utf-8')
 
 
+def _is_text(text):
+    """Whether a str is text: JSON can spell half a surrogate pair, and nothing can write it."""
+    return _utf8(text).decode() == text
+
+
 def _checked(ids, vocab_size):
     ids = list(ids)
     bad = [int(i) for i in ids if not 0 <= i < vocab_size]
@@ -481,12 +491,8 @@ class _Pairs:
 # -----------------------------------------------------------------------------
 # To and from files
 
-def from_meta(meta):
-    """
-    What .meta() returned -> the tokenizer. Also takes a whole meta.json: other keys are ignored,
-    and kind 'chat' (a chat data set) has a BPE inside.
-    ValueError for another kind, a missing key, or a vocabulary that contradicts itself.
-    """
+def kind_of(meta):
+    """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError unless a tokenizer of that kind can be made of it."""
     bpe = {'ranks': list, 'pattern': str, 'special_tokens': list}
     needs = {'char': {'chars': str}, 'bpe': bpe, 'chat': bpe}
     kind = meta.get('kind') if isinstance(meta, dict) else None
@@ -498,7 +504,18 @@ def from_meta(meta):
     if missing or not all(isinstance(name, str) for name in names):
         raise ValueError(f'a tokenizer of kind {kind!r} needs {", ".join(missing or needs[kind])}: '
                          'run the data set\'s prepare.py again')
-    if kind == 'char':
+    if kind != 'char' and any(not name.isascii() and max(name) > '\xff' for name in meta['ranks']):
+        raise ValueError('ranks of a tokenizer have a byte beyond 255: run the data set\'s prepare.py again')
+    return kind
+
+
+def from_meta(meta):
+    """
+    What .meta() returned -> the tokenizer. Also takes a whole meta.json: other keys are ignored,
+    and kind 'chat' (a chat data set) has a BPE inside.
+    ValueError for another kind, a missing key, or a vocabulary that contradicts itself.
+    """
+    if kind_of(meta) == 'char':
         tokenizer = CharTokenizer(meta['chars'])
         # ids are positions: sorting the characters now would renumber what a model has learnt
         if tokenizer.chars != meta['chars']:
@@ -515,8 +532,8 @@ def from_meta(meta):
 
 
 def vocab_size_of(meta):
-    """What .meta() returned -> the number of tokens, without making the tokenizer."""
-    return len(meta.get('chars', ())) or len(meta.get('ranks', ())) + len(meta.get('special_tokens', ()))
+    """What .meta() returned -> the number of tokens, without making the tokenizer. ValueError, see kind_of."""
+    return len(meta['chars']) if kind_of(meta) == 'char' else len(meta['ranks']) + len(meta['special_tokens'])
 
 
 def fingerprint(tokenizer):

@@ -493,6 +493,11 @@ def test_plot(tmp_path, monkeypatch):
         refused(run('bench.py', '--mode=plot', f'--logs={logs}'), 'pip install matplotlib')
     refused(run('bench.py', '--mode=plot', '--logs=nowhere/*.csv'), r'logs \(nowhere/\*.csv\) match no file')
     pytest.importorskip('matplotlib')
+    head, torn = 'step,tokens,train_loss,val_loss', tmp_path / 'torn.csv'
+    for text in ('', head, f'{head}\n1', f'{head}\n1,x,2,', f'{head}\n{"9" * 400},{"9" * 400},2,', f'{head}\n1,2,"',
+                 'tokens,train_loss,val_loss\n1,2,3', '\xff', f'{head}\n"{"x" * 200_000}"'):
+        torn.write_text(text, encoding='latin-1')
+        refused(run('bench.py', '--mode=plot', f'--logs={torn}'), 'torn.csv has no line yet, or is no log.csv')
     shutil.copy(logs, tmp_path / 'again.csv')       # a shell has spelt out --mode=plot out-*/log.csv
     assert len(bench('--mode=plot', logs, tmp_path / 'again.csv', f'--png={tmp_path}/losses.png')['rows']) == 2
     document = bench('--mode=plot', f'--logs={tmp_path}/log.*', f'--png={tmp_path}/losses.png')

@@ -148,7 +148,7 @@ def test_other_ways_to_save(tmp_path, prefix, how):
     (dict(block_size=10**12), 'its block_size'),
     (dict(n_layer=2000), 'its n_layer is 2,000, .* at most 2'),
     (dict(n_embd=10**12), 'its n_embd is'),
-    (dict(vocab_size=10**30), 'its vocab_size is'),
+    (dict(vocab_size=10**30), 'vocab_size is 1000'), (dict(rope_base=10**30), 'rope_base is 1000'),
     (dict(n_hidden=129), r'c_fc.weight is \(128, 32\) instead of \(129, 32\)'),
     (dict(draft_hidden_mult=math.inf), 'draft_hidden_mult is inf'),
     (dict(n_layer='2'), "n_layer is '2'"),

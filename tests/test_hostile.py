@@ -17,6 +17,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import pytest
 import torch
@@ -97,6 +99,12 @@ def test_an_error_does_not_command_the_terminal():
     assert '\x1b' not in got.err
 
 
+def test_a_server_does_not_command_the_terminal(server, tmp_path):
+    server.pages['/f'] = {'status': 404, 'reason': '\x1b]0;owned\x07'}
+    got = run('data/shakespeare_char/prepare.py', f'--url={server.url}/f', f'--out_dir={tmp_path}/x')
+    refused(got, r'answered 404 \\x1b\]0;owned\\x07')
+
+
 # -----------------------------------------------------------------------------
 # the compiler's cache
 
@@ -150,8 +158,28 @@ def test_without_any_cache_training_goes_on_in_eager_mode(shared, named, monkeyp
     assert 'compile: off, no folder for what is compiled can be made (No such file' in capsys.readouterr().err
 
 
+def test_an_error_has_an_end(tmp_path):
+    """However long the name that it names."""
+    state = {'picochat': 1, 'config': {'x' * 10**6: 1}, 'tokenizer': {}, 'model': {}}
+    torch.save(state, tmp_path / 'best.pt')
+    got = run('sample.py', f'--out_dir={tmp_path}', '--weights=float', '--start=a')
+    refused(got, 'was written by another version.*xxx [.]{3} xxx.*use the version that wrote it')
+    assert len(got.err) < 2100
+
+
 # -----------------------------------------------------------------------------
 # processes
+
+def test_who_waits_for_processes_says_so(monkeypatch, capsys):
+    """As if torchrun had started one of two."""
+    for name, value in {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, value)
+    timer = threading.Timer
+    monkeypatch.setattr(threading, 'Timer', lambda seconds, *what: timer(seconds / 1000, *what))
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: time.sleep(0.3))
+    assert join_processes('cpu') == (0, 2, 'cpu')
+    assert capsys.readouterr().err == 'waiting for the other processes of WORLD_SIZE=2: torchrun starts them all\n'
+
 
 @pytest.mark.parametrize('names', [
     {'RANK': 'x'}, {'RANK': '-1'}, {'RANK': '1'}, {'WORLD_SIZE': '0'}, {'WORLD_SIZE': '2'},
@@ -363,7 +391,8 @@ def test_a_record_says_what_was_recorded(tmp_path, entry, match):
 
 @pytest.mark.parametrize('row, match', [
     ({'bytes': 'x'}, 'bytes is'), ({'val_bpb': {}}, 'val_bpb is'), ({'train_flops': [1]}, 'train_flops is'),
-    ({'name': ['x']}, 'name is'), ({'labels': {'x': 'y'}}, 'x is'), ({'tok_s': True}, 'tok_s is')])
+    ({'name': ['x']}, 'name is'), ({'labels': {'x': 'y'}}, 'x is'), ({'tok_s': True}, 'tok_s is'),
+    ({'bpb_new': 'x'}, 'bpb_new is')])
 def test_a_ladders_rows_are_of_numbers(tmp_path, row, match):
     path, good = tmp_path / 'ladder.json', {'name': 'a', 'bytes': 9, 'val_loss': 1.0, 'val_bpb': 1.5, 'tok_s': None}
     path.write_text(json.dumps({'rows': [good, good | {'name': 'b', 'tok_s': 3, 'bytes': None}]}))
@@ -373,11 +402,19 @@ def test_a_ladders_rows_are_of_numbers(tmp_path, row, match):
         read_record(path)
 
 
-def test_a_tokenizer_json_whose_token_is_no_text(tmp_path):
+def test_a_document_has_a_bottom(tmp_path):
+    """JSON reads what nothing of ours would walk through."""
+    (tmp_path / 'r.json').write_text('{"rows": [{"name": "a", "tasks": ' + '[' * 500 + ']' * 500 + '}]}')
+    refused(run('bench.py', '--mode=table', f'--record={tmp_path}/r.json'), 'r.json is damaged.*brackets in brackets')
+
+
+@pytest.mark.parametrize('token, match', [
+    (1.5, 'tokenizer.json is not a tokenizer .* of another form'), ('\ud800', 'half a surrogate pair')])
+def test_a_tokenizer_json_whose_token_is_no_text(tmp_path, token, match):
     theirs = hf_tokenizer(tokens_of_gpt2())
-    theirs['added_tokens'][0]['content'] = 1.5
+    theirs['added_tokens'][0]['content'] = token
     (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
-    with pytest.raises(ValueError, match='tokenizer.json is not a tokenizer .* of another form'):
+    with pytest.raises(ValueError, match=match):
         load_tokenizer(f'hf:{tmp_path}')
 
 

@@ -18,7 +18,7 @@ from data.checkpoint import load_model
 from data.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
 from data.foreign import KINDS
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
-from data.llama import LLAMA, as_ours
+from data.llama import LLAMA, as_ours, other_architecture
 from data.rounding import convert
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
@@ -252,6 +252,7 @@ def test_bad_gguf_files(tmp_path, tok):
         refused(got, 'a.gguf is (not a whole|no) GGUF file')
     assert os.listdir(tmp_path) == ['a.gguf']
     refuses('no GGUF file at', KINDS['gguf'], f'{tmp_path}/b.gguf')
+    assert other_architecture(['x']) == "its architecture is ['x']"             # a file may say it in any type
     nan = llama_state()
     nan['lm_head.weight'][0, 0] = np.inf
     for match, how in (('architecture is qwen2, it adds biases', dict(architecture='qwen2')),

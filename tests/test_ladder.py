@@ -331,6 +331,10 @@ def test_ladders_that_cannot_stand(climb):
                            ('--compiled=thin', "compiled.*'thin' is not"),
                            ('--int8_cache=thin', "int8_cache.*'thin' is not")):
         refused(climb(flags), pattern)
+    whole = (at / 'out' / 'ladder.json').read_text()
+    (at / 'out' / 'ladder.json').write_text('{"rows": [{"name": "wide", "file": ["x"]}]}')
+    refused(climb(), 'ladder.json is damaged, it says that file is .*: move it away')
+    (at / 'out' / 'ladder.json').write_text(whole)
     meta = json.load(open(f'{at}/toy/meta.json'))
     (at / 'toy' / 'meta.json').write_text(json.dumps(meta | {'chars': meta['chars'][:-1] + 'z'}))
     refused(climb(f'--check={at}/out/ladder.json'), 'has another tokenizer than .*w/best.pt was trained with')
@@ -361,6 +365,10 @@ def test_tables_and_pictures_are_made_from_records(tmp_path):
     refused(run('bench.py', '--mode=table', path, '--columns=name,beauty'), "'beauty' is not")
     pytest.importorskip('matplotlib')
     assert run('bench.py', '--mode=table', 'config/ladder_stdlib.json', f'--png={tmp_path}/a.png').status == 0
+    (tmp_path / 'r.json').write_text('{"rows": [{"name": "a"}]}')
+    refused(run('bench.py', '--mode=table', f'--record={tmp_path}/r.json', f'--png={tmp_path}/b.png'), 'no picture')
+    (tmp_path / 'r.json').write_text('{"rows": [{"name": "$\\\\x$", "bytes": 1, "val_bpb": 1}]}')
+    assert run('bench.py', '--mode=table', f'--record={tmp_path}/r.json', f'--png={tmp_path}/b.png').status == 0
     assert (tmp_path / 'a.png').read_bytes()[:4] == b'\x89PNG' and os.path.getsize(tmp_path / 'a.png') < 100_000
 
 
@@ -376,6 +384,8 @@ def test_a_summary_has_a_line_for_each_rung():
     assert student['p'] == welch([1.0, 3.0], [2.0, 4.0])
     beside = [row | {'bpb_new': row['val_loss'], 'tasks_centred': row['val_loss'], 'tasks_error': 0.1} for row in rows]
     assert [(line['bpb_new'], line['tasks_centred']) for line in summary(beside)] == [(1, 1), (3, 3), (2, 2)]
+    beside[0]['bpb_new'] = beside[1]['bpb_new'] = beside[1]['val_bpb'] = None          # what could not be measured
+    assert [(line['bpb_new'], line['val_bpb']) for line in summary(beside)] == [(None, 0.5), (4, 2), (2, 1)]
 
 
 def test_what_has_changed_between_two_records():

@@ -147,9 +147,11 @@ def test_too_short_a_split_names_both_numbers(data_dir):
     ({}, 'no dataset in .*python data/text/prepare.py --input=FILE_OR_FOLDER --name=out, or for conversations'),
     ({'prepare.py': ''}, 'no dataset in .*run python .*/out/prepare.py'),
     ({'meta.json': '{"kind": '}, 'damaged, it is not JSON: run python data/text'),
-    ({'meta.json': '{"kind": "char", "dtype": "uint16", "train_tokens": 9, "sha256": {}}', 'train.bin': 'x' * 17},
+    ({'meta.json': '{"kind": "char", "chars": "a", "dtype": "uint16", "train_tokens": 9, "sha256": {}}',
+      'train.bin': 'x' * 17},
      'train.bin has 17 bytes, and meta.json says 9 tokens of 2: run prepare.py again'),
-    ({'meta.json': '{"kind": "char", "dtype": "uint16", "train_tokens": 9, "sha256": {}}'}, 'train.bin has 0 bytes')])
+    ({'meta.json': '{"kind": "char", "chars": "a", "dtype": "uint16", "train_tokens": 9, "sha256": {}}'},
+     'train.bin has 0 bytes')])
 def test_missing_and_damaged_datasets_name_the_command(tmp_path, files, message):
     (tmp_path / 'out').mkdir()
     for name, text in files.items():
@@ -175,7 +177,8 @@ def rewrite(folder, ids=None, **changes):
     ({'sha256': None}, 'it says that sha256 is None'),
     ({'sha256': {'train.bin': 'ab'}}, 'is not the file that meta.json describes: its sha256 is .*, and ab is expected'),
     ({'ids': np.full(N, N, 'uint16')}, 'train.bin has the id 1,000, and ids are 0 to 999'),
-    ({'chars': 'ab'}, 'train.bin has the id 999, and ids are 0 to 1')])
+    ({'chars': 'ab'}, 'train.bin has the id 999, and ids are 0 to 1'),
+    ({'chars': 3}, 'a tokenizer of kind .char. needs chars')])
 def test_a_dataset_is_what_its_meta_says(tmp_path, changes, match):
     rewrite(dataset(tmp_path), **changes)
     with pytest.raises(ValueError, match=f'{match}.*run .*prepare.py'):

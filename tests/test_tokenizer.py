@@ -22,7 +22,8 @@ import tiktoken
 
 import data.tokenizer
 from data.foreign_tokenizer import load_nanochat_tokenizer, load_tokenizer
-from data.tokenizer import PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe
+from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe,
+                            vocab_size_of)
 
 NANOCHAT = os.path.join('..', 'shared', 'data', 'nanochat_e0')
 
@@ -264,9 +265,18 @@ def test_a_pattern_must_be_up_to_a_text(pattern, text, match, capfd):
 
 
 @pytest.mark.parametrize('change', [{'kind': ['bpe']}, {'ranks': 3}, {'ranks': [1] * 256}, {'pattern': None},
-                                    {'special_tokens': 'ab'}, {'special_tokens': [[]]}])
+                                    {'special_tokens': 'ab'}, {'special_tokens': [[]]}, {'special_tokens': 3},
+                                    {'ranks': [*map(chr, range(255)), '\u0100']}])
 def test_a_meta_of_other_types_is_refused(bpe, change):
-    error_of(from_meta, bpe.meta() | change, match='prepare.py again')
+    for read in (from_meta, vocab_size_of):
+        error_of(read, bpe.meta() | change, match='prepare.py again')
+
+
+@pytest.mark.parametrize('change', [{'special_tokens': ['\ud800']}, {'pattern': '\udfff|.'},
+                                    {'kind': 'char', 'chars': 'a\ud800'}])
+def test_half_a_surrogate_pair_is_no_text(bpe, change):
+    """JSON can spell it."""
+    error_of(from_meta, bpe.meta() | change, match='half a surrogate pair')
 
 
 def test_nanochat_pickle(bpe, tmp_path):
