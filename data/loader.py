@@ -62,11 +62,10 @@ class Loader:
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.device = rank, world_size, device
         self.meta = load_meta(data_dir)
-        self.row = self.meta.get('row')
-        self.n_tokens = self.meta.get(f'{split}_tokens')
-        if type(self.n_tokens) is not int or self.n_tokens < 1:
-            raise ValueError(f'{data_dir}/meta.json says that there are {self.n_tokens!r:.20} tokens: '
-                             'run prepare.py again')
+        self.row, self.n_tokens = self.meta.get('row'), self.meta.get(f'{split}_tokens')
+        if any(type(n) is not int or n < 1 for n in (self.n_tokens, self.row or 1)):
+            raise ValueError(f'{data_dir}/meta.json says that there are {self.n_tokens!r:.20} tokens, in rows of '
+                             f'{self.row!r:.20}: run prepare.py again')
         path = os.path.join(data_dir, f'{split}.bin')
         self.tokens = self._map(path, self.meta['dtype'], vocab_size_of(self.meta))  # (n_tokens,)
         self.mask = None                        # or (n_tokens,): 1 where the token is to be learnt

@@ -157,8 +157,11 @@ class BPETokenizer:
         # tiktoken wants all bytes, and ids without holes. It gets ranks: those of the tokens, then of the bytes that
         # lack one (none occurs in what it is given), then of the special tokens (which it never reads out of text).
         whole = ranks | {bytes([byte]): n + i for i, byte in enumerate(self._missing)}
-        self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=whole, special_tokens={
-            name: len(whole) + i for i, name in enumerate(self.special_tokens)})
+        names = {name: len(whole) + i for i, name in enumerate(self.special_tokens)}
+        try:
+            self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=whole, special_tokens=names)
+        except ValueError as e:
+            raise ValueError(f'the pattern of this tokenizer, {pattern!r:.60}, is none ({e}): use another') from None
         with contextlib.suppress(regex.error, TimeoutError):  # of what only tiktoken knows
             if not all(match.group() for match in regex.finditer(pattern, ALL_KINDS, timeout=5)):
                 raise ValueError(f'the pattern of this tokenizer, {pattern!r:.60}, matches where there is nothing, of '
@@ -174,6 +177,8 @@ class BPETokenizer:
     def _check(self):
         """ValueError unless each special token has a name and an id of its own, and what is said of the table fits."""
         ids, n = self.special_ids, len(self.special_tokens)
+        if len(self.pattern) > 2**14:  # it takes 3 kB of memory for each of its characters
+            raise ValueError(f'the pattern of this tokenizer has {len(self.pattern):,} characters: use another')
         if not all(map(_is_text, [self.pattern, *self.special_tokens])):
             raise ValueError('the pattern or a special token of this tokenizer has half a surrogate pair, which is no '
                              'character: use another tokenizer')

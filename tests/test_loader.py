@@ -173,7 +173,7 @@ def rewrite(folder, ids=None, **changes):
     ({'dtype': 'float16'}, "type 'float16', says meta.json, and not uint16 or uint32"),
     ({'dtype': 'int16'}, "type 'int16'"),
     ({'dtype': ['uint16']}, 'it says that dtype is'),
-    ({'train_tokens': '1000'}, "there are '1000' tokens"),
+    ({'train_tokens': '1000'}, "there are '1000' tokens"), ({'row': 16.0}, 'in rows of 16.0'),
     ({'sha256': None}, 'it says that sha256 is None'),
     ({'sha256': {'train.bin': 'ab'}}, 'is not the file that meta.json describes: its sha256 is .*, and ab is expected'),
     ({'ids': np.full(N, N, 'uint16')}, 'train.bin has the id 1,000, and ids are 0 to 999'),

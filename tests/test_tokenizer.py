@@ -250,6 +250,7 @@ def test_from_meta_errors(bpe):
 
 @pytest.mark.parametrize('pattern, text, match', [
     (r'\p{L}+|\s+', None, 'leaves out some of a text'),             # at once, before it is used
+    ('(', None, 'is none .*: use another'), ('a|' * 10**4 + '.', None, 'has 20,001 characters'),
     (r'[^\u9999]', 'a\u9999b', 'leaves out some of a text'),
     (r'(?:(?=x)x+)+y|[\s\S]', 'x' * 50, 'takes too long')])
 def test_a_pattern_must_be_up_to_a_text(pattern, text, match, capfd):
