@@ -34,7 +34,7 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors,
+from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors, without_memory,
                              write_safetensors)
 from data.files import in_repo
 from data.gptq import gptq
@@ -112,8 +112,8 @@ def load(path, device='cpu'):
     state = read_metadata(metadata, path)
     state['config'] = config = config_from(state['config'], path)
     check_size(config, tensors, path)
-    with torch.device('meta'):                               # the float model never takes any memory
-        model = convert(GPT(config), **state['rounding'])
+    # the float model never takes any memory
+    model = without_memory(lambda config: convert(GPT(config), **state['rounding']), config)
     if config.tie_weights:
         tensors |= {name.replace('transformer.wte', 'lm_head'): t for name, t in tensors.items() if 'wte' in name}
     check_tensors(model.state_dict(), tensors, path)

@@ -264,7 +264,9 @@ DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
 
 def checksum(header, data):
     """sha256 of everything but itself; the header as sorted JSON."""
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + data).hexdigest()
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def write_safetensors(path, tensors, metadata):
@@ -297,7 +299,7 @@ def read_safetensors(path, format, device='cpu'):
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         head = f.read(size) if size <= HEADER else b''
-        data = f.read()
+        data = memoryview(f.read())             # of which parts are taken without a copy
     try:
         header = json.loads(head, object_pairs_hook=names_once)
         metadata = header['__metadata__']
