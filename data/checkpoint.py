@@ -200,7 +200,7 @@ def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
         known = state.get('dataset')            # of a model from elsewhere there is none
         on, remedy = (f", on {known},", 'that dataset, or ') if known else ('', '')
         raise ValueError(f"{path} was trained with another tokenizer{on} than {data_dir} has: give {remedy}one "
-                         f"that was prepared with --tokenizer={path}")
+                         f"that was prepared with --tokenizer={shlex.quote(str(path))}")
     return state
 
 

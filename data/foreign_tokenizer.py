@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 
 from data.files import read_json, read_text
 from data.tokenizer import BOS, CHATS, PATTERN, BPETokenizer, from_meta
@@ -58,7 +59,7 @@ def load_tokenizer(path):
         return tokenizer
     if os.path.isfile(path) or os.path.isfile(at('tokenizer.pkl')):
         return load_nanochat_tokenizer(path)
-    remedy = f'run python {at("prepare.py")}, or ' if os.path.exists(at('prepare.py')) else ''
+    remedy = f'run python {shlex.quote(at("prepare.py"))}, or ' if os.path.exists(at('prepare.py')) else ''
     raise ValueError(f'no tokenizer at {path!r}: {remedy}expected a prepared data/<name>, an out_dir or checkpoint of '
                      "picochat, gguf:FILE, hf:FOLDER, nanochat's tokenizer.pkl or its folder; "
                      'python distill.py --fetch=d32 --out_dir=teachers/d32 brings one')

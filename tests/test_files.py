@@ -95,6 +95,15 @@ def test_two_writers_of_one_file_never_mix(tmp_path):
     assert path.read_bytes() == b'first, as a whole' and os.listdir(tmp_path) == ['f']
 
 
+def test_a_link_that_is_laid_under_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.files.secrets, 'token_hex', lambda n: '0000')
+    (tmp_path / 'precious').write_text('text')
+    (tmp_path / 'f.0000.tmp').symlink_to('precious')
+    with pytest.raises(ValueError, match='could not save .*/f: .*File exists'):
+        atomic_write(tmp_path / 'f', lambda f: f.write(b'whole'))
+    assert (tmp_path / 'precious').read_text() == 'text' and not (tmp_path / 'f').exists()
+
+
 def test_what_a_killed_process_left_is_removed_later(tmp_path):
     for name, age in (('f.0000.tmp', 7200), ('f.1111.tmp', 0), ('g.0000.tmp', 7200)):
         (tmp_path / name).write_bytes(b'half')

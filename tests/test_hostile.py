@@ -255,7 +255,14 @@ def test_commands_that_are_printed_survive_a_shell(model, tmp_path):
     assert words[:3] == ['python', 'train.py', f'--init_from={odd}/best.pt'] and data in words
     subprocess.run(command.replace('python', 'true', 1), shell=True, check=True, cwd=tmp_path)
     assert not (tmp_path / 'owned').exists()
+    (odd / 'p').mkdir()
+    (odd / 'p' / 'prepare.py').touch()
+    chars = make_dataset(tmp_path / 'chars')
     for got, wanted in (
+            (run('train.py', *TINY, chars, f'--init_from={odd}/best.pt', f'--out_dir={tmp_path}/new'),
+             f'--tokenizer={shlex.quote(f"{odd}/best.pt")}'),
+            (run('data/text/prepare.py', '--input=LICENSE', f'--tokenizer={odd}/p', f'--out_dir={tmp_path}/d'),
+             f'run python {shlex.quote(f"{odd}/p/prepare.py")}, or'),
             (run('sample.py', f'--out_dir={odd}', '--weights=int8'), f'quantize.py --out_dir={shlex.quote(str(odd))} '),
             (run('train.py', f'--dataset={odd}/{SHELL}'), f'--name={shlex.quote(SHELL)}, or'),
             (run('distill.py', f'--teacher={odd}/no', f'--out_dir={tmp_path}/l'),
