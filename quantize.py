@@ -127,7 +127,7 @@ def read_metadata(metadata, path):
     try:
         state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
         bits, group, tables_bits = (state['rounding'][key] for key in ('bits', 'group', 'tables_bits'))
-        known = {bits, tables_bits} <= {*BITS} and type(group) is int and group > 0 and len(state['rounding']) == 3
+        known = {bits, tables_bits} <= {*BITS} and type(group) is int and 0 < group < 2**20 and len(state['rounding']) == 3
     except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     if not known:

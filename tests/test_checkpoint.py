@@ -192,7 +192,7 @@ def test_a_compressed_archive_is_refused(tmp_path):
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as packed:
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
-    with pytest.raises(ValueError, match='was refused'):
+    with pytest.raises(ValueError, match='was refused .it is compressed'):
         load_model(small)
 
 

@@ -58,7 +58,8 @@ def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkey
     """Of the user's paths each begins where the user is; a config is also found beside the scripts."""
     (trap / 'text.txt').write_text(toy_text())
     data = tmp_path / 'data'
-    got = python(trap, f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}')
+    # as if a package named data were installed, too
+    got = python(trap, f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}', PYTHONPATH=str(trap))
     assert got.status == 0, got.err
     (trap / 'mine.py').write_text('out_dir = "run"\n')
     got = python(trap, f'{ROOT}/train.py', 'config/quickstart.py', 'mine.py', *TINY, f'--dataset={data}')

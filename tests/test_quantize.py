@@ -370,6 +370,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path, number):
     (dict(rounding={'bits': 8}), r'c_q.weight is .* instead of|is torch.uint8 instead of torch.int8'),
     (dict(rounding={'bits': 5}), 'how its weights are rounded'),
     (dict(rounding={'group': 0}), 'how its weights are rounded'),
+    (dict(rounding={'group': 2**63}), 'how its weights are rounded'),
     (dict(rounding={'more': 0}), 'how its weights are rounded')])
 def test_files_that_do_not_hold_what_they_describe(tmp_path, change, match):
     """They are whole, and yet no model's: refused before one is made."""
