@@ -174,7 +174,8 @@ def test_a_shape_that_the_file_does_not_hold_takes_no_memory(tmp_path, change, m
     (lambda s: s['model'].update({'lm_head.weight': torch.ones(1, 1).expand(50, 32)}), 'fewer are there'),
     (lambda s: s.update(model={1: torch.ones(1)}), 'expected tensors by their names'),
     (lambda s: s.update(model=torch.ones(1)), 'found Tensor'),
-    (lambda s: s.pop('config'), r"expected the keys .* found \['model'")])
+    (lambda s: s.pop('config'), r"expected the keys .* found \['model'"),
+    (lambda s: s.update({1: s.pop('model')}), r"expected the keys .* found \['1', 'config'")])
 def test_tensors_that_are_not_those_of_the_shape(tmp_path, change, match):
     path = f'{tmp_path}/best.pt'
     save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})

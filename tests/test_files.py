@@ -205,6 +205,7 @@ def test_a_part_of_an_older_file_is_not_gone_on_with(server, tmp_path, obeys, mo
         monkeypatch.setattr(Handler, 'knows_if_range', False)
     download(server.url + '/f', tmp_path / 'f')
     assert (tmp_path / 'f').read_bytes() == BODY[::-1]
+    assert len(server.asked) == (2 if obeys else 3)     # the rest of another file was not even sent, or not taken
 
 
 def test_a_part_of_who_knows_what_is_not_gone_on_with(server, tmp_path):
