@@ -127,7 +127,8 @@ def read_metadata(metadata, path):
     try:
         state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
         bits, group, tables_bits = (state['rounding'][key] for key in ('bits', 'group', 'tables_bits'))
-        known = {bits, tables_bits} <= {*BITS} and type(group) is int and 0 < group < 2**20 and len(state['rounding']) == 3
+        known = {bits, tables_bits} <= {*BITS} and len(state['rounding']) == 3
+        known = known and type(group) is int and 0 < group < 2**20
     except (ValueError, TypeError, KeyError, RecursionError):
         known = False
     if not known:

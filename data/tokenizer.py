@@ -497,7 +497,7 @@ class _Pairs:
 # To and from files
 
 def kind_of(meta):
-    """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError unless a tokenizer of that kind can be made of it."""
+    """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError unless it has what that kind is made of."""
     bpe = {'ranks': list, 'pattern': str, 'special_tokens': list}
     needs = {'char': {'chars': str}, 'bpe': bpe, 'chat': bpe}
     kind = meta.get('kind') if isinstance(meta, dict) else None
