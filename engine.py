@@ -223,8 +223,8 @@ class KVCache:
 
     def advance(self, T):
         """
-        Takes T more tokens into every row and prepares the mask for them. Returns their positions: a slice when all
-        rows have the same length, else (B, T).
+        Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else
+        (B, T).
         """
         longest = max(self.lengths) + T
         assert longest <= self.block_size, (
@@ -234,15 +234,21 @@ class KVCache:
         if len(set(self.lengths)) == 1:
             start = self.lengths[0]
             self.position = slice(start, start + T)
-            query = self.numbers[None, self.position]                           # (1, T)
         else:
             starts = torch.tensor(self.lengths, device=self.numbers.device)
-            self.position = query = starts[:, None] + self.numbers[:T]          # (B, T)
-        key = self.numbers[:round_up(longest)]                                  # (S,)
-        self.mask = additive(sees(query[..., None], key), torch.float32 if self.int8 else self.store['k'][0].dtype)
+            self.position = starts[:, None] + self.numbers[:T]                  # (B, T)
+        self.reach, self.mask = round_up(longest), None
         self.starts = torch.tensor(self.lengths) if T <= FEW and self.store['k'][0].dtype == torch.float32 else None
         self.lengths = [n + T for n in self.lengths]
         return self.position
+
+    def visible(self):
+        """The mask of this step, (B or 1, T, 1, 1, S): the first layer that asks makes it."""
+        if self.mask is None:
+            query = self.numbers[None, self.position] if isinstance(self.position, slice) else self.position
+            key = self.numbers[:self.reach]                                     # (S,)
+            self.mask = additive(sees(query[..., None], key), torch.float32 if self.int8 else self.store['k'][0].dtype)
+        return self.mask
 
     def put(self, name, layer, x):
         """Writes x (B, T, n_kv_head, ...) behind what the rows hold; returns all of it, (B, n_kv_head, S, ...)."""
@@ -252,7 +258,7 @@ class KVCache:
         else:
             rows = self.numbers[:t.size(0), None]                               # (B, 1)
             t[rows, :, self.position] = x.to(t.dtype)
-        return t[:, :, :self.mask.size(-1)]
+        return t[:, :, :self.reach]
 
     def put_both(self, layer, k, v):
         """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
@@ -271,9 +277,9 @@ class KVCache:
         K, V = self.put_both(layer, k, v)
         q = q.to(K.dtype)
         if q.size(1) <= FEW:
-            return attend_each(q, K, V, self.mask)
+            return attend_each(q, K, V, self.visible())
         # a prompt: all its queries in one call
-        mask = self.mask[:, None, :, 0, 0]                                      # (B or 1, 1, T, S)
+        mask = self.visible()[:, None, :, 0, 0]                                   # (B or 1, 1, T, S)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, mask, enable_gqa=k.size(2) < q.size(2))
         return y.transpose(1, 2)
 

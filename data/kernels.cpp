@@ -1,6 +1,7 @@
 // What data/kernels.py calls for a block of integers, where a pass reads a few tokens: plain loops, of which the
 // compiler makes vector instructions (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not
 // depend on the tokens beside it.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -47,8 +48,8 @@ static void hadamard(float* z, int K, int n) {
       }
 }
 
-// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden. Hidden units are
-// turned by Hadamard matrices of so many, if turned is not 0.
+// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden. Hidden units
+// are turned by Hadamard matrices of so many, if turned is not 0.
 enum Input { AS_IT_IS, NORM, RELU2, SWIGLU };
 
 static void prepare(const float* x, float* z, int K, int input, int turned, float eps) {
@@ -63,48 +64,60 @@ static void prepare(const float* x, float* z, int K, int input, int turned, floa
   hadamard(z, K, turned);
 }
 
-// data/rounding.round_rows of what a matrix reads of x (M, K or 2 K): xq (M, K), the integers plus 128, and xs (M,).
-extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned,
-                           float eps) {
-  #pragma omp parallel if (M > 16)
-  {
-    std::vector<float> z(K);
-    #pragma omp for schedule(static)
-    for (int m = 0; m < M; m++) {
-      prepare(x + (size_t)m * (input == SWIGLU ? 2 * K : K), z.data(), K, input, turned, eps);
-      float peak = 1e-12f;
-      #pragma omp simd reduction(max:peak)
-      for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
-      float up = 1 / peak * 127;                                    // PyTorch's 127 / peak, to the bit
-      uint8_t* row = xq + (size_t)m * K;
-      for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + 128);
-      xs[m] = peak / 127;
-    }
+// data/rounding.round_rows of what a matrix reads of x (M, K or 2 K), for the threads of a parallel region together:
+// xq (M, K), the integers plus 128, and xs (M,).
+static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps) {
+  static thread_local std::vector<float> room;
+  room.resize(K);
+  float* z = room.data();
+  #pragma omp for schedule(static)
+  for (int m = 0; m < M; m++) {
+    prepare(x + (size_t)m * (input == SWIGLU ? 2 * K : K), z, K, input, turned, eps);
+    float peak = 1e-12f;
+    #pragma omp simd reduction(max:peak)
+    for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
+    float up = 1 / peak * 127;                                      // PyTorch's 127 / peak, to the bit
+    uint8_t* row = xq + (size_t)m * K;
+    for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + 128);
+    xs[m] = peak / 127;
   }
 }
 
+extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps) {
+  #pragma omp parallel if (M > 16)
+  round_together(x, xq, xs, M, K, input, turned, eps);
+}
+
+// What the steps -18, ..., 18 make of the sixteen values of 4 bits: one instruction looks up many of them.
+static const struct Table {
+  int8_t values[37][16];
+  Table() { for (int s = 0; s < 37; s++) for (int q = 0; q < 16; q++) values[s][q] = (int8_t)((q - 8) * (s - 18)); }
+  const int8_t* of(int step) const { return values[step + 18]; }
+} table;
+
+static int shift_of(int group) { return group == 32 ? 5 : group == 64 ? 6 : 7; }    // a division would take longer
+
+#ifdef __AVX2__
+static __m256i table_of(int step) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table.of(step)));
+}
+#endif
+
 // A row of 4 bits, as data/rounding.into_bytes has it, and its groups' steps -> the int8 that it stands for, v (K,).
-// The sixteen values that a step makes stand in a table, in which one instruction looks up 32 of them.
 static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, int group) {
-  static const struct Table {
-    int8_t values[37][16];                                          // of the steps -18, ..., 18
-    Table() { for (int s = 0; s < 37; s++) for (int q = 0; q < 16; q++) values[s][q] = (int8_t)((q - 8) * (s - 18)); }
-  } table;
-  int half = K / 2, shift = group == 32 ? 5 : group == 64 ? 6 : 7;  // a division would take longer than all the rest
+  int half = K / 2, shift = shift_of(group);
   for (int k = 0; k < half; k += 32) {
-    const int8_t *low = table.values[step[k >> shift] + 18], *high = table.values[step[(half + k) >> shift] + 18];
+    int low = step[k >> shift], high = step[(half + k) >> shift];
 #ifdef __AVX2__
     __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + k)), four_bits = _mm256_set1_epi8(15);
     __m256i left = _mm256_and_si256(bytes, four_bits);
     __m256i right = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), four_bits);
-    __m256i lows = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)low));
-    __m256i highs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)high));
-    _mm256_storeu_si256((__m256i*)(v + k), _mm256_shuffle_epi8(lows, left));
-    _mm256_storeu_si256((__m256i*)(v + half + k), _mm256_shuffle_epi8(highs, right));
+    _mm256_storeu_si256((__m256i*)(v + k), _mm256_shuffle_epi8(table_of(low), left));
+    _mm256_storeu_si256((__m256i*)(v + half + k), _mm256_shuffle_epi8(table_of(high), right));
 #else
     for (int i = k; i < k + 32; i++) {
-      v[i] = low[w[i] & 15];
-      v[half + i] = high[w[i] >> 4];
+      v[i] = table.of(low)[w[i] & 15];
+      v[half + i] = table.of(high)[w[i] >> 4];
     }
 #endif
   }
@@ -117,42 +130,123 @@ extern "C" void unpack(const uint8_t* w, const int8_t* step, int8_t* v, int N, i
     unpack_row(w + (size_t)n * (K / 2), step + (size_t)n * (K / group), v + (size_t)n * K, K, group);
 }
 
-// IntLinear: y (M, N) of what it reads of x, and rest (M, N) is added, if there is one. w is int8 (N, K), or 4 bits if
-// there is a group; sums (N,) those of each row of integers, of which the 128 in xq makes too much. Eight rows of the
-// matrix stay in the nearest cache until all rows of x have met them.
-extern "C" void int_linear(const float* x, const void* w, const int8_t* step, const int32_t* sums, const float* scale,
-                           const float* rest, float* y, int M, int N, int K, int group, int input, int turned,
+// A matrix of integers (rows, cols): int8, or 4 bits if there is a group. sums (rows,) are those of each row of
+// integers, of which the 128 in the activations makes too much. data/kernels.py has the same structs.
+struct Matrix {
+  const uint8_t* weights;
+  const int8_t* step;
+  const int32_t* sums;
+  const float* scale;
+  int rows, cols, group;
+};
+
+// Row n of a matrix times R rows of integers u, which lie m.cols apart -> their sums.
+#ifdef __AVX512VNNI__
+static const __mmask64 ALL = ~(__mmask64)0;
+
+// 64 products with each of the R rows, from column k on, or as many as are inside
+template <int R> static inline void add(__m512i* sum, const uint8_t* u, int K, int k, __m512i v, __mmask64 inside) {
+  for (int r = 0; r < R; r++) {
+    const uint8_t* at = u + (size_t)r * K + k;
+    sum[r] = _mm512_dpbusd_epi32(sum[r], inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at), v);
+  }
+}
+
+// The same of 4 bits, bytes that hold the columns k, ..., k + 63 and those half a row further on. What a step makes of
+// 4 bits is looked up.
+template <int R> static inline void add4(__m512i* sum, const uint8_t* u, int K, int k, const uint8_t* w,
+                                         const int8_t* step, int shift, __mmask64 inside) {
+  __m512i bytes = inside == ALL ? _mm512_loadu_si512(w + k) : _mm512_maskz_loadu_epi8(inside, w + k);
+  for (int side = 0; side < 2; side++) {
+    int first = side * K / 2 + k, second = inside == ALL ? first + 32 : first;
+    __m256i low = table_of(step[first >> shift]), high = table_of(step[second >> shift]);
+    __m512i q = _mm512_and_si512(side ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+    __m512i v = _mm512_shuffle_epi8(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), q);
+    add<R>(sum, u, K, first, v, inside);
+  }
+}
+
+template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
+  const int K = m.cols, columns = m.group ? K / 2 : K, shift = shift_of(m.group);
+  const uint8_t* w = m.weights + (size_t)n * columns;
+  const int8_t* step = m.group ? m.step + (size_t)n * (K / m.group) : nullptr;
+  const __mmask64 inside = ((__mmask64)1 << columns % 64) - 1;
+  __m512i sum[R];
+  for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_si512();
+  int k = 0;
+  if (m.group) {
+    for (; k + 64 <= columns; k += 64) add4<R>(sum, u, K, k, w, step, shift, ALL);
+    if (k < columns) add4<R>(sum, u, K, k, w, step, shift, inside);
+  } else {
+    for (; k + 64 <= columns; k += 64) add<R>(sum, u, K, k, _mm512_loadu_si512(w + k), ALL);
+    if (k < columns) add<R>(sum, u, K, k, _mm512_maskz_loadu_epi8(inside, w + k), inside);
+  }
+  for (int r = 0; r < R; r++) sums[r] = _mm512_reduce_add_epi32(sum[r]);
+}
+#else
+template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
+  static thread_local std::vector<int8_t> unpacked;
+  const int K = m.cols;
+  const int8_t* v = (const int8_t*)m.weights + (size_t)n * K;
+  if (m.group) {
+    unpacked.resize(K);
+    unpack_row(m.weights + (size_t)n * (K / 2), m.step + (size_t)n * (K / m.group), unpacked.data(), K, m.group);
+    v = unpacked.data();
+  }
+  for (int r = 0; r < R; r++, u += K) {
+    int32_t sum = 0;
+    for (int k = 0; k < K; k++) sum += (int32_t)u[k] * (int32_t)v[k];
+    sums[r] = sum;
+  }
+}
+#endif
+
+// dots for any number of rows. What the compiler knows the number of stays in registers, up to eight.
+static void dots_of(const Matrix& m, int n, const uint8_t* u, int M, int32_t* sums) {
+  for (; M > 8; M -= 8, u += (size_t)8 * m.cols, sums += 8) dots<8>(m, n, u, sums);
+  switch (M) {
+    case 1: return dots<1>(m, n, u, sums);
+    case 2: return dots<2>(m, n, u, sums);
+    case 3: return dots<3>(m, n, u, sums);
+    case 4: return dots<4>(m, n, u, sums);
+    case 5: return dots<5>(m, n, u, sums);
+    case 6: return dots<6>(m, n, u, sums);
+    case 7: return dots<7>(m, n, u, sums);
+    case 8: return dots<8>(m, n, u, sums);
+  }
+}
+
+// IntLinear, for the threads of a parallel region together: y (M, rows) of xq and xs, and rest (M, rows) is added, if
+// there is one; it may be y itself.
+static void multiply(const Matrix& m, const uint8_t* xq, const float* xs, const float* rest, float* y, int M) {
+  const size_t bytes = m.group ? m.cols / 2 : m.cols;               // of a row
+  std::vector<int32_t> sums(M);
+  #pragma omp for schedule(static)
+  for (int first = 0; first < m.rows; first += 8) {
+    int end = first + 8 < m.rows ? first + 8 : m.rows;
+    // the next eight rows are on their way from memory meanwhile
+    const uint8_t* next = m.weights + end * bytes;
+    for (size_t i = 0; end + 8 <= m.rows && i < 8 * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    for (int n = first; n < end; n++) {
+      dots_of(m, n, xq, M, sums.data());
+      for (int r = 0; r < M; r++) {
+        size_t at = (size_t)r * m.rows + n;
+        float product = (float)(sums[r] - 128 * m.sums[n]) * m.scale[n] * xs[r];
+        y[at] = rest ? product + rest[at] : product;
+      }
+    }
+  }
+}
+
+// y (M, rows) of what the matrix reads of x.
+extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, float* y, int M, int input, int turned,
                            float eps) {
-  std::vector<uint8_t> xq((size_t)M * K);
+  std::vector<uint8_t> xq((size_t)M * m->cols);
   std::vector<float> xs(M);
-  round_rows(x, xq.data(), xs.data(), M, K, input, turned, eps);
-  int bytes = group ? K / 2 : K;                                    // of a row
   #pragma omp parallel
   {
-    std::vector<int8_t> unpacked(group ? 8 * K : 0);
-    #pragma omp for schedule(static)
-    for (int first = 0; first < N; first += 8) {
-      int end = first + 8 < N ? first + 8 : N;
-      // the next eight rows are on their way from memory meanwhile
-      const char* next = (const char*)w + (size_t)end * bytes;
-      for (size_t i = 0; end + 8 <= N && i < 8 * (size_t)bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-      const int8_t* v = (const int8_t*)w + (size_t)first * K;
-      if (group) {
-        for (int n = first; n < end; n++)
-          unpack_row((const uint8_t*)w + (size_t)n * (K / 2), step + (size_t)n * (K / group),
-                     unpacked.data() + (n - first) * K, K, group);
-        v = unpacked.data();
-      }
-      for (int n = first; n < end; n++, v += K)
-        for (int m = 0; m < M; m++) {
-          const uint8_t* u = xq.data() + (size_t)m * K;
-          int32_t sum = -128 * sums[n];
-          for (int k = 0; k < K; k++) sum += (int32_t)u[k] * (int32_t)v[k];
-          size_t at = (size_t)m * N + n;
-          y[at] = (float)sum * scale[n] * xs[m];
-          if (rest) y[at] += rest[at];
-        }
-    }
+    round_together(x, xq.data(), xs.data(), M, m->cols, input, turned, eps);
+    multiply(*m, xq.data(), xs.data(), rest, y, M);
   }
 }
 
@@ -190,33 +284,73 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
   }
 }
 
-// qkv (B, T, H + 2 KV, D) -> y (B, T, H, D). Turns q and k, by cos and sin (T, D), or (B, T, D) where rows are ragged;
-// writes k and v into the cache, keys and values (B, KV, size, D), behind the starts[b] tokens of row b; and lets every
-// query attend to the tokens up to its own, which is the rule of model.sees.
-extern "C" void attend(float* qkv, const float* cos, const float* sin, float* keys, float* values,
-                       const int64_t* starts, float* y, int B, int T, int H, int KV, int D, int size, int ragged,
-                       int normed, float eps) {
-  int heads = H + 2 * KV;
+// Where the few tokens of a step stand: B rows of T tokens; row b has starts[b] tokens before them. cos and sin are
+// (T, D), or (B, T, D) where rows are ragged.
+struct Tokens {
+  const float *cos, *sin;
+  const int64_t* starts;
+  int B, T, ragged;
+};
+
+// The heads of a block: H of queries, KV of keys and values, D wide, normed or not; size: the room of the cache.
+struct Heads {
+  int H, KV, D, size, normed;
+  float eps;
+};
+
+// For the threads of a parallel region together: qkv (B, T, H + 2 KV, D) -> y (B, T, H, D). Turns q and k; writes k and
+// v into the cache, keys and values (B, KV, size, D), behind the tokens before; and lets every query attend to the
+// tokens up to its own, which is the rule of model.sees.
+static void attend_together(const Heads& h, const Tokens& at, float* qkv, float* keys, float* values, float* y) {
+  static thread_local std::vector<float> scores;
+  scores.resize(h.size);
+  const int heads = h.H + 2 * h.KV, D = h.D, T = at.T;
+  #pragma omp for schedule(static)
+  for (int i = 0; i < at.B * T * heads; i++) {
+    int b = i / heads / T, t = i / heads % T, head = i % heads;
+    size_t place = at.starts[b] + t, row = (at.ragged ? b * T : 0) + t;
+    float* x = qkv + (size_t)i * D;
+    if (head < h.H + h.KV) turn(x, at.cos + row * D, at.sin + row * D, D, h.normed, h.eps);
+    if (head >= h.H) {
+      float* store = head < h.H + h.KV ? keys : values;
+      std::memcpy(store + (((size_t)b * h.KV + (head - h.H) % h.KV) * h.size + place) * D, x, D * sizeof(float));
+    }
+  }
+  #pragma omp for schedule(static)
+  for (int i = 0; i < at.B * T * h.H; i++) {
+    int b = i / h.H / T, t = i / h.H % T, head = i % h.H;
+    size_t first = ((size_t)b * h.KV + head / (h.H / h.KV)) * h.size * D;
+    const float* q = qkv + ((size_t)(b * T + t) * heads + head) * D;
+    attend_one(q, keys + first, values + first, scores.data(), y + (size_t)i * D, (int)at.starts[b] + t + 1, D);
+  }
+}
+
+// The matrices of a block. input: what the MLP does between its two.
+struct Layer {
+  Matrix c_qkv, attn_c_proj, c_fc, mlp_c_proj;
+};
+
+// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. keys and values: those of each layer.
+// One parallel region, whose threads wait for each other between the products: starting them anew for every product
+// would take as long as the products of a small model.
+extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys, float* const* values,
+                           const Heads* heads, const Tokens* at, float* x, int input, int turned) {
+  const Layer& first = *layers;
+  const int M = at->B * at->T, widest = std::max({first.c_qkv.cols, first.attn_c_proj.cols, first.mlp_c_proj.cols});
+  std::vector<uint8_t> xq((size_t)M * widest);
+  std::vector<float> xs(M), qkv((size_t)M * first.c_qkv.rows), y((size_t)M * first.attn_c_proj.cols);
+  std::vector<float> hidden((size_t)M * first.c_fc.rows);
   #pragma omp parallel
-  {
-    std::vector<float> scores(size);
-    #pragma omp for schedule(static)
-    for (int i = 0; i < B * T * heads; i++) {
-      int b = i / heads / T, t = i / heads % T, h = i % heads;
-      size_t place = starts[b] + t, row = (ragged ? b * T : 0) + t;
-      float* x = qkv + (size_t)i * D;
-      if (h < H + KV) turn(x, cos + row * D, sin + row * D, D, normed, eps);
-      if (h >= H) {
-        float* store = h < H + KV ? keys : values;
-        std::memcpy(store + (((size_t)b * KV + (h - H) % KV) * size + place) * D, x, D * sizeof(float));
-      }
-    }
-    #pragma omp for schedule(static)
-    for (int i = 0; i < B * T * H; i++) {
-      int b = i / H / T, t = i / H % T, h = i % H;
-      size_t at = ((size_t)b * KV + h / (H / KV)) * size * D;
-      const float* q = qkv + ((size_t)(b * T + t) * heads + h) * D;
-      attend_one(q, keys + at, values + at, scores.data(), y + (size_t)i * D, (int)starts[b] + t + 1, D);
-    }
+  for (int i = 0; i < n_layer; i++) {
+    const Layer& l = layers[i];
+    auto product = [&](const Matrix& m, const float* in, int input, int turned, const float* rest, float* out) {
+      round_together(in, xq.data(), xs.data(), M, m.cols, input, turned, heads->eps);
+      multiply(m, xq.data(), xs.data(), rest, out, M);
+    };
+    product(l.c_qkv, x, NORM, 0, nullptr, qkv.data());
+    attend_together(*heads, *at, qkv.data(), keys[i], values[i], y.data());
+    product(l.attn_c_proj, y.data(), AS_IT_IS, 0, x, x);
+    product(l.c_fc, x, NORM, 0, nullptr, hidden.data());
+    product(l.mlp_c_proj, hidden.data(), input, turned, x, x);
   }
 }

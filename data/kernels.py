@@ -1,6 +1,7 @@
 """
-A block of integers over the few tokens of a decoding step, in five calls of C++ (kernels.cpp) instead of some seventy
-of PyTorch. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go through PyTorch as ever.
+The few tokens of a decoding step through all blocks of a model of integers, in one call of C++ (kernels.cpp) instead of
+some seventy of PyTorch for every block. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go
+through PyTorch's products as ever.
 
 The compiler takes a second, once: its result is kept for other processes, and serves all shapes. Products are the same
 integers as everywhere. Norms, softmaxes and silu are floats in an order of their own: they differ from PyTorch's in the
@@ -29,10 +30,22 @@ EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is
 # -----------------------------------------------------------------------------
 # the library
 
-FLAGS = ['-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
+FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
-              'int_linear': [POINTER] * 7 + [INT] * 6 + [FLOAT], 'attend': [POINTER] * 7 + [INT] * 8 + [FLOAT]}
+              'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT],
+              'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2}
+
+
+def struct(**fields):
+    """A struct of kernels.cpp, its fields in the same order."""
+    return type('Struct', (ctypes.Structure,), {'_fields_': list(fields.items())})
+
+
+Matrix = struct(weights=POINTER, step=POINTER, sums=POINTER, scale=POINTER, rows=INT, cols=INT, group=INT)
+Layer = struct(c_qkv=Matrix, attn_c_proj=Matrix, c_fc=Matrix, mlp_c_proj=Matrix)
+Tokens = struct(cos=POINTER, sin=POINTER, starts=POINTER, B=INT, T=INT, ragged=INT)
+Heads = struct(H=INT, KV=INT, D=INT, size=INT, normed=INT, eps=FLOAT)
 
 
 @functools.lru_cache(maxsize=None)
@@ -84,6 +97,8 @@ class KernelLinear(nn.Module):
         self.group = 0 if linear.step is None else linear.group
         # of each row, as a product, since torch.sum would make int32 of the whole matrix first
         self.register_buffer('sums', int_matmul(torch.ones(1, linear.cols), linear.integers())[0])
+        self.matrix = Matrix(linear.weight.data_ptr(), pointer(linear.step), self.sums.data_ptr(),
+                             linear.scale.data_ptr(), self.rows, linear.cols, self.group)
 
     @staticmethod
     def fits(linear):
@@ -102,14 +117,12 @@ class KernelLinear(nn.Module):
 
     def read(self, x, what=AS_IT_IS, eps=0.0, rest=None, turned=0):
         """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N), with rest (..., N) added."""
-        linear, N, K = self.linear, self.rows, self.linear.cols
+        K = self.linear.cols
         M = x.numel() // (2 * K if what == SWIGLU else K)
         if M > ROWS:
             return self.read_many(x, M, what, eps, rest, turned)
-        y = x.new_empty(*x.shape[:-1], N)
-        library().int_linear(x.data_ptr(), linear.weight.data_ptr(), pointer(linear.step), self.sums.data_ptr(),
-                             linear.scale.data_ptr(), pointer(rest), y.data_ptr(), M, N, K, self.group, what, turned,
-                             eps)
+        y = x.new_empty(*x.shape[:-1], self.rows)
+        library().int_linear(ctypes.byref(self.matrix), x.data_ptr(), pointer(rest), y.data_ptr(), M, what, turned, eps)
         return y
 
     def read_many(self, x, M, what, eps, rest, turned):
@@ -126,36 +139,56 @@ class KernelLinear(nn.Module):
         return y if rest is None else y + rest
 
 # -----------------------------------------------------------------------------
-# a block
+# the blocks
 
 class KernelBlock(Block):
-    """A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding)."""
+    """
+    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). It attends
+    as PyTorch does: what is read through it is a prompt, or has a cache of integers.
+    """
     def __init__(self, block):
         nn.Module.__init__(self)
         self.attn, self.mlp, self.dropout, self.eps = block.attn, block.mlp, block.dropout, block.eps
         swiglu = hasattr(self.mlp, 'c_gate_fc')
-        self.reader, self.what = ('c_gate_fc', SWIGLU) if swiglu else ('c_fc', RELU2)
+        self.reader, self.what = (self.mlp.c_gate_fc, SWIGLU) if swiglu else (self.mlp.c_fc, RELU2)
+
+    @staticmethod
+    def fits(block):
+        attn, mlp = block.attn, block.mlp
+        return all(isinstance(m, KernelLinear) for m in (attn.c_qkv, attn.c_proj, mlp.c_proj))
+
+    def forward(self, x, cos, sin, cache):
+        if cache is None:
+            return super().forward(x, cos, sin, cache)
+        x = x + self.attn(norm(x, self.eps), cos, sin, cache)
+        hidden = self.reader.read(x, NORM, self.eps or EPS)
+        return self.mlp.c_proj.read(hidden, self.what, rest=x, turned=self.mlp.turned)
+
+    def layer(self):
+        """What kernels.cpp knows of a block."""
+        return Layer(*(m.matrix for m in (self.attn.c_qkv, self.attn.c_proj, self.reader, self.mlp.c_proj)))
+
+
+class KernelBlocks(nn.Module):
+    """All blocks of a model, in the place of its first one."""
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.layers = (Layer * len(blocks))(*(block.layer() for block in blocks))
 
     def forward(self, x, cos, sin, cache):
         """As Block.forward. cache.starts says where the few tokens of a step begin; of a prompt it is None."""
-        if cache is None:
-            return super().forward(x, cos, sin, cache)
-        attn, mlp, eps = self.attn, self.mlp, self.eps or EPS
-        if cache.starts is None:                                        # PyTorch attends
-            x = x + attn(norm(x, self.eps), cos, sin, cache)
-        else:
-            qkv = attn.c_qkv.read(x, NORM, eps)                         # (B, T, (n_head + 2 * n_kv_head) * head_dim)
-            x = attn.c_proj.read(self.attend(qkv, cos, sin, cache), rest=x)
-        hidden = getattr(mlp, self.reader).read(x, NORM, eps)
-        return mlp.c_proj.read(hidden, self.what, rest=x, turned=mlp.turned)
-
-    def attend(self, qkv, cos, sin, cache):
-        """-> (B, T, n_head * head_dim)"""
-        attn, (B, T, _) = self.attn, qkv.shape
-        keys, values = (cache.store[name][attn.layer] for name in 'kv')
-        y = qkv.new_empty(B, T, attn.n_head * attn.head_dim)
-        library().attend(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(),
-                         cache.starts.data_ptr(), y.data_ptr(), B, T, attn.n_head, attn.n_kv_head, attn.head_dim,
-                         keys.size(2), cos.dim() == 4, attn.qk_norm, self.eps or EPS)
-        return y
-
+        if cache is None or cache.starts is None:
+            for block in self.blocks:
+                x = block(x, cos, sin, cache)
+            return x
+        block, (B, T, _) = self.blocks[0], x.shape
+        attn, keys, values = block.attn, cache.store['k'], cache.store['v']
+        pointers = POINTER * len(self.blocks)
+        heads = Heads(attn.n_head, attn.n_kv_head, attn.head_dim, cache.size, attn.qk_norm, block.eps or EPS)
+        tokens = Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)
+        x = x.clone()                                                           # (B, T, n_embd), changed in place
+        library().run_blocks(self.layers, len(self.blocks), pointers(*(t.data_ptr() for t in keys)),
+                             pointers(*(t.data_ptr() for t in values)), ctypes.byref(heads), ctypes.byref(tokens),
+                             x.data_ptr(), block.what, block.mlp.turned)
+        return x

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.kernels import KernelBlock, KernelLinear
+from data.kernels import KernelBlock, KernelBlocks, KernelLinear
 from data.rounding import IntLinear, Rounded, round_rows
 
 
@@ -43,15 +43,15 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
             model.set_submodule(name, packed_integers(module, pack, kernels))
         elif isinstance(module, nn.Linear) and pack:
             model.set_submodule(name, PackedLinear(module.weight, pack))
-    for i, block in enumerate(model.transformer.h):
-        if all(isinstance(m, KernelLinear) for m in (block.attn.c_qkv, block.attn.c_proj, block.mlp.c_proj)):
-            model.transformer.h[i] = KernelBlock(block)
+    blocks = list(model.transformer.h)
+    if all(map(KernelBlock.fits, blocks)):
+        model.transformer.h = nn.ModuleList([KernelBlocks([KernelBlock(block) for block in blocks])])
     return model
 
 
 def step_of(model):
     """By what a model decodes, in words."""
-    return 'kernels' if isinstance(model.transformer.h[0], KernelBlock) else 'PyTorch'
+    return 'kernels' if isinstance(model.transformer.h[0], KernelBlocks) else 'PyTorch'
 
 
 def float_linear(weight):
