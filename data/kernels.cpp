@@ -148,7 +148,8 @@ static const __mmask64 ALL = ~(__mmask64)0;
 template <int R> static inline void add(__m512i* sum, const uint8_t* u, int K, int k, __m512i v, __mmask64 inside) {
   for (int r = 0; r < R; r++) {
     const uint8_t* at = u + (size_t)r * K + k;
-    sum[r] = _mm512_dpbusd_epi32(sum[r], inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at), v);
+    __m512i few = inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at);
+    sum[r] = _mm512_dpbusd_epi32(sum[r], few, v);
   }
 }
 
@@ -330,9 +331,9 @@ struct Layer {
   Matrix c_qkv, attn_c_proj, c_fc, mlp_c_proj;
 };
 
-// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. keys and values: those of each layer.
-// One parallel region, whose threads wait for each other between the products: starting them anew for every product
-// would take as long as the products of a small model.
+// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. keys and values: those of each
+// layer. One parallel region, whose threads wait for each other between the products: starting them anew for every
+// product would take as long as the products of a small model.
 extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys, float* const* values,
                            const Heads* heads, const Tokens* at, float* x, int input, int turned) {
   const Layer& first = *layers;

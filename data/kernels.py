@@ -30,7 +30,9 @@ EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is
 # -----------------------------------------------------------------------------
 # the library
 
-FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared', '-fPIC']
+# no sum and product in one rounding, where a compiler sees fit: the bits would depend on how it arranges a loop
+FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared',
+         '-fPIC']
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
               'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT],
