@@ -251,6 +251,18 @@ extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, f
   }
 }
 
+// The sum of a[i] * b[i]: sixteen sums side by side, which then are added up in pairs.
+static inline float dot(const float* a, const float* b, int n) {
+  float part[16] = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; j++) part[j] += a[i + j] * b[i + j];
+  for (; i < n; i++) part[i % 16] += a[i] * b[i];
+  for (int half = 8; half; half /= 2)
+    for (int j = 0; j < half; j++) part[j] += part[j + half];
+  return part[0];
+}
+
 // model.rotate of one head x (D,), in place, and model.norm behind it if it is normed.
 static void turn(float* x, const float* cos, const float* sin, int D, int normed, float eps) {
   for (int i = 0, j = D / 2; j < D; i++, j++) {
@@ -267,10 +279,7 @@ static void turn(float* x, const float* cos, const float* sin, int D, int normed
 static void attend_one(const float* q, const float* k, const float* v, float* scores, float* y, int n, int D) {
   float scale = 1 / std::sqrt((float)D), peak = -INFINITY, total = 0;
   for (int s = 0; s < n; s++) {
-    float sum = 0;
-    #pragma omp simd reduction(+:sum)
-    for (int i = 0; i < D; i++) sum += q[i] * k[(size_t)s * D + i];
-    scores[s] = sum * scale;
+    scores[s] = dot(q, k + (size_t)s * D, D) * scale;
     peak = scores[s] > peak ? scores[s] : peak;
   }
   #pragma omp simd reduction(+:total)
@@ -283,6 +292,18 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
     float share = scores[s] / total;
     for (int i = 0; i < D; i++) y[i] += share * v[(size_t)s * D + i];
   }
+}
+
+// The same of many rows, whose sums (M, N) PyTorch has made.
+extern "C" void scale_sums(const int32_t* sums, const float* scale, const float* xs, const float* rest, float* y, int M,
+                           int N) {
+  #pragma omp parallel for schedule(static)
+  for (int r = 0; r < M; r++)
+    for (int n = 0; n < N; n++) {
+      size_t at = (size_t)r * N + n;
+      float product = (float)sums[at] * scale[n] * xs[r];
+      y[at] = rest ? product + rest[at] : product;
+    }
 }
 
 // Where the few tokens of a step stand: B rows of T tokens; row b has starts[b] tokens before them. cos and sin are

@@ -35,7 +35,7 @@ FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-t
          '-fPIC']
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
-              'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT],
+              'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT], 'scale_sums': [POINTER] * 5 + [INT] * 2,
               'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2}
 
 
@@ -137,8 +137,9 @@ class KernelLinear(nn.Module):
             w = torch.empty(N, K, dtype=torch.int8)
             library().unpack(linear.weight.data_ptr(), linear.step.data_ptr(), w.data_ptr(), N, K, self.group)
         xq = (xq ^ 128).view(torch.int8)        # 128 less
-        y = (int_matmul(xq, w) * linear.scale * xs).view(*x.shape[:-1], N)
-        return y if rest is None else y + rest
+        sums, y = int_matmul(xq, w), x.new_empty(*x.shape[:-1], N)              # (M, N) int32
+        library().scale_sums(sums.data_ptr(), linear.scale.data_ptr(), xs.data_ptr(), pointer(rest), y.data_ptr(), M, N)
+        return y
 
 # -----------------------------------------------------------------------------
 # the blocks
