@@ -27,7 +27,8 @@ from data.layouts import step_of
 from model import sees
 from data.rounding import round_rows
 
-PREFILL_CHUNK = 512     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes
+PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes, and is
+                        # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
 FEW = 16                # up to so many tokens of a row in a pass are attended one by one, see attend_each
 BUCKET = 64             # attention reads the cache's length rounded up to a multiple of this, see attend_each
 
