@@ -190,7 +190,7 @@ class KernelBlocks(nn.Module):
         pointers = POINTER * len(self.blocks)
         heads = Heads(attn.n_head, attn.n_kv_head, attn.head_dim, cache.size, attn.qk_norm, block.eps or EPS)
         tokens = Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)
-        x = x.clone()                                                           # (B, T, n_embd), changed in place
+        x = x.clone(memory_format=torch.contiguous_format)                      # (B, T, n_embd), changed in place
         library().run_blocks(self.layers, len(self.blocks), pointers(*(t.data_ptr() for t in keys)),
                              pointers(*(t.data_ptr() for t in values)), ctypes.byref(heads), ctypes.byref(tokens),
                              x.data_ptr(), block.what, block.mlp.turned)
