@@ -1,6 +1,6 @@
-// What data/kernels.py calls for a block of integers, where a pass reads a few tokens: plain loops, of which the
-// compiler makes vector instructions (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not
-// depend on the tokens beside it.
+// What data/kernels.py calls for a model of integers, where a pass reads a few tokens. run_blocks, the last function,
+// is the whole step: read it first. Most are plain loops, of which the compiler makes vector instructions; dots says its
+// own (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not depend on the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

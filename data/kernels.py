@@ -152,13 +152,19 @@ class KernelBlock(Block):
     def __init__(self, block):
         nn.Module.__init__(self)
         self.attn, self.mlp, self.dropout, self.eps = block.attn, block.mlp, block.dropout, block.eps
-        swiglu = hasattr(self.mlp, 'c_gate_fc')
-        self.reader, self.what = (self.mlp.c_gate_fc, SWIGLU) if swiglu else (self.mlp.c_fc, RELU2)
+        self.reader, self.what = self.read_by(block.mlp)
+
+    @staticmethod
+    def read_by(mlp):
+        """-> the matrix of an MLP that reads the stream, and what is done to what it gives."""
+        return (mlp.c_gate_fc, SWIGLU) if hasattr(mlp, 'c_gate_fc') else (mlp.c_fc, RELU2)
 
     @staticmethod
     def fits(block):
+        """Whether all four matrices are the kernels'."""
         attn, mlp = block.attn, block.mlp
-        return all(isinstance(m, KernelLinear) for m in (attn.c_qkv, attn.c_proj, mlp.c_proj))
+        reader, _ = KernelBlock.read_by(mlp)
+        return all(isinstance(m, KernelLinear) for m in (attn.c_qkv, attn.c_proj, reader, mlp.c_proj))
 
     def forward(self, x, cos, sin, cache):
         if cache is None:
