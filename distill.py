@@ -55,7 +55,7 @@ from data.gpt2 import GPT2
 from data.judge import check_reading
 from data.labels import Labels, Recipe, fit_temperature, refuse_labels, write_labels
 from data.loader import Loader
-from data.machine import autocast, can_compile, pick_device, pick_dtype, shard
+from data.machine import autocast, can_compile, keep_memory, pick_device, pick_dtype, shard
 from data.nanochat import fetch_nanochat
 from data.record import already, record
 from data.signals import interrupt_on_stop
@@ -276,6 +276,7 @@ if __name__ == '__main__':
 
     began = time.perf_counter()
     device = pick_device(device)
+    keep_memory()
     jobs = bool(fetch) + bool(to_picochat) + bool(to_hf) + bool(to_gguf)
     assert jobs or teacher and out_dir, (
         "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")

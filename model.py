@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import data.attention
 from data.machine import fast_bf16, share, whole
 
 MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
@@ -143,42 +144,14 @@ def sees(query, key):
     return key <= query
 
 
-def causal_attention(q, k, v, normed):
+def causal_attention(q, k, v):
     """
-    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). normed: whether q and k
-    are. is_causal=True is the rule of sees, in the form that PyTorch's kernels are fast for.
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). is_causal=True is the
+    rule of sees, in the form that PyTorch's kernels are fast for.
     """
-    if normed and products_are_faster(v):
-        return attention_by_products(q, k, v)
+    if data.attention.is_faster(v):
+        return data.attention.attention(q.to(v.dtype), k.to(v.dtype), v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
-
-
-def products_are_faster(v):
-    """
-    Whether attention should be spelled out: for short compiled rows of bfloat16 on a CPU, where the backward pass of
-    PyTorch's kernel takes two to four times as long as a few matrix products.
-    """
-    return torch.compiler.is_compiling() and v.device.type == 'cpu' and v.dtype == torch.bfloat16 and v.size(2) <= 512
-
-
-def attention_by_products(q, k, v):
-    """
-    causal_attention as matrix products, in two halves: the first half of the queries sees no key of the second one.
-    q and k must be normed: then scores lie within sqrt(head_dim), and the softmax needs no maximum to stay finite.
-    """
-    B, H, T, D = q.shape
-    KV = k.size(1)
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    out = []
-    for start, end in ((0, T // 2), (T // 2, T)):
-        n = end - start
-        queries = q[:, :, start:end].reshape(B, KV, H // KV * n, D)             # those that share a key/value head
-        scores = (queries @ k[:, :, :end].mT).view(B, KV, H // KV, n, end).float() * D ** -0.5
-        visible = sees(torch.arange(start, end)[:, None], torch.arange(end))    # (n, end)
-        weights = torch.where(visible, scores.exp(), 0.0)
-        y = (weights.to(v.dtype).view(B, KV, H // KV * n, end) @ v[:, :, :end]).view(B, H, n, D)
-        out.append((y / weights.sum(dim=-1).view(B, H, n, 1)).to(v.dtype))
-    return torch.cat(out, dim=2)
 
 
 class Attention(nn.Module):
@@ -203,7 +176,7 @@ class Attention(nn.Module):
             qk = norm(qk, self.eps)
         q, k = qk.split((n_q, n_kv), dim=2)                                      # (B, T, heads, head_dim)
         if cache is None:
-            y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v)), self.qk_norm).transpose(1, 2)
+            y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         else:
             y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
         return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))

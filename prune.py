@@ -34,7 +34,7 @@ from data.tokenizer import from_meta
 from data.vocabulary import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
-from data.machine import pick_device
+from data.machine import keep_memory, pick_device
 from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
@@ -426,6 +426,7 @@ if __name__ == '__main__':
     exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
     device = pick_device(device)
+    keep_memory()
     assert layers is None or re.fullmatch(r'\d+(,\d+)*,?', str(layers)), \
         f"layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3"
     source = os.path.join(out_dir, weights)

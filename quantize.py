@@ -39,7 +39,7 @@ from data.checkpoint import (check_size, check_tensors, config_from, load_model,
 from data.files import in_repo
 from data.gptq import gptq
 from data.loader import Loader, data_are_gone, data_of, load_meta
-from data.machine import pick_device
+from data.machine import keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight,
                            rounding_of)     # noqa: prepare and round_weight for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
@@ -262,6 +262,7 @@ if __name__ == '__main__':
     exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
     device = pick_device(device)
+    keep_memory()
     source = os.path.join(out_dir, weights)
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
     # this file alone is held, not the folder: a training there may go on, of whose best.pt a whole one is read

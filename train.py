@@ -33,8 +33,8 @@ from data.teachers import check_teachers
 from data.tokenizer import from_meta
 from distill import make_learner
 from engine import Engine, Sampling
-from data.machine import (autocast, can_compile, join_processes, least, peak_flops, pick_device, pick_dtype, shard,
-                          share)
+from data.machine import (autocast, can_compile, join_processes, keep_memory, least, peak_flops, pick_device,
+                          pick_dtype, shard, share)
 from model import GPT, MLPS, compile_step, config_of, eager, evaluate, load_optimizer, make_optimizers, update
 from quantize import BITS, GROUPS, prepare
 
@@ -143,6 +143,7 @@ if wandb_log:
     import wandb
 
 rank, world_size, device = join_processes(pick_device(device))
+keep_memory()
 device_type, main_process = device.split(':')[0], rank == 0
 assert not fsdp or batch_size != 'auto', ("batch_size=auto cannot go with fsdp=True: one process alone holds less than "
                                           "the whole model needs; give a number of rows")

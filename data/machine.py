@@ -6,6 +6,7 @@ What this machine can do, and several processes that share a training. A library
     compile = compile and can_compile(device)       # says in a line why not
     rank, world_size, device = join_processes(device)       # those that torchrun started
 """
+import ctypes
 import functools
 import os
 import platform
@@ -48,6 +49,18 @@ def pick_device(device):
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"device ({device}) cannot be used here: {str(e).splitlines()[0]}") from e
     return device
+
+
+def keep_memory():
+    """
+    Has freed memory kept for the next tensor instead of given back. Tensors of megabytes come and go with every layer;
+    each time, the system would have to find and clear their pages, in up to a third of the time of training on a CPU.
+    It is glibc that is told so; elsewhere nothing changes.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        libc, threshold, trim = ctypes.CDLL(None), -3, -1       # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        libc.mallopt(threshold, 2**30)
+        libc.mallopt(trim, 2**31 - 1)
 
 
 def describe_machine(device):

@@ -40,7 +40,7 @@ def window_of_3(query, key):
     return (key <= query) & (key > query - 3)
 
 
-def by_the_rule(q, k, v, normed):
+def by_the_rule(q, k, v):
     """Attention written out, (B, heads, T, head_dim), with the mask that model.sees defines."""
     k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     place = torch.arange(q.size(2))
@@ -54,7 +54,6 @@ def static_cache(model):
 
 WAYS = {
     'full forward (model.causal_attention)': lambda model, ids: model(ids),
-    'full forward in products (model.attention_by_products)': lambda model, ids: model(ids),
     'one token after the other (engine.KVCache)': lambda model, ids: in_passes(model, ids, 1, KVCache(model.config, 2)),
     'the prompt in chunks (engine.KVCache)': lambda model, ids: in_passes(model, ids, 25, KVCache(model.config, 2)),
     'compiled rounds (engine.StaticCache)': lambda model, ids: torch.cat([
@@ -78,8 +77,6 @@ def test_every_mask_is_the_rule_of_sees(way, rule, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(M, 'causal_attention', by_the_rule)
             expected = model(ids)
-        if 'products' in way:
-            monkeypatch.setattr(M, 'causal_attention', lambda q, k, v, normed: M.attention_by_products(q, k, v))
         assert torch.allclose(WAYS[way](model, ids), expected, atol=1e-4), f'another mask than sees: {way}'
 
 # -----------------------------------------------------------------------------
