@@ -7,7 +7,7 @@ Everything about producing tokens: plain decoding first, then what makes it fast
     for step in engine.generate([ids], 100, Sampling(seed=1), Speculation('head', n=4)):
         for row, tokens in step: ...                                # new tokens of each row, as they come
 
-`decode` below is all of it for one text, one token at a time. What follows are its parts (the draw, the cache) and
+`decode` below is all of it for one text, one token at a time. What follows is its draw (the cache is in data/cache.py) and
 then, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
 cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine.
 The text is the same in all of them.
@@ -20,17 +20,13 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
+from data.cache import FEW, KVCache, StaticCache
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
 from data.layouts import step_of
-from model import sees
-from data.rounding import round_rows
 
 PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes, and is
                         # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
-FEW = 16                # up to so many tokens of a row in a pass are attended one by one, see attend_each
-BUCKET = 64             # attention reads the cache's length rounded up to a multiple of this, see attend_each
 
 # -----------------------------------------------------------------------------
 # plain decoding: read the prompt, then one step and one draw for every token
@@ -170,158 +166,6 @@ def first_difference(model, prompt, plain, other, temperature=0.0, row=0, seed=0
         score = score + temperature * noise
     gap = (score[plain[place]] - score[other[place]]).abs().item()
     return place, math.inf if math.isnan(gap) else gap
-
-# -----------------------------------------------------------------------------
-# the cache
-
-def round_up(n):
-    return -(-n // BUCKET) * BUCKET
-
-
-def additive(visible, dtype):
-    """visible (B or 1, T, S) bool -> what is added to attention scores, (B or 1, T, 1, 1, S): 0 or minus infinity."""
-    zero = torch.zeros((), dtype=dtype, device=visible.device)
-    return torch.where(visible, zero, float('-inf'))[:, :, None, None]
-
-
-class KVCache:
-    """
-    The keys and values of every layer, and the number of tokens in every row (rows may differ). advance(T) makes room
-    for T more tokens in each row; then every layer calls attend once. rewind forgets the last tokens again.
-    dtype=torch.int8 keeps integers with one scale for each token and head: 4 times less memory than float32.
-    """
-    starts = None       # (B,) int64: where the few tokens of a step begin, for data/kernels.py; of a prompt None
-
-    def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
-        self.block_size = config.block_size
-        self.lengths = [0] * batch                  # plain ints: asking a GPU for them would stall it
-        self.int8 = dtype == torch.int8
-        shape = (batch, config.n_kv_head, round_up(max_tokens or config.block_size))
-        widths = {'k': (config.head_dim, dtype), 'v': (config.head_dim, dtype)}
-        if self.int8:
-            widths |= {'k_scale': (1, torch.float32), 'v_scale': (1, torch.float32)}
-        # store['k'][layer] is (B, n_kv_head, T_max, head_dim)
-        self.store = {name: [torch.zeros(*shape, width, dtype=kind, device=device) for _ in range(config.n_layer)]
-                      for name, (width, kind) in widths.items()}
-        self.count()
-
-    def count(self):
-        """0, 1, 2, ...: numbers of positions and of rows."""
-        k = self.store['k'][0]
-        self.size = k.size(2)
-        self.numbers = torch.arange(max(k.size(0), self.size), device=k.device)
-
-    def change(self, f):
-        """Every tensor of the store becomes f(tensor)."""
-        self.store = {name: [f(t) for t in tensors] for name, tensors in self.store.items()}
-        self.count()
-
-    def grow(self, n):
-        """Makes room for n tokens in a row, by doubling."""
-        if n > self.size:
-            size = min(max(2 * self.size, round_up(n)), round_up(self.block_size))
-            self.change(lambda t: F.pad(t, (0, 0, 0, size - self.size)))
-
-    def advance(self, T):
-        """
-        Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else
-        (B, T).
-        """
-        longest = max(self.lengths) + T
-        assert longest <= self.block_size, (
-            f"{longest} tokens do not fit the context of {self.block_size}: "
-            "shorten the prompt or ask for fewer new tokens")
-        self.grow(longest)
-        if len(set(self.lengths)) == 1:
-            start = self.lengths[0]
-            self.position = slice(start, start + T)
-        else:
-            starts = torch.tensor(self.lengths, device=self.numbers.device)
-            self.position = starts[:, None] + self.numbers[:T]                  # (B, T)
-        self.reach, self.mask = round_up(longest), None
-        self.starts = torch.tensor(self.lengths) if T <= FEW and self.store['k'][0].dtype == torch.float32 else None
-        self.lengths = [n + T for n in self.lengths]
-        return self.position
-
-    def visible(self):
-        """The mask of this step, (B or 1, T, 1, 1, S): the first layer that asks makes it."""
-        if self.mask is None:
-            query = self.numbers[None, self.position] if isinstance(self.position, slice) else self.position
-            key = self.numbers[:self.reach]                                     # (S,)
-            self.mask = additive(sees(query[..., None], key), torch.float32 if self.int8 else self.store['k'][0].dtype)
-        return self.mask
-
-    def put(self, name, layer, x):
-        """Writes x (B, T, n_kv_head, ...) behind what the rows hold; returns all of it, (B, n_kv_head, S, ...)."""
-        t = self.store[name][layer]
-        if isinstance(self.position, slice):
-            t[:, :, self.position] = x.transpose(1, 2)
-        else:
-            rows = self.numbers[:t.size(0), None]                               # (B, 1)
-            t[rows, :, self.position] = x.to(t.dtype)
-        return t[:, :, :self.reach]
-
-    def put_both(self, layer, k, v):
-        """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
-        if not self.int8:
-            return self.put('k', layer, k), self.put('v', layer, v)
-        k, k_scale = round_rows(k)
-        v, v_scale = round_rows(v)
-        return (self.put('k', layer, k).float() * self.put('k_scale', layer, k_scale),
-                self.put('v', layer, v).float() * self.put('v_scale', layer, v_scale))
-
-    def attend(self, layer, q, k, v):
-        """
-        q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v
-        behind what the rows hold; then every query attends to the keys that it sees.
-        """
-        K, V = self.put_both(layer, k, v)
-        q = q.to(K.dtype)
-        if q.size(1) <= FEW:
-            return attend_each(q, K, V, self.visible())
-        # a prompt: all its queries in one call
-        mask = self.visible()[:, None, :, 0, 0]                                   # (B or 1, 1, T, S)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), K, V, mask, enable_gqa=k.size(2) < q.size(2))
-        return y.transpose(1, 2)
-
-    def rewind(self, lengths):
-        """Row b keeps its first lengths[b] tokens. What lay behind them is overwritten by what comes next."""
-        assert all(0 <= n <= m for n, m in zip(lengths, self.lengths)), \
-            f"cannot rewind rows of {self.lengths} tokens to {lengths}"
-        self.lengths = list(lengths)
-
-    def keep(self, rows):
-        """Only these rows go on, in this order; a row may be named twice (samples of one prompt)."""
-        index = torch.tensor(rows, device=self.numbers.device)
-        self.lengths = [self.lengths[r] for r in rows]
-        self.change(lambda t: t[index])
-
-    def replace(self, row, other):
-        """Row becomes what the one-row cache other holds."""
-        n = self.lengths[row] = other.lengths[0]
-        for name, tensors in self.store.items():
-            for mine, its in zip(tensors, other.store[name]):
-                mine[row, :, :n] = its[0, :, :n]
-
-    def nbytes(self):
-        return sum(t.nbytes for tensors in self.store.values() for t in tensors)
-
-
-def attend_each(q, K, V, mask):
-    """
-    A few queries of each row, q (B, T, n_head, head_dim), over K and V (B, n_kv_head, S, head_dim); mask
-    (B or 1, T, 1, 1, S). Every query is attended in a call of one query per head, the very shape that a single token
-    has, and S is a whole number of BUCKETs. So sums are taken in the same order, and the result for a token is bit for
-    bit the same however many tokens are verified with it, in whatever batch.
-    """
-    B, T = q.shape[:2]
-    gqa = K.size(1) < q.size(2)
-    if B == 1:                                      # the T queries take the place of the batch
-        return F.scaled_dot_product_attention(
-            q[0].unsqueeze(2), K.expand(T, -1, -1, -1), V.expand(T, -1, -1, -1), mask[0], enable_gqa=gqa).view(q.shape)
-    each = [F.scaled_dot_product_attention(q[:, t].unsqueeze(2), K, V, mask[:, t], enable_gqa=gqa).squeeze(2)
-            for t in range(T)]
-    return torch.stack(each, dim=1)
 
 # -----------------------------------------------------------------------------
 # speculation: guess some tokens, let the model read them all in one pass, keep those that it would have drawn itself
@@ -751,33 +595,3 @@ class Engine:
                 waiting = waiting[len(waiting) - wait:]
         yield waiting + decoder.decode(b'', final=True)
 
-
-# -----------------------------------------------------------------------------
-# the cache inside compiled rounds
-
-class StaticCache(KVCache):
-    """
-    A KVCache's tensors, of one row, as a compiled step sees them: the length is a tensor, and every call attends to all
-    T_max places.
-    """
-    def __init__(self, store, start):
-        self.store, self.start, self.int8 = store, start, 'k_scale' in store
-
-    def advance(self, T):
-        k = self.store['k'][0]
-        self.position = self.start + torch.arange(T, device=k.device)                        # (T,)
-        self.start = self.start + T
-        key = torch.arange(k.size(2), device=k.device)                                       # (T_max,)
-        visible = sees(self.position[:, None], key)[None]                                    # (1, T, T_max)
-        self.mask = additive(visible, torch.float32 if self.int8 else k.dtype)
-        return self.position
-
-    def put(self, name, layer, x):
-        t = self.store[name][layer]
-        return t.index_copy_(2, self.position, x.transpose(1, 2).to(t.dtype))
-
-    def attend(self, layer, q, k, v):
-        K, V = self.put_both(layer, k, v)
-        # one query a call: compiled, attend_each's expand would copy K and V for every query
-        each = zip(q.to(K.dtype).split(1, dim=1), self.mask.split(1, dim=1))
-        return torch.cat([attend_each(q, K, V, mask) for q, mask in each], dim=1)

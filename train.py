@@ -35,7 +35,8 @@ from distill import make_learner
 from engine import Engine, Sampling
 from data.machine import (autocast, can_compile, join_processes, keep_memory, least, peak_flops, pick_device,
                           pick_dtype, shard, share)
-from model import GPT, MLPS, compile_step, config_of, eager, evaluate, load_optimizer, make_optimizers, update
+from data.optimizers import load_optimizer, make_optimizers, update
+from model import GPT, MLPS, compile_step, config_of, eager, evaluate
 from quantize import BITS, GROUPS, prepare
 
 # -----------------------------------------------------------------------------

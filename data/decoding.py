@@ -14,12 +14,13 @@ from statistics import median
 
 import torch
 
+from data.cache import KVCache
 from data.checkpoint import load_checkpoint
 from data.layouts import PackedInt8Linear, for_decoding
 from data.loader import Loader, data_of
 from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import from_meta
-from engine import Engine, KVCache, Sampling, Speculation, first_difference
+from engine import Engine, Sampling, Speculation, first_difference
 from model import GPT, GPTConfig, evaluate
 from quantize import convert, export, load, rounding_of
 

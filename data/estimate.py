@@ -35,7 +35,8 @@ from data.rounding import prepare
 from data.timing import in_rounds, resident, timed_call
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step, make_optimizers, update
+from data.optimizers import make_optimizers, update
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step
 
 
 def micro_batches(t, rows):

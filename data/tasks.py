@@ -29,9 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.cache import KVCache
 from data.files import read_text, sha256_of
 from data.loader import progress
-from engine import PREFILL_CHUNK, KVCache
+from engine import PREFILL_CHUNK
 from model import evaluate
 
 # -----------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def read_rows(model, rows, places, dtype=torch.float32):
 def answer(model, tokenizer, item, examples=(), delimiter=' ', dtype=torch.float32):
     """
     Whether the model answers a question rightly. examples: other questions, with their answers before it; dtype: that
-    of the cache, see engine.KVCache.
+    of the cache, see data.cache.KVCache.
     """
     rows, places = scored_tokens(item, examples, tokenizer, delimiter)
     rows, places = cut_left(rows, places, tokenizer.bos, model.config.block_size)

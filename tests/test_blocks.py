@@ -11,10 +11,11 @@ import torch
 
 import data.kernels as K
 from conftest import CHAR, build, randomise
+from data.cache import KVCache
 from data.drafters import Index, NGram
 from data.layouts import for_decoding, step_of
 from data.rounding import IntLinear, convert, round_weight
-from engine import Engine, KVCache, Sampling, Speculation, rounds_pay
+from engine import Engine, Sampling, Speculation, rounds_pay
 from model import GPT, GPTConfig
 
 needs_kernels = pytest.mark.skipif(K.library() is None, reason='kernels.cpp needs a C++ compiler')

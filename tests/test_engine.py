@@ -16,10 +16,12 @@ import model as M
 import data.rounding as R
 import quantize as Q
 from conftest import BPE, CHAR, build, randomise, with_heads
+from data import cache as C
+from data.cache import KVCache, StaticCache
 from data.conversation import Chat
 from data.layouts import PackedLinear, for_decoding
 from data.tokenizer import BPETokenizer
-from engine import Engine, KVCache, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
+from engine import Engine, Noise, Sampling, Speculation, decode, draw, first_difference, gumbel, mix
 from model import GPT, GPTConfig
 
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]
@@ -49,14 +51,14 @@ def by_the_rule(q, k, v):
 
 
 def static_cache(model):
-    return E.StaticCache(KVCache(model.config, 1).store, torch.tensor(0))
+    return StaticCache(KVCache(model.config, 1).store, torch.tensor(0))
 
 
 WAYS = {
     'full forward (model.causal_attention)': lambda model, ids: model(ids),
-    'one token after the other (engine.KVCache)': lambda model, ids: in_passes(model, ids, 1, KVCache(model.config, 2)),
-    'the prompt in chunks (engine.KVCache)': lambda model, ids: in_passes(model, ids, 25, KVCache(model.config, 2)),
-    'compiled rounds (engine.StaticCache)': lambda model, ids: torch.cat([
+    'one token after the other (data.cache.KVCache)': lambda model, ids: in_passes(model, ids, 1, KVCache(model.config, 2)),
+    'the prompt in chunks (data.cache.KVCache)': lambda model, ids: in_passes(model, ids, 25, KVCache(model.config, 2)),
+    'compiled rounds (data.cache.StaticCache)': lambda model, ids: torch.cat([
         in_passes(model, row, 5, static_cache(model)) for row in ids[:, None]])}
 
 
@@ -70,7 +72,7 @@ def test_every_mask_is_the_rule_of_sees(way, rule, monkeypatch):
     if rule == 'a window of 3':
         if 'causal_attention' in way:
             pytest.skip('is_causal is written out there')
-        for module in (M, E):
+        for module in (M, C):
             monkeypatch.setattr(module, 'sees', window_of_3)
     model, ids = build(kv=2), torch.randint(96, (2, 100))
     with torch.no_grad():

@@ -18,13 +18,13 @@ import torch
 
 import data.rungs
 from conftest import Here, make_dataset, randomise, refused, run, start, toy_text
+from data.cache import KVCache
 from data.checkpoint import load_model, save_checkpoint
 from data.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
 from data.loader import Loader
 from data.record import already, made, record
 from data.tasks import bits_per_byte
 from data.tokenizer import from_meta
-from engine import KVCache
 from model import GPT, GPTConfig, evaluate
 from quantize import load
 

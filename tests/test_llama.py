@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import prune
+from data.cache import KVCache
 from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.layouts import for_decoding
 from data.loader import load_meta
 from data.tokenizer import from_meta
-from engine import Engine, KVCache, Sampling, Speculation, decode
+from engine import Engine, Sampling, Speculation, decode
 from model import GPT, GPTConfig, rope_tables
 from quantize import convert, export, gptq, load, prepare
 

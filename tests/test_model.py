@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 import model as M
 from data import attention
-from model import GPT, GPTConfig, Muon, evaluate, make_optimizers
+from data import optimizers as O
+from data.optimizers import Muon, make_optimizers
+from model import GPT, GPTConfig, evaluate
 
 
 @pytest.mark.parametrize('shape, groups', [
@@ -175,7 +177,7 @@ def test_every_parameter_in_exactly_one_group():
 
 
 # a stack of 1: one matrix at a time
-@pytest.mark.parametrize('shape, stack', [((32, 32), M.MUON_STACK), ((64, 32), M.MUON_STACK), ((32, 64), 1)])
+@pytest.mark.parametrize('shape, stack', [((32, 32), O.MUON_STACK), ((64, 32), O.MUON_STACK), ((32, 64), 1)])
 def test_muon_equals_torch(shape, stack, monkeypatch):
     monkeypatch.setattr(M, 'MUON_STACK', stack)
     # torch's own multiplies in bfloat16, always
@@ -202,7 +204,7 @@ def test_muon_makes_singular_values_one(steps, least, most, monkeypatch):
     u, v = (torch.linalg.qr(torch.randn(2, n, 24, dtype=torch.float64))[0] for n in (24, 40))
     s = torch.logspace(-1.6, 0, 24, dtype=torch.float64)
     assert 0.01 < s.min() / s.norm() < 0.014
-    x = M.orthogonalize(u * s @ v.mT, steps)
+    x = O.orthogonalize(u * s @ v.mT, steps)
     ends = u.mT @ x @ v
     assert (ends - torch.diag_embed(ends.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-9
     s = ends.diagonal(dim1=-2, dim2=-1)

@@ -20,7 +20,8 @@ from data.tokenizer import CharTokenizer, from_meta, train_bpe
 from data.vocabulary import bpe_parts, cut_tokenizer, recode
 from data.writer import write_texts
 from engine import Engine, Sampling, Speculation
-from model import GPT, GPTConfig, evaluate, make_optimizers
+from data.optimizers import make_optimizers
+from model import GPT, GPTConfig, evaluate
 from quantize import convert, export, load
 
 UNTIED = dict(out_proj=False, tie_weights=False)

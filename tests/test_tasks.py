@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from conftest import BPE, CHAR, build, make_dataset, randomise, refused, run, toy_text
+from data.cache import KVCache
 from data.checkpoint import save_checkpoint
 from data.loader import Loader
 from data.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
                         p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.tokenizer import from_meta
 from data.writer import write_texts
-from engine import KVCache
 from model import GPT, GPTConfig, evaluate
 from quantize import convert, export
 
