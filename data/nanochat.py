@@ -13,7 +13,8 @@ import torch.nn as nn
 
 from data.checkpoint import config_from, load_tensors, plain_names
 from data.checks import check_size
-from data.files import download, hold, read_text
+from data.download import download
+from data.files import hold, read_text
 from data.foreign_tokenizer import hf_folder_tokenizer, load_nanochat_tokenizer
 from data.weights import cut_padding, expecting, hf_file, load_weights, make, read_config, read_weights, shape_in
 from model import GPT, GPTConfig

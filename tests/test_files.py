@@ -18,8 +18,10 @@ import time
 import pytest
 from conftest import Handler
 
+import data.download
 import data.files
-from data.files import DownloadError, atomic_write, download, read_text, visible_files
+from data.download import DownloadError, download
+from data.files import atomic_write, read_text, visible_files
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -225,7 +227,7 @@ def test_a_part_of_who_knows_what_is_not_gone_on_with(server, tmp_path):
     ({'length': False, 'size': 1999}, 'it goes on after 1,999 bytes'),
     ({'part': BODY[:500], 'more': b'more'}, 'it goes on after 256,000 bytes')])
 def test_downloads_that_are_more_than_they_say(server, tmp_path, monkeypatch, page, match):
-    monkeypatch.setattr(data.files, 'UNANNOUNCED', 2000)
+    monkeypatch.setattr(data.download, 'UNANNOUNCED', 2000)
     server.pages['/f'] = {'body': BODY} | page
     if 'part' in page:
         (tmp_path / 'f.part').write_bytes(page['part'])
@@ -236,7 +238,7 @@ def test_downloads_that_are_more_than_they_say(server, tmp_path, monkeypatch, pa
 
 def test_a_byte_now_and_then_does_not_keep_us(server, tmp_path, monkeypatch):
     """Whoever sends slower than SLOWEST, after PATIENCE seconds for free, is left; what has come is kept."""
-    monkeypatch.setattr(data.files, 'PATIENCE', 0.5)
+    monkeypatch.setattr(data.download, 'PATIENCE', 0.5)
     server.pages['/f'] = {'body': BODY, 'drip': 0.02, 'headers': {'ETag': '"1"'}}
     began = time.monotonic()
     with pytest.raises(DownloadError, match='cut short .slower than 10,000 bytes/s.') as e:
@@ -271,7 +273,7 @@ def dripping():
     (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n5;a', 'cut short')])
 def test_what_is_no_body_does_not_keep_us_either(server, dripping, tmp_path, monkeypatch, start, reason):
     """A byte now and then of the headers, or of what stands between the pieces of a body."""
-    monkeypatch.setattr(data.files, 'PATIENCE', 0.5)
+    monkeypatch.setattr(data.download, 'PATIENCE', 0.5)
     began = time.monotonic()
     with pytest.raises(DownloadError, match='no answer in 0.5 seconds|slower than 10,000 bytes/s') as e:
         download(dripping(start), tmp_path / 'f')

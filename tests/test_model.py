@@ -179,9 +179,9 @@ def test_every_parameter_in_exactly_one_group():
 # a stack of 1: one matrix at a time
 @pytest.mark.parametrize('shape, stack', [((32, 32), O.MUON_STACK), ((64, 32), O.MUON_STACK), ((32, 64), 1)])
 def test_muon_equals_torch(shape, stack, monkeypatch):
-    monkeypatch.setattr(M, 'MUON_STACK', stack)
+    monkeypatch.setattr(O, 'MUON_STACK', stack)
     # torch's own multiplies in bfloat16, always
-    monkeypatch.setattr(M, 'fast_bf16', lambda device: True)
+    monkeypatch.setattr(O, 'fast_bf16', lambda device: True)
     torch.manual_seed(1)
     start = torch.randn(2, *shape)
     ours, theirs = ([s.clone().requires_grad_() for s in start] for _ in range(2))
@@ -199,7 +199,7 @@ def test_muon_equals_torch(shape, stack, monkeypatch):
 @pytest.mark.parametrize('steps, least, most', [(3, 0.729, 1.271), (5, 0.681, 1.135)])
 def test_muon_makes_singular_values_one(steps, least, most, monkeypatch):
     """From a hundredth of the norm up they end where MUON_STEPS says, and singular vectors stay."""
-    monkeypatch.setattr(M, 'fast_bf16', lambda device: False)
+    monkeypatch.setattr(O, 'fast_bf16', lambda device: False)
     torch.manual_seed(2)
     u, v = (torch.linalg.qr(torch.randn(2, n, 24, dtype=torch.float64))[0] for n in (24, 40))
     s = torch.logspace(-1.6, 0, 24, dtype=torch.float64)

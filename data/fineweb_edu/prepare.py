@@ -20,7 +20,8 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import atomic_write, download, hold, in_repo
+from data.download import download
+from data.files import atomic_write, hold, in_repo
 from data.foreign_tokenizer import load_tokenizer
 from data.tokenizer import fingerprint
 from data.writer import write_dataset

@@ -21,7 +21,8 @@ from html.parser import HTMLParser
 from urllib.parse import urljoin, urlparse
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import DownloadError, download, hold, in_repo, visible_files
+from data.download import DownloadError, download
+from data.files import hold, in_repo, visible_files
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------

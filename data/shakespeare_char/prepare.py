@@ -16,7 +16,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import download, hold, in_repo, read_text
+from data.download import download
+from data.files import hold, in_repo, read_text
 from data.writer import split_texts, write_texts
 
 # -----------------------------------------------------------------------------
