@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ import torch
 import data.loader
 import data.machine
 from data.checkpoint import load_checkpoint, load_model
+from data.files import in_repo
 from data.tokenizer import train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
@@ -618,3 +620,23 @@ def test_the_documents(toy, tmp_path):
     assert small['bytes'] == os.path.getsize(small['file']) and small['bits'] == 8 and small['int_share'] > 0.9
     # what was trained through the rounding, and averaged, is what runs
     assert abs(small['val_loss_quant'] - result['best_val_loss']) < 1e-5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc is told so')
+def test_freed_memory_is_kept():
+    """A tensor as large as one before it gets that one's pages: the system need not find and clear any."""
+    code = ('import resource, torch\n'
+            'from data.machine import keep_memory\n'
+            'def faults():\n'
+            '    for i in range(8):\n'
+            '        torch.zeros(2**24)\n'
+            '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
+            '    for i in range(8):\n'
+            '        torch.zeros(2**24)\n'
+            '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n'
+            'usual = faults()\n'
+            'keep_memory()\n'
+            'print(usual, faults())\n')
+    usual, kept = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                                          cwd=in_repo('.')).stdout.split())
+    assert kept < usual / 20, (usual, kept)
