@@ -5,7 +5,7 @@ Measures and plans, a mode for each: decoding, quality, knowledge, training spee
     python bench.py --mode=decode --shape=out-quickstart --drafters=none,ngram --batches=1,4
     python bench.py --shape=d12 --peers=True --llama2c=FOLDER --nanochat=FOLDER     # beside other programs: minutes
     python bench.py --shape=out-smollm --formats=int8-packed --peers=True   # a Llama: llama.cpp with the same weights
-    python bench.py --mode=quality --shape=out-quickstart        # loss of each format, and of an int8 cache
+    python bench.py --mode=quality --shape=out-quickstart        # bytes, loss, KL of each format, and of an int8 cache
     python bench.py --mode=quality --shape=out-quickstart --texts=mine=FILE         # and bits per byte of another text
     python bench.py --mode=tasks --tasks=FILE.jsonl --shape=out-quickstart          # how many questions it answers
     python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --nanogpt=FOLDER: beside it
@@ -56,8 +56,8 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.decoding import (FORMATS, LENGTHS, SHAPES, build, check_context, decode_in_rounds, decoding_rows,
-                           make_prompts, memory_row, memory_taken, quality)
+from data.decoding import (FORMATS, GGUF_KINDS, LENGTHS, SHAPES, build, check_context, decode_in_rounds, decoding_rows,
+                           make_prompts, memory_row, memory_taken, price_list, quality)
 from data.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
                            peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
                            write_random)
@@ -78,7 +78,8 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; others: see FORMATS
+formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; others: see FORMATS, and
+                            # in quality llama.cpp's: q8_0, q4_0, q4_1, q4_k_m
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -91,7 +92,7 @@ recompute = True            # measure decoding without a cache, too
 memory = True               # and what a process takes of it, beyond one that has decoded something (Linux, CPU)
 peers = False               # other programs: with a trained Llama's weights, or of another shape, see tests/README.md
 gguf = ''                   # a GGUF file that llama.cpp decodes with, too, whatever our model is
-llamacpp = ''               # folder of a built llama.cpp's llama-bench
+llamacpp = ''               # folder of a built llama.cpp's llama-bench, and llama-quantize
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # quality, tasks and ladder
@@ -202,7 +203,9 @@ def check_shape():
         f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model"
     assert shape not in SHAPES or mode == 'decode', \
         f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir'
-    for f in listed('formats', FORMATS):
+    for f in listed('formats', [*FORMATS, *GGUF_KINDS] if mode == 'quality' else FORMATS):
+        assert f != 'q4_k_m' or os.access(os.path.join(llamacpp, 'llama-quantize'), os.X_OK), \
+            f'formats ({formats}): q4_k_m needs llama.cpp\'s own tool, --llamacpp=FOLDER with a llama-quantize in it'
         assert not f.endswith('compiled') or can_compile(device), \
             f'formats ({formats}) need a C++ compiler: leave those with -compiled out'
         assert f != 'bf16-compiled' or device != 'cpu', \
@@ -218,16 +221,20 @@ def measure_quality():
     if not texts or not data_are_gone(state):           # a model of somebody else's has no dataset here
         data, _ = data_of(state, file)
     rows = []
-    for f in listed('formats', FORMATS):
-        model = build(k, f).model
-        for dtype in (torch.float32, torch.int8):
-            row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.')}
-            if data:
+    models, prices = price_list(k, listed('formats', [*FORMATS, *GGUF_KINDS]), data, tokenizer)
+    for f, model in models.items():
+        for dtype in (torch.float32, torch.int8)[:1 if f in GGUF_KINDS else 2]:
+            row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
+                   'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
+            if dtype == torch.float32:
+                row |= prices[f]
+            elif data:
                 row |= quality(model, data, tokenizer, dtype)
             rows.append(row | measure(model, tokenizer, dtype, texts, text_bytes))
     others = [(key.removeprefix('bpb_'), key, '.5f') for key in rows[0] if key.startswith('bpb_')]
-    report([('format', 'format'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'), ('bits/byte', 'val_bpb', '.5f'),
-            *others, ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
+    report([('format', 'format'), ('bytes', 'bytes', ',d'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'),
+            ('bits/byte', 'val_bpb', '.5f'), ('KL', 'mean_kl', '.5f'), ('largest', 'max_kl', '.3f'),
+            ('% flips', 'top1_flips', '.2f', 0.01), *others, ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
 
 # -----------------------------------------------------------------------------
 # --mode=tasks

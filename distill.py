@@ -176,7 +176,7 @@ if __name__ == '__main__':
     to_picochat = ''            # a folder: write the teacher there as a picochat checkpoint
     to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
     to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
-    gguf_type = 'f16'           # f16, q8_0, q4_0 or f32: of the matrices in that file
+    gguf_type = 'f16'           # f16, q8_0, q4_0, q4_1 or f32: of the matrices in that file
     dataset = ''                # a folder under data/; empty: the one the teacher was trained on
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12

@@ -138,39 +138,63 @@ def read_metadata(metadata, path):
 # -----------------------------------------------------------------------------
 # what it cost
 
-# compare's, in a document
+# Difference's, in a document
 MEASURED = ('val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'max_kl', 'top1_flips')
 
 
+class Difference:
+    """
+    Adds up how far a quantised model's predictions are from the float ones. result: 'val_loss_float', 'val_loss_quant',
+    'bpb_float', 'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and
+    'top1_flips', at what share of the positions another token is the most probable one.
+    """
+    def __init__(self, token_bytes, device):
+        self.before, self.after = (LossTotal(token_bytes, device) for _ in range(2))
+        self.kl_sum = self.kl_max = self.flips = self.n = 0
+        self.nats = []
+
+    def add(self, a, b, targets):
+        """Log-probabilities a of the float model and b of the quantised one, (N, vocab_size), and targets (N,)."""
+        self.nats.append([F.nll_loss(log_p, targets, ignore_index=-1, reduction='none') for log_p in (a, b)])
+        kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0].cpu()
+        self.kl_sum += kl.double().sum().item()
+        self.kl_max = max([self.kl_max] + kl.tolist())
+        self.flips += (a.argmax(-1) != b.argmax(-1))[targets >= 0].sum().item()
+        self.n += len(kl)
+
+    def end_batch(self, targets):
+        """The targets (B * T,) of all that was added since the last time: losses are summed as evaluate sums them."""
+        for total, nats in zip((self.before, self.after), zip(*self.nats)):
+            total.add(torch.cat(nats), targets)
+        self.nats = []
+
+    def result(self):
+        before, after = self.before.result(), self.after.result()
+        return {'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
+                'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
+                'mean_kl': self.kl_sum / self.n, 'max_kl': self.kl_max, 'top1_flips': self.flips / self.n}
+
+
 @torch.no_grad()
-def compare(model, quantised, batches, token_bytes):
+def compare(model, others, batches, token_bytes):
     """
-    One pass of both models over batches of (x, y), y = -1 masked. -> 'val_loss_float', 'val_loss_quant', 'bpb_float',
-    'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and 'top1_flips', at what
-    share of the positions another token is the most probable one.
+    One pass of the float model and of its quantised others over batches of (x, y), y = -1 masked -> a result of
+    Difference for each of these.
     """
-    total_float, total_quant = (LossTotal(token_bytes, model.cos.device) for _ in range(2))
-    kl_sum = kl_max = flips = n = 0
+    differences = [Difference(token_bytes, model.cos.device) for _ in others]
     rows = max(1, LOSS_CHUNK_BYTES // (4 * model.config.vocab_size))             # as evaluate has them at a time
+
+    def log_p(m, states):
+        return F.log_softmax(m.logits(states), dim=-1)                           # (rows, vocab_size)
     for x, y in batches:
-        y, nats_float, nats_quant = y.flatten(), [], []
-        states = model.trunk(x).flatten(0, 1), quantised.trunk(x).flatten(0, 1)  # (B * T, n_embd)
-        for a, b, targets in zip(states[0].split(rows), states[1].split(rows), y.split(rows)):
-            a = F.log_softmax(model.logits(a), dim=-1)                           # (rows, vocab_size)
-            b = F.log_softmax(quantised.logits(b), dim=-1)
-            nats_float.append(F.nll_loss(a, targets, ignore_index=-1, reduction='none'))
-            nats_quant.append(F.nll_loss(b, targets, ignore_index=-1, reduction='none'))
-            kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0].cpu()
-            kl_sum += kl.double().sum().item()
-            kl_max = max([kl_max] + kl.tolist())
-            flips += (a.argmax(-1) != b.argmax(-1))[targets >= 0].sum().item()
-            n += len(kl)
-        total_float.add(torch.cat(nats_float), y)
-        total_quant.add(torch.cat(nats_quant), y)
-    before, after = total_float.result(), total_quant.result()
-    return {'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
-            'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
-            'mean_kl': kl_sum / n, 'max_kl': kl_max, 'top1_flips': flips / n}
+        states = [m.trunk(x).flatten(0, 1).split(rows) for m in (model, *others)]    # (B * T, n_embd) each
+        for targets, whole, *parts in zip(y.flatten().split(rows), *states):
+            whole = log_p(model, whole)
+            for difference, other, part in zip(differences, others, parts):
+                difference.add(whole, log_p(other, part), targets)
+        for difference in differences:
+            difference.end_batch(y.flatten())
+    return [difference.result() for difference in differences]
 
 # -----------------------------------------------------------------------------
 # the script
@@ -316,7 +340,7 @@ if __name__ == '__main__':
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if report and not gone:
-        result |= compare(whole, quantised, validation.eval_batches(), tokenizer.token_bytes)
+        result |= compare(whole, [quantised], validation.eval_batches(), tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))

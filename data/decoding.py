@@ -8,6 +8,7 @@ ladder, and for its peers.
     memory_row(k)                                                   # of a fresh process
 """
 import os
+import subprocess
 import sys
 import tempfile
 from statistics import median
@@ -16,13 +17,15 @@ import torch
 
 from data.cache import KVCache
 from data.checkpoint import load_checkpoint
+from data.export import export_gguf
 from data.layouts import PackedInt8Linear, for_decoding
 from data.loader import Loader, data_of
+from data.teachers import load_teacher
 from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import from_meta
 from engine import Engine, Sampling, Speculation, first_difference
 from model import GPT, GPTConfig, evaluate
-from quantize import convert, export, load, rounding_of
+from quantize import compare, convert, export, load, rounding_of
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
@@ -36,6 +39,7 @@ FORMATS = {
     'int8': (8, None), 'int8-packed': (8, None), 'int8-compiled': (8, None),
     'int4': (4, None), 'int4-packed': (4, None), 'int4-compiled': (4, None),
     'int4-bf16': (4, torch.bfloat16), 'int4-bf16-compiled': (4, torch.bfloat16)}
+GGUF_KINDS = ('q8_0', 'q4_0', 'q4_1', 'q4_k_m')    # llama.cpp's, to compare what they cost: see through_gguf
 LENGTHS = (1, 2, 4, 5, 8)                       # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
@@ -69,6 +73,48 @@ def build(k, format):
         model = convert(model, bits)
     compiled = format.endswith('compiled')
     return Engine(for_decoding(model, pack, kernels=not compiled) if '-' in format else model, compile=compiled)
+
+
+def through_gguf(k, kind):
+    """
+    The trained model in k.shape as llama.cpp would read it -> its numbers as a float model, and the bytes of its file.
+    kind: one of GGUF_KINDS, written by the gguf package, but q4_k_m, which llama.cpp's own tool in k.llamacpp makes.
+    """
+    path = os.path.join(k.shape, 'best.pt')
+    model, state = load(path, k.device)
+    with tempfile.TemporaryDirectory() as folder:
+        written = export_gguf(model.cpu(), from_meta(state['tokenizer']), f'{folder}/{kind}.gguf',
+                              'f16' if kind == 'q4_k_m' else kind)
+        if kind == 'q4_k_m':
+            plain, written = written, f'{folder}/rounded.gguf'
+            subprocess.run([os.path.join(k.llamacpp, 'llama-quantize'), plain, written, 'Q4_K_M'], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return load_teacher(f'gguf:{written}', k.device).model, os.path.getsize(written)
+
+
+def price_list(k, formats, data, tokenizer):
+    """
+    What each of formats costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
+    validation split of data (None: there is none), and how far its predictions are from the float ones.
+    """
+    models, rows = {}, {}
+    for f in formats:
+        bits, file = FORMATS.get(f, (0,))[0], os.path.join(k.shape, 'best.pt')
+        if f in GGUF_KINDS:
+            models[f], size = through_gguf(k, f)
+        else:
+            models[f] = build(k, f).model
+            written = os.path.join(k.shape, f'int{bits}.safetensors')
+            size = os.path.getsize(written if bits and os.path.exists(written) else file)
+        rows[f] = {'bytes': size}
+    if data:
+        whole = build(k, 'f32').model
+        batches = Loader(data, 'val', 16 if whole.config.block_size <= 512 else 4, whole.config.block_size,
+                         device=k.device).eval_batches()
+        for f, measured in zip(formats, compare(whole, models.values(), batches, tokenizer.token_bytes)):
+            rows[f] |= {'val_loss': measured['val_loss_quant'], 'val_bpb': measured['bpb_quant'],
+                        **{key: measured[key] for key in ('mean_kl', 'max_kl', 'top1_flips')}}
+    return models, rows
 
 
 def open_model(k, file):

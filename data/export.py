@@ -243,13 +243,13 @@ def hf_tokenizer_config(c, tokenizer):
 # -----------------------------------------------------------------------------
 # llama.cpp's file
 
-GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'f32')     # of the matrices
+GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'q4_1', 'f32')     # of the matrices
 
 
 def export_gguf(model, tokenizer, path, kind='f16'):
     """
     Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
-    of GGUF_TYPES; norms are float32 always, and with q4_0 the vocabulary's tables are q8_0. Returns path.
+    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. Returns path.
     AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
     """
     import gguf
@@ -334,7 +334,7 @@ def add_tensor(writer, name, tensor, c, kind):
             tensor = interleaved(tensor, heads)
     if tensor.ndim == 1:
         kind = 'f32'
-    elif kind == 'q4_0' and name in ('token_embd.weight', 'output.weight'):
+    elif kind in ('q4_0', 'q4_1') and name in ('token_embd.weight', 'output.weight'):
         kind = 'q8_0'
     if kind[0] == 'q' and tensor.size(-1) % 32:
         print(f"note: {name} stays in 16 bits: its rows of {tensor.size(-1)} are not a multiple of 32")

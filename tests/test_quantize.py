@@ -265,7 +265,7 @@ def test_gptq_of_a_model(bits):
     assert not list(fitted.parameters()) and Q.rounding_of(fitted) == Q.rounding_of(rounded)
     shapes = lambda other: {k: t.shape for k, t in other.state_dict().items()}
     assert shapes(fitted) == shapes(rounded)
-    kl = lambda other: Q.compare(model, other, batches, [1] * 50)['mean_kl']
+    kl = lambda other: Q.compare(model, [other], batches, [1] * 50)[0]['mean_kl']
     # at 8 bits the activations' rounding is most of it
     assert kl(fitted) < (0.95 if bits == 8 else 0.8) * kl(rounded)
     xq, xs = R.round_rows(F.rms_norm(torch.cat([rounded.embed(x) for x, _ in batches]).flatten(0, 1), (32,)))
@@ -300,7 +300,8 @@ def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
     for chunk_bytes in (2**27, 4 * 50 * 7):
         monkeypatch.setattr(Q, 'LOSS_CHUNK_BYTES', chunk_bytes)
         monkeypatch.setattr('model.LOSS_CHUNK_BYTES', chunk_bytes)
-        got = Q.compare(model, other, batches, token_bytes)
+        same, got = Q.compare(model, [model, other], batches, token_bytes)
+        assert (same['mean_kl'], same['top1_flips'], same['val_loss_quant']) == (0, 0, got['val_loss_float'])
         for name, which in (('float', model), ('quant', other)):
             expected = evaluate(which, batches, token_bytes)
             assert (got[f'val_loss_{name}'], got[f'bpb_{name}']) == (expected['loss'], expected['bpb'])
