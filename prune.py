@@ -34,7 +34,7 @@ from data.tokenizer import from_meta
 from data.vocabulary import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
-from data.machine import keep_memory, pick_device
+from data.machine import autocast, keep_memory, pick_device, pick_dtype
 from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
@@ -176,7 +176,8 @@ def leave_one_out(model, batches):
     blocks, losses = model.transformer.h, []
     for skipped in progress(blocks, len(blocks), 'layers left out in turn'):
         model.transformer.h = torch.nn.ModuleList(block for block in blocks if block is not skipped)
-        losses.append(evaluate(model, batches)['loss'])
+        with autocast(model.cos.device, pick_dtype('auto', model.cos.device)):
+            losses.append(evaluate(model, batches)['loss'])
     model.transformer.h = blocks
     return torch.tensor(losses)
 

