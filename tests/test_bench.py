@@ -2,6 +2,7 @@
 bench.py on the smallest of runs: the document it ends with, the text it watches over, its peers, what it counts of a
 training, and one line for what cannot work. Nothing here asks how long anything took.
 """
+import contextlib
 import importlib.util
 import json
 import os
@@ -26,6 +27,7 @@ from data.foreign_tokenizer import GPT2_PATTERN
 from data.machine import autocast
 from data.loader import Loader
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.writer import write_texts
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 from quantize import convert, export
@@ -245,6 +247,22 @@ def llama_dir(tmp_path_factory):
             model.transformer.wte.weight.data[i] = 0
     save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta())
     return str(folder)
+
+
+def test_what_formats_cost_beside_llama_cpps(llama_dir, tmp_path):
+    """Bytes of the file, and how far predictions are from the float model's: fewer bits, further away."""
+    pytest.importorskip('gguf')
+    model, state = load_model(f'{llama_dir}/best.pt')
+    with contextlib.redirect_stdout(None):
+        meta = write_texts(f'{tmp_path}/toy', TEXTS, TEXTS, 'bpe', 'toy', tokenizer=from_meta(state['tokenizer']))
+    os.makedirs(tmp_path / 'out')
+    save_checkpoint(f'{tmp_path}/out/best.pt', model, meta, dataset=f'{tmp_path}/toy')
+    rows = bench('--mode=quality', f'--shape={tmp_path}/out', '--formats=f32,int8,q8_0,q4_1,q4_0')['rows']
+    rows = {row['format']: row for row in rows if row['cache'] == 'float32'}
+    assert list(rows) == ['f32', 'int8', 'q8_0', 'q4_1', 'q4_0'] and rows['f32']['mean_kl'] == 0
+    assert 0 < rows['q8_0']['mean_kl'] < rows['q4_1']['mean_kl'] < rows['q4_0']['mean_kl']
+    assert rows['q8_0']['bytes'] > rows['q4_1']['bytes'] > rows['q4_0']['bytes']
+    assert 0 < rows['int8']['mean_kl'] < rows['q4_0']['mean_kl']
 
 
 def test_others_write_the_same_text_with_the_same_weights(llama_dir, tmp_path):

@@ -353,14 +353,15 @@ def test_our_own_block_comes_back(tmp_path, tok):
     assert torch.equal(logits_of(back, IDX), logits_of(model, IDX))
 
 
-@pytest.mark.parametrize('kind', ['f16', 'q8_0', 'q4_0'])
+@pytest.mark.parametrize('kind', ['f16', 'q8_0', 'q4_0', 'q4_1'])
 def test_rounded_gguf_files(tmp_path, tok, kind):
     """They are as near as they can be, and the columns of what a norm feeds are of one size."""
     gguf = pytest.importorskip('gguf')
     model = our_llama(n_hidden=64)
     back, _ = KINDS['gguf'](export_gguf(model, tok, f'{tmp_path}/a.gguf', kind))
     w, again = (m.transformer.h[0].mlp.c_proj.weight for m in (model, back))
-    step = {'f16': 2**-11 * w.abs().max(), 'q8_0': w.abs().max() / 127, 'q4_0': w.abs().max() / 7}[kind]
+    step = {'f16': 2**-11 * w.abs().max(), 'q8_0': w.abs().max() / 127, 'q4_0': w.abs().max() / 7,
+            'q4_1': (w.max() - w.min()) / 15}[kind]
     assert 0 < far(w, again) < step
     gate, up = (next(t for t in gguf.GGUFReader(f'{tmp_path}/a.gguf').tensors if t.name == f'blk.1.ffn_{name}.weight')
                 for name in ('gate', 'up'))

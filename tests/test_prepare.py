@@ -74,6 +74,13 @@ def test_stdlib_bpe(library, tmp_path):
     assert texts_of(tmp_path / 'third')[0].count('<|bos|>') == 1
     assert texts_of(tmp_path / 'third')[1] == val
     assert load_meta(tmp_path / 'out')['vocab_size'] == 270
+    # six tenths of the lines of each training file, in one piece
+    prepare('stdlib_bpe', f'--root={library}', f'--out_dir={tmp_path}/parts', '--vocab_size=270', '--part=0.6')
+    whole, parts = train.split('<|bos|>')[1:], texts_of(tmp_path / 'parts')[0].split('<|bos|>')[1:]
+    assert len(parts) == len(whole) > 1
+    for text, part in zip(whole, parts):
+        assert part in text and len(part.splitlines()) == round(0.6 * len(text.splitlines()))
+    assert texts_of(tmp_path / 'parts')[1] == val
 
 
 def test_newcode(tmp_path):
