@@ -42,7 +42,6 @@ freed. cache: of as many sequences that decode.
 ladder: a list of commands, see data/ladder.py. One that was stopped goes on where it was, two share what the same words
 make, and what no ladder has made is not replaced.
 """
-import csv
 import glob
 import importlib.util
 import json
@@ -56,13 +55,14 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from data.curves import draw_curves
 from data.decoding import (FORMATS, GGUF_KINDS, LENGTHS, SHAPES, build, check_context, decode_in_rounds, decoding_rows,
                            make_prompts, memory_row, memory_taken, price_list, quality)
 from data.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
                            peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
                            write_random)
 from data.export import is_block
-from data.files import atomic_write, in_repo, json_line
+from data.files import in_repo, json_line
 from data.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary, with_labels,
                          write_record)
 from data.loader import data_are_gone, data_of
@@ -468,43 +468,13 @@ def plan_training(c, groups, flops):
 # -----------------------------------------------------------------------------
 # --mode=plot
 
-def read_log(path):
-    """
-    A log.csv of train.py -> its points (tokens, loss) of training and of validation, and its last step and tokens.
-    ValueError if it is something else.
-    """
-    try:
-        with open(path, newline='') as f:
-            read = list(csv.DictReader(f))
-        training, validation = ([(int(float(r['tokens'])), float(r[key])) for r in read if r[key]]
-                                for key in ('train_loss', 'val_loss'))
-        return training, validation, int(read[-1]['step']), training[-1][0]
-    except (ValueError, ArithmeticError, TypeError, LookupError, csv.Error) as e:
-        raise ValueError(f'{path} has no line yet, or is no log.csv of train.py, with steps, tokens and losses '
-                         f'({type(e).__name__}: {str(e)[:80]}): give another') from None
-
-
 def measure_plot():
     paths = sorted({path for pattern in logs.split(',') for path in glob.glob(pattern.strip())})
     if not paths:
         raise ValueError(f'logs ({logs}) match no file: give the log.csv of one or more trainings')
-    import matplotlib.figure
-    figure, rows = matplotlib.figure.Figure(figsize=(8, 5)), []
-    axes = figure.subplots()
-    for path in paths:
-        training, validation, steps, tokens = read_log(path)
-        curve, = axes.plot(*zip(*training), alpha=0.4, linewidth=1)
-        if validation:
-            axes.plot(*zip(*validation), color=curve.get_color(), marker='o', markersize=3,
-                      label=os.path.dirname(path) or path)
-        rows.append({'log': path, 'steps': steps, 'tokens': tokens,
-                     'train_loss': training[-1][1], 'best_val_loss': min((y for _, y in validation), default=None)})
-    axes.set(xlabel='tokens', ylabel='nats a token')
-    axes.legend(title='validation; thin: training')
     path = png or 'losses.png'
-    atomic_write(path, lambda f: figure.savefig(f, dpi=150, format='png'))
     report([('log', 'log'), ('steps', 'steps', ',d'), ('training', 'train_loss', '.4f'),
-            ('best validation', 'best_val_loss', '.4f')], rows, file=path)
+            ('best validation', 'best_val_loss', '.4f')], draw_curves(paths, path), file=path)
 
 # -----------------------------------------------------------------------------
 # --mode=ladder: runs the commands that build each rung, then measures all rungs in one run, each beside its controls
