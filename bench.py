@@ -33,7 +33,10 @@ a GPU 0.1); if one does not, the numbers are printed all the same, but the statu
 
 train and memory measure the training that train.py's knobs and configs describe (python train.py --help), on random
 tokens; our own knobs are flags there. Without prepared data, give --vocab_size=.
-train: steps as train.py takes them. dynamic: compiled for any length, as a first step on shorter rows shows. % GEMM:
+quality: bytes of the file; KL: the mean, and the largest at one place, of KL(float || format) in nats; % flips: places
+where another token is the most probable one. llama.cpp's formats are read back as floats.
+train: steps as train.py takes them. dynamic: compiled for any length, as a first step on shorter rows shows (in bfloat16
+on a CPU for each length anew: data/attention.py). % GEMM:
 FLOPs that the step needs, over those of the fastest matrix product of the same run in the same dtype; on a GPU MFU,
 over those of its data sheet. On a CPU nanoGPT trains in float32: give --dtype=float32 for like and like.
 memory: peak is the estimate for an eager step, see data/estimate.py. Measured is what a fresh process takes beyond what
@@ -66,7 +69,7 @@ from data.files import in_repo, json_line
 from data.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary, with_labels,
                          write_record)
 from data.loader import data_are_gone, data_of
-from data.machine import PEAK_FLOPS, can_compile, describe_machine, peak_flops, pick_device, pick_dtype
+from data.machine import PEAK_FLOPS, can_compile, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
 from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs
 from data.tasks import measure
 from data.timing import resident, speed, start
@@ -78,8 +81,7 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # f32, int8, int4; int8-, int4-packed: as in sample.py; others: see FORMATS, and
-                            # in quality llama.cpp's: q8_0, q4_0, q4_1, q4_k_m
+formats = 'f32,int8,int8-packed'    # see FORMATS in data/decoding.py; in quality also llama.cpp's q8_0, q4_0, q4_1, q4_k_m
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -204,7 +206,7 @@ def check_shape():
     assert shape not in SHAPES or mode == 'decode', \
         f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir'
     for f in listed('formats', [*FORMATS, *GGUF_KINDS] if mode == 'quality' else FORMATS):
-        assert f != 'q4_k_m' or os.access(os.path.join(llamacpp, 'llama-quantize'), os.X_OK), \
+        assert f != 'q4_k_m' or llamacpp and os.access(os.path.join(llamacpp, 'llama-quantize'), os.X_OK), \
             f'formats ({formats}): q4_k_m needs llama.cpp\'s own tool, --llamacpp=FOLDER with a llama-quantize in it'
         assert not f.endswith('compiled') or can_compile(device), \
             f'formats ({formats}) need a C++ compiler: leave those with -compiled out'
@@ -234,7 +236,8 @@ def measure_quality():
     others = [(key.removeprefix('bpb_'), key, '.5f') for key in rows[0] if key.startswith('bpb_')]
     report([('format', 'format'), ('bytes', 'bytes', ',d'), ('cache', 'cache'), ('nats', 'val_loss', '.5f'),
             ('bits/byte', 'val_bpb', '.5f'), ('KL', 'mean_kl', '.5f'), ('largest', 'max_kl', '.3f'),
-            ('% flips', 'top1_flips', '.2f', 0.01), *others, ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
+            ('% flips', 'top1_flips', '.2f', 0.01), *others,
+            ('cache bytes a token', 'kv_bytes_per_token', ',.0f')], rows)
 
 # -----------------------------------------------------------------------------
 # --mode=tasks
@@ -356,6 +359,7 @@ def read_training():
 # --mode=train
 
 def measure_train():
+    keep_memory()
     c = shape_of_training(t, vocab_size)
     tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
     with tempfile.TemporaryDirectory() as folder:

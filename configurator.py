@@ -2,7 +2,7 @@
 #
 #     n_layer = 6            # a knob: a lowercase global that is a bool, an int, a float, a str or None
 #     learning_rate = 1e-3   # its default says which type it takes
-#     limits = {'n_layer': (1, None), 'learning_rate': (0, 1)}      # what they may be, see check below
+#     limits = {'n_layer': (1, None), 'learning_rate': (0, 1)}      # what they may be, see check in data/knobs.py
 #     exec(open(in_repo('configurator.py')).read())              # in_repo: data/files.py, wherever the user stands
 #     print(config)          # every knob with its final value; n_layer and the others are set as well
 #
@@ -15,8 +15,8 @@
 # (There batch_size is the script's or an earlier file's: flags come after all files.) A name of its own starts with _.
 #
 # How a script ends when something is wrong. Everywhere in this repo a check is an assert, or, where it guards against
-# files and downloads from outside, a ValueError, and its message names the value and the remedy. Only in data/knobs.py
-# that becomes one line on stderr, "error: message", and status 1. PICOCHAT_TRACE=1 shows the whole traceback instead.
+# files and downloads from outside, a ValueError, and its message names the value and the remedy. Only data/knobs.py
+# makes one line on stderr of it, "error: message", and status 1. PICOCHAT_TRACE=1 shows the whole traceback instead.
 # (python -O takes asserts out: it is not supported. What guards against the outside stays even then.)
 #
 # This text is a comment because exec would store a docstring as the script's own __doc__. The work is data/knobs.py's.

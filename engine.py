@@ -7,8 +7,8 @@ Everything about producing tokens: plain decoding first, then what makes it fast
     for step in engine.generate([ids], 100, Sampling(seed=1), Speculation('head', n=4)):
         for row, tokens in step: ...                                # new tokens of each row, as they come
 
-`decode` below is all of it for one text, one token at a time. What follows is its draw (the cache is in data/cache.py) and
-then, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
+`decode` below is all of it for one text, one token at a time. Then come its draw (its cache is data/cache.py) and, each
+by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
 cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine.
 The text is the same in all of them.
 """

@@ -154,7 +154,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder puts the three that read x into one product (engine.for_decoding); training keeps them apart, for Muon
+        # a decoder puts the three that read x into one product (layouts.for_decoding); training keeps them apart, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):

@@ -171,7 +171,7 @@ def elimination_order(w, moment, size=1):
 def leave_one_out(model, batches):
     """
     The loss without each layer in turn, (n_layer,) nats: the importance of layers that costs a pass for each and needs
-    no theory.
+    no theory. In bfloat16 where the device multiplies it faster.
     """
     blocks, losses = model.transformer.h, []
     for skipped in progress(blocks, len(blocks), 'layers left out in turn'):

@@ -59,5 +59,5 @@ control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt -
                               | {_prune}=1 --out_dir=out-smol-quarter --layers=11 --neuron_prune_ratio=0.5 --head_prune_ratio=0.3333 --save_dir=out-smol-eighth0
 eighth from labels            | {_train} {_labels} --init_from=out-smol-eighth0/best.pt --max_iters={_eighth} {_fast} --out_dir=out-smol-eighth
 eighth in 4 bits              | {_round} --out_dir=out-smol-eighth --bits=4 --tables_bits=4
-control: from random weights  | {_eager} {_shape} --max_iters={_random} --out_dir=out-smol-random
+control: random, 110 steps    | {_eager} {_shape} --max_iters={_random} --out_dir=out-smol-random
 '''

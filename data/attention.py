@@ -3,8 +3,8 @@ Causal attention for training on a CPU: the same function as PyTorch's, with a f
 
     y = attention(q, k, v)              # (B, n_head, T, head_dim); see model.causal_attention, which calls it
 
-PyTorch's kernel (FlashAttention-2, arXiv 2307.08691) is fast forwards, but in bfloat16 its backward pass takes five times
-as long. Its formulas are five matrix products and one pass over the weights, and a compiler makes that pass one loop.
+PyTorch's kernel (FlashAttention-2, arXiv 2307.08691) is fast forwards; in bfloat16 its way back takes five times as
+long. Its formulas are five matrix products and one pass over the weights, and a compiler makes that pass one loop.
 """
 import torch
 

@@ -87,15 +87,17 @@ def through_gguf(k, kind):
                               'f16' if kind == 'q4_k_m' else kind)
         if kind == 'q4_k_m':
             plain, written = written, f'{folder}/rounded.gguf'
-            subprocess.run([os.path.join(k.llamacpp, 'llama-quantize'), plain, written, 'Q4_K_M'], check=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            done = subprocess.run([os.path.join(k.llamacpp, 'llama-quantize'), plain, written, 'Q4_K_M'],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"llama-quantize failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
         return load_teacher(f'gguf:{written}', k.device).model, os.path.getsize(written)
 
 
 def price_list(k, formats, data, tokenizer):
     """
     What each of formats costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
-    validation split of data (None: there is none), and how far its predictions are from the float ones.
+    validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
     """
     models, rows = {}, {}
     for f in formats:
@@ -105,7 +107,9 @@ def price_list(k, formats, data, tokenizer):
         else:
             models[f] = build(k, f).model
             written = os.path.join(k.shape, f'int{bits}.safetensors')
-            size = os.path.getsize(written if bits and os.path.exists(written) else file)
+            size = None if bits else os.path.getsize(file)
+            if bits and os.path.exists(written) and os.path.getmtime(written) >= os.path.getmtime(file):
+                size = os.path.getsize(written)
         rows[f] = {'bytes': size}
     if data:
         whole = build(k, 'f32').model

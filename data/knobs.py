@@ -64,7 +64,7 @@ def flush():
 
 
 def end_in_one_line():
-    """Sees to how the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced or shown."""
+    """How the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced or shown."""
     sys.excepthook = tell
     atexit.register(flush)
     for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
@@ -79,8 +79,8 @@ def end_in_one_line():
 
 def configure(script):
     """
-    script: a script's globals, its knobs among them -> {knob: value}, and they are set there. ValueError if one cannot be
-    what it is told to be.
+    script: a script's globals, its knobs among them -> {knob: value}, also set there. ValueError if one cannot be what
+    it is told to be.
     """
     end_in_one_line()
     defaults = {key: value for key, value in script.items()
@@ -184,8 +184,8 @@ def read(text):
 
 def fit(value, key, default, where):
     """
-    The value as this knob holds it. Its type is that of the script's default, whatever a file has set since. where: what
-    says so, for the error.
+    The value as this knob holds it. Its type is that of the script's default, whatever a file has set since. where:
+    what says so, for the error.
     """
     kind, home = type(default), os.path.expanduser('~')
     if type(value) is str:
@@ -204,8 +204,8 @@ def fit(value, key, default, where):
 
 def check(key, value, default, allowed):
     """
-    ValueError unless the knob may be value. allowed: [all that the knob may be], or (least, most, further words), None for no bound. What is None by default
-    may stay None; whether it is an int or any number, its bounds say.
+    ValueError unless the knob may be value. allowed: [all that it may be], or (least, most, further words), None for no
+    bound. What is None by default may stay None; whether it is an int or any number, its bounds say.
     """
     if value is None and default is None:
         return

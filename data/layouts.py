@@ -1,7 +1,7 @@
 """
 Layouts that run fast: the same weights, arranged for the kernels of the machine that decodes with them.
 
-    from engine import for_decoding
+    from data.layouts import for_decoding
     for_decoding(model)                         # float or integers: a joint product for q, k and v, packed vocabularies
     for_decoding(model, torch.bfloat16)         # packs the other matrices, too
 """

@@ -59,8 +59,8 @@ def keep_memory():
     """
     if platform.libc_ver()[0] == 'glibc':
         libc, threshold, trim = ctypes.CDLL(None), -3, -1       # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        libc.mallopt(threshold, 2**30)
-        libc.mallopt(trim, 2**31 - 1)
+        libc.mallopt(threshold, 2**30) or libc.mallopt(threshold, 2**25)    # before glibc 2.35, 32 MiB are the most
+        libc.mallopt(trim, -1)                                              # never
 
 
 def describe_machine(device):

@@ -1,5 +1,6 @@
 """
-The optimizers: Muon for the trunk's matrices, AdamW for the rest. A library of model.py's GPT and train.py.
+The optimizers: Muon for the trunk's matrices, AdamW for the rest. A library for train.py
+and whatever trains a GPT.
 
     optimizers = make_optimizers(model, muon_lr=0.02, adam_lr=0.003)
     loss.backward()

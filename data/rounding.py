@@ -230,7 +230,7 @@ def register_integers(module, rounded):
 class IntLinear(nn.Module):
     """
     x (..., K) -> (..., N) float32, of a Rounded (N, K). PyTorch has no exact product of 4-bit integers on CPUs or GPUs:
-    a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. engine.for_decoding has
+    a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. layouts.for_decoding has
     faster ways.
     """
     def __init__(self, rounded):

@@ -158,8 +158,8 @@ def one_of_two(rank, port, stop_in, nan_at, args, answers):
     """A process of two."""
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    import model
-    model.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
+    import data.optimizers
+    data.optimizers.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
     GPT.forward = poisoned(nan_at if rank == 1 else None)
     batch = data.loader.Loader.batch
 

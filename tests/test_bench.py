@@ -22,6 +22,7 @@ from conftest import (LLAMA, TEXTS, V, Here, e0_state, make_dataset, nanogpt_sta
                       write_nanochat, write_nanogpt)
 from data.checkpoint import config_from, load_model, save_checkpoint
 from data.estimate import Living, Training, training_bytes
+from data.decoding import quality
 from data.export import export_gguf, export_hf
 from data.foreign_tokenizer import GPT2_PATTERN
 from data.machine import autocast
@@ -134,7 +135,7 @@ def test_a_trained_model(out_dir, texts):
 
 def test_quality(tmp_path):
     """
-    Through a float32 cache the loss is that of the whole forward; through an int8 one it is another, close by, at
+    The loss is that of the whole forward, through a float32 cache, too; through an int8 one it is another, close by, at
     little more than a quarter of the bytes.
     """
     dataset = make_dataset(tmp_path / 'toy').partition('=')[2]
@@ -144,6 +145,8 @@ def test_quality(tmp_path):
     save_checkpoint(f'{tmp_path}/best.pt', model, loader.meta, dataset=dataset)
     expected = evaluate(model, loader.eval_batches(), CharTokenizer(loader.meta['chars']).token_bytes)
     document = bench('--mode=quality', f'--shape={tmp_path}', '--formats=f32,int8')
+    cached = quality(model, dataset, CharTokenizer(loader.meta['chars']), torch.float32)
+    assert cached['val_loss'] == pytest.approx(expected['loss'], rel=1e-6)
     rows = {(r['format'], r['cache']): r for r in document['rows']}
     assert list(rows) == [(f, cache) for f in ('f32', 'int8') for cache in ('float32', 'int8')]
     assert all(rows['f32', 'float32'][f'val_{k}'] == pytest.approx(expected[k], rel=1e-6) for k in ('loss', 'bpb'))

@@ -1,6 +1,6 @@
 """
-data/files.py: texts, files that are written whole or not at all, and downloads from a server of our own that misbehaves
-in every way we know.
+data/files.py and data/download.py: texts, files that are written whole or not at all, and downloads from a server of our
+own that misbehaves in every way we know.
 
 $ python -m pytest tests/test_files.py        about a second, offline
 """

@@ -213,7 +213,7 @@ def test_refit_is_the_least_squares_solution(how, name, keep, columns):
 
 def test_two_processes_and_shards_equal_one(toy, tmp_path, monkeypatch):
     """A tied model with a last gain, as SmolLM2, goes on learning from the text and from itself as it was."""
-    monkeypatch.setattr('model.fast_bf16', lambda device: False)        # Muon's bfloat16 would hide mistakes
+    monkeypatch.setattr('data.optimizers.fast_bf16', lambda device: False)        # Muon's bfloat16 would hide mistakes
     tokenizer = from_meta(load_meta(toy.removeprefix('--dataset=')))
     model = make(16, **LLAMA | dict(vocab_size=tokenizer.vocab_size))
     save_checkpoint(f'{tmp_path}/smol/best.pt', model, tokenizer.meta(), step=0, dataset='gone')

@@ -1,5 +1,6 @@
 """
-model.py: shapes that must count exactly, the forward against plain formulas, heads, losses, optimizers.
+model.py: shapes that must count exactly, the forward against plain formulas, heads, losses; data/attention.py and
+data/optimizers.py.
 """
 import math
 import shutil
@@ -233,8 +234,8 @@ def test_attention_with_a_faster_way_back(heads, kv_heads, T, monkeypatch):
 @pytest.mark.parametrize('heads, kv_heads, head_dim, T', [(4, 2, 48, 200), (3, 1, 80, 64)])
 def test_attention_compiled(heads, kv_heads, head_dim, T):
     """
-    A compiled model's gradients in bfloat16 against those of the eager one, whose attention is PyTorch's: among heads that
-    are no whole number of 32s, copies that the compiler turns around have come out with NaN.
+    A compiled model's gradients in bfloat16 against those of the eager one, whose attention is PyTorch's: among heads
+    that are no whole number of 32s, copies that the compiler turns around have come out with NaN.
     """
     torch.manual_seed(3)
     model = GPT(GPTConfig(T, 97, 1, heads, kv_heads, 192, head_dim=head_dim, n_hidden=64))

@@ -44,8 +44,10 @@ tokenizer = load_tokenizer(tokenizer) if tokenizer else None
 
 
 def stretch(text, i):
-    """The part of file number i's text: its first line is at a share of the others that multiples of the golden ratio
-    spread evenly."""
+    """
+    A part of the text of file number i. Where it begins differs from file to file: multiples of the golden ratio spread
+    the places evenly.
+    """
     lines = text.splitlines(keepends=True)
     start = round(0.618034 * i % 1 * (1 - part) * len(lines))
     return ''.join(lines[start:start + round(part * len(lines))])
@@ -54,7 +56,8 @@ def stretch(text, i):
 files = stdlib_files(root)
 train = [text for module, text in files if not stdlib_held_out(module)]
 train = [text for i, text in enumerate(train) if int((i + 1) * share) > int(i * share)]
-train = list(filter(None, map(stretch, train, range(len(train)))))
+if part < 1:
+    train = list(filter(None, map(stretch, train, range(len(train)))))
 val = [text for module, text in files if stdlib_held_out(module)]
 n_train, n_val = (sum(len(text.encode()) for text in texts) for texts in (train, val))
 print(f'{len(files)} files; training text {n_train:,} bytes, validation {n_val:,}')
