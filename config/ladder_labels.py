@@ -10,8 +10,8 @@ timed = 'none'
 seeds = '1337,1338,1339'
 
 _train = ('python train.py --dataset=stdlib_smol_parts --block_size=512 --batch_size=4 --total_batch_size=4096 '
-          '--muon_steps=3 --eval_interval=0 --save_interval=0 --sample_interval=0 --max_iters=20 --muon_lr=0.01 '
-          '--adam_lr=0.002 --init_from=out-smol-quarter0/best.pt --seed={seed}')
+          '--muon_steps=3 --eval_interval=0 --save_interval=0 --sample_interval=0 --max_iters=15 --muon_lr=0.004 '
+          '--adam_lr=0.0006 --init_from=out-smol-quarter0/best.pt --seed={seed}')
 rungs = f'''
 control: the text alone       | {_train} --out_dir=out-labels-text-{{seed}}
 labels, their share 0.7       | {_train} --teacher=labels-smol --alpha=0.7 --out_dir=out-labels-7-{{seed}}

