@@ -405,7 +405,7 @@ def test_an_exchange_taken_back_leaves_no_trace():
     one.exchanges.pop()
     other.engine.forget()
     assert ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it')
-    assert one.engine.stats['reused'] > 20
+    assert one.engine.stats['reused'] > 10
     assert other.engine.stats['reused'] == 0
     assert one.exchanges == other.exchanges
     assert len(one.exchanges) == 2
