@@ -55,6 +55,5 @@ half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={
                               | {_prune}=1 --out_dir=out-smol-half --layers=16 --neuron_prune_ratio=0.3333 --kv_heads=1 --save_dir=out-smol-quarter0
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
 quarter in 4 bits             | {_round} --out_dir=out-smol-quarter --bits=4
-control: quarter on the text  | {_train} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-text
 control: random, 110 steps    | {_eager} {_shape} --max_iters={_random} --out_dir=out-smol-random
 '''
