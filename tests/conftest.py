@@ -62,18 +62,18 @@ def make_dataset(folder, text=toy_text(), val=700, level='char', vocab_size=275)
 def run(script, *args, stdin=''):
     """
     The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
-    the excepthook of configurator.py tells in a line comes back as a status and that line; a traceback is raised here.
+    the excepthook of data/knobs.py tells in a line comes back as a status and that line; a traceback is raised here.
     """
     argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
-    sys.argv, sys.stdin = [script, *map(str, args)], io.StringIO(stdin)
+    sys.argv, sys.stdin, sys.excepthook = [script, *map(str, args)], io.StringIO(stdin), sys.__excepthook__
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 names = runpy.run_path(script, run_name='__main__')
             except Exception as e:
                 status = 1
-                told = sys.excepthook is not hook and sys.excepthook(type(e), e, e.__traceback__)
+                told = sys.excepthook is not sys.__excepthook__ and sys.excepthook(type(e), e, e.__traceback__)
                 if not told:
                     raise
     except SystemExit as e:             # as the interpreter does: a text goes to stderr and makes the status 1
