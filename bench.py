@@ -70,7 +70,7 @@ from data.ladder import (by_name, columns_of, compare_records, draw, read_record
                          write_record)
 from data.loader import data_are_gone, data_of
 from data.machine import PEAK_FLOPS, can_compile, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
-from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs
+from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs, words_of
 from data.tasks import measure
 from data.timing import resident, speed, start
 from data.tokenizer import from_meta
@@ -191,7 +191,7 @@ def numbered(knob):
 
 def listed(knob, known):
     """A knob like 'a,b' -> its words, each of which must be known."""
-    words = list(dict.fromkeys(config[knob].replace(' ', '').split(',')))
+    words = words_of(config[knob])
     for word in words:
         assert word in known, f"{knob} ({config[knob]}) must be of {', '.join(known)}; {word!r} is not"
     return words

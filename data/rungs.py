@@ -27,6 +27,11 @@ from model import GPT
 # -----------------------------------------------------------------------------
 # building, and what a model is and knows
 
+def words_of(text):
+    """'a, b c' -> ['a', 'b c']: names may hold spaces."""
+    return list(dict.fromkeys(word.strip() for word in text.split(',')))
+
+
 def how_to_answer(k):
     """The knobs of questions, as data/tasks.py takes them."""
     return {'tasks': k.tasks, 'questions': k.questions, 'num_fewshot': k.num_fewshot, 'seed': k.seed,
@@ -59,7 +64,7 @@ def build_ladder(k, wanted, machine):
     for name, seed, command in wanted:
         row = build_rung(k.ladder, name, seed, command)
         if row:
-            row['int8_cache'] = name in k.int8_cache.split(',')
+            row['int8_cache'] = name in words_of(k.int8_cache)
             row['beside'] = asked(k.texts, k.text_bytes, **how_to_answer(k)) or None
             before = known.get(same(row)) if row['made'] else None
             measured_now = untimed(before) if before else measure_rung(k, row['file'], row['int8_cache'])
@@ -91,7 +96,7 @@ def timed_runs(k, rows):
         for drafter, head in HEADS.items():
             if hasattr(model, head):
                 drafters.setdefault('tok_s_speculative', drafter)
-        compiles = row['name'] in k.compiled.split(',') and can_compile(k.device)
+        compiles = row['name'] in words_of(k.compiled) and can_compile(k.device)
         for how in ('', '_compiled') if compiles else ('',):
             model = for_decoding(open_model(k, row['file'])[0], kernels=not how)
             engine = Engine(model, bool(how), torch.int8 if row['int8_cache'] else torch.float32)

@@ -174,7 +174,7 @@ rungs = '''
 wide        | python T/make.py T/wide/best.pt T/w 100
 a control   | python T/make.py T/narrow/best.pt T/c{seed} 30
 narrow      | python T/make.py T/narrow/best.pt T/n 30 && python T/make.py T/n/best.pt T/m 7 T/n/best.pt
-int4        | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=T/w4 --device=cpu
+in 4 bits   | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=T/w4 --device=cpu
 '''
 """
 
@@ -212,7 +212,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     at = climb.folder
     rows = rows_of(climb('--timed=all'))
     assert [(r['name'], r['seed']) for r in rows] == [
-        ('wide', None), ('a control', 1), ('a control', 2), ('narrow', None), ('int4', None)]
+        ('wide', None), ('a control', 1), ('a control', 2), ('narrow', None), ('in 4 bits', None)]
     assert climb.calls() == ['w', 'c1', 'c2', 'n', 'm']
     assert (at / 'out' / 'narrow.log').read_text().count('step 1') == 2         # of both its commands
     assert json.load(open(at / 'kept.json'))['rows'] == json.load(open(at / 'out' / 'ladder.json'))['rows']
@@ -228,7 +228,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
 
     # with another cache it is another loss; nothing is built twice
-    again = rows_of(climb('--int8_cache=int4'))
+    again = rows_of(climb('--int8_cache=in 4 bits'))
     model = load(f'{at}/w4/int4.safetensors')[0]
     batches = Loader(f'{at}/toy', 'val', 16, 32).eval_batches()
     loss = evaluate(model, batches, make_cache=lambda n: KVCache(model.config, n, dtype=torch.int8))['loss']
@@ -271,7 +271,7 @@ def test_compiled_rounds_are_timed(climb, monkeypatch):
     """They are the same function, so without a compiler their texts are the plain ones."""
     monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
     monkeypatch.setattr(data.rungs, 'can_compile', lambda device: True)
-    rows = rows_of(climb('--timed=narrow,int4', '--compiled=narrow,int4', '--seeds=1'))
+    rows = rows_of(climb('--timed=narrow, in 4 bits', '--compiled=narrow, in 4 bits', '--seeds=1'))
     assert rows[2]['same_texts_compiled'] == rows[3]['same_texts_compiled'] == 1
     assert 0 <= rows[2]['same_texts_speculative_compiled'] <= 1 and rows[3]['tok_s_compiled'] > 0
 
@@ -283,7 +283,7 @@ def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     time.sleep(1)                                       # a record's dates are whole seconds
     rows = rows_of(climb())
     assert climb.calls()[5:] == ['w']
-    assert [row['name'] for row, date in zip(rows, before) if row['made'] != date] == ['wide', 'int4']
+    assert [row['name'] for row, date in zip(rows, before) if row['made'] != date] == ['wide', 'in 4 bits']
 
 
 def test_a_ladder_that_is_stopped_goes_on(climb, monkeypatch):
