@@ -20,10 +20,11 @@ from data.checkpoint import load_checkpoint
 from data.export import export_gguf
 from data.layouts import PackedInt8Linear, for_decoding
 from data.loader import Loader, data_of
+from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import from_meta
-from engine import Engine, Sampling, Speculation, first_difference
+from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate
 from quantize import compare, convert, export, load, rounding_of
 

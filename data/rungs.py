@@ -19,9 +19,10 @@ from data.ladder import build_rung, read_record, untimed, write_record
 from data.layouts import for_decoding
 from data.loader import Loader
 from data.machine import can_compile
+from data.sampling import first_difference
 from data.tasks import asked, measure
 from data.timing import in_rounds, resident
-from engine import HEADS, Engine, first_difference
+from engine import HEADS, Engine
 from model import GPT
 
 # -----------------------------------------------------------------------------

@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the rep
 from data.checkpoint import load_model
 from data.files import in_repo
 from data.layouts import for_decoding
-from engine import Engine, HEADS, Sampling, Speculation, first_difference
+from data.sampling import first_difference
+from engine import Engine, HEADS, Sampling, Speculation
 from model import GPT, GPTConfig
 from quantize import convert
 

@@ -14,7 +14,8 @@ import data.rounding as R
 import quantize as Q
 from conftest import CHAR, make_dataset, run, train, with_heads
 from data.layouts import PackedLinear, for_decoding
-from engine import Engine, Sampling, Speculation, first_difference
+from data.sampling import first_difference
+from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')

