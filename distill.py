@@ -177,7 +177,7 @@ if __name__ == '__main__':
     to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
     to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
     gguf_type = 'f16'           # f16, q8_0, q4_0, q4_1 or f32: of the matrices in that file
-    dataset = ''                # a folder under data/; empty: the one the teacher was trained on
+    dataset = ''                # a folder under data/; empty: the one the teacher was trained on (a GGUF says it, for bench.py)
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
     temperature = 1.0           # of the distributions; the student must be trained at the same
@@ -214,7 +214,7 @@ if __name__ == '__main__':
                 f"a BPE, not {teacher}")
             shorten(t.model, block_size)
             return (export_hf(t.model, t.tokenizer, to_hf) if to_hf else
-                    export_gguf(t.model, t.tokenizer, to_gguf, gguf_type))
+                    export_gguf(t.model, t.tokenizer, to_gguf, gguf_type, dataset or t.dataset))
         assert ours and kind, (
             f"to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like gguf:FILE, "
             f"hf:FOLDER or nanochat:FOLDER, not {teacher}")

