@@ -39,8 +39,8 @@ from data.files import in_repo
 from data.gptq import gptq
 from data.loader import Loader, data_are_gone, data_of, load_meta
 from data.machine import keep_memory, pick_device
-from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight, rounding_of,
-                           sharing)     # noqa: prepare and round_weight for those who import them from here
+from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight,
+                           rounding_of, sharing)    # noqa: prepare and round_weight for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
 
 # -----------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def turn_values(attn, generator):
 
 
 def turn_hidden(model):
-    """The same network with hidden units that are turned before c_proj reads them. Its weights change in place."""
+    """Turns hidden units before c_proj reads them, in place: the same network. Returns model."""
     size = math.gcd(TURN, model.config.n_hidden)
     model.config = replace(model.config, hadamard=size)
     for block in model.transformer.h:
