@@ -505,7 +505,9 @@ def measure_ladder():
     rows = measure_again(k, recorded['rows']) if check else build_ladder(k, wanted, machine)
     names = by_name(rows)
     if timed != 'none':                         # of a rung with several seeds the first one is timed
-        time_rungs(k, [names[name][0] for name in (names if timed == 'all' else listed('timed', there))])
+        first = [names[name][0] for name in (names if timed == 'all' else listed('timed', there))]
+        # a GGUF is llama.cpp's to decode: --mode=decode --peers=True has it beside us
+        time_rungs(k, [row for row in first if not row['file'].endswith('.gguf')])
     lines = summary(rows)
     if check:
         print('\n'.join(compare_records(recorded['rows'], rows) or ['nothing changed beyond noise']))

@@ -177,7 +177,7 @@ if __name__ == '__main__':
     to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
     to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
     gguf_type = 'f16'           # f16, q8_0, q4_0, q4_1 or f32: of the matrices in that file
-    dataset = ''                # a folder under data/; empty: the one the teacher was trained on (a GGUF says it, for bench.py)
+    dataset = ''                # a folder under data/; empty: the one the teacher was trained on ; to_gguf writes its name into the file
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
     temperature = 1.0           # of the distributions; the student must be trained at the same
@@ -313,5 +313,6 @@ if __name__ == '__main__':
             print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")
             document = {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
         if not fetch:
-            record(product, document, reads)
+            # what is converted has cost what the model did
+            record(product, document, reads, starts_from=reads[0] if jobs and reads else None)
     print(json_line(document))

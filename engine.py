@@ -7,10 +7,10 @@ Everything about producing tokens: plain decoding first, then what makes it fast
     for step in engine.generate([ids], 100, Sampling(seed=1), Speculation('head', n=4)):
         for row, tokens in step: ...                                # new tokens of each row, as they come
 
-`decode` below is all of it for one text, one token at a time; its cache is data/cache.py, its draw data/sampling.py. Then
-come, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
-cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine.
-The text is the same in all of them.
+`decode` below is all of it for one text, one token at a time; its cache is data/cache.py, its draw data/sampling.py.
+Then come, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
+cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine. The text is
+the same in all of them.
 """
 import codecs
 import functools

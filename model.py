@@ -67,7 +67,7 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
-        assert self.mlp in MLPS, f"mlp ({self.mlp}) must be one of {', '.join(MLPS)}"
+        assert self.mlp in MLPS, f"mlp ({str(self.mlp):.40}) must be one of {', '.join(MLPS)}"
         if self.n_hidden is None:
             self.n_hidden = 4 * self.n_embd if self.mlp == 'relu2' else 8 * self.n_embd // 3
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'head_dim', 'n_hidden'):

@@ -22,7 +22,6 @@ in data/rounding.py says all that is known of 8 and 4 bits.
 Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any
 order: the result for one token cannot depend on its neighbours.
 """
-import copy
 import json
 import math
 import os
@@ -41,7 +40,7 @@ from data.gptq import gptq
 from data.loader import Loader, data_are_gone, data_of, load_meta
 from data.machine import keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight,
-                           rounding_of)     # noqa: prepare and round_weight for those who import them from here
+                           rounding_of, sharing)    # noqa: prepare and round_weight for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
 
 # -----------------------------------------------------------------------------
@@ -330,11 +329,12 @@ if __name__ == '__main__':
     if method == 'gptq':
         quantised = gptq(model, batches, bits, group, tables_bits)
     else:
-        quantised = convert(copy.deepcopy(model), bits, group, tables_bits, search=method != 'rtn')
+        quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn')
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
 
-    quantised = load(path, device)[0]                        # what is measured is the file
     n = model.params()['total']
+    model = None                                             # the balanced one, whose memory the measuring can use
+    quantised = load(path, device)[0]                        # what is measured is the file
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),

@@ -367,7 +367,7 @@ log_path = os.path.join(out_dir, 'log.csv')
 
 def open_log(step):
     """log.csv, cut back to where the checkpoint is, without a line that a power cut left half written."""
-    lines = open(log_path).read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
+    lines = open(log_path, errors='replace').read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
     whole = [line for line in lines if line.count(',') == len(COLUMNS) - 1 and line.split(',')[0].isdigit()]
     kept = [','.join(COLUMNS)] + [line for line in whole if int(line.split(',')[0]) <= step]
     atomic_write(log_path, lambda f: f.write('\n'.join(kept + ['']).encode()))

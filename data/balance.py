@@ -81,12 +81,14 @@ def turn_values(attn, generator):
 
 
 def turn_hidden(model):
-    """The same network with hidden units that are turned before c_proj reads them. Its weights change in place."""
-    config = replace(model.config, hadamard=math.gcd(TURN, model.config.n_hidden))
+    """Turns hidden units before c_proj reads them, in place: the same network. Returns model."""
+    size = math.gcd(TURN, model.config.n_hidden)
+    model.config = replace(model.config, hadamard=size)
     for block in model.transformer.h:
+        block.mlp.turned = size
         weight = block.mlp.c_proj.weight
-        weight.copy_(hadamard(weight, config.hadamard) / config.hadamard)
-    return build(model.state_dict(), config)
+        weight.copy_(hadamard(weight, size) / size)
+    return model
 
 
 def smooth(model, batches):

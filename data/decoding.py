@@ -131,6 +131,9 @@ def open_model(k, file):
     if file.endswith('.gguf'):
         model, tokenizer = load_gguf(file, k.device)
         state = {'dataset': gguf_dataset(file), 'tokenizer': tokenizer.meta()}
+        if not state['dataset']:
+            raise ValueError(f"{file} does not say which dataset to measure it on: write it again by "
+                             "distill.py --to_gguf= with --dataset=")
     else:
         model, state = load(file, k.device)
     return model, *data_of(state, file)

@@ -249,8 +249,8 @@ GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'q4_1', 'f32')     # of the matrices
 def export_gguf(model, tokenizer, path, kind='f16', dataset=None):
     """
     Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
-    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. dataset: the one it
-    was trained on, for bench.py, which measures such a file, too. Returns path.
+    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. dataset: the
+    one it was trained on, on which a ladder of bench.py measures the file. Returns path.
     AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
     """
     import gguf

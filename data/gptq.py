@@ -3,13 +3,12 @@ Rounding after training, with the errors fed back (GPTQ, arXiv 2210.17323). A li
 
     quantised = gptq(model, batches, bits=4)        # the float model stays as it is
 """
-import copy
 import math
 
 import torch
 
 from data.loader import progress
-from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows
+from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows, sharing
 from model import norm
 
 
@@ -128,7 +127,7 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
     Tables are rounded as by convert.
     """
-    fitted = convert(copy.deepcopy(model), bits, group, tables_bits)
+    fitted = convert(sharing(model), bits, group, tables_bits)
     eps = model.config.norm_eps
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
     layers = list(zip(fitted.transformer.h, model.transformer.h))

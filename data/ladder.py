@@ -235,7 +235,8 @@ def summary(rows):
 def draw(lines, path):
     """
     Bytes against bits per byte, as a picture: a number beside each point, and the names in a legend. Controls are
-    crosses, other programs' files squares; what is far worse than the others is a triangle at the upper edge.
+    crosses, rungs with llama.cpp in their name squares; what is far worse than the others is a triangle at the upper
+    edge.
     """
     import matplotlib.figure
     figure = matplotlib.figure.Figure(figsize=(8, 4))
@@ -248,11 +249,13 @@ def draw(lines, path):
     step, placed = (top - best) / 16, []        # placed: where numbers are, so that no two are on one another
     for number, line in enumerate(points, 1):
         x, y = line['bytes'] / 1e6, min(line['val_bpb'], top)
-        marker, color = '^' if line['val_bpb'] > top else 'o', 'C0'
+        marker, color = 'o', 'C0'
         if 'control' in line['name']:
             marker, color = 'x', 'gray'
         elif 'llama.cpp' in line['name']:
             marker, color = 's', 'C1'
+        if line['val_bpb'] > top:
+            marker = '^'
         name = line['name'].replace('$', r'\$')  # what stands between two would be a formula
         axes.scatter(x, y, marker=marker, color=color, zorder=2,
                      label=f"{number}  {name}: {line['val_bpb']:.3f}, {x:.2f} MB")

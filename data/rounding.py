@@ -6,6 +6,7 @@ and says what the integers are.
     convert(model, bits)            # integer modules: nothing is dequantised, at load or later
     round_weight(w, bits).float()   # what the integers stand for
 """
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -257,6 +258,11 @@ class IntEmbedding(nn.Module):
         step = None if self.step is None else self.step[idx]
         v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
         return v.float() * self.scale[idx].unsqueeze(-1)
+
+
+def sharing(model):
+    """A copy of model's modules, whose weights are model's own and take no memory: for convert, which replaces them."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):

@@ -1,5 +1,6 @@
 """
-A smaller or a turned shape, by indices: pure functions from a state dict and its GPTConfig to new ones. A library;
+A smaller or a turned shape, by indices: pure functions from a state dict and its GPTConfig to new ones, and build, which
+makes the model of them. A library;
 prune.py chooses what to keep, data/balance.py turns models before they are rounded.
 
     state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
@@ -19,10 +20,15 @@ MERGE = ('aligned', 'plain', 'first')   # how merge_kv_heads averages
 
 
 def build(state, config):
-    """A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own."""
+    """
+    A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own. The dict
+    is emptied on the way: what nobody else holds is never in memory twice.
+    """
     with torch.device('meta'):                  # no weights are drawn
         model = GPT(config)
-    model.load_state_dict({name: w.detach().clone() for name, w in state.items()}, assign=True)
+    if config.tie_weights:
+        state['lm_head.weight'] = torch.empty_like(state['lm_head.weight'], device='meta')
+    model.load_state_dict({name: state.pop(name).detach().clone() for name in list(state)}, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     model.cos, model.sin = (table.to(model.lm_head.weight.device) for table in rope_tables(config))

@@ -25,7 +25,7 @@ def expecting(what, remedy='use another copy'):
     """Files of others may hold anything: whatever goes wrong inside means that they are not what was expected."""
     try:
         yield
-    except Exception as e:
+    except (Exception, SystemExit) as e:        # a user's own .py may even end the program
         found = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise ValueError(f"{what} ({found}): {remedy}") from e
 

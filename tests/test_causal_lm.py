@@ -74,6 +74,7 @@ def test_a_python_file_teaches(tmp_path):
 @pytest.mark.parametrize('change, match', [
     ([('def load', 'def lead')], 'no function load'), ([('import torch\n', 'import torch.no\n')], 'could not be run'),
     ([('return Model(), None', '1 / 0')], "load.'cpu'. of .* failed .ZeroDivisionError"),
+    ([('return Model(), None', 'raise SystemExit(3)')], "failed .SystemExit: 3"),
     ([('return Model(), None', 'return Model()')], r'must return .model, tokenizer or None., not a Model'),
     ([('block_size=32', 'context=32')], r'config.block_size, whole numbers, not .300, None'),
     ([('cumsum', 'softmix')], 'cannot teach .AttributeError'), ([('table[', '0 / 0 * table[')], 'cannot teach'),

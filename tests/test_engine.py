@@ -20,9 +20,9 @@ from data import cache as C
 from data.cache import KVCache, StaticCache
 from data.conversation import Chat
 from data.layouts import PackedLinear, for_decoding
-from data.sampling import first_difference, gumbel, mix
+from data.sampling import Noise, draw, first_difference, gumbel, mix
 from data.tokenizer import BPETokenizer
-from engine import Engine, Noise, Sampling, Speculation, decode, draw
+from engine import Engine, Sampling, Speculation, decode
 from model import GPT, GPTConfig
 
 MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]

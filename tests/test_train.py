@@ -94,8 +94,8 @@ def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
         stopped = train(tmp_path / 'parts', toy, *args, '--init_from=resume' if i else '--init_from=scratch')
         assert stopped['iters'] == at == load_checkpoint(f'{tmp_path}/parts/ckpt.pt')['step']
     interrupt(None, None)
-    with open(tmp_path / 'parts' / 'log.csv', 'a') as f:
-        f.write('8,512,9.9,9.9,,,0.1,1\n5,3')    # as if a step had been logged and then the power was cut
+    with open(tmp_path / 'parts' / 'log.csv', 'ab') as f:
+        f.write(b'\xff\n8,512,9.9,9.9,,,0.1,1\n5,3')    # as if a step had been logged and then the power was cut
     resumed = train(tmp_path / 'parts', toy, *args, '--init_from=resume')
     same = ('iters', 'tokens', 'params', 'val_loss', 'val_bpb', 'best_val_loss', 'best_step')
     assert {k: whole[k] for k in same} == {k: resumed[k] for k in same}
