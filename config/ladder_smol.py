@@ -49,7 +49,7 @@ rungs = f'''
                               | python data/stdlib_bpe/prepare.py --tokenizer=gguf:{_gguf} --name=stdlib_smol --share={_share}
 SmolLM2 as it came            | python distill.py --teacher=gguf:{_gguf} --to_picochat=out-smol --block_size=512 --dataset=stdlib_smol
 ... in llama.cpp's Q8_0       | python distill.py --teacher=out-smol --to_gguf=out-smol-gguf/whole-q8_0.gguf --gguf_type=q8_0
-... in llama.cpp's Q4_1       | python distill.py --teacher=out-smol --to_gguf=out-smol-gguf/whole-q4_1.gguf --gguf_type=q4_1
+... again in llama.cpp's Q4_1 | python distill.py --teacher=out-smol --to_gguf=out-smol-gguf/whole-q4_1.gguf --gguf_type=q4_1
                               | {_prune}=2 --out_dir=out-smol --vocab_keep=8192 --save_dir=out-smol-cut
 teacher: corrected            | {_eager} --init_from=out-smol-cut/best.pt --max_iters={_correct} {_slow} --out_dir=out-smol-teacher
                               | python data/stdlib_bpe/prepare.py --tokenizer=out-smol-teacher --name=stdlib_smol_parts --part={_part}
