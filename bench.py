@@ -7,6 +7,7 @@ Measures and plans, a mode for each: decoding, quality, knowledge, training spee
     python bench.py --shape=out-smollm --formats=int8-packed --peers=True   # a Llama: llama.cpp with the same weights
     python bench.py --mode=quality --shape=out-quickstart        # bytes, loss, KL of each format, and of an int8 cache
     python bench.py --mode=quality --shape=out-quickstart --texts=mine=FILE         # and bits per byte of another text
+    python bench.py --mode=quality --shape=out-mine --formats=f32,int8,out-mine-qat/int4.safetensors,q8_0  # other files
     python bench.py --mode=tasks --tasks=FILE.jsonl --shape=out-quickstart          # how many questions it answers
     python bench.py --mode=train config/train_stdlib_bpe.py      # tokens/s, ms by part; --nanogpt=FOLDER: beside it
     python bench.py --mode=memory config/train_38m.py --vocab_size=24576 --batches=1,2,4    # estimate, measured peak
@@ -81,7 +82,7 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # see FORMATS in data/decoding.py; in quality also llama.cpp's q8_0, q4_0, q4_1, q4_k_m
+formats = 'f32,int8,int8-packed'    # see FORMATS in data/decoding.py; in quality also llama.cpp's q8_0, q4_0, q4_1, q4_k_m, and files of integers
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -127,7 +128,7 @@ record = ''                 # where that goes when it is whole, to be kept: conf
 columns = ''                # of the table, by their keys in that file, joined by commas; empty: all that there are
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed; they may be other rungs' files
+int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed; they may be other rungs' files. In quality: none leaves it out
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -205,7 +206,7 @@ def check_shape():
         f"shape ({shape}) must be {', '.join(SHAPES)}, or the out_dir of a trained model"
     assert shape not in SHAPES or mode == 'decode', \
         f'shape ({shape}) has random weights, and quality is that of a trained model: give its out_dir'
-    for f in listed('formats', [*FORMATS, *GGUF_KINDS] if mode == 'quality' else FORMATS):
+    for f in wanted_formats():
         assert f != 'q4_k_m' or llamacpp and os.access(os.path.join(llamacpp, 'llama-quantize'), os.X_OK), \
             f'formats ({formats}): q4_k_m needs llama.cpp\'s own tool, --llamacpp=FOLDER with a llama-quantize in it'
         assert not f.endswith('compiled') or can_compile(device), \
@@ -213,6 +214,12 @@ def check_shape():
         assert f != 'bf16-compiled' or device != 'cpu', \
             f"formats ({formats}): bf16-compiled is for a GPU, there is no compiling oneDNN's layout"
         assert not f.startswith('int4-bf16') or device == 'cpu', f'formats ({formats}): int4-bf16 is a layout for CPUs'
+
+
+def wanted_formats():
+    """The knob formats as a list; quality takes llama.cpp's, too, and files of integers."""
+    files = [word for word in words_of(formats) if word.endswith('.safetensors') and os.path.isfile(word)]
+    return listed('formats', [*FORMATS, *GGUF_KINDS, *files] if mode == 'quality' else FORMATS)
 
 
 def measure_quality():
@@ -223,9 +230,9 @@ def measure_quality():
     if not texts or not data_are_gone(state):           # a model of somebody else's has no dataset here
         data, _ = data_of(state, file)
     rows = []
-    models, prices = price_list(k, listed('formats', [*FORMATS, *GGUF_KINDS]), data, tokenizer)
+    models, prices = price_list(k, wanted_formats(), data, tokenizer)
     for f, model in models.items():
-        for dtype in (torch.float32, torch.int8)[:1 if f in GGUF_KINDS else 2]:
+        for dtype in (torch.float32, torch.int8)[:1 if f in GGUF_KINDS or int8_cache == 'none' else 2]:
             row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
                    'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
             if dtype == torch.float32:

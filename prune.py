@@ -26,7 +26,7 @@ import torch
 
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
-from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, progress
+from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, progress, validation
 from data.record import already, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
@@ -349,8 +349,8 @@ def measure_side(when, model, file, data_dir, tokenizer, speed):
     """What there is to know of the model before or after, as part of the document."""
     measured = {'loss': None, 'bpb': None}
     if data_dir:
-        validation = Loader(data_dir, 'val', 16, model.config.block_size, device=device)
-        measured = evaluate(model, validation.eval_batches(), tokenizer.token_bytes)
+        batches = validation(data_dir, model.config.block_size, device).eval_batches()
+        measured = evaluate(model, batches, tokenizer.token_bytes)
     shape = [f'{name} {getattr(model.config, name)}'
              for name in ('n_layer', 'n_embd', 'n_head', 'n_kv_head', 'n_hidden', 'vocab_size')]
     print(f'{when}:'.ljust(7), ', '.join(shape))

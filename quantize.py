@@ -3,6 +3,8 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
 
     python quantize.py --out_dir=out-quickstart             # best.pt -> int8.safetensors, loss before and after
     python quantize.py --out_dir=out-quickstart --bits=4    # -> int4.safetensors: the tables at 8 bits, the rest at 4
+    python quantize.py --out_dir=out-mine --bits=4 --for_training=True      # and int4.pt, to train on through the rounding:
+    python train.py --init_from=out-mine/int4.pt --quant_bits=4 --teacher=out-mine --out_dir=out-mine-qat ...
 
     from quantize import prepare, convert, gptq, export, load
     prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
@@ -33,14 +35,14 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
-from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors, without_memory,
-                             write_safetensors)
+from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors, save_checkpoint,
+                             without_memory, write_safetensors)
 from data.files import in_repo
 from data.gptq import gptq
-from data.loader import Loader, data_are_gone, data_of, load_meta
+from data.loader import data_are_gone, data_of, validation
 from data.machine import keep_memory, pick_device
-from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, convert, format_of, prepare, round_weight,
-                           rounding_of, sharing)    # noqa: prepare and round_weight for those who import them from here
+from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, behind, convert, format_of, grid_of, prepare,
+                           round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
 
 # -----------------------------------------------------------------------------
@@ -133,6 +135,24 @@ def read_metadata(metadata, path):
     if not known:
         raise ValueError(f"{path} does not say how its weights are rounded: use another copy, or run quantize.py again")
     return state
+
+
+def grid_in(state, wanted, path):
+    """
+    The scales and steps on which the weights of the checkpoint at path are trained, as grid_of has them; {} where they
+    follow the weights. ValueError if they are not those of its shape, or of how it is to be rounded, in the words of
+    train.py's knobs.
+    """
+    grid, known = state.get('grid', {}), {name: state.get('knobs', {}).get(name) for name in wanted}
+    if not grid:
+        return {}
+    if known != wanted:
+        raise ValueError(f"{path} is on the grid of {known}, and is to be trained with {wanted}: give the same, or start "
+                         "from a checkpoint of floats")
+    how = {'bits': wanted['quant_bits'], 'group': wanted['quant_group'], 'tables_bits': wanted['tables_bits']}
+    model = without_memory(lambda config: convert(GPT(config), **how), config_from(state['config'], path))
+    check_tensors(grid_of(model), grid, path)
+    return grid
 
 # -----------------------------------------------------------------------------
 # what it cost
@@ -272,6 +292,7 @@ if __name__ == '__main__':
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
+    for_training = False            # also int4.pt, float weights behind the integers, from which train.py --init_from= --quant_bits=4 goes on
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
     calib_batches = 0               # so many times 16 rows of at most 512 tokens; 0: 16, or 3 from 20M weights on
     device = 'auto'
@@ -300,7 +321,6 @@ if __name__ == '__main__':
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
-    block_size = model.config.block_size
     gone = without_text(state, source, dataset)
     tokenizer = from_meta(state['tokenizer'])
     if gone:
@@ -308,10 +328,7 @@ if __name__ == '__main__':
               "would measure it")
     else:
         data_dir, tokenizer = data_of(state, out_dir, dataset)
-        # long rows are measured a few at a time: so it says how far it is, and takes less memory
-        rows = 16 if block_size <= 512 else 4
-        length = load_meta(data_dir).get('row') or min(block_size, 2048)
-        validation = Loader(data_dir, 'val', rows, length, device=device)
+        batches_to_measure = validation(data_dir, model.config.block_size, device).eval_batches()
 
     balance = balance and method != 'qat'
     batches = []
@@ -329,8 +346,14 @@ if __name__ == '__main__':
     if method == 'gptq':
         quantised = gptq(model, batches, bits, group, tables_bits)
     else:
-        quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn')
+        grid = grid_in(state, wanted, source) if method == 'qat' else {}
+        quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
+    if for_training:
+        start = path.removesuffix('safetensors') + 'pt'
+        save_checkpoint(start, behind(model, quantised), state['tokenizer'], step=0, knobs=wanted,
+                        dataset=dataset or state.get('dataset'), grid=grid_of(quantised))
+        record(start, {'file': start}, [source], starts_from=source)
 
     n = model.params()['total']
     model = None                                             # the balanced one, whose memory the measuring can use
@@ -340,7 +363,7 @@ if __name__ == '__main__':
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if report and not gone:
-        result |= compare(whole, [quantised], validation.eval_batches(), tokenizer.token_bytes)[0]
+        result |= compare(whole, [quantised], batches_to_measure, tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))

@@ -13,6 +13,7 @@ SIGTERM, or closing the terminal) saves and stops. out_dir receives ckpt.pt (the
 import atexit
 import contextlib
 import csv
+import functools
 import math
 import os
 import shlex
@@ -37,7 +38,7 @@ from data.machine import (autocast, can_compile, join_processes, keep_memory, le
                           pick_dtype, shard, share)
 from data.optimizers import load_optimizer, make_optimizers, update
 from model import GPT, MLPS, compile_step, config_of, eager, evaluate
-from quantize import BITS, GROUPS, prepare
+from quantize import BITS, GROUPS, grid_in, prepare
 
 # -----------------------------------------------------------------------------
 # where things are
@@ -205,6 +206,9 @@ if train_only:
     assert hasattr(model, train_only), f"train_only={train_only} needs that head: give --{train_only}_n=4"
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(train_only))
+# weights that GPTQ has rounded before are trained on the scales and steps that it chose
+rounding = {'quant_bits': quant_bits, 'quant_group': quant_group, 'tables_bits': tables_bits}
+grid = grid_in(source, rounding, init_from) if quant_bits else {}
 model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
 for optimizer, state in zip(optimizers, resumed.get('optimizers', ())):
@@ -321,7 +325,7 @@ def validate(step, best):
     if result['loss'] < best['loss'] or train_only:     # with a frozen trunk the newest head counts as the best
         best = {**result, 'step': step}
         save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset,
-                        data=loader.meta['sha256']['train.bin'], knobs=config)
+                        data=loader.meta['sha256']['train.bin'], knobs=config, grid=grid)
     swap_averages()
     return result, best
 
@@ -330,7 +334,7 @@ def save(step):
     """Everything that a run needs to go on from here exactly."""
     save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
                     best=best, seconds=meter.seconds, val_loss_before=val_loss_before, dataset=dataset,
-                    data=loader.meta['sha256']['train.bin'], total_batch_size=total_batch_size, knobs=config,
+                    data=loader.meta['sha256']['train.bin'], total_batch_size=total_batch_size, knobs=config, grid=grid,
                     ema={name: average for name, (_, average) in averages.items()})
 
 
@@ -449,11 +453,13 @@ log = open_log(step) if main_process else None
 if wandb_log and main_process:
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf     # where the rounding begins
+round_from_now = functools.partial(prepare, model, quant_bits, quant_group, tables_bits,
+                                   {name: t.to(device) for name, t in grid.items()})
 if qat_step == 0:
-    prepare(model, quant_bits, quant_group, tables_bits)
+    round_from_now()
 own_rows = write_own_rows() if own_samples else None    # its weights are rounded by now if they are from the first step on
 if 0 < qat_step <= step:
-    prepare(model, quant_bits, quant_group, tables_bits)
+    round_from_now()
 if step >= qat_step and step < max_iters and best.get('step', 0) <= qat_step:
     best = {'loss': math.inf}                   # of weights that were not rounded yet: fewer max_iters have moved qat_step
 began, result = time.perf_counter(), {'loss': None, 'bpb': None}
@@ -463,7 +469,7 @@ meter = Meter(step, seconds)
 
 while step < max_iters:
     if step == qat_step:
-        prepare(model, quant_bits, quant_group, tables_bits)
+        round_from_now()
         best = {'loss': math.inf}               # from here on losses are those of the rounded weights
     torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step: there is no random state to save
     # the rates' factor: linear warm-up, level, linear to zero over the last decay_frac

@@ -148,7 +148,7 @@ def n_values(x, known):
 
 # what a checkpoint may say besides, and which of the knobs that it was trained with are used again
 SAYS = {'step': int, 'seconds': float, 'total_batch_size': int, 'val_loss_before': float, 'data': str, 'best': dict,
-        'knobs': dict, 'optimizers': list, 'ema': dict}
+        'knobs': dict, 'optimizers': list, 'ema': dict, 'grid': dict}
 KNOBS = {'hold_out': str, 'init_from': str, 'quant_bits': int, 'quant_group': int, 'tables_bits': int,
          'qat_start': float, 'max_iters': int}
 

@@ -20,11 +20,11 @@ from data.checkpoint import load_checkpoint
 from data.export import export_gguf
 from data.layouts import PackedInt8Linear, for_decoding
 from data.llama import gguf_dataset, load_gguf
-from data.loader import Loader, data_of
+from data.loader import data_of, validation
 from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.timing import in_rounds, resident, speed, start, timed_call
-from data.tokenizer import from_meta
+from data.tokenizer import fingerprint, from_meta
 from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate
 from quantize import compare, convert, export, load, rounding_of
@@ -100,12 +100,17 @@ def price_list(k, formats, data, tokenizer):
     """
     What each of formats costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
     validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
+    A format is one of FORMATS or GGUF_KINDS, or the path of a file of integers, whoever made it of this model.
     """
     models, rows = {}, {}
     for f in formats:
         bits, file = FORMATS.get(f, (0,))[0], os.path.join(k.shape, 'best.pt')
         if f in GGUF_KINDS:
             models[f], size = through_gguf(k, f)
+        elif f not in FORMATS:
+            (models[f], state), size = load(f, k.device), os.path.getsize(f)
+            if fingerprint(from_meta(state['tokenizer'])) != fingerprint(tokenizer):
+                raise ValueError(f"formats: {f} has another tokenizer than {file}: give files of the same model")
         else:
             models[f] = build(k, f).model
             written = os.path.join(k.shape, f'int{bits}.safetensors')
@@ -115,8 +120,7 @@ def price_list(k, formats, data, tokenizer):
         rows[f] = {'bytes': size}
     if data:
         whole = build(k, 'f32').model
-        batches = Loader(data, 'val', 16 if whole.config.block_size <= 512 else 4, whole.config.block_size,
-                         device=k.device).eval_batches()
+        batches = validation(data, whole.config.block_size, k.device).eval_batches()
         for f, measured in zip(formats, compare(whole, models.values(), batches, tokenizer.token_bytes)):
             rows[f] |= {'val_loss': measured['val_loss_quant'], 'val_bpb': measured['bpb_quant'],
                         **{key: measured[key] for key in ('mean_kl', 'max_kl', 'top1_flips')}}
@@ -159,9 +163,9 @@ def make_prompts(k, plain, n):
 def quality(model, data, tokenizer, dtype):
     """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
     c, device = model.config, model.cos.device
-    make_cache = dtype and (lambda batch: KVCache(c, batch, dtype=dtype, device=device))
-    batches = Loader(data, 'val', 16, c.block_size, device=device).eval_batches()
-    result = evaluate(model, batches, tokenizer.token_bytes, make_cache)
+    loader = validation(data, c.block_size, device)
+    make_cache = dtype and (lambda batch: KVCache(c, batch, loader.block_size, dtype, device=device))
+    result = evaluate(model, loader.eval_batches(), tokenizer.token_bytes, make_cache)
     return {'val_loss': result['loss'], 'val_bpb': result['bpb'],
             'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
 

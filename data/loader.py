@@ -165,6 +165,15 @@ class Loader:
         return copy_to(self.device, x, y)
 
 
+def validation(data_dir, block_size, device='cpu'):
+    """
+    The validation split as models of that context are measured on it: in rows of block_size tokens, 2,048 at most, of
+    which long ones go through a few at a time, so that it says how far it is and takes less memory; chats in their own.
+    """
+    length = load_meta(data_dir).get('row') or min(block_size, 2048)
+    return Loader(data_dir, 'val', 16 if length <= 512 else 4, length, device=device)
+
+
 def check_integers(path, integers, bound, sha256):
     """ValueError unless the file at path is the one of this sha256, and its integers are all below bound."""
     found = sha256_of(path)

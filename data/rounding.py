@@ -88,6 +88,28 @@ def round_to(x, step, edge):
     return (x / step).round().clamp(-edge, edge) * step
 
 
+def round_to_grid(w, scale, step, bits, group):
+    """w (rows, cols) float -> Rounded, to the nearest of what given scales (rows,) and steps (rows, groups) allow."""
+    form, each = format_of(bits), steps_of(step, group, w.size(1))
+    v = (w.float() / (scale[:, None] * each)).round().clamp(form.least, form.edge) * each
+    return Rounded(v.to(torch.int8), scale, step, bits, group)
+
+
+def weights_behind(w, rounded):
+    """
+    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v: GPTQ may have moved a
+    weight further than to its nearest integer, and training goes on from where it moved it.
+    """
+    each = steps_of(rounded.step, rounded.group, w.size(1))
+    size, q = rounded.scale[:, None] * each, rounded.v / each
+    return (w.float() / size).clamp(q - 0.499, q + 0.499) * size
+
+
+def steps_of(step, group, cols):
+    """step (rows, groups) -> that of each column (rows, cols); 1 where a format has no steps."""
+    return 1 if step is None else step.repeat_interleave(group, dim=-1)[..., :cols]
+
+
 def choose_step(x, form, search=True):
     """
     x (..., group) in units of its row's scale -> step (..., 1): of the form.tries largest steps that make sense the one
@@ -116,8 +138,7 @@ def pack(rounded):
     form, cols = format_of(rounded.bits), rounded.v.size(1)
     if form.stored == 8:
         return rounded.v
-    each = rounded.step.repeat_interleave(rounded.group, dim=1)[:, :cols]
-    q = (rounded.v // each + form.edge + 1).to(torch.uint8)
+    q = (rounded.v // steps_of(rounded.step, rounded.group, cols) + form.edge + 1).to(torch.uint8)
     return into_bytes(q, form.stored)
 
 
@@ -127,7 +148,7 @@ def unpack(packed, step, bits, group, cols):
     if form.stored == 8:
         return packed
     q = out_of_bytes(packed, form.stored, cols).to(torch.int8) - (form.edge + 1)
-    return q * step.repeat_interleave(group, dim=-1)[..., :cols]
+    return q * steps_of(step, group, cols)
 
 
 def into_bytes(q, width):
@@ -157,10 +178,13 @@ def round_rows(x):
 # -----------------------------------------------------------------------------
 # training through the rounding
 
-def fake_weight(w, bits=8, group=GROUP):
-    """w as it will be after export, with the gradient of w itself (straight-through)."""
+def fake_weight(w, bits=8, group=GROUP, grid=None):
+    """
+    w as it will be after export, with the gradient of w itself (straight-through). grid: (scale, step), if they are
+    given and not chosen anew for every w.
+    """
     with torch.no_grad():
-        rounded = round_weight(w, bits, group).float()
+        rounded = (round_to_grid(w, *grid, bits, group) if grid else round_weight(w, bits, group)).float()
     # what is added is zero; the value of w + (rounded - w) might be off in its last bit
     return rounded + (w - w.detach())
 
@@ -168,20 +192,21 @@ def fake_weight(w, bits=8, group=GROUP):
 class FakeLinear(nn.Linear):
     def forward(self, x):
         xq, xs = round_rows(x.detach().float())
-        return F.linear(xq * xs + (x - x.detach()), fake_weight(self.weight, self.bits, self.group))
+        return F.linear(xq * xs + (x - x.detach()), fake_weight(self.weight, self.bits, self.group, self.grid))
 
 
 class FakeEmbedding(nn.Embedding):
     def forward(self, idx):
-        return F.embedding(idx, fake_weight(self.weight, self.bits, self.group))
+        return F.embedding(idx, fake_weight(self.weight, self.bits, self.group, self.grid))
 
 
-def prepare(model, bits=8, group=GROUP, tables_bits=8):
+def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
     """
     Makes every Linear and Embedding of model round as it will after export, in place and for good. Only the forward
     differs, so only the class of a module changes: weights, their names and whatever holds them (optimizers, FSDP)
     stay.
-    In float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
+    grid: as grid_of gives it, of an equal shape; without one scales and steps follow the weights, by round_weight. In
+    float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
     the rounded values in bfloat16, and so rounds them once more.
     """
     fake = {nn.Linear: FakeLinear, nn.Embedding: FakeEmbedding}
@@ -190,7 +215,33 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8):
             module.__class__ = fake[type(module)]
             module.bits = tables_bits if name in TABLES else bits
             module.group = group
+            module.grid = None
+            if grid:
+                module.grid = tuple(grid.get(f'{name}.{part}') for part in ('scale', 'step'))
     return model
+
+
+def behind(model, quantised):
+    """
+    The float model, with the weights_behind the integers of quantised: prepare with the grid_of quantised then trains
+    on from just these. The model's own weights stay.
+    """
+    model = sharing(model)
+    for name, module in quantised.named_modules():
+        if isinstance(module, (IntLinear, IntEmbedding)):
+            rounded = Rounded(module.integers(), module.scale, module.step, module.bits, module.group)
+            float_module = model.get_submodule(name)
+            float_module.weight = nn.Parameter(weights_behind(float_module.weight.detach(), rounded))
+    if model.config.tie_weights:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def grid_of(model):
+    """
+    A converted model -> {'lm_head.scale': (rows,), ...}: its scales and steps, with which others can be rounded.
+    """
+    return {name: t for name, t in model.state_dict().items() if name.endswith(('.scale', '.step'))}
 
 # -----------------------------------------------------------------------------
 # running on the integers
@@ -254,6 +305,8 @@ class IntEmbedding(nn.Module):
         super().__init__()
         register_integers(self, rounded)
 
+    integers = IntLinear.integers
+
     def forward(self, idx):
         step = None if self.step is None else self.step[idx]
         v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
@@ -265,16 +318,21 @@ def sharing(model):
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def convert(model, bits=8, group=GROUP, tables_bits=8, search=True):
+def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
     """
     Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
-    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight.
+    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight; grid: see prepare.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
             its_bits = tables_bits if name in TABLES else bits
-            model.set_submodule(name, kind(round_weight(module.weight.detach(), its_bits, group, search)))
+            w = module.weight.detach()
+            if grid:
+                rounded = round_to_grid(w, grid[f'{name}.scale'], grid.get(f'{name}.step'), its_bits, group)
+            else:
+                rounded = round_weight(w, its_bits, group, search)
+            model.set_submodule(name, kind(rounded))
     if model.config.tie_weights:
         for buffer in ('weight', 'scale', 'step'):
             setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))

@@ -260,9 +260,16 @@ def test_what_formats_cost_beside_llama_cpps(llama_dir, tmp_path):
         meta = write_texts(f'{tmp_path}/toy', TEXTS, TEXTS, 'bpe', 'toy', tokenizer=from_meta(state['tokenizer']))
     os.makedirs(tmp_path / 'out')
     save_checkpoint(f'{tmp_path}/out/best.pt', model, meta, dataset=f'{tmp_path}/toy')
-    rows = bench('--mode=quality', f'--shape={tmp_path}/out', '--formats=f32,int8,q8_0,q4_1,q4_0')['rows']
-    rows = {row['format']: row for row in rows if row['cache'] == 'float32'}
-    assert list(rows) == ['f32', 'int8', 'q8_0', 'q4_1', 'q4_0'] and rows['f32']['mean_kl'] == 0
+    file = f'{tmp_path}/int4.safetensors'                               # as another program or training may have made it
+    size = export(file, convert(load_model(f'{llama_dir}/best.pt')[0], 4), meta)
+    how = '--mode=quality', f'--shape={tmp_path}/out', '--int8_cache=none'
+    rows = bench(*how, f'--formats=f32,int8,int4,{file},q8_0,q4_1,q4_0')['rows']
+    assert {row['cache'] for row in rows} == {'float32'}
+    rows = {row['format']: row for row in rows}
+    assert list(rows) == ['f32', 'int8', 'int4', file, 'q8_0', 'q4_1', 'q4_0'] and rows['f32']['mean_kl'] == 0
+    assert rows[file] == rows['int4'] | {'format': file, 'bytes': size}
+    export(file, convert(load_model(f'{llama_dir}/best.pt')[0], 4), {'kind': 'char', 'chars': 'ab'})
+    refused(run('bench.py', *how, f'--formats=f32,{file}'), 'has another tokenizer than')
     assert 0 < rows['q8_0']['mean_kl'] < rows['q4_1']['mean_kl'] < rows['q4_0']['mean_kl']
     assert rows['q8_0']['bytes'] > rows['q4_1']['bytes'] > rows['q4_0']['bytes']
     assert 0 < rows['int8']['mean_kl'] < rows['q4_0']['mean_kl']

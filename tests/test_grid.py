@@ -1,0 +1,114 @@
+"""
+Training on from integers that GPTQ chose (quantize.py --for_training=True): the float weights behind them round to just
+these, what is trained rounds as its file will, and a stopped run goes on exactly.
+"""
+import json
+
+import pytest
+import torch
+from conftest import LLAMA, SMALL, TINY, make_dataset, randomise, refused, run, train
+
+from data.balance import balance
+from data.checkpoint import load_checkpoint, save_checkpoint
+from data.loader import Loader
+from data.rounding import BITS, behind, grid_of, round_to_grid, round_weight, steps_of, weights_behind
+from data.tokenizer import from_meta
+from model import GPT, GPTConfig
+from quantize import convert, gptq, load, prepare
+
+
+def batches(n=2):
+    ids = torch.randint(50, (n, 4, 33), generator=torch.Generator().manual_seed(2))
+    return [(x[:, :-1], x[:, 1:]) for x in ids]
+
+
+@pytest.mark.parametrize('bits', BITS)
+@pytest.mark.parametrize('shape', [LLAMA, dict(draft_n=2, multi_token_n=2)])
+def test_training_starts_from_the_integers(shape, bits):
+    model = balance(randomise(GPT(GPTConfig(**SMALL | shape))), batches())
+    fitted = gptq(model, batches(), bits, tables_bits=8)
+    start, grid = behind(model, fitted), grid_of(fitted)
+    again = convert(behind(model, fitted), bits, grid=grid).state_dict()
+    assert all(torch.equal(again[name], t) for name, t in fitted.state_dict().items())
+    x = batches()[0][0]
+    before = fitted(x)
+    fake = prepare(start, bits, grid=grid)
+    # in another order of sums, an activation is now and then rounded to the next integer
+    assert (fake(x) - before).abs().mean() < 0.02
+    for name, module in fake.named_modules():
+        if hasattr(module, 'grid'):
+            whole = fitted.get_submodule(name)
+            assert torch.equal(module.grid[0], whole.scale)
+            assert module.grid[1] is whole.step or torch.equal(module.grid[1], whole.step)
+
+
+@pytest.mark.parametrize('bits', BITS)
+def test_weights_behind(bits):
+    """What a weight is already nearest to it keeps; others move into the cell of their integer, and no further."""
+    torch.manual_seed(0)
+    w = torch.randn(8, 77)
+    rounded = round_weight(w, bits)
+    size = rounded.scale[:, None] * steps_of(rounded.step, 32, 77)
+    near = (rounded.float() - w).abs() < 0.49 * size
+    assert near.float().mean() > 0.9 and torch.allclose(weights_behind(w, rounded)[near], w[near], atol=1e-6)
+    other = w + 0.3 * torch.randn_like(w)
+    moved = weights_behind(other, rounded)
+    assert torch.equal(round_to_grid(moved, rounded.scale, rounded.step, bits, 32).v, rounded.v)
+    assert ((moved - other).abs() <= (rounded.float() - other).abs() + 1e-6).all()
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    """A float model, and what quantize.py makes of it to train on: int4.safetensors and int4.pt."""
+    folder = tmp_path_factory.mktemp('grid')
+    data = str(folder / 'data')
+    make_dataset(data, val=1500)
+    tokenizer = from_meta(Loader(data, 'train', 16, 32).meta)
+    model = randomise(GPT(GPTConfig(**SMALL | {'vocab_size': tokenizer.vocab_size})))
+    save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta(), dataset=data, knobs={}, step=4)
+    got = run('quantize.py', f'--out_dir={folder}', '--bits=4', '--for_training=True', '--calib_batches=2')
+    assert got.status == 0, got.err
+    return folder, json.loads(got.out.splitlines()[-1])
+
+
+def on(start, *flags):
+    how = [f'--dataset={start}/data', f'--init_from={start}/int4.pt', '--quant_bits=4', '--batch_size=4',
+           f'--block_size={SMALL["block_size"]}', '--muon_lr=0.01', '--max_iters=4']
+    return [*how, *flags]
+
+
+def test_train_and_quantize(start, tmp_path):
+    """The loss before training is the integers'; after it, the file has the loss that training saw."""
+    folder, document = start
+    result = train(tmp_path, *on(folder, '--eval_interval=4'))
+    assert result['val_loss_before'] == pytest.approx(document['val_loss_quant'], abs=2e-3)
+    assert result['val_loss'] != result['val_loss_before']
+    after = json.loads(run('quantize.py', f'--out_dir={tmp_path}', '--bits=4').out.splitlines()[-1])
+    assert after['method'] == 'qat' and after['val_loss_quant'] == pytest.approx(result['best_val_loss'], abs=2e-3)
+    before, trained = load(f'{folder}/int4.safetensors')[0], load(f'{tmp_path}/int4.safetensors')[0]
+    grids = [grid_of(model) for model in (before, trained)]
+    assert all(torch.equal(t, grids[1][name]) for name, t in grids[0].items())
+    weights = [model.transformer.h[0].mlp.c_fc.integers() for model in (before, trained)]
+    assert 0 < (weights[0] != weights[1]).float().mean() < 0.9
+
+
+def test_resumed_is_uninterrupted(start, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    train(whole, *on(start[0], '--max_iters=6', '--decay_frac=0'))
+    train(parts, *on(start[0], '--max_iters=3', '--decay_frac=0'))
+    train(parts, *on(start[0], '--max_iters=6', '--decay_frac=0', '--init_from=resume'))
+    a, b = (load_checkpoint(f'{folder}/ckpt.pt') for folder in (whole, parts))
+    assert all(torch.equal(t, b['model'][name]) for name, t in a['model'].items())
+    assert a['grid'] and all(torch.equal(t, b['grid'][name]) for name, t in a['grid'].items())
+
+
+def test_what_does_not_fit_is_refused(start, tmp_path):
+    go = lambda name, *flags: run('train.py', *TINY, f'--out_dir={tmp_path}/{name}', *on(start[0], *flags))
+    refused(go('a', '--tables_bits=4'), "is on the grid of.*'tables_bits': 8.*give the same")
+    state = torch.load(start[0] / 'int4.pt', weights_only=True)
+    state['grid'].pop('lm_head.scale')
+    (tmp_path / 'bad').mkdir()
+    torch.save(state, tmp_path / 'bad' / 'int4.pt')
+    refused(go('b', f'--init_from={tmp_path}/bad/int4.pt'), 'lm_head.scale is missing')
+    # without rounding they are weights like any other
+    assert go('c', '--quant_bits=0').status == 0 and not load_checkpoint(tmp_path / 'c' / 'best.pt')['grid']
