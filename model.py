@@ -460,11 +460,14 @@ def compile_step(module, tokens, vocab_size, **how):
     """
     torch.compile for a module that ends in losses over so many tokens, a GPT or a Distiller. Where those come in
     chunks, inductor must not join one chunk's kernels with the next one's (it would: they read the same scalars), or
-    the logits of all chunks exist at once. Of a deep model one block is compiled, for all of them: see compile_blocks.
+    the logits of all chunks exist at once. Of a deep model one block is compiled, for all of them, and so of its teachers: see
+    compile_blocks.
     """
     model = getattr(module, 'student', module)
     if model.config.n_layer >= DEEP:
-        compile_blocks(model, **how)
+        teachers = [teacher for teacher in getattr(module, 'teachers', ()) if isinstance(teacher, GPT)]
+        for deep in (model, *teachers):
+            compile_blocks(deep, **how)
         return module
     apart = tokens > LOSS_CHUNK_BYTES // (4 * vocab_size)
     return torch.compile(module, options={'cpp.max_horizontal_fusion_size': 1} if apart else None, **how)

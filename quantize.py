@@ -344,7 +344,8 @@ if __name__ == '__main__':
     if balance:
         model = balanced(model, batches)
     if method == 'gptq':
-        quantised = gptq(model, batches, bits, group, tables_bits)
+        model = sharing(model)                               # whose weights may follow
+        quantised = gptq(model, batches, bits, group, tables_bits, follow=for_training)
     else:
         grid = grid_in(state, wanted, source) if method == 'qat' else {}
         quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)

@@ -18,14 +18,15 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
-    from its columns as they are by then, and may be negative: see signed_step.
+    from its columns as they are by then, and may be negative: see signed_step. -> Rounded, and the weights (rows, cols)
+    float32 as they were when each was rounded.
     """
     form = format_of(bits)
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
     answer = answers(hessian, damping).to(w.device)
     x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
-    v, step = torch.empty_like(x), None
+    v, before, step = torch.empty_like(x), torch.empty_like(x), None
     if form.steps > 1:
         step = torch.empty(len(w), math.ceil(len(x) / group), dtype=torch.int8, device=w.device)
     for start in range(0, len(x), group):
@@ -39,11 +40,12 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
             s = signed_step(block, counts, form)                                 # (rows,)
             step[:, start // group] = s
         for j in range(end - start):
+            before[start + j] = block[j]
             v[start + j] = (block[j] / s).round().clamp(form.least, form.edge) * s
             errors[j] = (block[j] - v[start + j]) / here[j, j]
             block[j + 1:].addr_(here[j, j + 1:], errors[j], alpha=-1)
         x[end:].addmm_(answer[start:end, end:].T, errors, alpha=-1)
-    return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group)
+    return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group), before.T * scale[:, None]
 
 
 def most_steps(form):
@@ -108,25 +110,31 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, bits, group):
+def fit(target, source, names, inputs, bits, group, follow):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
+    follow: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
-    rounded = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group)
+    rounded, before = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
-    for name, v, scale, step in zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps):
+    parts = zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps, before.split(sizes))
+    for name, v, scale, step, w in parts:
         target.set_submodule(name, IntLinear(Rounded(v, scale, step, bits, group)))
+        if follow:
+            source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
 
 
 @torch.no_grad()
-def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
+def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, follow=False):
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    Tables are rounded as by convert.
+    Tables are rounded as by convert. follow: the float matrices become what they were when each of their weights was
+    rounded to its nearest integer, see rounding.behind; else they stay.
     """
+    how = bits, group, follow
     fitted = convert(sharing(model), bits, group, tables_bits)
     eps = model.config.norm_eps
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
@@ -134,21 +142,21 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8):
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         # In the order in which the block computes: each matrix is fitted to what those before it, rounded, give it.
         inputs = [norm(x, eps) for x in states]
-        fit(block.attn, source.attn, ('c_q', 'c_k', 'c_v'), inputs, bits, group)
+        fit(block.attn, source.attn, ('c_q', 'c_k', 'c_v'), inputs, *how)
         inputs = read_by(block.attn.c_proj, lambda: [
             block.attn(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in inputs])
-        fit(block.attn, source.attn, ('c_proj',), inputs, bits, group)
+        fit(block.attn, source.attn, ('c_proj',), inputs, *how)
         states = [x + block.attn.c_proj(y) for x, y in zip(states, inputs)]
         inputs = [norm(x, eps) for x in states]
-        fit(block.mlp, source.mlp, source.mlp.readers, inputs, bits, group)
+        fit(block.mlp, source.mlp, source.mlp.readers, inputs, *how)
         inputs = read_by(block.mlp.c_proj, lambda: [block.mlp(x) for x in inputs])
-        fit(block.mlp, source.mlp, ('c_proj',), inputs, bits, group)
+        fit(block.mlp, source.mlp, ('c_proj',), inputs, *how)
         states = [x + block.mlp.c_proj(y) for x, y in zip(states, inputs)]
-    fit_heads(fitted, model, batches, bits, group)
+    fit_heads(fitted, model, batches, how)
     return fitted
 
 
-def fit_heads(fitted, model, batches, bits, group):
+def fit_heads(fitted, model, batches, how):
     """gptq's last part: the extra heads, which are MLPs that read the finished trunk's states."""
     heads = [name.removesuffix('.c_fc') for name, _ in model.named_modules()
              if name.endswith('.c_fc') and 'transformer' not in name]
@@ -156,4 +164,4 @@ def fit_heads(fitted, model, batches, bits, group):
         for part in ('c_fc', 'c_proj'):
             name = f'{head}.{part}'
             inputs = read_by(fitted.get_submodule(name), lambda: [fitted(x, y) for x, y in batches])
-            fit(fitted, model, (name,), inputs, bits, group)
+            fit(fitted, model, (name,), inputs, *how)

@@ -97,8 +97,8 @@ def round_to_grid(w, scale, step, bits, group):
 
 def weights_behind(w, rounded):
     """
-    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v: GPTQ may have moved a
-    weight further than to its nearest integer, and training goes on from where it moved it.
+    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v: inside the cell of their
+    integer, where w lies beyond the largest one.
     """
     each = steps_of(rounded.step, rounded.group, w.size(1))
     size, q = rounded.scale[:, None] * each, rounded.v / each
@@ -223,8 +223,8 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
 
 def behind(model, quantised):
     """
-    The float model, with the weights_behind the integers of quantised: prepare with the grid_of quantised then trains
-    on from just these. The model's own weights stay.
+    A float model that GPTQ had follow (see there), and what it was rounded to -> the float model whose weights round to
+    just these integers: prepare with the grid_of quantised then trains on from them. The model itself stays.
     """
     model = sharing(model)
     for name, module in quantised.named_modules():

@@ -243,8 +243,10 @@ def test_gptq_weight(bits, group, cols):
     x[:, 3] = 0                                                                     # an input that never says anything
     torch.manual_seed(0)
     w = torch.randn(24, cols)
-    rounded = G.gptq_weight(w, x.T @ x, bits, group)
+    rounded, before = G.gptq_weight(w, x.T @ x, bits, group)
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
+    again = R.round_to_grid(before, rounded.scale, rounded.step, bits, group)
+    assert torch.equal(again.v, rounded.v)
     assert torch.equal(Q.IntLinear(rounded).integers(), rounded.v)                  # it is a rounding like any other
     error = lambda rounded: (x @ (rounded.float() - w).T).square().sum()
     assert error(rounded) < 0.5 * error(Q.round_weight(w, bits, group))
@@ -269,7 +271,7 @@ def test_gptq_of_a_model(bits):
     # at 8 bits the activations' rounding is most of it
     assert kl(fitted) < (0.95 if bits == 8 else 0.8) * kl(rounded)
     xq, xs = R.round_rows(F.rms_norm(torch.cat([rounded.embed(x) for x, _ in batches]).flatten(0, 1), (32,)))
-    v = G.gptq_weight(model.transformer.h[0].attn.c_q.weight.detach(), (xq * xs).T @ (xq * xs), bits).v
+    v = G.gptq_weight(model.transformer.h[0].attn.c_q.weight.detach(), (xq * xs).T @ (xq * xs), bits)[0].v
     assert (v != fitted.transformer.h[0].attn.c_q.integers()).float().mean() < 0.01
     for name in ('transformer.h.0.attn.c_q', 'multi_token.1.c_proj', 'draft.c_fc'):
         assert not torch.equal(fitted.get_submodule(name).integers(), rounded.get_submodule(name).integers())
