@@ -218,7 +218,7 @@ def check_shape():
 
 def wanted_formats():
     """The knob formats as a list; quality takes llama.cpp's, too, and files of integers."""
-    files = [word for word in words_of(formats) if word.endswith('.safetensors') and os.path.isfile(word)]
+    files = [word for word in words_of(formats) if word.endswith('.safetensors')]
     return listed('formats', [*FORMATS, *GGUF_KINDS, *files] if mode == 'quality' else FORMATS)
 
 

@@ -460,8 +460,8 @@ def compile_step(module, tokens, vocab_size, **how):
     """
     torch.compile for a module that ends in losses over so many tokens, a GPT or a Distiller. Where those come in
     chunks, inductor must not join one chunk's kernels with the next one's (it would: they read the same scalars), or
-    the logits of all chunks exist at once. Of a deep model one block is compiled, for all of them, and so of its teachers: see
-    compile_blocks.
+    the logits of all chunks exist at once. Of a deep model, and of its teachers, one block is
+    compiled for all of them: see compile_blocks.
     """
     model = getattr(module, 'student', module)
     if model.config.n_layer >= DEEP:

@@ -3,8 +3,8 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
 
     python quantize.py --out_dir=out-quickstart             # best.pt -> int8.safetensors, loss before and after
     python quantize.py --out_dir=out-quickstart --bits=4    # -> int4.safetensors: the tables at 8 bits, the rest at 4
-    python quantize.py --out_dir=out-mine --bits=4 --for_training=True      # and int4.pt, to train on through the rounding:
-    python train.py --init_from=out-mine/int4.pt --quant_bits=4 --teacher=out-mine --out_dir=out-mine-qat ...
+    python quantize.py --out_dir=out-mine --bits=4 --for_training=True      # and int4.pt, to train on from just these:
+    python train.py --init_from=out-mine/int4.pt --quant_bits=4 --teacher=out-mine --alpha=1 --out_dir=out-mine-qat ...
 
     from quantize import prepare, convert, gptq, export, load
     prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
@@ -41,9 +41,11 @@ from data.files import in_repo
 from data.gptq import gptq
 from data.loader import data_are_gone, data_of, validation
 from data.machine import keep_memory, pick_device
-from data.rounding import (BITS, GROUP, GROUPS, IntEmbedding, IntLinear, behind, convert, format_of, grid_of, prepare,
+from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
+
+NEW_HEADS = ('multi_token', 'draft')        # what a training may add to a model
 
 # -----------------------------------------------------------------------------
 # the file: an integer checkpoint, its shape, rounding and tokenizer in the metadata
@@ -54,7 +56,7 @@ FORMAT = 'picochat-int'
 def stored_modules(model):
     """{name: integer module} of a converted model, each that the file holds: a tied head is the embedding's."""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, (IntLinear, IntEmbedding)) and not (model.config.tie_weights and name == 'lm_head')}
+            if isinstance(module, Integers) and not (model.config.tie_weights and name == 'lm_head')}
 
 
 def file_state(model):
@@ -140,24 +142,28 @@ def read_metadata(metadata, path):
 def grid_in(state, wanted, path):
     """
     The scales and steps on which the weights of the checkpoint at path are trained, as grid_of has them; {} where they
-    follow the weights. ValueError if they are not those of its shape, or of how it is to be rounded, in the words of
-    train.py's knobs.
+    are chosen anew for the weights of every step. wanted: how it is to be rounded, in the words of train.py's knobs.
+    ValueError if that is another way, or the scales and steps are not those of the checkpoint's shape.
     """
     grid, known = state.get('grid', {}), {name: state.get('knobs', {}).get(name) for name in wanted}
     if not grid:
         return {}
+    if not has_groups(wanted['quant_bits'], wanted['tables_bits']):
+        known['quant_group'] = wanted['quant_group']
     if known != wanted:
-        raise ValueError(f"{path} is on the grid of {known}, and is to be trained with {wanted}: give the same, or start "
-                         "from a checkpoint of floats")
+        raise ValueError(f"{path} has scales and steps of {known}, and is to be rounded with {wanted}: "
+                         "give the same, or take the float checkpoint that it was made from")
     how = {'bits': wanted['quant_bits'], 'group': wanted['quant_group'], 'tables_bits': wanted['tables_bits']}
     model = without_memory(lambda config: convert(GPT(config), **how), config_from(state['config'], path))
-    check_tensors(grid_of(model), grid, path)
+    # heads that were added since are on no grid
+    expected = {name: t for name, t in grid_of(model).items() if name in grid or not name.startswith(NEW_HEADS)}
+    check_tensors(expected, grid, path)
     return grid
 
 # -----------------------------------------------------------------------------
 # what it cost
 
-# Difference's, in a document
+# the result of a Difference, in a document
 MEASURED = ('val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'max_kl', 'top1_flips')
 
 
@@ -309,11 +315,16 @@ if __name__ == '__main__':
     keep_memory()
     source = os.path.join(out_dir, weights)
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
-    # this file alone is held, not the folder: a training there may go on, of whose best.pt a whole one is read
-    hold(os.path.dirname(path), os.path.basename(path))
-    done = already(path, [source])
-    if done is not None:
-        print(json_line(done))
+    start = path.removesuffix('safetensors') + 'pt'
+    products = [path, start] if for_training else [path]
+    assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
+        f'for_training would replace {start}, of which it is made: give another --save_dir')
+    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
+    for product in products:
+        hold(os.path.dirname(product), os.path.basename(product))
+    done = [already(product, [source]) for product in products]
+    if None not in done:
+        print(json_line(done[0]))
         sys.exit()
 
     model, state = load_model(source, device)
@@ -339,21 +350,23 @@ if __name__ == '__main__':
         elif calibrate or gone:
             batches = calibration.from_itself(model, tokenizer, n)
         else:
-            batches = calibration.from_dataset(data_dir, model, n)
+            # what the model was trained to leave out, it must not see here, either
+            fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
+            batches = calibration.from_dataset(data_dir, model, n, fold)
     whole = model
     if balance:
         model = balanced(model, batches)
     if method == 'gptq':
-        model = sharing(model)                               # whose weights may follow
-        quantised = gptq(model, batches, bits, group, tables_bits, follow=for_training)
+        model = sharing(model)                               # whose weights gptq may replace
+        quantised = gptq(model, batches, bits, group, tables_bits, for_training)
     else:
         grid = grid_in(state, wanted, source) if method == 'qat' else {}
         quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
     if for_training:
-        start = path.removesuffix('safetensors') + 'pt'
-        save_checkpoint(start, behind(model, quantised), state['tokenizer'], step=0, knobs=wanted,
-                        dataset=dataset or state.get('dataset'), grid=grid_of(quantised))
+        knobs = wanted | {'hold_out': state.get('knobs', {}).get('hold_out', '')}
+        save_checkpoint(start, behind(model, quantised), state['tokenizer'], step=0, knobs=knobs,
+                        dataset=dataset or state.get('dataset'), data=state.get('data'), grid=grid_of(quantised))
         record(start, {'file': start}, [source], starts_from=source)
 
     n = model.params()['total']

@@ -206,9 +206,9 @@ if train_only:
     assert hasattr(model, train_only), f"train_only={train_only} needs that head: give --{train_only}_n=4"
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(train_only))
-# weights that GPTQ has rounded before are trained on the scales and steps that it chose
+# weights that quantize.py has rounded before are trained on the scales and steps that it chose
 rounding = {'quant_bits': quant_bits, 'quant_group': quant_group, 'tables_bits': tables_bits}
-grid = grid_in(source, rounding, init_from) if quant_bits else {}
+grid = grid_in(source, rounding, ckpt_path if resumed else init_from) if quant_bits else {}
 model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
 for optimizer, state in zip(optimizers, resumed.get('optimizers', ())):

@@ -10,7 +10,7 @@ timed = 'none'
 seeds = '1337,1338,1339'
 
 _train = ('python train.py --dataset=stdlib_smol_parts --block_size=512 --batch_size=4 --total_batch_size=4096 '
-          '--muon_steps=3 --eval_interval=0 --save_interval=0 --sample_interval=0 --max_iters=30 --muon_lr=0.004 '
+          '--muon_steps=3 --eval_interval=0 --save_interval=0 --sample_interval=0 --max_iters=20 --muon_lr=0.004 '
           '--adam_lr=0.0006 --init_from=out-smol-quarter0/best.pt --seed={seed}')
 rungs = f'''
 control: the text alone         | {_train} --out_dir=out-labels-text-{{seed}}

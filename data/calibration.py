@@ -19,10 +19,10 @@ def length_of(model):
     return min(model.config.block_size, LONGEST)
 
 
-def from_dataset(folder, model, n):
-    """n batches of a dataset's training split; of chats, whose rows are packed, whole rows."""
+def from_dataset(folder, model, n, hold_out=''):
+    """n batches of a dataset's training split, less what is held out; of chats, whose rows are packed, whole rows."""
     length = load_meta(folder).get('row') or length_of(model)
-    loader = Loader(folder, 'train', ROWS, length, device=model.cos.device)
+    loader = Loader(folder, 'train', ROWS, length, device=model.cos.device, hold_out=hold_out)
     return [loader.batch(step) for step in range(n)]
 
 

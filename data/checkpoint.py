@@ -275,8 +275,9 @@ def write_safetensors(path, tensors, metadata):
     of all of it goes into the metadata.
     """
     header, data = {}, bytearray()
-    # tensors of 4-byte numbers come first: so all of them stay aligned
-    for name, t in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+    # Tensors of 4-byte numbers come first: so all of them stay aligned. Then steps, then weights: so those that are
+    # joined for decoding lie one after the other, see layouts.end_to_end.
+    for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0].endswith('.weight'))):
         start = len(data)
         data += t.cpu().numpy().tobytes()
         header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, len(data)]}
@@ -293,13 +294,15 @@ def write_safetensors(path, tensors, metadata):
 
 def read_safetensors(path, format, device='cpu'):
     """
-    A file of write_safetensors whose metadata say this format -> {name: tensor on device}, metadata. ValueError for a
-    damaged or foreign file. (The checksum finds damage; who changes a file on purpose can write another one.)
+    A file of write_safetensors whose metadata say this format -> {name: tensor on device}, metadata. On a CPU all are
+    views of the one piece of memory that the file was read into. ValueError for a damaged or foreign file. (The
+    checksum finds damage; who changes a file on purpose can write another one.)
     """
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         head = f.read(size) if size <= HEADER else b''
-        data = memoryview(f.read())             # of which parts are taken without a copy
+        data = torch.empty(os.fstat(f.fileno()).st_size - f.tell(), dtype=torch.uint8)
+        f.readinto(data.numpy())
     try:
         header = json.loads(head, object_pairs_hook=names_once)
         metadata = header['__metadata__']
@@ -311,19 +314,18 @@ def read_safetensors(path, format, device='cpu'):
                          f"expected a safetensors header of format {format}, found {head[:20]!r}: "
                          "use another copy, or run quantize.py again")
     written = metadata.pop('sha256', None)
-    if checksum(header, data) != written:
+    if checksum(header, data.numpy()) != written:
         raise ValueError(f"{path} is damaged: its {len(data)} bytes of weights and its header "
                          "do not have the checksum written there: use another copy, or run quantize.py again")
     del header['__metadata__']
     tensors, end = {}, 0
     for name, dtype, shape, start in entries(header, path):
         n = math.prod(shape) * dtype.itemsize
-        if start != end or n > len(data) - start:
+        if start != end or n > len(data) - start or start % dtype.itemsize:
             raise ValueError(f"{path} was refused: {name} is not where the tensor before it ends, or ends beyond the "
                              "file: use another copy, or run quantize.py again")
         end = start + n
-        flat = torch.frombuffer(bytearray(data[start:end]), dtype=dtype) if n else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(shape).to(device)
+        tensors[name] = data[start:end].view(dtype).view(shape).to(device)
     if end != len(data):
         raise ValueError(f"{path} was refused: {len(data) - end:,} bytes behind its tensors belong to none: "
                          "use another copy, or run quantize.py again")

@@ -8,6 +8,7 @@ ladder, and for its peers.
     memory_row(k)                                                   # of a fresh process
 """
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,11 @@ def trained_model(k, bits):
         if os.path.getmtime(integers) >= os.path.getmtime(best):
             return load(integers, k.device)[0]
         print(f'{integers} is older than {best}, which is rounded instead', file=sys.stderr)
-    return load(best, k.device)[0]
+    model, state = load(best, k.device)
+    if bits and state.get('grid'):
+        raise ValueError(f"{best} has scales and steps of its own: run quantize.py --out_dir={shlex.quote(k.shape)} "
+                         f"--bits={bits} first, whose file is measured then")
+    return model
 
 
 def build(k, format):
@@ -120,7 +125,9 @@ def price_list(k, formats, data, tokenizer):
         rows[f] = {'bytes': size}
     if data:
         whole = build(k, 'f32').model
-        batches = validation(data, whole.config.block_size, k.device).eval_batches()
+        # a file that was trained on may have a shorter context: all read the same rows
+        length = min(model.config.block_size for model in (whole, *models.values()))
+        batches = validation(data, length, k.device).eval_batches()
         for f, measured in zip(formats, compare(whole, models.values(), batches, tokenizer.token_bytes)):
             rows[f] |= {'val_loss': measured['val_loss_quant'], 'val_bpb': measured['bpb_quant'],
                         **{key: measured[key] for key in ('mean_kl', 'max_kl', 'top1_flips')}}

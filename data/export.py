@@ -21,7 +21,7 @@ from data.files import atomic_write, hold
 from data.foreign_tokenizer import hf_tokenizer, pre_tokenizer_of
 from data.llama import GGUF_DATASET, GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
 from data.nanochat import HF_NAMES
-from data.rounding import IntEmbedding, IntLinear, unpack
+from data.rounding import IntEmbedding, Integers, unpack
 from data.weights import HF_SHAPE
 from model import hadamard
 
@@ -55,7 +55,7 @@ def dequantised(model):
     """A model of integers, as quantize.load gives it -> the float model that they stand for."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (IntLinear, IntEmbedding)):
+        if isinstance(module, Integers):
             integers = unpack(module.weight, module.step, module.bits, module.group, module.cols)
             weight = nn.Parameter(integers * module.scale[:, None], requires_grad=False)
             if isinstance(module, IntEmbedding):

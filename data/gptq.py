@@ -1,7 +1,7 @@
 """
 Rounding after training, with the errors fed back (GPTQ, arXiv 2210.17323). A library.
 
-    quantised = gptq(model, batches, bits=4)        # the float model stays as it is
+    quantised = gptq(model, batches, bits=4)        # the float model stays as it is, without keep_before
 """
 import math
 
@@ -13,20 +13,21 @@ from model import norm
 
 
 @torch.no_grad()
-def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
+def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False):
     """
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
-    from its columns as they are by then, and may be negative: see signed_step. -> Rounded, and the weights (rows, cols)
-    float32 as they were when each was rounded.
+    from its columns as they are by then, and may be negative: see signed_step. -> Rounded, and with keep_before the
+    weights (rows, cols) float32 as they were when each was rounded, else None.
     """
     form = format_of(bits)
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
     answer = answers(hessian, damping).to(w.device)
     x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
-    v, before, step = torch.empty_like(x), torch.empty_like(x), None
+    v, step = torch.empty_like(x), None
+    before = torch.empty_like(x) if keep_before else None
     if form.steps > 1:
         step = torch.empty(len(w), math.ceil(len(x) / group), dtype=torch.int8, device=w.device)
     for start in range(0, len(x), group):
@@ -40,12 +41,14 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01):
             s = signed_step(block, counts, form)                                 # (rows,)
             step[:, start // group] = s
         for j in range(end - start):
-            before[start + j] = block[j]
+            if keep_before:
+                before[start + j] = block[j]
             v[start + j] = (block[j] / s).round().clamp(form.least, form.edge) * s
             errors[j] = (block[j] - v[start + j]) / here[j, j]
             block[j + 1:].addr_(here[j, j + 1:], errors[j], alpha=-1)
         x[end:].addmm_(answer[start:end, end:].T, errors, alpha=-1)
-    return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group), before.T * scale[:, None]
+    before = before.T * scale[:, None] if keep_before else None
+    return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group), before
 
 
 def most_steps(form):
@@ -110,31 +113,30 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, bits, group, follow):
+def fit(target, source, names, inputs, bits, group, keep_before):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    follow: see gptq.
+    keep_before: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
-    rounded, before = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group)
+    rounded, before = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group, keep_before=keep_before)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
-    parts = zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps, before.split(sizes))
-    for name, v, scale, step, w in parts:
+    for name, v, scale, step in zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps):
         target.set_submodule(name, IntLinear(Rounded(v, scale, step, bits, group)))
-        if follow:
-            source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
+    for name, w in zip(names, before.split(sizes)) if keep_before else ():
+        source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
 
 
 @torch.no_grad()
-def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, follow=False):
+def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    Tables are rounded as by convert. follow: the float matrices become what they were when each of their weights was
-    rounded to its nearest integer, see rounding.behind; else they stay.
+    Tables are rounded as by convert. keep_before: the float matrices become what they were when each of their weights
+    was rounded to its nearest integer, see rounding.behind; else they stay.
     """
-    how = bits, group, follow
+    how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
     eps = model.config.norm_eps
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each

@@ -46,7 +46,21 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     blocks = list(model.transformer.h)
     if all(map(KernelBlock.fits, blocks)):
         model.transformer.h = nn.ModuleList([KernelBlocks([KernelBlock(block) for block in blocks])])
+    if not any(isinstance(module, KernelLinear) for module in model.modules()):    # these know where their weights lie
+        leave_file(model)
     return model
+
+
+def leave_file(model):
+    """
+    What is left of a file's tensors gets memory of its own. They are views of one piece of memory (checkpoint.
+    read_safetensors), which would stay as long as one of them, when most have been replaced by other layouts.
+    """
+    own = {}                                    # a tied lm_head keeps sharing the embedding's
+    for module in model.modules():
+        for name, t in module._buffers.items():
+            if t is not None and t.untyped_storage().nbytes() > 2 * t.nbytes:
+                module._buffers[name] = own.setdefault(t.data_ptr(), t.clone())
 
 
 def step_of(model):
@@ -70,13 +84,26 @@ def first_rows(linear, n):
 
 def joined(parts):
     """Linears or IntLinears that read the same input, as one whose outputs are theirs, one after the other."""
-    first = parts[0]
+    first, weight = parts[0], end_to_end([part.weight for part in parts])
     if not isinstance(first, IntLinear):
-        return float_linear(torch.cat([part.weight for part in parts]))
-    v = torch.cat([part.integers() for part in parts])
-    scale = torch.cat([part.scale for part in parts])
-    step = None if first.step is None else torch.cat([part.step for part in parts])
-    return IntLinear(Rounded(v, scale, step, first.bits, first.group))
+        return float_linear(weight)
+    scale = end_to_end([part.scale for part in parts])
+    step = None if first.step is None else end_to_end([part.step for part in parts])
+    return IntLinear.of(weight, scale, step, first.bits, first.group, first.cols)
+
+
+def end_to_end(tensors):
+    """
+    torch.cat along the rows; without a copy where each begins in memory where the one before ends, as a file of ours
+    was read: then they are one tensor already.
+    """
+    first, ends = tensors[0], [t.data_ptr() + t.nbytes for t in tensors]
+    one_file = len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+    one_file = one_file and all(t.is_contiguous() for t in tensors)
+    if one_file and [t.data_ptr() for t in tensors[1:]] == ends[:-1]:
+        rows = sum(len(t) for t in tensors)
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    return torch.cat(tensors)
 
 
 def packed_integers(linear, pack, kernels=True):

@@ -7,6 +7,7 @@ and says what the integers are.
     round_weight(w, bits).float()   # what the integers stand for
 """
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 class IntFormat:
     """What a weight of so many bits is."""
     edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127
-    least: int          # and down to here where GPTQ chooses steps, see data/gptq.py
+    least: int          # and down to here where GPTQ has chosen the steps, see data/gptq.py
     steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
     tries: int          # the search tries so many of these, downwards from the least that clips nothing
     stored: int         # bits that a weight takes in the file and in memory
@@ -91,14 +92,16 @@ def round_to(x, step, edge):
 def round_to_grid(w, scale, step, bits, group):
     """w (rows, cols) float -> Rounded, to the nearest of what given scales (rows,) and steps (rows, groups) allow."""
     form, each = format_of(bits), steps_of(step, group, w.size(1))
-    v = (w.float() / (scale[:, None] * each)).round().clamp(form.least, form.edge) * each
+    q = (w.float() / (scale[:, None] * each)).round().clamp(form.least, form.edge)
+    # the multiples of large steps end where int8 does
+    v = q * each if step is None else q.maximum(-(127 // each.abs())) * each
     return Rounded(v.to(torch.int8), scale, step, bits, group)
 
 
 def weights_behind(w, rounded):
     """
-    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v: inside the cell of their
-    integer, where w lies beyond the largest one.
+    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v. Nearly all are w's own;
+    where w lies beyond the largest integer it moves up to that one.
     """
     each = steps_of(rounded.step, rounded.group, w.size(1))
     size, q = rounded.scale[:, None] * each, rounded.v / each
@@ -215,20 +218,20 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
             module.__class__ = fake[type(module)]
             module.bits = tables_bits if name in TABLES else bits
             module.group = group
-            module.grid = None
-            if grid:
-                module.grid = tuple(grid.get(f'{name}.{part}') for part in ('scale', 'step'))
+            # a new head is on no grid yet
+            known = grid and f'{name}.scale' in grid
+            module.grid = (grid[f'{name}.scale'], grid.get(f'{name}.step')) if known else None
     return model
 
 
 def behind(model, quantised):
     """
-    A float model that GPTQ had follow (see there), and what it was rounded to -> the float model whose weights round to
-    just these integers: prepare with the grid_of quantised then trains on from them. The model itself stays.
+    A float model and what its weights were rounded to, of GPTQ with keep_before -> the float model whose weights
+    round_to_grid brings to just these integers: prepare with grid_of(quantised) trains on from them. The model stays.
     """
     model = sharing(model)
     for name, module in quantised.named_modules():
-        if isinstance(module, (IntLinear, IntEmbedding)):
+        if isinstance(module, Integers):
             rounded = Rounded(module.integers(), module.scale, module.step, module.bits, module.group)
             float_module = model.get_submodule(name)
             float_module.weight = nn.Parameter(weights_behind(float_module.weight.detach(), rounded))
@@ -268,45 +271,59 @@ def float_matmul(xq, w):
     return sum((a @ b.float().t()).to(torch.int32) for a, b in parts).float()
 
 
-def register_integers(module, rounded):
+class Integers(nn.Module):
     """
-    Gives module the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8, scale (rows,) float32 and step
-    (rows, groups) int8 or None, and says of what format they are.
+    A Rounded (rows, cols) as a module holds it: the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8,
+    scale (rows,) float32 and step (rows, groups) int8 or None, and of what format they are.
     """
-    module.bits, module.group, module.cols = rounded.bits, rounded.group, rounded.v.size(1)
-    module.register_buffer('weight', pack(rounded))
-    module.register_buffer('scale', rounded.scale)
-    module.register_buffer('step', rounded.step)
+    def __init__(self, rounded):
+        super().__init__()
+        self.set_buffers(pack(rounded), rounded.scale, rounded.step, rounded.bits, rounded.group, rounded.v.size(1))
+
+    def set_buffers(self, weight, scale, step, bits, group, cols):
+        self.bits, self.group, self.cols = bits, group, cols
+        self.register_buffer('weight', weight)
+        self.register_buffer('scale', scale)
+        self.register_buffer('step', step)
+
+    @classmethod
+    def of(cls, *stored):
+        """A module of what set_buffers takes."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.set_buffers(*stored)
+        return module
+
+    @classmethod
+    def of_shape(cls, rows, cols, bits, group):
+        """Without memory, for a file's tensors. Rounding weights that have none would import PyTorch's compiler."""
+        form = format_of(bits)
+        weight = torch.empty(rows, math.ceil(cols * form.stored / 8), device='meta',
+                             dtype=torch.int8 if form.stored == 8 else torch.uint8)
+        step = None
+        if form.steps > 1:
+            step = torch.empty(rows, math.ceil(cols / group), device='meta', dtype=torch.int8)
+        return cls.of(weight, torch.empty(rows, device='meta'), step, bits, group, cols)
+
+    def integers(self):
+        """v (rows, cols) int8."""
+        return unpack(self.weight, self.step, self.bits, self.group, self.cols)
 
 
-class IntLinear(nn.Module):
+class IntLinear(Integers):
     """
     x (..., K) -> (..., N) float32, of a Rounded (N, K). PyTorch has no exact product of 4-bit integers on CPUs or GPUs:
     a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. layouts.for_decoding has
     faster ways.
     """
-    def __init__(self, rounded):
-        super().__init__()
-        register_integers(self, rounded)
-
-    def integers(self):
-        """v (N, K) int8."""
-        return unpack(self.weight, self.step, self.bits, self.group, self.cols)
-
     def forward(self, x):
         xq, xs = round_rows(x.float())
         y = int_matmul(xq.flatten(0, -2), self.integers()).view(*x.shape[:-1], -1)
         return y * self.scale * xs
 
 
-class IntEmbedding(nn.Module):
+class IntEmbedding(Integers):
     """idx (...) -> (..., n_embd) float32, of a Rounded (vocab_size, n_embd)."""
-    def __init__(self, rounded):
-        super().__init__()
-        register_integers(self, rounded)
-
-    integers = IntLinear.integers
-
     def forward(self, idx):
         step = None if self.step is None else self.step[idx]
         v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
@@ -328,11 +345,13 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
             kind = IntLinear if isinstance(module, nn.Linear) else IntEmbedding
             its_bits = tables_bits if name in TABLES else bits
             w = module.weight.detach()
-            if grid:
-                rounded = round_to_grid(w, grid[f'{name}.scale'], grid.get(f'{name}.step'), its_bits, group)
+            if w.is_meta:
+                integers = kind.of_shape(*w.shape, its_bits, group)
+            elif grid and f'{name}.scale' in grid:
+                integers = kind(round_to_grid(w, grid[f'{name}.scale'], grid.get(f'{name}.step'), its_bits, group))
             else:
-                rounded = round_weight(w, its_bits, group, search)
-            model.set_submodule(name, kind(rounded))
+                integers = kind(round_weight(w, its_bits, group, search))
+            model.set_submodule(name, integers)
     if model.config.tie_weights:
         for buffer in ('weight', 'scale', 'step'):
             setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))

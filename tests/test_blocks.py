@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import data.kernels as K
-from conftest import CHAR, build, randomise
+from conftest import CHAR, build, randomise, start
 from data.cache import KVCache
 from data.drafters import Index, NGram
 from data.layouts import for_decoding, step_of
 from data.rounding import IntLinear, convert, round_weight
 from engine import Engine, Sampling, Speculation, rounds_pay
 from model import GPT, GPTConfig
+from quantize import export, load
 
 needs_kernels = pytest.mark.skipif(K.library() is None, reason='kernels.cpp needs a C++ compiler')
 SHAPES = {
@@ -117,6 +118,27 @@ def test_a_matrix_of_4_bits_that_the_kernels_do_not_know_is_one_of_8_bits(shape)
     fast = for_decoding(copy.deepcopy(model))
     its = fast.transformer.h[0].blocks[1].mlp.c_proj
     assert step_of(fast) == 'kernels' and its.group == 0 and torch.equal(its(x), linear(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
+def test_a_file_is_in_memory_once(shape, bits, tmp_path):
+    """What is read together lies together in the file: nothing is copied to decode from it."""
+    plain, path = two(shape, bits)[0], f'{tmp_path}/m.safetensors'
+    export(path, plain, CHAR.meta())
+    loaded = load(path)[0]
+    memory = loaded.transformer.wte.weight.untyped_storage().data_ptr()
+    fast = for_decoding(loaded)
+    for block in fast.transformer.h[0].blocks:
+        for matrix in (block.attn.c_qkv, block.attn.c_proj, block.reader, block.mlp.c_proj):
+            buffers = list(matrix.linear.buffers())
+            assert len(buffers) == (2 if bits == 8 else 3)
+            assert {t.untyped_storage().data_ptr() for t in buffers} == {memory}
+    assert Engine(fast).complete([[1, 2]], 30) == Engine(for_decoding(plain)).complete([[1, 2]], 30)
+    # nor does loading import PyTorch's compiler, which takes a second and as much memory as a small model
+    code = f"import sys; from quantize import load; load({path!r}); assert 'sympy' not in sys.modules"
+    child = start('-c', code)
+    assert child.wait() == 0, child.stderr.read()
 
 
 def test_without_a_compiler_it_is_pytorch(monkeypatch):

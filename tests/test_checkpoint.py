@@ -324,6 +324,7 @@ def entry(start, end, shape, dtype='I8'):
     ({'a': entry(0, 12, [12]), 'b': entry(0, 12, [12])}, 'b is not where'),         # they share their bytes
     ({'a': entry(0, 4, [4]), 'b': entry(8, 12, [4])}, 'b is not where'),            # between them lies what none reads
     ({'a': entry(0, 8, [8])}, '4 bytes behind its tensors'),
+    ({'a': entry(0, 1, [1]), 'b': entry(1, 9, [2], 'F32'), 'c': entry(9, 12, [3])}, 'b is not where'),  # no float begins there
     ({'a': entry(0, 16, [16])}, 'a is not where'),
     ({'a': entry(0, 12, [4])}, 'says of a is no tensor'),
     ({'a': entry(0, 12, [-12])}, 'says of a is no tensor'),

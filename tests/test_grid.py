@@ -11,7 +11,7 @@ from conftest import LLAMA, SMALL, TINY, make_dataset, randomise, refused, run, 
 from data.balance import balance
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.loader import Loader
-from data.rounding import BITS, behind, grid_of, round_to_grid, round_weight, steps_of, weights_behind
+from data.rounding import BITS, IntLinear, behind, grid_of, round_to_grid, round_weight, steps_of, weights_behind
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig
 from quantize import convert, gptq, load, prepare
@@ -26,7 +26,7 @@ def batches(n=2):
 @pytest.mark.parametrize('shape', [LLAMA, dict(draft_n=2, multi_token_n=2)])
 def test_training_starts_from_the_integers(shape, bits):
     model = balance(randomise(GPT(GPTConfig(**SMALL | shape))), batches())
-    fitted = gptq(model, batches(), bits, tables_bits=8, follow=True)
+    fitted = gptq(model, batches(), bits, tables_bits=8, keep_before=True)
     start, grid = behind(model, fitted), grid_of(fitted)
     again = convert(behind(model, fitted), bits, grid=grid).state_dict()
     assert all(torch.equal(again[name], t) for name, t in fitted.state_dict().items())
@@ -39,12 +39,11 @@ def test_training_starts_from_the_integers(shape, bits):
     before = fitted(x)
     fake = prepare(start, bits, grid=grid)
     # in another order of sums, an activation is now and then rounded to the next integer
-    assert (fake(x) - before).abs().mean() < 0.02
-    for name, module in fake.named_modules():
-        if hasattr(module, 'grid'):
-            whole = fitted.get_submodule(name)
-            assert torch.equal(module.grid[0], whole.scale)
-            assert module.grid[1] is whole.step or torch.equal(module.grid[1], whole.step)
+    near = (fake(x) - before).abs().mean()
+    assert near < 0.02
+    if bits < 8:                                # at 8 bits the nearest integers are mostly GPTQ's
+        assert near < 0.2 * (prepare(behind(model, fitted), bits)(x) - before).abs().mean()
+    assert all(module.grid for module in fake.modules() if hasattr(module, 'grid'))
 
 
 @pytest.mark.parametrize('bits', BITS)
@@ -60,6 +59,25 @@ def test_weights_behind(bits):
     moved = weights_behind(other, rounded)
     assert torch.equal(round_to_grid(moved, rounded.scale, rounded.step, bits, 32).v, rounded.v)
     assert ((moved - other).abs() <= (rounded.float() - other).abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize('bits', BITS)
+def test_weights_that_grow_stay_at_the_edge(bits):
+    """The largest step has fewer multiples that an int8 holds; none of them may come out with the other sign."""
+    w = torch.linspace(-1, 1, 32).repeat(3, 1)
+    rounded = round_weight(w, bits)
+    grown = round_to_grid(3 * w, rounded.scale, rounded.step, bits, 32)
+    assert (grown.v * w.sign() >= 0).all() and (grown.v.abs() >= rounded.v.abs()).all()
+    assert torch.equal(IntLinear(grown).integers(), grown.v)
+
+
+def test_a_new_head_is_on_no_grid(start, tmp_path):
+    folder, _ = start
+    head = train(tmp_path, *on(folder, '--draft_n=2', '--train_only=draft'))
+    got = run('quantize.py', f'--out_dir={tmp_path}', '--bits=4')
+    assert head['iters'] == 4 and got.status == 0, got.err
+    written, before = load(f'{tmp_path}/int4.safetensors')[0].state_dict(), load(f'{folder}/int4.safetensors')[0]
+    assert all(torch.equal(written[name], t) for name, t in before.state_dict().items())
 
 
 @pytest.fixture(scope='module')
@@ -109,11 +127,13 @@ def test_resumed_is_uninterrupted(start, tmp_path):
 
 def test_what_does_not_fit_is_refused(start, tmp_path):
     go = lambda name, *flags: run('train.py', *TINY, f'--out_dir={tmp_path}/{name}', *on(start[0], *flags))
-    refused(go('a', '--tables_bits=4'), "is on the grid of.*'tables_bits': 8.*give the same")
+    refused(go('a', '--tables_bits=4'), "has scales and steps of.*'tables_bits': 8.*give the same")
     state = torch.load(start[0] / 'int4.pt', weights_only=True)
     state['grid'].pop('lm_head.scale')
     (tmp_path / 'bad').mkdir()
     torch.save(state, tmp_path / 'bad' / 'int4.pt')
     refused(go('b', f'--init_from={tmp_path}/bad/int4.pt'), 'lm_head.scale is missing')
+    got = run('quantize.py', f'--out_dir={start[0]}', '--weights=int4.pt', '--bits=4', '--for_training=True')
+    refused(got, 'for_training would replace .*int4.pt')
     # without rounding they are weights like any other
     assert go('c', '--quant_bits=0').status == 0 and not load_checkpoint(tmp_path / 'c' / 'best.pt')['grid']

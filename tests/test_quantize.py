@@ -243,7 +243,7 @@ def test_gptq_weight(bits, group, cols):
     x[:, 3] = 0                                                                     # an input that never says anything
     torch.manual_seed(0)
     w = torch.randn(24, cols)
-    rounded, before = G.gptq_weight(w, x.T @ x, bits, group)
+    rounded, before = G.gptq_weight(w, x.T @ x, bits, group, keep_before=True)
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
     again = R.round_to_grid(before, rounded.scale, rounded.step, bits, group)
     assert torch.equal(again.v, rounded.v)
