@@ -39,13 +39,16 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
     def gather(x):
-        """x with whole tensors, on the CPU and one by one: all of them together need not fit the device."""
+        """
+        x with whole tensors, on the CPU and one by one: all of them together need not fit the device. They are plain
+        ones, without what a compiler may have noted on them, which no reader of checkpoints takes.
+        """
         if isinstance(x, (list, tuple)):
             return [gather(v) for v in x]
         if isinstance(x, dict):
             return {k: gather(v) for k, v in x.items()}
         if not hasattr(x, 'full_tensor'):
-            return x
+            return x.detach() if torch.is_tensor(x) else x
         x = whole(x)
         return x.cpu() if first else None
 

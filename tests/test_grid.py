@@ -125,6 +125,15 @@ def test_resumed_is_uninterrupted(start, tmp_path):
     assert a['grid'] and all(torch.equal(t, b['grid'][name]) for name, t in a['grid'].items())
 
 
+def test_what_a_compiler_notes_on_a_tensor_is_not_saved(start, tmp_path):
+    state = load_checkpoint(f'{start[0]}/int4.pt')
+    for t in state['grid'].values():
+        t.noted = 1
+    model = GPT(GPTConfig(**state['config']))
+    save_checkpoint(f'{tmp_path}/x.pt', model, state['tokenizer'], grid=state['grid'])
+    assert load_checkpoint(f'{tmp_path}/x.pt')['grid'].keys() == state['grid'].keys()
+
+
 def test_what_does_not_fit_is_refused(start, tmp_path):
     go = lambda name, *flags: run('train.py', *TINY, f'--out_dir={tmp_path}/{name}', *on(start[0], *flags))
     refused(go('a', '--tables_bits=4'), "has scales and steps of.*'tables_bits': 8.*give the same")
