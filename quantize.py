@@ -283,6 +283,7 @@ if __name__ == '__main__':
     from data import calibration
     from data.balance import balance as balanced
     from data.files import hold, json_line
+    from data.layouts import for_measuring
     from data.record import already, record
     from data.tokenizer import from_meta
     # -------------------------------------------------------------------------
@@ -377,7 +378,7 @@ if __name__ == '__main__':
               'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if report and not gone:
-        result |= compare(whole, [quantised], batches_to_measure, tokenizer.token_bytes)[0]
+        result |= compare(whole, [for_measuring(quantised)], batches_to_measure, tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))

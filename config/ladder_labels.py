@@ -1,8 +1,8 @@
 # What distillation is worth for a pruned model: SmolLM2-135M cut to a quarter of its weights, then trained for the same
-# few steps on the text alone, on the labels of the corrected whole in part or alone, and beside that teacher itself.
+# few steps on the text alone, with seven tenths of its loss from labels of the corrected whole, and on these alone.
 #     python bench.py --mode=ladder config/ladder_smol.py       # makes the teacher, its labels and the text
 #     python bench.py --mode=ladder config/ladder_labels.py
-# 2 CPU cores: half an hour. README.md beside this file has the results.
+# 2 CPU cores: a quarter of an hour. README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-labels/ladder.json'
 record = 'config/ladder_labels.json'
@@ -16,5 +16,4 @@ rungs = f'''
 control: the text alone         | {_train} --out_dir=out-labels-text-{{seed}}
 labels, their share 0.7         | {_train} --teacher=labels-smol --alpha=0.7 --out_dir=out-labels-7-{{seed}}
 labels alone                    | {_train} --teacher=labels-smol --alpha=1 --out_dir=out-labels-10-{{seed}}
-beside the teacher, share 0.7   | {_train} --teacher=out-smol-teacher --alpha=0.7 --out_dir=out-labels-beside-{{seed}}
 '''

@@ -19,7 +19,7 @@ import torch
 from data.cache import KVCache
 from data.checkpoint import load_checkpoint
 from data.export import export_gguf
-from data.layouts import PackedInt8Linear, for_decoding
+from data.layouts import PackedInt8Linear, for_decoding, for_measuring
 from data.llama import gguf_dataset, load_gguf
 from data.loader import data_of, validation
 from data.sampling import first_difference
@@ -113,11 +113,12 @@ def price_list(k, formats, data, tokenizer):
         if f in GGUF_KINDS:
             models[f], size = through_gguf(k, f)
         elif f not in FORMATS:
-            (models[f], state), size = load(f, k.device), os.path.getsize(f)
+            model, state = load(f, k.device)
+            models[f], size = for_measuring(model), os.path.getsize(f)
             if fingerprint(from_meta(state['tokenizer'])) != fingerprint(tokenizer):
                 raise ValueError(f"formats: {f} has another tokenizer than {file}: give files of the same model")
         else:
-            models[f] = build(k, f).model
+            models[f] = build(k, f).model if '-' in f else for_measuring(build(k, f).model)
             written = os.path.join(k.shape, f'int{bits}.safetensors')
             size = None if bits else os.path.getsize(file)
             if bits and os.path.exists(written) and os.path.getmtime(written) >= os.path.getmtime(file):

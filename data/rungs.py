@@ -16,7 +16,7 @@ import torch
 from data.decoding import check_context, decode, memory_alone, open_model, quality
 from data.files import hold
 from data.ladder import build_rung, read_record, untimed, write_record
-from data.layouts import for_decoding
+from data.layouts import for_decoding, for_measuring
 from data.loader import Loader
 from data.machine import can_compile
 from data.sampling import first_difference
@@ -48,7 +48,7 @@ def measure_rung(k, file, int8):
     model, data, tokenizer = open_model(k, file)
     with torch.device('meta'):
         params = GPT(model.config).params()
-    dtype = torch.int8 if int8 else None
+    dtype, model = torch.int8 if int8 else None, for_measuring(model)
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
             **quality(model, data, tokenizer, dtype),
             **measure(model, tokenizer, dtype, k.texts, k.text_bytes, **how_to_answer(k))}

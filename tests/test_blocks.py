@@ -13,10 +13,10 @@ import data.kernels as K
 from conftest import CHAR, build, randomise, start
 from data.cache import KVCache
 from data.drafters import Index, NGram
-from data.layouts import for_decoding, step_of
+from data.layouts import for_decoding, for_measuring, step_of
 from data.rounding import IntLinear, convert, round_weight
 from engine import Engine, Sampling, Speculation, rounds_pay
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, evaluate
 from quantize import export, load
 
 needs_kernels = pytest.mark.skipif(K.library() is None, reason='kernels.cpp needs a C++ compiler')
@@ -118,6 +118,15 @@ def test_a_matrix_of_4_bits_that_the_kernels_do_not_know_is_one_of_8_bits(shape)
     fast = for_decoding(copy.deepcopy(model))
     its = fast.transformer.h[0].blocks[1].mlp.c_proj
     assert step_of(fast) == 'kernels' and its.group == 0 and torch.equal(its(x), linear(x))
+
+
+@pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
+def test_measuring_gives_the_same_loss(shape, bits):
+    plain, x = two(shape, bits)[0], torch.randint(20, (3, 4, 101), generator=torch.Generator().manual_seed(0))
+    batches, sizes = [(rows[:, :-1], rows[:, 1:]) for rows in x], [1] * plain.config.vocab_size
+    assert evaluate(for_measuring(copy.deepcopy(plain)), batches, sizes) == evaluate(plain, batches, sizes)
+    floats = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16))
+    assert for_measuring(floats) is floats
 
 
 @needs_kernels
