@@ -224,7 +224,6 @@ def wanted_formats():
 
 def measure_quality():
     check_shape()
-    keep_memory()
     file = os.path.join(shape, 'best.pt')
     state, data = load(file, device)[1], None
     tokenizer = from_meta(state['tokenizer'])
@@ -503,8 +502,6 @@ def measure_table():
 
 
 def measure_ladder():
-    if timed == 'none':                         # else it would be another decoding that is timed
-        keep_memory()
     recorded, wanted = read_record(check) if check else None, [] if check else read_rungs(rungs, seeds)
     there = {row['name'] for row in recorded['rows']} if check else {name for name, *_ in wanted if name}
     for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):

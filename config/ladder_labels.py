@@ -2,7 +2,7 @@
 # few steps on the text alone, with seven tenths of its loss from labels of the corrected whole, and on these alone.
 #     python bench.py --mode=ladder config/ladder_smol.py       # makes the teacher, its labels and the text
 #     python bench.py --mode=ladder config/ladder_labels.py
-# 2 CPU cores: a quarter of an hour. README.md beside this file has the results.
+# 2 CPU cores: 20 minutes. README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-labels/ladder.json'
 record = 'config/ladder_labels.json'

@@ -22,6 +22,7 @@ from data.export import export_gguf
 from data.layouts import PackedInt8Linear, for_decoding, for_measuring
 from data.llama import gguf_dataset, load_gguf
 from data.loader import data_of, validation
+from data.machine import keep_memory
 from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.timing import in_rounds, resident, speed, start, timed_call
@@ -107,6 +108,7 @@ def price_list(k, formats, data, tokenizer):
     validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
     A format is one of FORMATS or GGUF_KINDS, or the path of a file of integers, whoever made it of this model.
     """
+    keep_memory()
     models, rows = {}, {}
     for f in formats:
         bits, file = FORMATS.get(f, (0,))[0], os.path.join(k.shape, 'best.pt')

@@ -18,7 +18,7 @@ from data.files import hold
 from data.ladder import build_rung, read_record, untimed, write_record
 from data.layouts import for_decoding, for_measuring
 from data.loader import Loader
-from data.machine import can_compile
+from data.machine import can_compile, keep_memory
 from data.sampling import first_difference
 from data.tasks import asked, measure
 from data.timing import in_rounds, resident
@@ -45,6 +45,8 @@ def measure_rung(k, file, int8):
     what it knows of other texts and of tasks.
     """
     print(f'    measuring {file}', file=sys.stderr, flush=True)
+    if k.timed == 'none':                       # else it would be another decoding that is timed
+        keep_memory()
     model, data, tokenizer = open_model(k, file)
     with torch.device('meta'):
         params = GPT(model.config).params()
