@@ -40,7 +40,7 @@ from data.checkpoint import (check_size, check_tensors, config_from, load_model,
 from data.files import in_repo
 from data.gptq import gptq
 from data.loader import data_are_gone, data_of, validation
-from data.machine import keep_memory, pick_device
+from data.machine import give_back_memory, keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
 from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
@@ -302,6 +302,7 @@ if __name__ == '__main__':
     for_training = False            # also int4.pt, float weights behind the integers, from which train.py --init_from= --quant_bits=4 goes on
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
     calib_batches = 0               # so many times 16 rows of at most 512 tokens; 0: 16, or 3 from 20M weights on
+    seed = 0                        # of the turns, and of which rows of the dataset, or what the model writes; a file's rows are spread evenly
     device = 'auto'
     limits = {
         'bits': [*BITS],
@@ -309,11 +310,11 @@ if __name__ == '__main__':
         'group': [0, *GROUPS],
         'method': ['auto', *METHODS],
         'calib_batches': (0, None),
+        'seed': (0, 2**31),
     }
     exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
     device = pick_device(device)
-    keep_memory()
     source = os.path.join(out_dir, weights)
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
     start = path.removesuffix('safetensors') + 'pt'
@@ -349,14 +350,16 @@ if __name__ == '__main__':
         if calibrate and calibrate != 'itself':
             batches = calibration.from_file(calibrate, model, tokenizer, n)
         elif calibrate or gone:
-            batches = calibration.from_itself(model, tokenizer, n)
+            batches = calibration.from_itself(model, tokenizer, n, seed)
         else:
             # what the model was trained to leave out, it must not see here, either
             fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
-            batches = calibration.from_dataset(data_dir, model, n, fold)
-    whole = model
+            batches = calibration.from_dataset(data_dir, model, n, fold, seed)
+        batches = calibration.in_parts(batches)
+    whole = model if report and not gone else None           # kept to measure against
     if balance:
-        model = balanced(model, batches)
+        model = balanced(model, batches, seed)
+        give_back_memory()
     if method == 'gptq':
         model = sharing(model)                               # whose weights gptq may replace
         quantised = gptq(model, batches, bits, group, tables_bits, for_training)
@@ -370,14 +373,16 @@ if __name__ == '__main__':
                         dataset=dataset or state.get('dataset'), data=state.get('data'), grid=grid_of(quantised))
         record(start, {'file': start}, [source], starts_from=source)
 
-    n = model.params()['total']
+    n_params = model.params()['total']
     model = None                                             # the balanced one, whose memory the measuring can use
     quantised = load(path, device)[0]                        # what is measured is the file
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
-              'balance': balance, 'group': group if has_groups(bits, tables_bits) else None, 'tables_bits': tables_bits,
-              'compression': 4 * n / size, 'params': n, 'int_share': int_share(quantised),
+              'balance': balance, 'group': group if has_groups(bits, tables_bits) else None,
+              'tables_bits': tables_bits, 'seed': seed,
+              'compression': 4 * n_params / size, 'params': n_params, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
-    if report and not gone:
+    if whole:
+        keep_memory()
         result |= compare(whole, [for_measuring(quantised)], batches_to_measure, tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)

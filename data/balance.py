@@ -38,7 +38,7 @@ def balance(model, batches, seed=0):
     """
     random = torch.Generator().manual_seed(seed)
     turn = rotation(model.config.n_embd, random).to(model.cos.device)
-    model = build(*rotate_channels(*scaled_stream(model.state_dict(), model.config), turn))
+    model = build(*scaled_stream(*rotate_channels(model.state_dict(), model.config, turn)))
     for block in model.transformer.h:
         turn_values(block.attn, random)
     if batches:
@@ -49,18 +49,19 @@ def balance(model, batches, seed=0):
 def scaled_stream(state, config):
     """
     Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds as little as it can: norms do
-    not notice the size, and what is small next to a large diagonal would be lost in the rounding. Pure.
+    not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place. A model
+    whose extra heads norm the stream once more stays as it is.
     """
-    if not config.out_proj or config.embed_norm or config.draft_n:
+    if not config.out_proj or config.embed_norm or config.draft_n or config.multi_token_n:
         return state, config
     eye = torch.eye(config.n_embd).to(state[C_OUT])
     whole = eye + state[C_OUT]
     size = whole.diagonal().mean().abs().item() or 1.0
-
-    def writes(name):
-        return name.startswith('transformer') and name.endswith(('c_proj.weight', 'wte.weight')) or 'lm_head' in name
-    state = {name: w * size if writes(name) else w for name, w in state.items()}
-    return state | {C_OUT: whole / size - eye}, replace(config, norm_eps=config.norm_eps * size ** 2)
+    for name, w in state.items():
+        if name.endswith(('c_proj.weight', 'wte.weight', 'lm_head.weight')):        # what writes the stream
+            w.mul_(size)
+    state[C_OUT] = whole / size - eye
+    return state, replace(config, norm_eps=config.norm_eps * size ** 2)
 
 
 def rotation(n, generator):

@@ -13,16 +13,22 @@ from data.loader import Loader, load_meta, progress
 from engine import Engine, Sampling
 
 ROWS, LONGEST = 16, 512         # rows of a batch, tokens of a row at most
+AT_ONCE = 2                     # rows that are read together: more would only take more memory
 
 
 def length_of(model):
     return min(model.config.block_size, LONGEST)
 
 
-def from_dataset(folder, model, n, hold_out=''):
+def in_parts(batches):
+    """The same rows in smaller batches."""
+    return [part for x, y in batches for part in zip(x.split(AT_ONCE), y.split(AT_ONCE))]
+
+
+def from_dataset(folder, model, n, hold_out='', seed=0):
     """n batches of a dataset's training split, less what is held out; of chats, whose rows are packed, whole rows."""
     length = load_meta(folder).get('row') or length_of(model)
-    loader = Loader(folder, 'train', ROWS, length, device=model.cos.device, hold_out=hold_out)
+    loader = Loader(folder, 'train', ROWS, length, seed, device=model.cos.device, hold_out=hold_out)
     return [loader.batch(step) for step in range(n)]
 
 
@@ -39,16 +45,17 @@ def from_file(path, model, tokenizer, n):
     return [(part[:, :-1], part[:, 1:]) for part in text.split(ROWS)]
 
 
-def from_itself(model, tokenizer, n):
+def from_itself(model, tokenizer, n, seed=0):
     """n batches that the model writes, each row from a beginning of its own: for whoever has no text at hand."""
     T, bos = length_of(model), tokenizer.bos
     batches = []
     for batch in progress(range(n), n, 'batches that the model writes'):
         # without a token that begins a text, any token does
-        random = torch.Generator().manual_seed(batch)
+        own = seed * n + batch
+        random = torch.Generator().manual_seed(own)
         first = [bos] * ROWS if bos is not None else torch.randint(model.config.vocab_size, (ROWS,),
                                                                    generator=random).tolist()
-        rows = Engine(model).complete([[token] for token in first], T, Sampling(seed=batch))
+        rows = Engine(model).complete([[token] for token in first], T, Sampling(seed=own))
         ids = torch.tensor([[token, *row] for token, row in zip(first, rows)], device=model.cos.device)
         batches.append((ids[:, :-1], ids[:, 1:]))
     return batches

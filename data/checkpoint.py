@@ -4,7 +4,7 @@ all, and checked when they are read. Tensors and plain types only: loading one c
 
     from data.checkpoint import load_model, save_checkpoint
     save_checkpoint('out/best.pt', model, tokenizer.meta(), step=100, dataset='stdlib_char')
-    model, state = load_model('out/best.pt')    # state: {'config', 'tokenizer', 'model', 'step', 'dataset', ...}
+    model, state = load_model('out/best.pt')    # state: {'config', 'tokenizer', 'step', 'dataset', ...}
 
 A checkpoint is the dict {'picochat': 1, 'config': the shape, 'tokenizer': its meta, 'model': the weights} and whatever
 else was given. What guards against damaged and foreign files raises a ValueError that names what was expected.
@@ -167,11 +167,12 @@ def without_memory(kind, config):
 
 
 def load_model(path, device='cpu'):
-    """path -> model on device, in eval mode, and the checkpoint's dict."""
+    """path -> model on device, in eval mode, and what else the checkpoint says, a dict."""
     state = load_checkpoint(path, device)
+    weights = state.pop('model')                # so that nothing but the model keeps them in memory
     config = GPTConfig(**state['config'])
     model = without_memory(GPT, config)         # so no weights are in memory twice
-    model.load_state_dict({name: t.float() for name, t in state['model'].items()}, assign=True)
+    model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move

@@ -8,6 +8,7 @@ import math
 import torch
 
 from data.loader import progress
+from data.machine import give_back_memory
 from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows, sharing
 from model import norm
 
@@ -84,9 +85,9 @@ def answers(hessian, damping):
     hessian (cols, cols) -> U (cols, cols) float32, upper triangular: row j says how later columns answer an error in
     column j. It is the Cholesky factor of the inverse, taken in float64.
     """
-    hessian = hessian.double().cpu()            # some GPUs have no float64
+    hessian = hessian.cpu().to(torch.float64, copy=True)         # on the CPU: some GPUs have no float64
     # without the damping, inputs that are always zero would stop the decomposition
-    hessian = hessian + (damping * hessian.diagonal().mean() + 1e-12) * torch.eye(len(hessian))
+    hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -126,6 +127,7 @@ def fit(target, source, names, inputs, bits, group, keep_before):
         target.set_submodule(name, IntLinear(Rounded(v, scale, step, bits, group)))
     for name, w in zip(names, before.split(sizes)) if keep_before else ():
         source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
+    give_back_memory()
 
 
 @torch.no_grad()

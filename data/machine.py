@@ -63,6 +63,12 @@ def keep_memory():
         libc.mallopt(trim, -1)                                              # never
 
 
+def give_back_memory():
+    """Has freed memory given back to the system, which glibc does by itself only at the end of what it has."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def describe_machine(device):
     """-> what a document says of where it was measured"""
     cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''

@@ -67,11 +67,11 @@ def round_weight(w, bits=8, group=GROUP, search=True):
     """
     form = format_of(bits)
     w = w.float()
-    peak = w.abs().amax(dim=1, keepdim=True)
+    peak = torch.maximum(w.amax(dim=1, keepdim=True), -w.amin(dim=1, keepdim=True))
     scale = torch.where(peak > 0, peak / (form.edge * form.steps), 1.0)          # (rows, 1)
     x = w / scale
     if form.steps == 1:
-        v = x.round().clamp(-form.edge, form.edge)
+        v = x.round_().clamp_(-form.edge, form.edge)         # in place: of a table, copies would be large
         return Rounded(v.to(torch.int8), scale.squeeze(1), None, bits, group)
     # Whole groups, and the columns that are left, are rounded apart: when the last group is padded with zeros instead,
     # inductor of torch 2.11 and 2.13 gets it wrong.

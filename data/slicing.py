@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from data.checkpoint import without_memory
 from model import GPT, rope_tables
 
 FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
@@ -24,8 +25,7 @@ def build(state, config):
     A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own. The dict
     is emptied on the way: what nobody else holds is never in memory twice.
     """
-    with torch.device('meta'):                  # no weights are drawn
-        model = GPT(config)
+    model = without_memory(GPT, config)
     if config.tie_weights:
         state['lm_head.weight'] = torch.empty_like(state['lm_head.weight'], device='meta')
     model.load_state_dict({name: state.pop(name).detach().clone() for name in list(state)}, assign=True)

@@ -10,7 +10,9 @@ from conftest import LLAMA, SMALL, make_dataset, randomise
 from data import calibration
 from data.balance import balance, peaks
 from data.export import own_tensors
+from data.loader import load_meta
 from data.slicing import build
+from data.tokenizer import from_meta
 from model import GPT, GPTConfig
 from quantize import convert, gptq
 
@@ -117,6 +119,18 @@ def test_packed_rows_are_calibrated_with_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, 'LONGEST', 8)
     x, y = calibration.from_dataset(str(tmp_path / 'chat'), make(), 1)[0]
     assert x.shape == y.shape == (16, 32)
+
+
+def test_a_seed_chooses_the_rows(tmp_path):
+    """Of a dataset, or of what the model writes; each seed has rows of its own, and the same ones again."""
+    make_dataset(tmp_path)
+    model = make()
+    tokenizer = from_meta(load_meta(tmp_path))
+    for rows in (lambda seed: calibration.from_dataset(str(tmp_path), model, 2, seed=seed),
+                 lambda seed: calibration.from_itself(model, tokenizer, 2, seed)):
+        first, again, other = (torch.cat([x for x, _ in rows(seed)]) for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not {tuple(row) for row in first.tolist()} & {tuple(row) for row in other.tolist()}
 
 
 def test_what_never_fires_stays_as_it_is():

@@ -158,10 +158,10 @@ def test_it_is_trained_from_scratch(toy, tmp_path):
     flags = [toy, '--mlp=swiglu', '--qk_norm=False', '--embed_norm=False', '--softcap=0', '--norm_eps=1e-5',
              '--rope_base=500']
     whole = train(tmp_path / 'whole', *flags)
-    model, state = load_model(f'{tmp_path}/whole/best.pt')
+    model = load_model(f'{tmp_path}/whole/best.pt')[0]
     c = model.config
     assert (c.mlp, c.qk_norm, c.embed_norm, c.softcap, c.norm_eps, c.rope_base) == ('swiglu', False, False, 0, 1e-5, 500)
-    assert c.n_hidden == 42 and 'transformer.h.0.mlp.c_gate.weight' in state['model']
+    assert c.n_hidden == 42 and 'transformer.h.0.mlp.c_gate.weight' in model.state_dict()
     assert whole['val_loss'] < log_of_vocabulary(model)
 
 

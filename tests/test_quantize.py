@@ -16,7 +16,7 @@ import data.gptq as G
 import data.rounding as R
 import quantize as Q
 from data.balance import balance
-from data.calibration import from_file
+from data.calibration import from_file, in_parts
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
 from data.loader import Loader
 from data.tokenizer import from_meta
@@ -425,7 +425,7 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     assert got.status == 0, got.err
     result = json.loads(got.out.splitlines()[-1])
     if method == 'gptq':
-        expected = Q.gptq(model, [loader.batch(step) for step in range(2)], **how)
+        expected = Q.gptq(model, in_parts([loader.batch(step) for step in range(2)]), **how)
     else:
         expected = Q.convert(copy.deepcopy(model), **how)
     written = Q.load(result['file'])[0]
