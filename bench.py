@@ -37,14 +37,14 @@ tokens; our own knobs are flags there. Without prepared data, give --vocab_size=
 quality: bytes of the file; KL: the mean, and the largest at one place, of KL(float || format) in nats; % flips: places
 where another token is the most probable one. llama.cpp's formats are read back as floats.
 train: steps as train.py takes them. dynamic: compiled for any length, as a first step on shorter rows shows (in bfloat16
-on a CPU for each length anew: data/attention.py). % GEMM:
-FLOPs that the step needs, over those of the fastest matrix product of the same run in the same dtype; on a GPU MFU,
-over those of its data sheet. On a CPU nanoGPT trains in float32: give --dtype=float32 for like and like.
-memory: peak is the estimate for an eager step, see data/estimate.py. Measured is what a fresh process takes beyond what
-libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), glibc giving back at once what is
-freed. cache: of as many sequences that decode.
-ladder: a list of commands, see data/ladder.py. One that was stopped goes on where it was, two share what the same words
-make, and what no ladder has made is not replaced.
+on a CPU for each length anew: data/attention.py). % GEMM: FLOPs that the step needs, over those of the fastest matrix
+product of the same run in the same dtype; on a GPU MFU, over those of its data sheet. On a CPU nanoGPT trains in
+float32: give --dtype=float32 for like and like.
+memory: peak is the estimate for an eager step, see data/bench/estimate.py. Measured is what a fresh process takes beyond
+what libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), glibc giving back at once what
+is freed. cache: of as many sequences that decode.
+ladder: a list of commands, see data/bench/ladder.py. One that was stopped goes on where it was. Two ladders share what
+the same commands make, and files that no ladder has made are not replaced.
 """
 import glob
 import importlib.util
@@ -59,21 +59,21 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.curves import draw_curves
-from data.decoding import (FORMATS, GGUF_KINDS, LENGTHS, SHAPES, build, check_context, decode_in_rounds, decoding_rows,
-                           make_prompts, memory_row, memory_taken, price_list, quality)
-from data.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
-                           peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
-                           write_random)
-from data.export import is_block
+from data.bench.curves import draw_curves
+from data.bench.decoding import (FORMATS, GGUF_KINDS, LENGTHS, SHAPES, build, check_context, decode_in_rounds,
+                                 decoding_rows, make_prompts, memory_row, memory_taken, price_list, quality)
+from data.bench.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
+                                 peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
+                                 write_random)
+from data.bench.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary,
+                               with_labels, write_record)
+from data.bench.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs, words_of
+from data.bench.tasks import measure
+from data.bench.timing import resident, speed, start
 from data.files import in_repo, json_line
-from data.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary, with_labels,
-                         write_record)
+from data.foreign.export import is_block
 from data.loader import data_are_gone, data_of
 from data.machine import PEAK_FLOPS, can_compile, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
-from data.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs, words_of
-from data.tasks import measure
-from data.timing import resident, speed, start
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
 from quantize import load
@@ -82,7 +82,7 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # see FORMATS in data/decoding.py; in quality also llama.cpp's q8_0, q4_0, q4_1, q4_k_m, and files of integers
+formats = 'f32,int8,int8-packed'    # see FORMATS in data/bench/decoding.py; in quality also q8_0, q4_0, q4_1, q4_k_m of llama.cpp, and files of integers
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -99,7 +99,7 @@ llamacpp = ''               # folder of a built llama.cpp's llama-bench, and lla
 llama2c = ''                # folder of llama2.c's binaries run and runq, or the path of one of them
 nanochat = ''               # folder of a copy of nanochat as it was in 2025, see tests/peers.py
 # quality, tasks and ladder
-tasks = ''                  # a .jsonl file of questions, see data/tasks.py: every rung of a ladder answers them
+tasks = ''                  # a .jsonl file of questions, see data/bench/tasks.py: every rung of a ladder answers them
 questions = 0               # so many of them, drawn; 0: all
 num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
@@ -147,7 +147,7 @@ limits = {                  # what they may be
 # -----------------------------------------------------------------------------
 # Of the command line train.py gets its configs, and all knobs that are not ours alone. FILE.csv stands for
 # --logs=FILE.csv (a shell has spelt out-*/log.csv out), FILE.json for --record=FILE.json.
-training_words = []
+training_words, words_given = [], sys.argv[1:]
 ours = {key for key, value in globals().items() if value is None or isinstance(value, (int, float, str))}
 ours -= {'seed', 'device', 'temperature', 'draft_n'}                    # train.py has these, too
 if {'--mode=train', '--mode=memory'} & set(sys.argv) and not {'-h', '--help', '--knobs'} & set(sys.argv):
@@ -158,6 +158,8 @@ elif {'--mode=plot', '--mode=table'} & set(sys.argv):
     sys.argv = [word for word in sys.argv if word not in csvs + jsons]
     sys.argv += [f"--logs={','.join(csvs)}"] * bool(csvs) + [f"--record={','.join(jsons)}"] * bool(jsons)
 exec(open(in_repo('configurator.py')).read())
+assert mode not in ('train', 'memory', 'plot', 'table') or f'--mode={mode}' in words_given, (
+    f'mode ({mode}) must be said on the command line, --mode={mode}: what else stands there is read by it')
 
 # -----------------------------------------------------------------------------
 # what several modes need
@@ -252,7 +254,7 @@ def measure_quality():
 def measure_tasks():
     assert shape not in SHAPES, \
         f'shape ({shape}) has random weights, which know nothing: give the out_dir of a trained model, or its file'
-    assert tasks, 'tasks () must be a .jsonl file of questions: data/tasks.py says what stands in it'
+    assert tasks, 'tasks () must be a .jsonl file of questions: data/bench/tasks.py says what stands in it'
     model, state = load(os.path.join(shape, 'best.pt') if os.path.isdir(shape) else shape, device)
     rows = measure(model, from_meta(state['tokenizer']), **how_to_answer(k))['tasks']
     report([('questions about', 'kind'), ('held out', lambda r: {True: 'yes', False: 'no'}.get(r.get('heldout'))),

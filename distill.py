@@ -20,8 +20,8 @@ Distillation: a student that learns from a teacher's distributions beside the te
     from distill import Distiller
     losses = Distiller(student, [teacher])(idx, targets)  # {'ce': ..., 'kl': ..., ...}, each in nats per unmasked token
 
-A teacher is one of these, or several joined by +, whose probabilities are averaged (data/foreign.py reads those that
-are not ours):
+A teacher is one of these, or several joined by +, whose probabilities are averaged (data/foreign/kinds.py reads those
+that are not ours):
     out-stdlib-bpe      a picochat model, its out_dir or a .pt; or an int8.safetensors, in float
     gguf:FILE           a Llama of llama.cpp's format
     hf:FOLDER           a folder of Hugging Face's: a Llama, or anything else that transformers loads
@@ -29,11 +29,10 @@ are not ours):
     gpt2:PATH           nanoGPT's ckpt.pt, or a folder of Hugging Face's gpt2
     py:FILE             a Python file of your own, with load(device) -> (model, tokenizer or None); it is run
     random:d32          the shape of that nanochat with random weights, to measure with
-Before it teaches, its loss on some of the
-text is printed beside what guessing by the tokens' frequencies gives, and it is refused if it is no better than that.
-Labels are written for every token of the training split, with at least a quarter of the context to its left (but for
-the first ones). Sampled ones are unbiased: the expected gradient is that of the whole distribution (arXiv 2503.16870).
-Those of --method=topk are not, unless k is the vocabulary.
+Before a teacher teaches, its loss on some of the text is printed beside that of guessing by the tokens' frequencies; if
+it is no better, it is refused. Labels are written for every token of the training split, with at least a quarter of the
+context to its left (but for the first ones). Sampled ones are unbiased: the expected gradient is that of the whole
+distribution (arXiv 2503.16870). Those of --method=topk are not, unless k is the vocabulary.
 """
 import contextlib
 import math
@@ -48,15 +47,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import save_checkpoint
-from data.export import GGUF_TYPES, export_gguf, export_hf
 from data.files import hold, in_repo, json_line
-from data.foreign import refuse_other_blocks
-from data.gpt2 import GPT2
+from data.foreign.export import GGUF_TYPES, export_gguf, export_hf
+from data.foreign.gpt2 import GPT2
+from data.foreign.kinds import refuse_other_blocks
+from data.foreign.nanochat import fetch_nanochat
 from data.judge import check_reading
 from data.labels import Labels, Recipe, fit_temperature, refuse_labels, write_labels
 from data.loader import Loader
 from data.machine import autocast, can_compile, keep_memory, pick_device, pick_dtype, shard
-from data.nanochat import fetch_nanochat
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.teachers import (check_teachers, fitted, in_bfloat16, load_teacher, load_teachers, teacher_log_probs,
@@ -166,7 +165,101 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
     return Distiller(student, models, divergence, temperature), None
 
 # -----------------------------------------------------------------------------
-# the script: labels, fetching, converting
+# the script, whose functions read its knobs: labels, fetching, converting
+
+def convert():
+    """The teacher in another format -> the folder that it is written in."""
+    path = os.path.join(to_picochat, 'best.pt')
+    if to_picochat and os.path.exists(path):
+        raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
+    refuse_other_blocks(teacher)
+    t = load_teacher(teacher)
+    ours, kind = isinstance(t.model, GPT), getattr(t.tokenizer, 'kind', '')
+    assert ours and kind, (
+        f"a teacher that is converted must have picochat's own blocks and a tokenizer, like gguf:FILE, hf:FOLDER or "
+        f"nanochat:FOLDER, unlike {teacher}")
+    shorten(t.model, block_size)
+    if to_hf or to_gguf:
+        assert kind == 'bpe', (f"{'to_hf' if to_hf else 'to_gguf'} ({to_hf or to_gguf}) takes a teacher with a BPE, "
+                               f"not {teacher}")
+    if to_hf:
+        return export_hf(t.model, t.tokenizer, to_hf)
+    if to_gguf:
+        return export_gguf(t.model, t.tokenizer, to_gguf, gguf_type, dataset or t.dataset)
+    say_size(t.model)
+    # a teacher that held out a part stays one
+    save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
+                    knobs={'hold_out': t.hold_out})
+    return to_picochat
+
+
+def shorten(model, block_size):
+    """Cuts a model's context, in place: its tables of positions become shorter. 0: as it is."""
+    c = model.config
+    assert block_size <= c.block_size, (
+        f"block_size ({block_size}) is more than {teacher}'s context, {c.block_size}: lower it, or leave it out")
+    if block_size:
+        c.block_size = block_size
+        model.cos, model.sin = rope_tables(c)
+
+
+def say_size(model):
+    """What was read, in two lines."""
+    c = model.config
+    print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads "
+          f"of {c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
+    print(f"context: {c.block_size:,} tokens, whose keys and values take "
+          f"{c.block_size * model.kv_bytes_per_token() / 1e6:,.0f} MB (--block_size= makes it shorter)", flush=True)
+
+
+def label():
+    """Labels of the dataset, in out_dir -> what meta.json says."""
+    refuse_labels(out_dir)                      # before it takes long
+    teachers = [load_teacher(name, device) for name in teacher_names(teacher)]
+    text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
+    assert text, f"{teacher} does not say which dataset to label: give --dataset="
+    loader = Loader(os.path.join(in_repo('data'), text), 'train', batch_size, context, device=device)
+    tokenizer = from_meta(loader.meta)
+    teachers = [fitted(t, tokenizer, context, text) for t in teachers]
+    assert not calibrate or all(t.hold_out for t in teachers), (
+        f"calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
+    assert method == 'sample' or k <= tokenizer.vocab_size, (
+        f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
+    # what others wrote is run as it is
+    compiles = compile and can_compile(device) and all(isinstance(t.model, (GPT, GPT2)) for t in teachers)
+    precision = pick_dtype(dtype, device)
+    with autocast(device, precision):
+        check_reading(teachers, loader)
+    for t in teachers:
+        if compiles and isinstance(t.model, GPT) and t.model.config.n_layer >= DEEP:
+            compile_blocks(t.model)
+        elif compiles:
+            t.model.trunk, t.model.logits = torch.compile(t.model.trunk), torch.compile(t.model.logits)
+        if precision == 'bfloat16':
+            in_bfloat16(t.model)
+    print(f"labels: {loader.n_tokens:,} tokens of {text} by {teacher}, on {device} in {precision}"
+          f"{'; the teachers are compiled first, which takes a minute' if compiles else ''}", flush=True)
+    with autocast(device, precision):
+        calibration = fit_temperature(teachers, loader) if calibrate else 1.0
+        recipe = Recipe(method, k, temperature, calibration, seed)
+        return write_labels(out_dir, teachers, loader, recipe, {'teacher': teacher, 'dtype': precision})
+
+
+def make(product):
+    """Does what was asked for -> the document about it."""
+    began = time.perf_counter()
+    if not (fetch or to_picochat or to_hf or to_gguf):
+        meta = label()
+        size, seconds = os.path.getsize(product), time.perf_counter() - began
+        print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")
+        return {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
+    written = fetch_nanochat(fetch, out_dir) if fetch else convert()
+    files = [written]
+    if os.path.isdir(written):
+        files = [os.path.join(written, name) for name in os.listdir(written) if name[0] != '.']
+    return {'file': written, 'bytes': sum(map(os.path.getsize, files)), 'tokens': 0,
+            'seconds': round(time.perf_counter() - began, 2)}
+
 
 if __name__ == '__main__':
     # -------------------------------------------------------------------------
@@ -177,11 +270,11 @@ if __name__ == '__main__':
     to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
     to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
     gguf_type = 'f16'           # f16, q8_0, q4_0, q4_1 or f32: of the matrices in that file
-    dataset = ''                # a folder under data/; empty: the one the teacher was trained on ; to_gguf writes its name into the file
+    dataset = ''                # a folder under data/; empty: the one the teacher was trained on; to_gguf writes its name into the file
     method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
     k = 12
     temperature = 1.0           # of the distributions; the student must be trained at the same
-    calibrate = False           # teachers trained with hold_out are first made as unsure as their errors on the text call for (fit_temperature)
+    calibrate = False           # first fit a temperature on text that the teachers have not seen (hold_out): overconfident ones need it (fit_temperature)
     block_size = 0              # context of the teacher; 0: its own
     batch_size = 16             # windows a pass
     seed = 1337
@@ -199,85 +292,9 @@ if __name__ == '__main__':
     }
     exec(open(in_repo('configurator.py')).read())
     # -------------------------------------------------------------------------
-
-    def convert():
-        """The teacher in another format -> the folder that it is written in."""
-        path = os.path.join(to_picochat, 'best.pt')
-        if to_picochat and os.path.exists(path):
-            raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
-        refuse_other_blocks(teacher)
-        t = load_teacher(teacher)
-        ours, kind = isinstance(t.model, GPT), getattr(t.tokenizer, 'kind', '')
-        if to_hf or to_gguf:
-            assert ours and kind == 'bpe', (
-                f"{'to_hf' if to_hf else 'to_gguf'} ({to_hf or to_gguf}) takes a teacher of picochat's own blocks with "
-                f"a BPE, not {teacher}")
-            shorten(t.model, block_size)
-            return (export_hf(t.model, t.tokenizer, to_hf) if to_hf else
-                    export_gguf(t.model, t.tokenizer, to_gguf, gguf_type, dataset or t.dataset))
-        assert ours and kind, (
-            f"to_picochat ({to_picochat}) takes a teacher of picochat's own blocks with a tokenizer, like gguf:FILE, "
-            f"hf:FOLDER or nanochat:FOLDER, not {teacher}")
-        shorten(t.model, block_size)
-        say_size(t.model)
-        # a teacher that held out a part stays one
-        save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
-                        knobs={'hold_out': t.hold_out})
-        return to_picochat
-
-    def shorten(model, block_size):
-        """Cuts a model's context, in place: its tables of positions become shorter. 0: as it is."""
-        c = model.config
-        assert block_size <= c.block_size, (
-            f"block_size ({block_size}) is more than {teacher}'s context, {c.block_size}: lower it, or leave it out")
-        if block_size:
-            c.block_size = block_size
-            model.cos, model.sin = rope_tables(c)
-
-    def say_size(model):
-        """What was read, in two lines."""
-        c = model.config
-        print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads "
-              f"of {c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
-        print(f"context: {c.block_size:,} tokens, whose keys and values take "
-              f"{c.block_size * model.kv_bytes_per_token() / 1e6:,.0f} MB (--block_size= makes it shorter)", flush=True)
-
-    def label():
-        """Labels of the dataset, in out_dir -> what meta.json says."""
-        refuse_labels(out_dir)                  # before it takes long
-        teachers = [load_teacher(name, device) for name in teacher_names(teacher)]
-        text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
-        assert text, f"{teacher} does not say which dataset to label: give --dataset="
-        loader = Loader(os.path.join(in_repo('data'), text), 'train', batch_size, context, device=device)
-        tokenizer = from_meta(loader.meta)
-        teachers = [fitted(t, tokenizer, context, text) for t in teachers]
-        assert not calibrate or all(t.hold_out for t in teachers), (
-            f"calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
-        assert method == 'sample' or k <= tokenizer.vocab_size, (
-            f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
-        # what others wrote is run as it is
-        compiles = compile and can_compile(device) and all(isinstance(t.model, (GPT, GPT2)) for t in teachers)
-        precision = pick_dtype(dtype, device)
-        with autocast(device, precision):
-            check_reading(teachers, loader)
-        for t in teachers:
-            if compiles and isinstance(t.model, GPT) and t.model.config.n_layer >= DEEP:
-                compile_blocks(t.model)
-            elif compiles:
-                t.model.trunk, t.model.logits = torch.compile(t.model.trunk), torch.compile(t.model.logits)
-            if precision == 'bfloat16':
-                in_bfloat16(t.model)
-        print(f"labels: {loader.n_tokens:,} tokens of {text} by {teacher}, on {device} in {precision}"
-              f"{'; the teachers are compiled first, which takes a minute' if compiles else ''}", flush=True)
-        with autocast(device, precision):
-            calibration = fit_temperature(teachers, loader) if calibrate else 1.0
-            recipe = Recipe(method, k, temperature, calibration, seed)
-            return write_labels(out_dir, teachers, loader, recipe, {'teacher': teacher, 'dtype': precision})
-
-    began = time.perf_counter()
     device = pick_device(device)
     keep_memory()
-    jobs = bool(fetch) + bool(to_picochat) + bool(to_hf) + bool(to_gguf)
+    jobs = sum(map(bool, (fetch, to_picochat, to_hf, to_gguf)))
     assert jobs or teacher and out_dir, (
         "give --teacher= (the out_dir of a trained model) and --out_dir= (a folder for its labels)")
     assert jobs == 0 or jobs == 1 and (out_dir if fetch else teacher), (
@@ -294,24 +311,11 @@ if __name__ == '__main__':
     if document is None:
         interrupt_on_stop()
         try:
-            if jobs:
-                written = fetch_nanochat(fetch, out_dir) if fetch else convert()
-            else:
-                meta = label()
+            document = make(product)
         except KeyboardInterrupt as stop:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print(f'stopped: the same command goes on from what is in {os.path.dirname(product)}', flush=True)
             sys.exit(128 + stop.args[0])
-        seconds = time.perf_counter() - began
-        if jobs:
-            files = ([os.path.join(written, name) for name in os.listdir(written) if name[0] != '.']
-                     if os.path.isdir(written) else [written])
-            size = sum(map(os.path.getsize, files))
-            document = {'file': written, 'bytes': size, 'tokens': 0, 'seconds': round(seconds, 2)}
-        else:
-            size = os.path.getsize(product)
-            print(f"{product}: {size:,} bytes for {meta['tokens']:,} tokens, {meta['tokens'] / seconds:,.0f} tokens/s")
-            document = {'file': product, 'bytes': size, 'seconds': round(seconds, 2), **meta}
         if not fetch:
             # what is converted has cost what the model did
             record(product, document, reads, starts_from=reads[0] if jobs and reads else None)

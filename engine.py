@@ -23,7 +23,7 @@ import torch
 from data.cache import FEW, KVCache, StaticCache
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
 from data.layouts import step_of
-from data.sampling import COLD, Noise, Sampling, draw
+from data.sampling import COLD, Noise, Sampling, common_length, draw
 
 PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes, and is
                         # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
@@ -63,12 +63,11 @@ def decode(model, prompt, max_new_tokens, sampling):
 class Speculation:
     """
     Speculative decoding. drafter: 'head' (the draft head), 'mtp' (multi-token heads), 'ngram' (what followed the same
-    words before), 'random', 'none', or a function like those below. Up to n tokens are drafted for a pass; with
-    adapt, as many of them as pay.
+    words before), 'random', 'none', or a function of your own, see data/drafters.py.
     """
     drafter: object = 'head'
-    n: int = 8
-    adapt: bool = True
+    n: int = 8                  # the most tokens that are drafted for a pass
+    adapt: bool = True          # draft fewer, or none, where that has been faster so far
 
     def check(self, model):
         """AssertionError if model cannot be decoded so."""
@@ -84,8 +83,8 @@ class Speculation:
 
 def count_kept(drafts, drawn):
     """
-    How many drafts of a row are kept. drafts: the k tokens that were guessed; drawn: the k+1 tokens that the model
-    drew, drawn[i] after the text and i drafts.
+    How many drafts of a row are kept: as long as each is what the model itself drew in its place. drafts: the k tokens
+    that were guessed; drawn: the k+1 tokens that the model drew, drawn[i] after the text and i drafts.
 
     drawn[0] stands behind the text itself, so it is right whatever was guessed. drawn[1] stands behind the first draft:
     it is right if that draft is what the model drew in its place, drawn[0]; and so on. So the text goes on with the
@@ -165,7 +164,8 @@ class Rows:
 class Rounds:
     """
     How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, as one compiled call with exactly n drafts.
+    (k = 0), speculative, or, for a single sequence, as one compiled call with exactly n drafts. A compiled round without
+    a drafter decodes n + 1 tokens one after the other, of which the first n count as drafts that were all kept.
     """
     def __init__(self, engine, rows, sampling, speculation):
         self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n
@@ -183,7 +183,10 @@ class Rounds:
             self.compiled = engine.compiled_step(self.draft, sampling)
 
     def drafts(self, x, room):
-        """How many of room tokens the next round drafts. Drafters read the state x of the token before the last."""
+        """
+        How many tokens the next round drafts, where there is room for so many more. None before the first pass: drafters
+        read the state x of the token before the last, and there is none yet.
+        """
         room -= 1                                   # a round gives one token more than it has drafts
         if x is None:
             return 0
@@ -252,10 +255,11 @@ class Engine:
         Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt
         r // num_samples. Yields, for every pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a
         token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
-        max_new_tokens exceed block_size; with slide=True a row that has filled the context goes on from the later half
-        of it instead. speculation (a Speculation) never changes the text, up to what README says of compiling.
-        reuse=True (one prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the
-        same tokens, as in a chat.
+        max_new_tokens exceed block_size + 1 (the last token that is drawn is not read); with slide=True a row that has
+        filled the context goes on from the later half of it instead. speculation (a Speculation) never changes the text;
+        compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one
+        prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in
+        a chat.
         """
         clock = time.perf_counter()
         speculation = speculation or Speculation('none')
@@ -348,13 +352,13 @@ class Engine:
     # reuse: what of the prompt is in the cache is not read again
 
     def forget(self):
-        """The cache of an earlier generation is not gone on from."""
+        """Lets go of the text and the cache of the last generation."""
         self.held_text, self.held_cache = [], None
 
     def open_cache(self, rounds, prompts, max_new_tokens, reuse):
         """
-        -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse all that the prompt
-        and the text before have in common.
+        -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse, as many as the
+        prompt and the last text have in common from their beginning.
         """
         on_gpu = rounds.compiled and self.device.type == 'cuda'
         room = min(max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size)
@@ -369,11 +373,9 @@ class Engine:
             cache = self.open_graph_cache()
         elif cache is None:
             cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
-        # The last token of a text is in the cache only if it was drafted; it is read again in any case, so that all
-        # drafters are alike. The last token of the prompt is the first one to be decoded.
-        held = 0
-        while held < min(len(text), len(prompts[0])) - 1 and text[held] == prompts[0][held]:
-            held += 1
+        # The last token of a text is in the cache only if it was drafted; it is read again in any case, so that the
+        # result does not depend on the drafter. The last token of the prompt is the first one to be decoded.
+        held = common_length([text[:-1], prompts[0][:-1]])
         cache.rewind([held] * len(prompts))
         cache.grow(room)
         return cache, held
@@ -467,12 +469,12 @@ class Engine:
         is held back until that is decided. The tokens in stop end it, too; they and the marker between documents are no
         part of it.
         """
-        unsaid = {tokenizer.bos, *stop}
+        hidden = {tokenizer.bos, *stop}
         decoder = codecs.getincrementaldecoder('utf-8')('replace')
         waiting = ''
         for step in self.generate([prompt], max_new_tokens, sampling, speculation, stop, **how):
             row, tokens = step[0]
-            waiting += decoder.decode(tokenizer.decode_bytes(t for t in tokens if t not in unsaid))
+            waiting += decoder.decode(tokenizer.decode_bytes(t for t in tokens if t not in hidden))
             found = [waiting.find(s) for s in stop_strings if s in waiting]
             if found:
                 yield waiting[:min(found)]

@@ -24,7 +24,7 @@ import data.attention
 
 MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
 LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
-GPU_CHUNKS = 8                      # so many of them in one, compiled for a GPU: fewer pieces to compile and to launch
+GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to compile and launch
 
 
 @dataclass
@@ -46,9 +46,9 @@ class GPTConfig:
     qk_norm: bool = True            # q and k are normed after they are turned
     embed_norm: bool = True         # embeddings are normed before the first block
     softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: they are as they are
-    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the smallest that its dtype can tell
-    out_proj: bool = False          # adds c_out(x) to the state x that lm_head reads: where a tied Llama's last gain goes
-    hadamard: int = 0               # hidden units are turned by Hadamard matrices of so many, see data/balance.py; 0: not
+    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: PyTorch's own, the machine epsilon of the dtype
+    out_proj: bool = False          # adds c_out(x) to the state x that lm_head reads: for a tied Llama's last gain, which no table takes
+    hadamard: int = 0               # hidden units are rotated by Hadamard matrices of this size, see data/balance.py; 0: they are not
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
@@ -98,9 +98,9 @@ def norm(x, eps=0.0):
 
 def hadamard(x, n):
     """
-    Every n neighbours of x (..., K) times the Hadamard matrix of n, a power of 2: so each of them becomes a sum of all,
-    with signs of its own, and none stands out. Done twice it is n times x. Made of sums and differences alone, so that
-    the bits do not depend on how many rows there are.
+    Every n neighbours of x (..., K) times the Hadamard matrix of size n, a power of 2. Each output is a sum of all n
+    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Done twice
+    it gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
     """
     half = 1
     while half < n:
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder puts the three that read x into one product (layouts.for_decoding); training keeps them apart, for Muon
+        # a decoder joins the three that read x into one matrix (layouts.for_decoding); training keeps them apart, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
@@ -179,7 +179,7 @@ class MLP(nn.Module):
 
     @staticmethod
     def undo(scale):
-        """What c_fc's rows must be divided by for hidden units that are scale times smaller."""
+        """To make hidden units scale times smaller, divide c_fc's rows by this."""
         return scale.sqrt()
 
     def __init__(self, n_in, n_hidden, n_out, turned=0):
@@ -206,7 +206,7 @@ class SwiGLU(nn.Module):
         self.c_gate = nn.Linear(n_in, n_hidden, bias=False)
         self.c_fc = nn.Linear(n_in, n_hidden, bias=False)
         self.c_proj = nn.Linear(n_hidden, n_out, bias=False)
-        self.c_gate_fc = None           # a decoder puts the two that read x into one product, as those of attention
+        self.c_gate_fc = None           # a decoder joins the two that read x, as Attention's c_qkv joins three
 
     def forward(self, x):
         if self.c_gate_fc is None:
@@ -247,7 +247,7 @@ class GPT(nn.Module):
         # one cell, applied again for each further token; it reads the state and the token just drafted
         if c.draft_n:
             self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
-            self.draft_lm_head = None   # a decoder may let drafts be chosen among lm_head's first rows alone
+            self.draft_lm_head = None   # a decoder may put a smaller head here, lm_head's first rows, to draft with
         cos, sin = rope_tables(c)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -256,8 +256,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Branch outputs and lm_head start at zero: the first loss is exactly ln(vocab_size) and every block starts as the
-        identity.
+        Branch outputs and lm_head start at zero (unless it is tied, and starts as the embedding): the first loss is
+        exactly ln(vocab_size) and every block starts as the identity.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -267,7 +267,8 @@ class GPT(nn.Module):
                                 std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
         if self.config.out_proj:
             nn.init.zeros_(self.transformer.c_out.weight)
-        # embed() norms a row, so its length says only how far AdamW's steps turn it: at 1 per channel, hardly at all
+        # embed() norms each row, so its length does not change the output. It sets how far one step of AdamW turns the
+        # row: with entries of size 1 the steps would hardly turn it at all.
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
 
     def embed(self, idx):
@@ -298,8 +299,8 @@ class GPT(nn.Module):
 
     def logits(self, x, head=None):
         """
-        States (..., n_embd) -> logits (..., vocab_size), float32 at least; with head instead of lm_head, as many as it
-        has rows.
+        States (..., n_embd) -> logits (..., vocab_size), float32 at least. head: a matrix to use in place of lm_head;
+        the last dimension is then its number of rows.
         """
         if self.config.out_proj:
             x = x + self.transformer.c_out(x)
@@ -350,7 +351,7 @@ class GPT(nn.Module):
         learnt = targets >= 0
         counts = {'ce': learnt.sum()}
         for head, n in (('multi_token', self.config.multi_token_n), ('draft', self.config.draft_n)):
-            if n:                               # the first 1+i places of a row are nobody's target for head i
+            if n:       # head i predicts 1+i places further, so no state predicts a row's first 1+i targets
                 counts[head] = torch.stack([(learnt & (places > i)).sum() for i in range(n)])
         return counts
 
@@ -366,14 +367,14 @@ class GPT(nn.Module):
             losses['multi_token'] = sum(
                 self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
                 / or_one(counts['multi_token'][i]) for i in range(c.multi_token_n)) / c.multi_token_n
-        # unrolled as it is used, fed the text's tokens, masked ones too. A draft counts when it is the model's own
-        # draw, so the model's own distribution is what the cell must meet: KL(model || cell), which asks nothing of
-        # the model
+        # The draft cell is unrolled as it is in decoding, on the text's tokens, masked ones too. A draft is kept when it
+        # is what the model itself draws, so the cell learns the model's distribution: KL(model || cell). The model gets
+        # no gradient from it.
         if c.draft_n:
             states, state = [], x
             for i in range(c.draft_n):
                 state = self.draft_state(state, shift(idx, 1 + i, 0))
-                # moved to where the state stands that it must be like: the model's logits serve all steps of the cell
+                # moved 1+i places on, to the model's state that it must predict like: one set of logits serves all steps
                 states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
 
             def nats(x, *states):
@@ -400,22 +401,20 @@ class GPT(nn.Module):
         return loss.sum() if reduction == 'sum' else loss.sum() / or_one((targets >= 0).sum())
 
     # -------------------------------------------------------------------------
-    # accounting: one definition each; the groups sum to the total
+    # accounting: one definition each; the parts sum to the total
 
     def params(self):
-        """Parameters by group; a tied lm_head counts once, as embedding."""
-        groups = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer': 'trunk',
-                  'lm_head': 'head', 'multi_token': 'multi_token', 'draft': 'draft'}
-        count = dict.fromkeys(groups.values(), 0)
+        """Parameters by part; a tied lm_head counts once, as embedding."""
+        count = dict.fromkeys(PARTS.values(), 0)
         for name, p in self.named_parameters():
-            count[next(group for start, group in groups.items() if name.startswith(start))] += p.numel()
+            count[part_of(name)] += p.numel()
         return count | {'total': sum(count.values())}
 
     def flops_per_token(self, training=True):
         """
         FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
-        costs twice forward (PaLM, arXiv 2204.02311, appendix B). Training, the distributions that a draft head must
-        meet are computed besides, once, forward only.
+        costs twice forward (PaLM, arXiv 2204.02311, appendix B). To train a draft head, the model's own logits, its
+        target, are computed once more, forward only.
         """
         c, n = self.config, self.params()
         logits = (c.vocab_size + c.n_embd * c.out_proj) * c.n_embd
@@ -429,8 +428,19 @@ class GPT(nn.Module):
         return 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4 if int8 else 4 * c.head_dim)
 
 
+# how the names of a part's weights begin
+PARTS = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer': 'trunk', 'lm_head': 'head',
+         'multi_token': 'multi_token', 'draft': 'draft'}
+NEW_HEADS = ('multi_token', 'draft')        # what a training may add to a model
+
+
+def part_of(name):
+    """Which of PARTS a weight belongs to."""
+    return next(part for start, part in PARTS.items() if name.startswith(start))
+
+
 def or_one(count):
-    """A count of targets to divide by: 1 where there are none, and the sum is 0."""
+    """A count to divide a sum by; 1 where it is 0, so that a batch without targets gives 0 and not NaN."""
     return count + (count == 0)
 
 
@@ -445,23 +455,28 @@ def chunked(f, vocab_size, *rows, times=1):
     """
     f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES,
     (compiled for a GPU GPU_CHUNKS times as much), and computed again in backward instead of kept: memory no longer
-    grows with N * vocab_size. times: how many logits f makes of a row.
+    grows with N * vocab_size. times: how many sets of logits f makes of a row.
     """
-    n = max(1, LOSS_CHUNK_BYTES // (4 * vocab_size))
+    n = rows_in_a_chunk(vocab_size, times)
     if rows[0].device.type == 'cuda' and torch.compiler.is_compiling():
         n *= GPU_CHUNKS
     if rows[0].size(0) <= n:
         return f(*rows)
-    parts = zip(*(r.split(max(1, n // times)) for r in rows))
+    parts = zip(*(r.split(n) for r in rows))
     return torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])
+
+
+def rows_in_a_chunk(vocab_size, times=1):
+    """How many rows' logits, times over, take LOSS_CHUNK_BYTES."""
+    return max(1, LOSS_CHUNK_BYTES // (4 * vocab_size * times))
 
 
 def compile_step(module, tokens, vocab_size, **how):
     """
     torch.compile for a module that ends in losses over so many tokens, a GPT or a Distiller. Where those come in
     chunks, inductor must not join one chunk's kernels with the next one's (it would: they read the same scalars), or
-    the logits of all chunks exist at once. Of a deep model, and of its teachers, one block is
-    compiled for all of them: see compile_blocks.
+    the logits of all chunks exist at once. Of a deep model, and of its teachers, one block is compiled for all of them:
+    see compile_blocks.
     """
     model = getattr(module, 'student', module)
     if model.config.n_layer >= DEEP:
@@ -469,7 +484,7 @@ def compile_step(module, tokens, vocab_size, **how):
         for deep in (model, *teachers):
             compile_blocks(deep, **how)
         return module
-    apart = tokens > LOSS_CHUNK_BYTES // (4 * vocab_size)
+    apart = tokens > rows_in_a_chunk(vocab_size, 1 + model.config.draft_n)
     return torch.compile(module, options={'cpp.max_horizontal_fusion_size': 1} if apart else None, **how)
 
 
@@ -532,7 +547,8 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
     total = LossTotal(token_bytes, device)
     for x, y in batches:
         x, y = x.to(device), y.to(device)                                        # (B, T) both
-        states = model.trunk(x, make_cache and make_cache(len(x)))
+        cache = make_cache(len(x)) if make_cache else None
+        states = model.trunk(x, cache)
         total.add(model.cross_entropy(states, y, reduction='none'), y.flatten())
     model.train(was_training)
     return total.result()

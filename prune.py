@@ -26,7 +26,7 @@ import torch
 
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
-from data.loader import Loader, data_are_gone, data_of, dataset_of, load_meta, progress, validation
+from data.loader import Loader, data_of, dataset_of, load_meta, progress, validation, without_text
 from data.record import already, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
@@ -146,10 +146,10 @@ def sums_over_parts(table, config):
 
 def elimination_order(w, moment, size=1):
     """
-    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089). Of the columns of w (rows, K), in groups of size, that
-    group goes first without which the others, fitted anew, come nearest to w's output; and so on. moment (K, K): the
-    second moment of what w reads. -> (K / size,), the later a group goes the higher. Where there are many, a
-    sixty-fourth of them goes at a time.
+    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089). Again and again that group of columns goes whose loss
+    the others, fitted anew, can make up for best. w (rows, K), its columns in groups of size; moment (K, K): the second
+    moment of what w reads. -> (K / size,), the higher the later a group goes. Where there are many, a sixty-fourth of
+    them goes at a time.
     """
     w, inverse = w.detach().cpu().double(), torch.linalg.inv(damped(moment.cpu().double()))
     groups = torch.arange(w.size(1)).view(-1, size)                             # (K / size, size)
@@ -184,8 +184,8 @@ def leave_one_out(model, batches):
 
 def pick_heads(scores, config, keep):
     """
-    scores (n_layer, n_head), keep query heads -> keep_heads' argument: groups stay equal, so it keeps keep heads, or as
-    few less as that takes.
+    scores (n_layer, n_head), keep query heads -> keep_heads' argument. All key/value heads must serve equally many query
+    heads, so the number is rounded down if need be.
     """
     kv = min(config.n_kv_head, keep)                # as long as every key/value head can keep a query head, it stays
     g = keep // kv
@@ -193,7 +193,8 @@ def pick_heads(scores, config, keep):
     for s in scores.view(config.n_layer, config.n_kv_head, -1):
         best, within = s.sort(dim=1, descending=True, stable=True)
         groups = best[:, :g].sum(dim=1).topk(kv).indices.sort().values
-        out.append([sorted((n * s.size(1) + within[n, :g]).tolist()) for n in groups])
+        members = [n * s.size(1) + within[n, :g] for n in groups]
+        out.append([sorted(heads.tolist()) for heads in members])
     return out
 
 
@@ -249,10 +250,8 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
     while (n := model.params()['total']) > target:
         measured, options = measure(model, batches, importance, seed), []
         for kind in KINDS:
-            scored = {'importance': importance, 'measured': measured}
-            if kind == 'layers':
-                scored = {'importance': 'loss'}
-            smaller = a_little_smaller(model, kind, target, batches, seed=seed, **scored, **how)
+            smaller = a_little_smaller(model, kind, target, batches, seed=seed, measured=measured,
+                                       importance='loss' if kind == 'layers' else importance, **how)
             if smaller is not None:
                 after = evaluate(smaller, batches)['loss']
                 saved = min(n - smaller.params()['total'], n - target)
@@ -377,14 +376,16 @@ def print_next_command(result, knobs, dataset, block_size, fold):
     little = after is not None and after - before < 0.2 and knobs.get('init_from') == 'scratch'
     path = result['file']
     words = ['python', 'train.py', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}-recovered',
-             f'--dataset={dataset}', f'--block_size={block_size}']
+             f'--block_size={block_size}']
+    if dataset:
+        words.append(f'--dataset={dataset}')
     for rate in ('muon_lr', 'adam_lr'):
         if isinstance(knobs.get(rate), float):
             words.append(f'--{rate}={knobs[rate] / (5 if little else 1):g}')
     if fold:
         words.append(f'--hold_out={fold}')
     elif not vocab_keep:
-        words.append(f'--teacher={out_dir}')
+        words.append(f'--teacher={out_dir if weights == "best.pt" else os.path.join(out_dir, weights)}')
     print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: {shlex.join(words)}")
     if vocab_keep:
         print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
@@ -407,11 +408,11 @@ if __name__ == '__main__':
     # how
     importance = 'obs'              # obs, taylor, activation, l1, random
     kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (averaged as they are) or first (a group's first head serves it)
-    layer_importance = 'loss'       # as above, or loss: leave each layer out in turn
+    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each layer out in turn, as keep_params always does
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split
-    report = True              # loss and speed before and after; False: in a chain of commands, whose end is measured
+    report = True                   # loss and speed before and after; False: in a chain of commands, whose end is measured
     seed = 1337
     device = 'auto'
     limits = {
@@ -442,10 +443,10 @@ if __name__ == '__main__':
 
     whole, state = load_model(source, device)
     knobs, data_name = state.get('knobs', {}), dataset or state.get('dataset')
-    gone = data_are_gone(state, dataset)
+    gone = without_text(state, source, dataset)
     if gone:
         old_dir, old = None, from_meta(state['tokenizer'])
-        go_without_text(f"{os.path.join(in_repo('data'), str(data_name))}, which {source} was trained on, is gone")
+        go_without_text(gone)
     else:
         old_dir, old = data_of(state, out_dir, dataset)
     will_replace([path], [source], save_dir)

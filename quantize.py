@@ -16,13 +16,14 @@ The rule, and the modules that train through it or run on it, are in data/roundi
 data/balance.py turns a float network into an equal one that rounds better. This file has the checkpoint of integers,
 and measures what rounding cost.
 
-Weights are integers v from -127 to 127 times one scale per output row (embedding: per token). With 8 bits v is any of
-them. With 4, every group of 32 (64, 128) columns has a step from 1 to 18, and v is -7, ..., 7 times the step: the file
-and the modules hold two weights in a byte and a byte per step, and what is multiplied is the same kind of integers (a
-scale in two levels: VS-Quant, arXiv 2102.04503). GPTQ has -8, ..., 7 times a step that may be negative. The table BITS
-in data/rounding.py says all that is known of 8 and 4 bits.
-Activations: int8, one scale per token row, found as they come. Products are summed as integers, which is exact in any
-order: the result for one token cannot depend on its neighbours.
+    8 bits:  w = v * scale[row],  v in -127, ..., 127
+    4 bits:  w = q * step[row, group] * scale[row],  q in -7, ..., 7,  step in 1, ..., 18:  v = q * step is int8 again
+
+A row is an output of a matrix, or a token of the embedding; a group is 32 (64, 128) columns of it (a scale in two
+levels: VS-Quant, arXiv 2102.04503). At 4 bits, file and modules hold two q in a byte and a byte per step. GPTQ also has
+q = -8, and steps that may be negative. The table BITS in data/rounding.py says all that is known of 8 and 4 bits.
+Activations are int8, too, with one scale per token, found as they come. Products are summed as integers, which is exact
+in any order: the result for one token cannot depend on its neighbours.
 """
 import json
 import math
@@ -39,13 +40,11 @@ from data.checkpoint import (check_size, check_tensors, config_from, load_model,
                              without_memory, write_safetensors)
 from data.files import in_repo
 from data.gptq import gptq
-from data.loader import data_are_gone, data_of, validation
+from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
-from model import GPT, LOSS_CHUNK_BYTES, LossTotal, rope_tables
-
-NEW_HEADS = ('multi_token', 'draft')        # what a training may add to a model
+from model import GPT, LossTotal, NEW_HEADS, part_of, rope_tables, rows_in_a_chunk
 
 # -----------------------------------------------------------------------------
 # the file: an integer checkpoint, its shape, rounding and tokenizer in the metadata
@@ -80,13 +79,9 @@ def bytes_by_group(model):
     {'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps};
     the file has a header besides.
     """
-    groups = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer.h': 'trunk', 'lm_head': 'head',
-              'multi_token': 'multi_token', 'draft': 'draft'}
     count = {}
     for name, t in file_state(model).items():
-        key = next(group for start, group in groups.items() if name.startswith(start))
-        if name.endswith(('scale', 'step')):
-            key = 'scales'
+        key = 'scales' if name.endswith(('scale', 'step')) else part_of(name)
         count[key] = count.get(key, 0) + t.nbytes
     return count
 
@@ -207,7 +202,7 @@ def compare(model, others, batches, token_bytes):
     Difference for each of these.
     """
     differences = [Difference(token_bytes, model.cos.device) for _ in others]
-    rows = max(1, LOSS_CHUNK_BYTES // (4 * model.config.vocab_size))             # as evaluate has them at a time
+    rows = rows_in_a_chunk(model.config.vocab_size)                              # as evaluate has them at a time
 
     def log_p(m, states):
         return F.log_softmax(m.logits(states), dim=-1)                           # (rows, vocab_size)
@@ -222,18 +217,9 @@ def compare(model, others, batches, token_bytes):
     return [difference.result() for difference in differences]
 
 # -----------------------------------------------------------------------------
-# the script
+# the script, whose last functions read its knobs
 
 METHODS = ('rtn', 'clip', 'gptq', 'qat')
-
-
-def without_text(state, source, dataset):
-    """Why there is no text to measure on, in words; None if there is one."""
-    if not data_are_gone(state, dataset):
-        return None
-    if not state.get('dataset'):
-        return f"{source} does not say what it was trained on"
-    return f"{os.path.join(in_repo('data'), str(state['dataset']))}, which {source} was trained on, is gone"
 
 
 def has_groups(bits, tables_bits):
@@ -255,8 +241,10 @@ def trained_with(state):
 
 def choose_method(method, wanted, trained, source):
     """'auto' -> how weights that were trained so are rounded as wanted; both are in the words of train.py's knobs."""
-    group_counts = has_groups(wanted['quant_bits'], wanted['tables_bits'])
-    as_trained = all(wanted[name] == trained[name] for name in wanted if name != 'quant_group' or group_counts)
+    compared = ['quant_bits', 'tables_bits']
+    if has_groups(wanted['quant_bits'], wanted['tables_bits']):
+        compared.append('quant_group')
+    as_trained = all(wanted[name] == trained[name] for name in compared)
     assert method != 'qat' or as_trained, (
         f"method (qat) needs weights trained with {wanted}, and {source}'s were with {trained}: "
         "train again, or use another method")
@@ -279,6 +267,28 @@ def say(result):
           f"int{result['bits']} by {result['method']} {result['val_loss_quant']:.4f} ({result['bpb_quant']:.4f})")
 
 
+def calibration_batches(model, state, tokenizer, data_dir):
+    """What the model reads while it is balanced and fitted, a list of (x, y). data_dir: None if its text is gone."""
+    n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
+    if calibrate and calibrate != 'itself':
+        batches = calibration.from_file(calibrate, model, tokenizer, n)
+    elif calibrate or data_dir is None:
+        batches = calibration.from_itself(model, tokenizer, n, seed)
+    else:
+        # what the model was trained to leave out, it must not see here, either
+        fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
+        batches = calibration.from_dataset(data_dir, model, n, fold, seed)
+    return calibration.in_parts(batches)
+
+
+def to_train_on(path, model, quantised, state, wanted):
+    """int4.pt: the float weights that round to just these integers, and the scales and steps that they keep."""
+    knobs = wanted | {'hold_out': state.get('knobs', {}).get('hold_out', '')}
+    save_checkpoint(path, behind(model, quantised), state['tokenizer'], step=0, knobs=knobs,
+                    dataset=dataset or state.get('dataset'), data=state.get('data'), grid=grid_of(quantised))
+    record(path, {'file': path}, [source], starts_from=source)
+
+
 if __name__ == '__main__':
     from data import calibration
     from data.balance import balance as balanced
@@ -291,17 +301,17 @@ if __name__ == '__main__':
     weights = 'best.pt'             # the float checkpoint in out_dir
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
-    method = 'auto'                 # rtn: to nearest; clip: with steps searched, of which 8 bits have none; gptq: fitted to calibration data; qat: as the weights were trained
-                                    # auto: qat if they were trained with quant_bits=bits, else gptq
+    method = 'auto'                 # qat, as the weights were trained, if that was with quant_bits=bits; else gptq, fitted to calibration data
+                                    # or rtn, to nearest; clip, with the steps of 4 bits searched for the least error
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
     balance = True                  # turn and scale the float network into an equal one that rounds better (not for qat)
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
-    for_training = False            # also int4.pt, float weights behind the integers, from which train.py --init_from= --quant_bits=4 goes on
+    for_training = False            # also int4.pt, float weights that round to these integers, from which train.py --init_from= --quant_bits=4 goes on
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
-    calib_batches = 0               # so many times 16 rows of at most 512 tokens; 0: 16, or 3 from 20M weights on
+    calib_batches = 0               # of 16 rows of at most 512 tokens; 0: 16 of them, or 3 for models from 20M weights on
     seed = 0                        # of the turns, and of which rows of the dataset, or what the model writes; a file's rows are spread evenly
     device = 'auto'
     limits = {
@@ -335,7 +345,7 @@ if __name__ == '__main__':
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
     gone = without_text(state, source, dataset)
-    tokenizer = from_meta(state['tokenizer'])
+    tokenizer, data_dir = from_meta(state['tokenizer']), None
     if gone:
         print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
               "would measure it")
@@ -346,16 +356,7 @@ if __name__ == '__main__':
     balance = balance and method != 'qat'
     batches = []
     if balance or method == 'gptq':
-        n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
-        if calibrate and calibrate != 'itself':
-            batches = calibration.from_file(calibrate, model, tokenizer, n)
-        elif calibrate or gone:
-            batches = calibration.from_itself(model, tokenizer, n, seed)
-        else:
-            # what the model was trained to leave out, it must not see here, either
-            fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
-            batches = calibration.from_dataset(data_dir, model, n, fold, seed)
-        batches = calibration.in_parts(batches)
+        batches = calibration_batches(model, state, tokenizer, data_dir)
     whole = model if report and not gone else None           # kept to measure against
     if balance:
         model = balanced(model, batches, seed)
@@ -368,10 +369,7 @@ if __name__ == '__main__':
         quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
     if for_training:
-        knobs = wanted | {'hold_out': state.get('knobs', {}).get('hold_out', '')}
-        save_checkpoint(start, behind(model, quantised), state['tokenizer'], step=0, knobs=knobs,
-                        dataset=dataset or state.get('dataset'), data=state.get('data'), grid=grid_of(quantised))
-        record(start, {'file': start}, [source], starts_from=source)
+        to_train_on(start, model, quantised, state, wanted)
 
     n_params = model.params()['total']
     model = None                                             # the balanced one, whose memory the measuring can use

@@ -21,8 +21,8 @@ import torch
 
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
-from data.tokenizer import from_meta
 from data.layouts import for_decoding, step_of
+from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Engine, Sampling, Speculation, rounds_pay
 from data.machine import can_compile, pick_device
 from model import GPT

@@ -44,7 +44,7 @@ from quantize import BITS, GROUPS, grid_in, prepare
 # where things are
 out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
-hold_out = ''               # '1/4': leaves the first quarter of the text out; distill.py can label it with this model, which has not seen it
+hold_out = ''               # '1/4': do not train on the first quarter of the text; this model can then label it for others (distill.py)
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
 # the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (8/3 of swiglu)
 n_layer = 4
@@ -59,8 +59,8 @@ mlp = 'relu2'               # or swiglu: with qk_norm and embed_norm False and s
 qk_norm = True              # norms queries and keys
 embed_norm = True           # norms embeddings
 softcap = 15.0              # logits lie between -15 and 15; 0: they are not capped
-norm_eps = 0.0              # added to every norm's mean square; 0: the smallest that the dtype can tell
-rope_base = 10000.0         # rotary positions: the slowest pair turns by 1 / rope_base a token
+norm_eps = 0.0              # added to every norm's mean square; 0: PyTorch's own, the machine epsilon of the dtype
+rope_base = 10000.0         # rotary positions: the slowest pair turns by about 1 / rope_base radians a token
 dropout = 0.0               # only for small data seen many times
 multi_token_n = 0           # extra heads for t+2, t+3, ...
 multi_token_weight = 0.2    # their share of the loss
@@ -71,7 +71,7 @@ draft_hidden_mult = 0.5
 # the batch
 batch_size = 16             # rows per forward, per device; 'auto': as many as fit, found by trying real steps
 total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
-# the optimizers: Muon for the trunk's matrices, AdamW for the tables
+# the optimizers: Muon for all matrices but the vocabulary's, AdamW for those
 max_iters = 1000
 muon_lr = 0.02
 muon_steps = 5              # 3: two fifths less of Muon's work; where the batch is small and the epochs few the loss is the same
@@ -91,10 +91,10 @@ train_only = ''             # draft or multi_token: that head learns, everything
 own_samples = 0.0           # the share of rows that the frozen model wrote itself
 # quantisation in the loop
 quant_bits = 0              # 8 or 4: train through the rounding of the file of integers; 0: float
-quant_group = 32            # 4 bits: columns that share a step
+quant_group = 32            # 4 bits: the group size: so many columns share a step, a small integer that scales them
 tables_bits = 8             # of the vocabularies, whatever the rest has
 qat_start = 0.0             # share of max_iters after which the rounding begins
-# watching it, in steps
+# logging and saving, in steps
 log_interval = 10
 eval_interval = 250         # loss on the whole validation split; 0: only at the end; -1: never
 save_interval = 250         # 0: only at the end; -1: never
@@ -161,14 +161,16 @@ rows = 1 if batch_size == 'auto' else batch_size
 loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
 val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
 
-# the checkpoint to start from, if there is one; resumed: it is this very training, which goes on
+# the checkpoint to start from, if there is one; resumed: the same where this run goes on with it, else empty
 if main_process:
     hold(out_dir)                               # another training in it must be over before its checkpoint is read
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
-reads = [os.path.join(data_dir, 'meta.json'), *teacher_files, *[init_from] * bool(source and not resumed)]
+reads = [os.path.join(data_dir, 'meta.json'), *teacher_files]
+if source and not resumed:
+    reads.append(init_from)
 if not resumed:
     made_before = already(best_path, reads)     # a ladder (bench.py) may have run this very command before
     if made_before:
@@ -191,7 +193,8 @@ if batch_size == 'auto':
     batch_size, how = rows_that_fit(knobs, most, total_batch_size > 0, device,
                                     os.path.join(out_dir, 'batch_size.json'), lambda n: int(least(n)))
     loader.batch_size = val_loader.batch_size = batch_size
-    print(f'batch_size: {batch_size} rows, {how}', flush=True)
+    if main_process:
+        print(f'batch_size: {batch_size} rows, {how}', flush=True)
 accumulation = micro_batches(total_batch_size, batch_size, block_size, world_size)
 total_batch_size = accumulation * batch_size * block_size * world_size
 
@@ -212,12 +215,13 @@ grid = grid_in(source, rounding, ckpt_path if resumed else init_from) if quant_b
 model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
 for optimizer, state in zip(optimizers, resumed.get('optimizers', ())):
-    load_optimizer(optimizer, state)            # but the rates are this run's knobs
+    load_optimizer(optimizer, state)            # its momenta; the rates are this run's knobs
 
 # ema: the weights and their moving averages; where a checkpoint has no averages, its weights are their start
 averages = {name: (p, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad} if ema else {}
-for name, average in resumed.get('ema', {}).items() if ema else ():
-    averages[name][1].copy_(share(average, averages[name][0]))
+if ema:
+    for name, average in resumed.get('ema', {}).items():
+        averages[name][1].copy_(share(average, averages[name][0]))
 
 # the student itself, or a Distiller around it that adds the distance from its teachers to the losses
 trained, labels = make_learner(model, teacher, loader, tokenizer, divergence=divergence, temperature=temperature,
@@ -354,7 +358,10 @@ def show_sample(step):
 
 
 def write_own_rows():
-    """The frozen model writes as many rows as 64 batches have of them: drafts are made after the model's own words."""
+    """
+    The frozen model writes the own_samples share of 64 batches. In decoding a draft head goes on from what the model
+    itself has written, so it trains on some of that.
+    """
     n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
     starts = [start for step in range(64) for start in loader.starts(step)[:n]]
     prompts = loader.rows(starts)[0][:, :cut].tolist()
@@ -408,7 +415,7 @@ def every(interval, step):
 
 
 def batch(step, micro):
-    """-> x and y (B, T) int64, y one token on and -1 where nothing is learnt; and with labels the teachers' (B, T, ...)."""
+    """-> x and y (B, T) int64, y being x shifted by one, with -1 where nothing is learnt; and labels' (B, T, ...)."""
     x, y = loader.batch(step, micro, accumulation)
     soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
     if own_samples:
@@ -420,16 +427,18 @@ def batch(step, micro):
 
 def counts_of(step):
     """
-    Where masks differ from row to row: how many targets a micro-batch has on average over the step and its processes.
-    All of them divide by that, so that it does not matter how a step is cut. Of plain text all have the same: None.
+    How many targets a micro-batch has, on average over the whole step and all processes. Every micro-batch divides its
+    losses by this, so that the gradient does not depend on how the step is cut into micro-batches. None for plain text,
+    where all have equally many.
     """
     if loader.mask is None:
         return None
     each = [model.target_counts(batch(step, micro)[1]) for micro in range(accumulation)]
     counts = {name: torch.stack([count[name] for count in each]).float().mean(dim=0) for name in each[0]}
-    for count in counts.values() if world_size > 1 else ():
-        dist.all_reduce(count)
-        count /= world_size
+    if world_size > 1:
+        for count in counts.values():
+            dist.all_reduce(count)
+            count /= world_size
     return counts
 
 
@@ -457,7 +466,8 @@ round_from_now = functools.partial(prepare, model, quant_bits, quant_group, tabl
                                    {name: t.to(device) for name, t in grid.items()})
 if qat_step == 0:
     round_from_now()
-own_rows = write_own_rows() if own_samples else None    # its weights are rounded by now if they are from the first step on
+# what the model writes, it writes with the weights of step 0, in a resumed run too: so that the rows are the same
+own_rows = write_own_rows() if own_samples else None
 if 0 < qat_step <= step:
     round_from_now()
 if step >= qat_step and step < max_iters and best.get('step', 0) <= qat_step:
@@ -491,33 +501,33 @@ while step < max_iters:
     for p, average in averages.values():
         average.lerp_(p.detach(), 1 - min(ema, (1 + step) / (10 + step)))
 
-    # the training is done; the rest of the loop watches it
-    ends = step == max_iters
-    leaves = ends or least(not stopping) == 0   # all processes must leave after the same step
-    logs = every(log_interval, step) or leaves
-    evals = every(eval_interval, step) or ends and eval_interval >= 0   # SIGTERM is urgent: it brings none forward
-    saves = every(save_interval, step) or leaves and save_interval >= 0
-    shows = every(sample_interval, step)
-    looks = logs or evals or saves or shows or meter.timed == meter.first       # the first step compiles
-    if logs or evals or saves:
-        means = meter.read_losses(weights_too=evals or saves)
-    if looks:
+    # this step is done; the rest of the loop logs, measures and saves
+    last = step == max_iters
+    stop_now = last or least(not stopping) == 0     # all processes must stop after the same step
+    log_now = every(log_interval, step) or stop_now
+    eval_now = every(eval_interval, step) or last and eval_interval >= 0    # SIGTERM is urgent: it asks for none
+    save_now = every(save_interval, step) or stop_now and save_interval >= 0
+    sample_now = every(sample_interval, step)
+    pause = log_now or eval_now or save_now or sample_now or meter.timed == meter.first     # the first step compiles
+    if log_now or eval_now or save_now:
+        means = meter.read_losses(weights_too=eval_now or save_now)
+    if pause:
         meter.tick(step)
-    if logs:
+    if log_now:
         print_step(step, means, factor)
-    if evals:
+    if eval_now:
         result, best = validate(step, best)
-    if main_process and (logs or evals):
-        write_log(step, means['ce'], factor, result if evals else None)
-    if saves:
+    if main_process and (log_now or eval_now):
+        write_log(step, means['ce'], factor, result if eval_now else None)
+    if save_now:
         save(step)
         saved = step
-    if shows:
+    if sample_now:
         show_sample(step)
-    if leaves and not ends:
-        say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * saves)
+    if stop_now and not last:
+        say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * save_now)
         break
-    if looks:
+    if pause:
         meter.restart()
 
 # -----------------------------------------------------------------------------

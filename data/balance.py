@@ -5,11 +5,12 @@ The same float network, turned and scaled into one that rounds better. A library
 
 A row of integers has one scale, which its largest number sets. So rounding costs most where a few numbers are much
 larger than the rest: trained transformers have some channels that stand out in the residual stream, and neurons that
-fire a hundred times as strongly as others. Four changes take that away. None of them changes what the float network
-computes, and the first three, of weights alone, cost nothing when it runs:
+fire a hundred times as strongly as others. These changes take that away. None of them changes what the float network
+computes, and all but the last, of weights alone, cost nothing when it runs:
 
 - The residual stream is turned by a random orthogonal matrix (QuaRot, arXiv 2404.00456). RMSNorm without weights does
   not notice, all that reads or writes the stream is turned along, and what stood out in one channel is spread over all.
+- Where a tied Llama has c_out, the stream gets another size, so that c_out adds as little to it as it can.
 - The values of each key/value head are turned likewise, and what c_proj reads of its query heads is turned back.
 - What both c_proj read is smoothed (SmoothQuant, arXiv 2211.10438): a neuron that fires strongly is scaled down where
   it is written and up where it is read, half of the way in logarithms, so that its weights stand out half as much as

@@ -26,7 +26,7 @@ from data.checks import (check_archive, check_contents, check_old_file, check_si
 from data.files import atomic_write
 from data.machine import whole
 from data.tokenizer import fingerprint, from_meta
-from model import GPT, GPTConfig, rope_tables
+from model import GPT, GPTConfig, NEW_HEADS, rope_tables
 
 # -----------------------------------------------------------------------------
 # writing
@@ -170,14 +170,20 @@ def load_model(path, device='cpu'):
     """path -> model on device, in eval mode, and what else the checkpoint says, a dict."""
     state = load_checkpoint(path, device)
     weights = state.pop('model')                # so that nothing but the model keeps them in memory
-    config = GPTConfig(**state['config'])
+    return with_weights(GPTConfig(**state['config']), {name: t.float() for name, t in weights.items()}, device), state
+
+
+def with_weights(config, weights, device='cpu'):
+    """The GPT of this shape that holds these tensors, on device already, themselves; a tied lm_head is wte's."""
     model = without_memory(GPT, config)         # so no weights are in memory twice
-    model.load_state_dict({name: t.float() for name, t in weights.items()}, assign=True)
+    if config.tie_weights:
+        weights['lm_head.weight'] = weights['transformer.wte.weight']
+    model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
         model.cos, model.sin = rope_tables(config)
-    return model.eval(), state
+    return model.eval()
 
 # -----------------------------------------------------------------------------
 # going on with a training
@@ -248,7 +254,7 @@ def shape_of_student(config, source):
     theirs = source['config']
     shape = theirs | {'block_size': config.block_size, 'dropout': config.dropout,
                       'draft_n': config.draft_n or theirs['draft_n']}
-    for head in ('multi_token', 'draft'):
+    for head in NEW_HEADS:
         if not theirs[f'{head}_n']:
             shape |= {k: v for k, v in vars(config).items() if k.startswith(head)}
     return GPTConfig(**shape)
@@ -256,7 +262,7 @@ def shape_of_student(config, source):
 
 def load_weights(model, source):
     """The checkpoint's weights into model; heads that it lacks keep their fresh ones, all else must be there."""
-    fresh = {name: p for name, p in model.state_dict().items() if name.startswith(('multi_token', 'draft'))}
+    fresh = {name: p for name, p in model.state_dict().items() if name.startswith(NEW_HEADS)}
     model.load_state_dict(fresh | source['model'])
 
 # -----------------------------------------------------------------------------

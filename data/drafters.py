@@ -31,15 +31,15 @@ def draft_multi_token(model, x, last, texts, noise, pick):
 class NGram:
     """
     Prompt lookup: what followed the latest earlier occurrence of the text's last tokens, the more of them the better.
-    One of these serves one generation: it keeps an index of each text, and how often it was right behind as many tokens
-    that were the same. It drafts while a draft is likely enough to be kept.
+    One of these serves one generation: it keeps an index of each text, and how often a match of n tokens has predicted
+    the next one. It drafts while a draft is likely enough to be kept.
     """
     LONGEST = 8         # tokens that are compared
     LIKELY = 0.25       # a draft this likely is worth its row in the pass
 
     def __init__(self):
         self.indices = {}
-        self.right = [0.3 + 0.05 * n for n in range(self.LONGEST + 1)]      # by n, the tokens that were the same
+        self.accuracy = [0.3 + 0.05 * n for n in range(self.LONGEST + 1)]   # of a match of n tokens
 
     def __call__(self, model, x, last, texts, noise, pick):
         k = noise.size(1)
@@ -52,11 +52,11 @@ class NGram:
         """Up to k tokens that may follow a text."""
         self.learn(index)
         n, follows = index.look_up(k)
-        a = self.right[n]
+        a = self.accuracy[n]
         likely = sum(a ** (i + 1) > self.LIKELY for i in range(k)) if n else 0
         # what is not drafted is not seen to be right: so it is believed a little more each time, until it is tried
         if likely == 0:
-            self.right[n] += 0.02 * (0.5 - a)
+            self.accuracy[n] += 0.02 * (0.5 - a)
         index.guess = (len(index.text), n, follows[:likely])
         return follows[:likely]
 
@@ -64,7 +64,7 @@ class NGram:
         """From what became of the last drafts. One behind a wrong one had no chance, and does not count."""
         place, n, drafted = index.guess
         for guessed, token in zip(drafted, index.text[place:]):
-            self.right[n] += 0.1 * ((guessed == token) - self.right[n])
+            self.accuracy[n] += 0.1 * ((guessed == token) - self.accuracy[n])
             if guessed != token:
                 break
 

@@ -1,7 +1,7 @@
 """
 Rounding after training, with the errors fed back (GPTQ, arXiv 2210.17323). A library.
 
-    quantised = gptq(model, batches, bits=4)        # the float model stays as it is, without keep_before
+    quantised = gptq(model, batches, bits=4)        # the float model stays as it is (but for keep_before)
 """
 import math
 
@@ -25,21 +25,21 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False
     form = format_of(bits)
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
-    answer = answers(hessian, damping).to(w.device)
+    inverse = inverse_cholesky(hessian, damping).to(w.device)
     x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
     v, step = torch.empty_like(x), None
     before = torch.empty_like(x) if keep_before else None
     if form.steps > 1:
         step = torch.empty(len(w), math.ceil(len(x) / group), dtype=torch.int8, device=w.device)
     for start in range(0, len(x), group):
-        # the columns of a group one by one; what comes later answers to all of them in one product
+        # round the columns of a group one by one; all later groups are corrected for them in one product
         end = min(start + group, len(x))
-        block, here = x[start:end], answer[start:end, start:end]
+        block, here = x[start:end], inverse[start:end, start:end]
         errors = torch.empty_like(block)
         s = 1
         if form.steps > 1:
-            counts = 1 / here.diagonal().square()       # an error that others can answer counts less
-            s = signed_step(block, counts, form)                                 # (rows,)
+            importance = 1 / here.diagonal().square()       # less where later columns can make up for an error
+            s = signed_step(block, importance, form)                             # (rows,)
             step[:, start // group] = s
         for j in range(end - start):
             if keep_before:
@@ -47,7 +47,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False
             v[start + j] = (block[j] / s).round().clamp(form.least, form.edge) * s
             errors[j] = (block[j] - v[start + j]) / here[j, j]
             block[j + 1:].addr_(here[j, j + 1:], errors[j], alpha=-1)
-        x[end:].addmm_(answer[start:end, end:].T, errors, alpha=-1)
+        x[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
     before = before.T * scale[:, None] if keep_before else None
     return Rounded(v.T.contiguous().to(torch.int8), scale, step, bits, group), before
 
@@ -57,21 +57,21 @@ def most_steps(form):
     return min(form.steps, 127 // -form.least)
 
 
-def signed_step(x, counts, form):
+def signed_step(x, importance, form):
     """
-    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each counts (group,)
-    -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values, -8, ..., 7, one more
-    on one side than on the other: with a negative step it is on the side of the largest weight.
+    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each of them matters,
+    importance (group,) -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values,
+    -8, ..., 7, one more on one side than on the other: with a negative step it is on the side of the largest weight.
     """
     best = error = None
     for sign in (1, -1):
         y = sign * x
-        # below this something is clipped
-        least = torch.maximum(y.amax(dim=0) / form.edge, y.amin(dim=0) / form.least)
+        # a smaller step would clip something
+        unclipped = torch.maximum(y.amax(dim=0) / form.edge, y.amin(dim=0) / form.least)
         for less in range(form.tries):
-            step = (least.ceil() - less).clamp(1, most_steps(form))
+            step = (unclipped.ceil() - less).clamp(1, most_steps(form))
             e = ((y / step).round().clamp(form.least, form.edge) * step - y).square()
-            e = (counts[:, None] * e).sum(dim=0)
+            e = (importance[:, None] * e).sum(dim=0)
             if best is None:
                 best, error = sign * step, e
             else:
@@ -80,10 +80,10 @@ def signed_step(x, counts, form):
     return best
 
 
-def answers(hessian, damping):
+def inverse_cholesky(hessian, damping):
     """
-    hessian (cols, cols) -> U (cols, cols) float32, upper triangular: row j says how later columns answer an error in
-    column j. It is the Cholesky factor of the inverse, taken in float64.
+    hessian (cols, cols) -> U (cols, cols) float32, upper triangular, the Cholesky factor of the inverse, computed in
+    float64: row j says by how much each later column changes to make up for an error in column j.
     """
     hessian = hessian.cpu().to(torch.float64, copy=True)         # on the CPU: some GPUs have no float64
     # without the damping, inputs that are always zero would stop the decomposition
@@ -124,9 +124,10 @@ def fit(target, source, names, inputs, bits, group, keep_before):
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
     for name, v, scale, step in zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps):
-        target.set_submodule(name, IntLinear(Rounded(v, scale, step, bits, group)))
-    for name, w in zip(names, before.split(sizes)) if keep_before else ():
-        source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
+        target.set_submodule(name, IntLinear.holding(Rounded(v, scale, step, bits, group)))
+    if keep_before:
+        for name, w in zip(names, before.split(sizes)):
+            source.get_submodule(name).weight = torch.nn.Parameter(w.contiguous())
     give_back_memory()
 
 

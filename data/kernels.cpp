@@ -103,7 +103,7 @@ static __m256i table_of(int step) {
 }
 #endif
 
-// A row of 4 bits, as data/rounding.into_bytes has it, and its groups' steps -> the int8 that it stands for, v (K,).
+// A row of 4 bits, as data/rounding.pack has it, and its groups' steps -> the int8 that it stands for, v (K,).
 static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, int group) {
   int half = K / 2, shift = shift_of(group);
   for (int k = 0; k < half; k += 32) {

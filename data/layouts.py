@@ -83,7 +83,7 @@ def float_linear(weight):
 def first_rows(linear, n):
     """The first n outputs of a Linear or an IntLinear."""
     if isinstance(linear, IntLinear):
-        return IntLinear(Rounded(linear.integers()[:n].clone(), linear.scale[:n]))
+        return IntLinear.holding(Rounded(linear.integers()[:n].clone(), linear.scale[:n]))
     return float_linear(linear.weight[:n])
 
 
@@ -94,7 +94,7 @@ def joined(parts):
         return float_linear(weight)
     scale = end_to_end([part.scale for part in parts])
     step = None if first.step is None else end_to_end([part.step for part in parts])
-    return IntLinear.of(weight, scale, step, first.bits, first.group, first.cols)
+    return IntLinear(weight, scale, step, first.bits, first.group, first.cols)
 
 
 def end_to_end(tensors):
@@ -117,7 +117,7 @@ def packed_integers(linear, pack, kernels=True):
         return KernelLinear(linear)
     if linear.step is not None and pack == torch.bfloat16 and PackedInt4Linear.fits(linear):
         return PackedInt4Linear(linear)
-    linear = IntLinear(Rounded(linear.integers(), linear.scale))            # 8 bits, whatever they were
+    linear = IntLinear.holding(Rounded(linear.integers(), linear.scale))            # 8 bits, whatever they were
     if kernels and pack is None and KernelLinear.fits(linear):
         return KernelLinear(linear)
     return PackedInt8Linear(linear) if PackedInt8Linear.pays(linear) else linear
@@ -187,7 +187,7 @@ class PackedInt8Linear(nn.Module):
         if rows < PackedInt8Linear.ROWS:
             return False
         edge = torch.full((2, cols), 127.0)
-        few = IntLinear(Rounded(edge.repeat(8, 1).to(torch.int8), torch.ones(16)))
+        few = IntLinear.holding(Rounded(edge.repeat(8, 1).to(torch.int8), torch.ones(16)))
         return torch.equal(PackedInt8Linear(few)(edge), few(edge))
 
 

@@ -56,9 +56,6 @@ class Loader:
         block_size: tokens a row; rank of world_size processes; device: where the batches go; hold_out: a part of the
         split that is left out, see held_out. ValueError if the split is missing, damaged, or too short.
         """
-        assert 0 <= rank < world_size, f'rank ({rank}) must be in 0..{world_size - 1}, of world_size ({world_size})'
-        assert batch_size > 0 and block_size > 0, \
-            f'batch_size ({batch_size}) and block_size ({block_size}) must be at least 1'
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.rank, self.world_size, self.device = rank, world_size, device
         self._open(data_dir, split, hold_out)
@@ -254,6 +251,15 @@ def data_are_gone(state, dataset=''):
     """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
     return not dataset and not os.path.exists(
         os.path.join(in_repo('data'), dataset_of(state, 'the checkpoint'), 'meta.json'))
+
+
+def without_text(state, source, dataset=''):
+    """Why there is no text to measure the checkpoint at source on, in words; None if there is one."""
+    if not data_are_gone(state, dataset):
+        return None
+    if not state.get('dataset'):
+        return f'{source} does not say what it was trained on'
+    return f"{os.path.join(in_repo('data'), state['dataset'])}, which {source} was trained on, is gone"
 
 
 def data_of(state, source, dataset=''):

@@ -62,8 +62,8 @@ class Rounded:
 def round_weight(w, bits=8, group=GROUP, search=True):
     """
     w (rows, cols) float -> Rounded. Rounds to nearest, ties to even; a row of zeros has scale 1.
-    The largest weight of a row lies at the edge of its integers; search=False (with groups) puts that of a group at the
-    edge of the group's as well, instead of choosing its step.
+    The largest weight of a row lies at the edge of its integers. Where there are groups, search=True chooses each one's
+    step for the least squared error; search=False takes the step that puts the group's largest weight at the edge.
     """
     form = format_of(bits)
     w = w.float()
@@ -118,12 +118,12 @@ def choose_step(x, form, search=True):
     x (..., group) in units of its row's scale -> step (..., 1): of the form.tries largest steps that make sense the one
     with the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
     """
-    least = x.abs().amax(dim=-1, keepdim=True) / form.edge                       # below this something is clipped
+    unclipped = x.abs().amax(dim=-1, keepdim=True) / form.edge           # a smaller step would clip something
     if not search:
-        return least.round().clamp(1, form.steps)
+        return unclipped.round().clamp(1, form.steps)
     best = error = None
     for less in range(form.tries):
-        step = (least.ceil() - less).clamp(1, form.steps)
+        step = (unclipped.ceil() - less).clamp(1, form.steps)
         e = (round_to(x, step, form.edge) - x).square().sum(dim=-1, keepdim=True)
         if best is None:
             best, error = step, e
@@ -135,14 +135,15 @@ def choose_step(x, form, search=True):
 
 def pack(rounded):
     """
-    Rounded -> what file and memory hold of its v: v itself at 8 bits; at 4, v / step + 8, two of them in a byte,
-    (rows, ceil(cols / 2)) uint8.
+    Rounded -> what file and memory hold of its v: v itself at 8 bits; at 4, v / step + 8, two of them in a byte, the
+    left half of the columns in the low bits and the right half in the high ones, (rows, ceil(cols / 2)) uint8.
     """
     form, cols = format_of(rounded.bits), rounded.v.size(1)
     if form.stored == 8:
         return rounded.v
     q = (rounded.v // steps_of(rounded.step, rounded.group, cols) + form.edge + 1).to(torch.uint8)
-    return into_bytes(q, form.stored)
+    left, right = F.pad(q, (0, cols % 2)).chunk(2, dim=1)
+    return left | right << 4
 
 
 def unpack(packed, step, bits, group, cols):
@@ -150,24 +151,8 @@ def unpack(packed, step, bits, group, cols):
     form = format_of(bits)
     if form.stored == 8:
         return packed
-    q = out_of_bytes(packed, form.stored, cols).to(torch.int8) - (form.edge + 1)
+    q = torch.cat((packed & 15, packed >> 4), dim=-1)[..., :cols].to(torch.int8) - (form.edge + 1)
     return q * steps_of(step, group, cols)
-
-
-def into_bytes(q, width):
-    """
-    q (rows, cols) uint8 below 2^width, which divides 8 -> (rows, ceil(cols * width / 8)) uint8. At 4 bits the left half
-    of the columns is in the low bits of the bytes, the right half in the high ones.
-    """
-    n = 8 // width
-    parts = F.pad(q, (0, -q.size(1) % n)).chunk(n, dim=1)
-    return sum(part << (i * width) for i, part in enumerate(parts))
-
-
-def out_of_bytes(packed, width, cols):
-    """into_bytes' (..., bytes) -> q (..., cols) uint8."""
-    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(8 // width)]
-    return torch.cat(parts, dim=-1)[..., :cols]
 
 
 def round_rows(x):
@@ -251,8 +236,8 @@ def grid_of(model):
 
 def int_matmul(xq, w):
     """
-    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> their exact product xq @ w.T (M, N),
-    int32 or float32.
+    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> xq @ w.T (M, N): the exact sums, in int32, or on a GPU
+    in float32, which rounds those beyond 2^24 once.
     """
     if xq.device.type == 'cpu':
         return torch._int_mm(xq.to(torch.int8), w.t())      # int32: what it is multiplied with makes it float
@@ -273,26 +258,20 @@ def float_matmul(xq, w):
 
 class Integers(nn.Module):
     """
-    A Rounded (rows, cols) as a module holds it: the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8,
-    scale (rows,) float32 and step (rows, groups) int8 or None, and of what format they are.
+    A rounded matrix (rows, cols) as a module: the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8, scale
+    (rows,) float32 and step (rows, groups) int8 or None, and of what format they are.
     """
-    def __init__(self, rounded):
+    def __init__(self, weight, scale, step, bits, group, cols):
         super().__init__()
-        self.set_buffers(pack(rounded), rounded.scale, rounded.step, rounded.bits, rounded.group, rounded.v.size(1))
-
-    def set_buffers(self, weight, scale, step, bits, group, cols):
         self.bits, self.group, self.cols = bits, group, cols
         self.register_buffer('weight', weight)
         self.register_buffer('scale', scale)
         self.register_buffer('step', step)
 
     @classmethod
-    def of(cls, *stored):
-        """A module of what set_buffers takes."""
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module.set_buffers(*stored)
-        return module
+    def holding(cls, rounded):
+        """The module of a Rounded."""
+        return cls(pack(rounded), rounded.scale, rounded.step, rounded.bits, rounded.group, rounded.v.size(1))
 
     @classmethod
     def of_shape(cls, rows, cols, bits, group):
@@ -303,7 +282,7 @@ class Integers(nn.Module):
         step = None
         if form.steps > 1:
             step = torch.empty(rows, math.ceil(cols / group), device='meta', dtype=torch.int8)
-        return cls.of(weight, torch.empty(rows, device='meta'), step, bits, group, cols)
+        return cls(weight, torch.empty(rows, device='meta'), step, bits, group, cols)
 
     def integers(self):
         """v (rows, cols) int8."""
@@ -348,9 +327,10 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
             if w.is_meta:
                 integers = kind.of_shape(*w.shape, its_bits, group)
             elif grid and f'{name}.scale' in grid:
-                integers = kind(round_to_grid(w, grid[f'{name}.scale'], grid.get(f'{name}.step'), its_bits, group))
+                scale, step = grid[f'{name}.scale'], grid.get(f'{name}.step')
+                integers = kind.holding(round_to_grid(w, scale, step, its_bits, group))
             else:
-                integers = kind(round_weight(w, its_bits, group, search))
+                integers = kind.holding(round_weight(w, its_bits, group, search))
             model.set_submodule(name, integers)
     if model.config.tie_weights:
         for buffer in ('weight', 'scale', 'step'):

@@ -100,6 +100,14 @@ class Noise:
         return made[start - first:start - first + n]
 
 
+def common_length(rows):
+    """How many values rows (lists) have in common at their start."""
+    for n, values in enumerate(zip(*rows)):
+        if len(set(values)) > 1:
+            return n
+    return min(map(len, rows))
+
+
 @torch.no_grad()
 def first_difference(model, prompt, plain, other, temperature=0.0, row=0, seed=0):
     """
@@ -109,9 +117,7 @@ def first_difference(model, prompt, plain, other, temperature=0.0, row=0, seed=0
     """
     if plain == other:
         return None
-    place = 0
-    while place < min(len(plain), len(other)) and plain[place] == other[place]:
-        place += 1
+    place = common_length([plain, other])
     if place == min(len(plain), len(other)):        # one text ends early, which is never a tie
         return place, math.inf
     score = model(torch.tensor([prompt + plain[:place]], device=model.cos.device))[0, -1]       # (V,)

@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from data.checkpoint import without_memory
-from model import GPT, rope_tables
+from data.checkpoint import with_weights
 
 FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
 # what over_channels calls matrices that no moments are known of: tables, and what reads embeddings that have no norm
@@ -25,14 +24,10 @@ def build(state, config):
     A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own. The dict
     is emptied on the way: what nobody else holds is never in memory twice.
     """
-    model = without_memory(GPT, config)
     if config.tie_weights:
-        state['lm_head.weight'] = torch.empty_like(state['lm_head.weight'], device='meta')
-    model.load_state_dict({name: state.pop(name).detach().clone() for name in list(state)}, assign=True)
-    if config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
-    model.cos, model.sin = (table.to(model.lm_head.weight.device) for table in rope_tables(config))
-    return model.eval()
+        del state['lm_head.weight']
+    weights = {name: state.pop(name).detach().clone() for name in [*state]}
+    return with_weights(config, weights, weights['transformer.wte.weight'].device)
 
 # -----------------------------------------------------------------------------
 # indices -> a new state dict and shape

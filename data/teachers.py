@@ -1,7 +1,7 @@
 """
 Teachers: by which names they are asked for, and what is asked of them. A library of distill.py.
 
-    teacher = load_teacher('gguf:SmolLM2.gguf')         # a Teacher; data/foreign.py reads those that are not ours
+    teacher = load_teacher('gguf:SmolLM2.gguf')         # a Teacher; data/foreign/kinds.py reads those that are not ours
     teachers = load_teachers('out-a+out-b', tokenizer, block_size)      # two, whose probabilities are averaged
 """
 import math
@@ -14,13 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import quantize
-from data.causal_lm import InOne
 from data.checkpoint import load_model
-from data.export import dequantised
-from data.foreign import FILES, KINDS
+from data.foreign.causal_lm import InOne
+from data.foreign.export import dequantised
+from data.foreign.kinds import FILES, KINDS
+from data.foreign.weights import drop_padding, padded
 from data.loader import dataset_of
 from data.tokenizer import fingerprint, from_meta
-from data.weights import drop_padding, padded
 
 
 @dataclass

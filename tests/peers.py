@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+from data.bench.timing import TokenClock
 from data.files import atomic_write, in_repo
-from data.timing import TokenClock
 from engine import Engine, Sampling
 from data.machine import pick_device
 from model import GPT, GPTConfig

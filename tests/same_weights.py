@@ -1,6 +1,6 @@
 """
 llama.cpp and transformers beside picochat, on the same weights and prompts: a trained model with a Llama's block is
-written as they read it (data/export.py), and each decodes in a process of its own, one after the other in every round.
+written as they read it (data/foreign/export.py), and each decodes in a process of its own, in turn in every round.
 
     pip install gguf safetensors transformers xllamacpp
     python tests/same_weights.py --shape=out-smollm --formats=int8-packed,int4-packed
@@ -31,9 +31,9 @@ from statistics import median
 from types import SimpleNamespace
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+from data.bench.timing import TokenClock, in_rounds, resident, speed
 from data.files import in_repo
 from data.signals import interrupt_on_stop
-from data.timing import TokenClock, in_rounds, resident, speed
 
 # -----------------------------------------------------------------------------
 shape = ''                  # the out_dir of a trained model, or a shape of bench.py's, if only a gguf is beside it
@@ -60,7 +60,7 @@ k = SimpleNamespace(**config, drafters='')
 
 def picochat(format, path):
     import torch
-    from data.decoding import build
+    from data.bench.decoding import build
     from engine import Sampling
     torch.set_num_threads(threads)
     before = resident()
@@ -148,8 +148,8 @@ def write_for_others(folder):
     prompt, which it has written itself.
     """
     from data.checkpoint import load_checkpoint
-    from data.decoding import SHAPES, build, check_context, make_prompts
-    from data.export import export_gguf, export_hf, is_block
+    from data.bench.decoding import SHAPES, build, check_context, make_prompts
+    from data.foreign.export import export_gguf, export_hf, is_block
     from data.tokenizer import from_meta
     engine, programs = build(k, 'f32'), []
     check_context(k, engine.config, shape)

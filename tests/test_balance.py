@@ -9,7 +9,7 @@ from conftest import LLAMA, SMALL, make_dataset, randomise
 
 from data import calibration
 from data.balance import balance, peaks
-from data.export import own_tensors
+from data.foreign.export import own_tensors
 from data.loader import load_meta
 from data.slicing import build
 from data.tokenizer import from_meta

@@ -16,17 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data.estimate
+import data.bench.estimate
 import model as M
 from conftest import (LLAMA, TEXTS, V, Here, e0_state, make_dataset, nanogpt_state, randomise, refused, run,
                       write_nanochat, write_nanogpt)
+from data.bench.decoding import quality
+from data.bench.estimate import Living, Training, training_bytes
 from data.checkpoint import config_from, load_model, save_checkpoint
-from data.estimate import Living, Training, training_bytes
-from data.decoding import quality
-from data.export import export_gguf, export_hf
+from data.foreign.export import export_gguf, export_hf
 from data.foreign_tokenizer import GPT2_PATTERN
-from data.machine import autocast
 from data.loader import Loader
+from data.machine import autocast
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
 from data.writer import write_texts
 from engine import Engine, Sampling
@@ -407,7 +407,7 @@ def test_training_bytes_are_those_of_the_tensors(changed, monkeypatch):
     vocab_size = 1000
     if changed.pop('chunks', 0):
         monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**20)
-        monkeypatch.setattr(data.estimate, 'LOSS_CHUNK_BYTES', 2**20)
+        monkeypatch.setattr(data.bench.estimate, 'LOSS_CHUNK_BYTES', 2**20)
         vocab_size = 3000
     t = knobs_of_training(**changed)
     c = shape_of(t, vocab_size)
@@ -460,10 +460,10 @@ def test_plan(monkeypatch, tmp_path):
     Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each
     of 64 channels.
     """
-    for module in (M, data.estimate):                               # one chunk is simulated sooner than many
+    for module in (M, data.bench.estimate):                               # one chunk is simulated sooner than many
         monkeypatch.setattr(module, 'LOSS_CHUNK_BYTES', 2**34)
     with monkeypatch.context() as m:                                # and few rows sooner than those that fit 40 GB
-        m.setitem(data.estimate.GPUS, 'a100-40', ('A100', 40e7))
+        m.setitem(data.bench.estimate.GPUS, 'a100-40', ('A100', 40e7))
         document = bench('--mode=memory', '--plan=True', *TOY, '--max_iters=100', '--total_batch_size=512',
                          '--gpu=a100-40', '--utilisation=0.5', '--price=2')
     assert document['params']['total'] == 12 * 64**2 + 2 * 1000 * 64

@@ -38,7 +38,7 @@ def two(shape, bits):
 @pytest.mark.parametrize('bits, group, cols', [(8, 32, 7), (8, 32, 192), (4, 32, 192), (4, 64, 128), (4, 128, 256)])
 def test_a_product_is_the_same_bits(bits, group, cols):
     torch.manual_seed(0)
-    linear = IntLinear(round_weight(torch.randn(21, cols), bits, group))
+    linear = IntLinear.holding(round_weight(torch.randn(21, cols), bits, group))
     fast = K.KernelLinear(linear)
     for rows in (1, 2, 5, K.ROWS, K.ROWS + 1, 200):
         x = 10 * torch.randn(1, rows, cols)
@@ -52,7 +52,7 @@ def test_a_product_is_the_same_bits(bits, group, cols):
 @pytest.mark.parametrize('name, value', [('bits', 3), ('group', 16), ('step', -19), ('step', 19)])
 def test_integers_that_the_kernels_do_not_know_are_left_to_pytorch(name, value):
     """Another format, or what a file of somebody else's may say: they would read beside their table."""
-    linear = IntLinear(round_weight(torch.randn(8, 128), 4))
+    linear = IntLinear.holding(round_weight(torch.randn(8, 128), 4))
     assert K.KernelLinear.fits(linear)
     setattr(linear, name, torch.full_like(linear.step, value) if name == 'step' else value)
     assert not K.KernelLinear.fits(linear)
@@ -65,7 +65,7 @@ def test_integers_that_the_kernels_do_not_know_are_left_to_pytorch(name, value):
 def test_what_a_matrix_reads(what, reads):
     """Next to no activation falls to the other side, and both ways for few and many rows are one."""
     x = 5 * torch.randn(200, 192 if what == K.SWIGLU else 96)
-    linear = IntLinear(round_weight(torch.eye(96)))
+    linear = IntLinear.holding(round_weight(torch.eye(96)))
     fast = K.KernelLinear(linear)
     got, expected = fast.read(x, what, 1e-5), linear(reads(x))
     assert ((got - expected).abs() < 1e-5 * expected.abs().amax(dim=-1, keepdim=True)).float().mean() > 0.999

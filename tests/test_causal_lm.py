@@ -13,11 +13,11 @@ import torch
 from conftest import (HF_LLAMA, TEXTS, V, far, logits_of, randomise, refuses, train, write_gpt2_tokenizer,
                       write_llama)
 
-from data.causal_lm import InOne, load_py
-from data.foreign import KINDS
+from data.foreign.causal_lm import InOne, load_py
+from data.foreign.kinds import KINDS
+from data.foreign.llama import LLAMA
 from data.foreign_tokenizer import GPT2_PATTERN
 from data.labels import Recipe, write_labels
-from data.llama import LLAMA
 from data.loader import Loader
 from data.teachers import Teacher, check_teachers, load_teacher
 from data.tokenizer import train_bpe

@@ -19,7 +19,7 @@ from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text,
 
 import model as model_file
 from data.checkpoint import load_checkpoint
-from data.gpt2 import GPT2, GPT2Config
+from data.foreign.gpt2 import GPT2, GPT2Config
 from data.judge import check_reading, loss_on_text
 from data.labels import Labels, Recipe, choose_labels, fit_temperature, write_labels
 from data.loader import Loader, held_out
@@ -613,7 +613,7 @@ def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
     ('--fetch=d32', '--fetch= needs --out_dir='),
     ('--to_hf={x}/hf --to_picochat={x}/p --teacher={t}', 'one of the four at a time'),
     ('--fetch=d20 --out_dir={x}/d20', r'fetch \(d20\) must be one of d32, d34'),
-    ('--teacher={t} --to_hf={x}/hf', 'takes a teacher of picochat.s own blocks with a BPE'),
+    ('--teacher={t} --to_hf={x}/hf', 'takes a teacher with a BPE'),
     ('--teacher={x}/nothing --out_dir={x}/l', 'no teacher at'),
     ('--teacher={t} --out_dir={x}/l --method=best', r'method \(best\) must be one of sample, topk'),
     ('--teacher={t} --out_dir={x}/l --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),

@@ -26,17 +26,17 @@ from conftest import (LLAMA, TEXTS, TINY, V, build, content, make_dataset, refus
                       write_nanogpt)
 
 import quantize
-from data.causal_lm import load_causal_lm
+from data.bench.ladder import read_record, summary
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
-from data.export import export_gguf, export_hf
 from data.files import private_folder, shown
+from data.foreign.causal_lm import load_causal_lm
+from data.foreign.export import export_gguf, export_hf
+from data.foreign.gpt2 import load_gpt2
+from data.foreign.llama import load_gguf, load_llama
+from data.foreign.nanochat import load_nanochat
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_tokenizer
-from data.gpt2 import load_gpt2
 from data.kernels import library
-from data.ladder import read_record, summary
-from data.llama import load_gguf, load_llama
 from data.machine import can_compile, join_processes, private_cache
-from data.nanochat import load_nanochat
 from data.record import made, record
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
 

@@ -15,12 +15,12 @@ from conftest import (HF_LLAMA, TEXTS, V, far, llama_state, logits_of, randomise
                       write_llama)
 
 import quantize
+from data.bench.decoding import open_model, quality
 from data.checkpoint import load_model
-from data.decoding import open_model, quality
-from data.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
-from data.foreign import KINDS
+from data.foreign.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
+from data.foreign.kinds import KINDS
+from data.foreign.llama import LLAMA, as_ours, other_architecture
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
-from data.llama import LLAMA, as_ours, other_architecture
 from data.rounding import convert
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe

@@ -16,14 +16,14 @@ import time
 import pytest
 import torch
 
-import data.rungs
+import data.bench.rungs
 from conftest import Here, make_dataset, randomise, refused, run, start, toy_text
+from data.bench.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
+from data.bench.tasks import bits_per_byte
 from data.cache import KVCache
 from data.checkpoint import load_model, save_checkpoint
-from data.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
 from data.loader import Loader
 from data.record import already, made, record
-from data.tasks import bits_per_byte
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig, evaluate
 from quantize import load
@@ -270,7 +270,7 @@ def test_rungs_read_other_texts_and_answer_questions(climb):
 def test_compiled_rounds_are_timed(climb, monkeypatch):
     """They are the same function, so without a compiler their texts are the plain ones."""
     monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
-    monkeypatch.setattr(data.rungs, 'can_compile', lambda device: True)
+    monkeypatch.setattr(data.bench.rungs, 'can_compile', lambda device: True)
     rows = rows_of(climb('--timed=narrow, in 4 bits', '--compiled=narrow, in 4 bits', '--seeds=1'))
     assert rows[2]['same_texts_compiled'] == rows[3]['same_texts_compiled'] == 1
     assert 0 <= rows[2]['same_texts_speculative_compiled'] <= 1 and rows[3]['tok_s_compiled'] > 0

@@ -18,9 +18,9 @@ import quantize as Q
 from data.balance import balance
 from data.calibration import from_file, in_parts
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
+from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
 from data.loader import Loader
 from data.tokenizer import from_meta
-from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 
@@ -31,7 +31,7 @@ HEADS = dict(multi_token_n=2, draft_n=2)
 
 def layer(rows, cols, bits, group=32):
     torch.manual_seed(0)
-    return Q.IntLinear(Q.round_weight(torch.randn(rows, cols), bits, group))
+    return Q.IntLinear.holding(Q.round_weight(torch.randn(rows, cols), bits, group))
 
 
 def small(**shape):
@@ -247,7 +247,7 @@ def test_gptq_weight(bits, group, cols):
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
     again = R.round_to_grid(before, rounded.scale, rounded.step, bits, group)
     assert torch.equal(again.v, rounded.v)
-    assert torch.equal(Q.IntLinear(rounded).integers(), rounded.v)                  # it is a rounding like any other
+    assert torch.equal(Q.IntLinear.holding(rounded).integers(), rounded.v)                  # it is a rounding like any other
     error = lambda rounded: (x @ (rounded.float() - w).T).square().sum()
     assert error(rounded) < 0.5 * error(Q.round_weight(w, bits, group))
 
@@ -300,7 +300,6 @@ def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
     kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction='none').sum(-1)
     batches, token_bytes = [(x[:1], y[:1]), (x[1:], y[1:])], [0, 1, 2, 3, 4] * 10
     for chunk_bytes in (2**27, 4 * 50 * 7):
-        monkeypatch.setattr(Q, 'LOSS_CHUNK_BYTES', chunk_bytes)
         monkeypatch.setattr('model.LOSS_CHUNK_BYTES', chunk_bytes)
         same, got = Q.compare(model, [model, other], batches, token_bytes)
         assert (same['mean_kl'], same['top1_flips'], same['val_loss_quant']) == (0, 0, got['val_loss_float'])
@@ -511,7 +510,7 @@ def test_knobs_that_are_refused(trained, source, flags, words):
 @pytest.mark.parametrize('bits', [8, 4])
 def test_packed_is_bit_for_bit_the_plain_one(bits):
     linear, x = layer(9000, 48, bits), wide_rows(16, 48)
-    plain = Q.IntLinear(R.Rounded(linear.integers(), linear.scale))
+    plain = Q.IntLinear.holding(R.Rounded(linear.integers(), linear.scale))
     if not PackedInt8Linear.pays(plain):
         pytest.skip('this CPU has no exact packed kernel; the plain one is used')
     packed = PackedInt8Linear(plain)

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from data.export import export_gguf
-from data.llama import load_gguf
+from data.foreign.export import export_gguf
+from data.foreign.llama import load_gguf
 from data.sampling import first_difference
 from engine import Engine, Sampling
 

@@ -1,6 +1,6 @@
 """
-Questions answered by likelihood, and bits per byte of further texts: data/tasks.py, and bench.py's mode=tasks. What the
-cache, padding and cutting give must be what whole forwards over each text by itself give.
+Questions answered by likelihood, and bits per byte of further texts: data/bench/tasks.py, and bench.py's mode=tasks.
+What the cache, padding and cutting give must be what whole forwards over each text by itself give.
 """
 import contextlib
 import json
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from conftest import BPE, CHAR, build, make_dataset, randomise, refused, run, toy_text
+from data.bench.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
+                        p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.cache import KVCache
 from data.checkpoint import save_checkpoint
 from data.loader import Loader
-from data.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
-                        p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.tokenizer import from_meta
 from data.writer import write_texts
 from model import GPT, GPTConfig, evaluate

@@ -1,5 +1,5 @@
 """
-data/foreign.py: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
+data/foreign/kinds.py: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
 
 With `pip install transformers safetensors` the comparisons with Hugging Face run, too; nanochat's golden logits lie
 beside the repository, if at all.
@@ -20,10 +20,10 @@ from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, refuse
 
 import quantize as Q
 from data.checkpoint import load_model, save_checkpoint
-from data.export import export_hf
+from data.foreign.export import export_hf
+from data.foreign.gpt2 import load_gpt2
+from data.foreign.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, hf_folder_tokenizer, merges_of
-from data.gpt2 import load_gpt2
-from data.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import CharTokenizer, fingerprint, train_bpe
 from data.writer import write_dataset
@@ -135,15 +135,13 @@ def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
 
 
 def test_steps_and_places(tmp_path, bpe):
-    """nanochat keeps the tokenizer for itself; the last step is taken unless one is named."""
+    """nanochat keeps the tokenizer for itself; of several steps the last is taken."""
     folder, home = tmp_path / 'base_checkpoints' / 'd2', tmp_path / 'tokenizer'
     first, second = e0_state(), {k: 2 * v for k, v in e0_state().items()}
     write_nanochat(folder, bpe, first, 90, home)
     write_nanochat(folder, bpe, second, 1000, home)
-    for step, state in ((None, second), (1000, second), (90, first)):
-        model, tokenizer = load_nanochat(str(folder), step=step)
-        assert torch.equal(model.lm_head.weight, state['lm_head.weight']) and tokenizer.vocab_size == V
-    refuses('no step 91: take one of 90, 1000', load_nanochat, str(folder), 'cpu', 91)
+    model, tokenizer = load_nanochat(str(folder))
+    assert torch.equal(model.lm_head.weight, second['lm_head.weight']) and tokenizer.vocab_size == V
 
 
 def test_token_bytes(tmp_path, bpe):

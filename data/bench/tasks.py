@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from data.cache import KVCache
 from data.files import read_text, sha256_of
 from data.loader import progress
+from data.sampling import common_length
 from engine import PREFILL_CHUNK
 from model import evaluate
 
@@ -104,14 +105,6 @@ def written(item, delimiter, option=None):
         return item['context'].strip() + delimiter + item['continuation']
     option = options_of(item)[item['gold']] if option is None else option
     return item['query'] + delimiter + option if form == 'choice' else option + delimiter + item['continuation']
-
-
-def common_length(rows):
-    """How many values rows (lists) have in common at their start."""
-    for n, values in enumerate(zip(*rows)):
-        if len(set(values)) > 1:
-            return n
-    return min(map(len, rows))
 
 
 def scored_tokens(item, examples, tokenizer, delimiter):

@@ -220,7 +220,7 @@ def summary(rows):
             line |= {'val_loss': mean(losses[name]), 'val_bpb': mean_of(same, 'val_bpb'),
                      'deviation': stdev(losses[name]) if len(same) > 1 else None,
                      'p': welch(losses[name], losses[control]) if control not in (None, name) else None}
-        for key in line:                            # what it knows beside its own text, see data/tasks.py
+        for key in line:                            # what it knows beside its own text, see data/bench/tasks.py
             if key.startswith('bpb_') or key in ('tasks_centred', 'tasks_error'):
                 line[key] = mean_of(same, key)
         if line.get('bytes') and first.get('bytes'):

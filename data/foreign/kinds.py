@@ -1,7 +1,7 @@
 """
 Other people's models: what may stand before the colon of --teacher=KIND:PATH, and who reads it. Each kind has its file.
 
-    from data.foreign import KINDS
+    from data.foreign.kinds import KINDS
     model, tokenizer = KINDS['gguf']('SmolLM2.gguf', 'cpu')         # llama.py: a Llama, which is our block
     model, tokenizer = KINDS['hf']('models/SmolLM2', 'cpu')         # that, or any other folder of Hugging Face's
     model, tokenizer = KINDS['nanochat']('teachers/d32', 'cpu')     # nanochat.py: a folder of nanochat, d20 to d34
@@ -16,11 +16,11 @@ missing, damaged, hostile or of another kind is a ValueError that names it.
 To add a kind, write a function (path, device) -> (model, tokenizer or None), and name it in KINDS. If it reads files,
 name in FILES a function that finds them, which a script asks for before it does anything long.
 """
-from data.causal_lm import find_py, load_causal_lm, load_py
-from data.gpt2 import find_gpt2, load_gpt2
-from data.llama import find_gguf, load_gguf, load_llama, refuse, what_is_odd
-from data.nanochat import find_nanochat, load_hf_nanochat, load_nanochat, random_teacher
-from data.weights import hf_file, read_config
+from data.foreign.causal_lm import find_py, load_causal_lm, load_py
+from data.foreign.gpt2 import find_gpt2, load_gpt2
+from data.foreign.llama import find_gguf, load_gguf, load_llama, refuse, what_is_odd
+from data.foreign.nanochat import find_nanochat, load_hf_nanochat, load_nanochat, random_teacher
+from data.foreign.weights import hf_file, read_config
 
 
 def load_hf(folder, device='cpu'):

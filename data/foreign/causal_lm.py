@@ -1,7 +1,7 @@
 """
 Teachers that are not our block: any causal language model that transformers loads, or a user's own Python file.
 
-    from data.causal_lm import load_causal_lm, load_py
+    from data.foreign.causal_lm import load_causal_lm, load_py
     model, tokenizer = load_causal_lm('models/Qwen3-0.6B', 'cpu')   # a folder of Hugging Face's
     model, tokenizer = load_py('my_teacher.py', 'cpu')              # a file with load(device)
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 
 from data.checks import check_finite
+from data.foreign.weights import expecting, hf_file, names_in, padded_sizes, read_config
 from data.foreign_tokenizer import hf_folder_tokenizer
-from data.weights import expecting, hf_file, names_in, padded_sizes, read_config
 
 
 class InTwo(nn.Module):

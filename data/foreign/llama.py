@@ -1,8 +1,8 @@
 """
 A Llama of someone else's making, in: read from Hugging Face's folder or from a GGUF file, and turned into our GPT with
-the same logits. (data/export.py is the way out.)
+the same logits. (data/foreign/export.py is the way out.)
 
-    from data.llama import load_gguf, load_llama
+    from data.foreign.llama import load_gguf, load_llama
     model, tokenizer = load_gguf('SmolLM2-135M-Instruct.Q4_1.gguf')
     model, tokenizer = load_llama('SmolLM2-135M')       # a folder with config.json and model.safetensors
 
@@ -15,14 +15,16 @@ the weights (as_ours):
 - A GGUF file turns neighbours, (2i, 2i + 1), instead: the rows of its q and k are in another order.
 """
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from data.checkpoint import config_from, plain_names
+from data.checkpoint import config_from, plain_names, without_memory
 from data.checks import check_size, check_tensors
+from data.foreign.weights import (cut_padding, expecting, hf_file, make, padded_sizes, read_config, read_weights,
+                                  shape_in)
 from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, open_gguf
-from data.weights import cut_padding, expecting, hf_file, make, padded_sizes, read_config, read_weights, shape_in
 from model import GPT
 
 # the switches that make our block a Llama's
@@ -228,26 +230,34 @@ def say_what_was_lost(tensors, path):
 # -----------------------------------------------------------------------------
 # either of them, as ours
 
+# a matrix of our block -> its name in Hugging Face's, and the norm there whose gains multiply what it reads
+LAYER = {'attn.c_q': ('self_attn.q_proj', 'input_layernorm'), 'attn.c_k': ('self_attn.k_proj', 'input_layernorm'),
+         'attn.c_v': ('self_attn.v_proj', 'input_layernorm'), 'attn.c_proj': ('self_attn.o_proj', None),
+         'mlp.c_gate': ('mlp.gate_proj', 'post_attention_layernorm'),
+         'mlp.c_fc': ('mlp.up_proj', 'post_attention_layernorm'), 'mlp.c_proj': ('mlp.down_proj', None)}
+MIRRORED = ('attn.c_q', 'attn.c_k')     # ours turns q and k by minus the angle
+
+
 def llama_shapes(c):
-    """GPTConfig -> {name of a LlamaForCausalLM's tensor: its shape}."""
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    layer = {'input_layernorm': (c.n_embd,), 'self_attn.q_proj': (q, c.n_embd), 'self_attn.k_proj': (kv, c.n_embd),
-             'self_attn.v_proj': (kv, c.n_embd), 'self_attn.o_proj': (c.n_embd, q),
-             'post_attention_layernorm': (c.n_embd,), 'mlp.gate_proj': (c.n_hidden, c.n_embd),
-             'mlp.up_proj': (c.n_hidden, c.n_embd), 'mlp.down_proj': (c.n_embd, c.n_hidden)}
-    shapes = {'model.embed_tokens': (c.vocab_size, c.n_embd), 'model.norm': (c.n_embd,)}
+    """GPTConfig -> {name of a LlamaForCausalLM's tensor: one of its shape, without memory}."""
+    own = without_memory(GPT, replace(c, n_layer=1)).state_dict()
+    gains = torch.empty(c.n_embd, device='meta')
+    tensors = {'model.embed_tokens': own['transformer.wte.weight'], 'model.norm': gains}
     if not c.tie_weights:
-        shapes['lm_head'] = (c.vocab_size, c.n_embd)
-    shapes |= {f'model.layers.{i}.{name}': shape for i in range(c.n_layer) for name, shape in layer.items()}
-    return {f'{name}.weight': shape for name, shape in shapes.items()}
+        tensors['lm_head'] = own['lm_head.weight']
+    for i in range(c.n_layer):
+        for name, (theirs, norm) in LAYER.items():
+            tensors[f'model.layers.{i}.{theirs}'] = own[f'transformer.h.0.{name}.weight']
+            if norm:
+                tensors[f'model.layers.{i}.{norm}'] = gains
+    return {f'{name}.weight': tensor for name, tensor in tensors.items()}
 
 
 def build(weights, config, tokenizer, path, device):
     """A Llama's tensors by Hugging Face's names, its shape, its tokenizer -> our GPT and the tokenizer. ValueError."""
     with expecting(f"{path} does not hold a Llama's tensors"):
         check_size(config, {name.replace('model.layers.', 'transformer.h.'): t for name, t in weights.items()}, path)
-    own = {name: torch.empty(shape, device='meta') for name, shape in llama_shapes(config).items()}
-    check_tensors(own, weights, path)
+    check_tensors(llama_shapes(config), weights, path)
     state = as_ours(weights, config)
     if tokenizer is not None:
         if config.vocab_size not in padded_sizes(tokenizer.vocab_size):
@@ -275,16 +285,13 @@ def as_ours(weights, config):
         if config.out_proj:
             state['transformer.c_out.weight'] = torch.diag(last - 1)
     for i in range(config.n_layer):
-        theirs, ours = f'model.layers.{i}', f'transformer.h.{i}'
-        before, between = take(f'{theirs}.input_layernorm'), take(f'{theirs}.post_attention_layernorm')
-        matrices = {'attn.c_q': mirrored(take(f'{theirs}.self_attn.q_proj'), config.head_dim) * before,
-                    'attn.c_k': mirrored(take(f'{theirs}.self_attn.k_proj'), config.head_dim) * before,
-                    'attn.c_v': take(f'{theirs}.self_attn.v_proj') * before,
-                    'attn.c_proj': take(f'{theirs}.self_attn.o_proj'),
-                    'mlp.c_gate': take(f'{theirs}.mlp.gate_proj') * between,
-                    'mlp.c_fc': take(f'{theirs}.mlp.up_proj') * between,
-                    'mlp.c_proj': take(f'{theirs}.mlp.down_proj')}
-        state |= {f'{ours}.{name}.weight': matrix for name, matrix in matrices.items()}
+        at, to = f'model.layers.{i}', f'transformer.h.{i}'
+        gains = {norm: take(f'{at}.{norm}') for norm in ('input_layernorm', 'post_attention_layernorm')}
+        for name, (theirs, norm) in LAYER.items():
+            w = take(f'{at}.{theirs}')
+            if name in MIRRORED:
+                w = mirrored(w, config.head_dim)
+            state[f'{to}.{name}.weight'] = w * gains[norm] if norm else w
     return state
 
 

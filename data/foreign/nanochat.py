@@ -1,7 +1,7 @@
 """
 nanochat of its first era (E0, 2025-10-13 to 2026-01-11), whose block is picochat's own: fetched, and read.
 
-    from data.nanochat import load_nanochat
+    from data.foreign.nanochat import load_nanochat
     model, tokenizer = load_nanochat('teachers/d32', 'cpu')
 """
 import json
@@ -15,8 +15,9 @@ from data.checkpoint import config_from, load_tensors, plain_names
 from data.checks import check_size
 from data.download import download
 from data.files import hold, read_text
+from data.foreign.weights import (cut_padding, expecting, hf_file, load_weights, make, read_config, read_weights,
+                                  shape_in)
 from data.foreign_tokenizer import hf_folder_tokenizer, load_nanochat_tokenizer
-from data.weights import cut_padding, expecting, hf_file, load_weights, make, read_config, read_weights, shape_in
 from model import GPT, GPTConfig
 
 # d32 is a finished chat model (650 steps of chat fine-tuning after its pretraining), d34 is a base model.
@@ -59,10 +60,9 @@ def fetch_nanochat(name, folder, host='https://huggingface.co'):
     return folder
 
 
-def find_nanochat(path, step=None):
+def find_nanochat(path):
     """
-    A folder -> the file of its weights, model_XXXXXX.pt: of the last step, or of this one. ValueError says where to get
-    one.
+    A folder -> the file of its weights, model_XXXXXX.pt, of the last step. ValueError says where to get one.
     """
     files = os.listdir(path) if os.path.isdir(path) else []
     steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
@@ -72,19 +72,16 @@ def find_nanochat(path, step=None):
                          f"({NANOCHAT['d32']['bytes'] / 1e9:.1f} GB), try its shape, without data, with "
                          "python bench.py --mode=train config/distill_d12_mqa.py --teacher=random:d32, "
                          "or run config/distill_stdlib_bpe.py, which a laptop can")
-    step = max(steps) if step is None else step
-    if step not in steps:
-        raise ValueError(f"{path} has no step {step}: take one of {', '.join(map(str, steps))}")
-    return os.path.join(path, steps[step])
+    return os.path.join(path, steps[max(steps)])
 
 
-def load_nanochat(path, device='cpu', step=None):
+def load_nanochat(path, device='cpu'):
     """
     A nanochat folder of the d20-d34 era -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
-    The folder holds model_XXXXXX.pt (the last step, or this one) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt
+    The folder holds model_XXXXXX.pt (the last step counts) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt
     lie there, too, or in ../../tokenizer, as nanochat leaves them. ValueError for anything else.
     """
-    file = find_nanochat(path, step)
+    file = find_nanochat(path)
     meta = re.sub(r'model_(\d+)\.pt$', lambda m: f'meta_{int(m[1]):06d}.json', file)
     home = path if os.path.exists(os.path.join(path, 'tokenizer.pkl')) else os.path.join(path, '..', '..', 'tokenizer')
     not_whole = f"{file}, {meta} and {home} are not a whole nanochat checkpoint"
@@ -107,8 +104,8 @@ def load_nanochat(path, device='cpu', step=None):
 
 def load_hf_nanochat(folder, device='cpu'):
     """
-    A folder of Hugging Face's NanoChat, as data/export.py writes one -> GPT with its logits, float32, in eval mode on
-    device, and its tokenizer. ValueError for anything else.
+    A folder of Hugging Face's NanoChat, as data/foreign/export.py writes one -> GPT with its logits, float32, in eval
+    mode on device, and its tokenizer. ValueError for anything else.
     """
     file, path = hf_file(folder), os.path.join(folder, 'config.json')
     c = read_config(folder)

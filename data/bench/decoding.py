@@ -16,16 +16,16 @@ from statistics import median
 
 import torch
 
+from data.bench.timing import in_rounds, resident, speed, start, timed_call
 from data.cache import KVCache
 from data.checkpoint import load_checkpoint
-from data.export import export_gguf
+from data.foreign.export import export_gguf
+from data.foreign.llama import gguf_dataset, load_gguf
 from data.layouts import PackedInt8Linear, for_decoding, for_measuring
-from data.llama import gguf_dataset, load_gguf
 from data.loader import data_of, validation
 from data.machine import keep_memory
 from data.sampling import first_difference
 from data.teachers import load_teacher
-from data.timing import in_rounds, resident, speed, start, timed_call
 from data.tokenizer import fingerprint, from_meta
 from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate

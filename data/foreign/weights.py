@@ -1,6 +1,6 @@
 """
-Other people's files of weights: read, checked, and made into a model. A library of data/nanochat.py, gpt2.py and
-llama.py. Nobody's pickle runs anything here.
+Other people's files of weights: read, checked, and made into a model. A library of the files beside it. Nobody's pickle
+runs anything here.
 """
 import contextlib
 import json
@@ -8,10 +8,10 @@ import os
 
 import torch
 
-from data.checkpoint import load_tensors, without_memory
+from data.checkpoint import load_tensors, with_weights, without_memory
 from data.checks import check_size, check_tensors, tensors_in
 from data.files import read_text
-from model import GPT, rope_tables
+from model import GPT
 
 def load_weights(file):
     """A state dict of torch.save -> {name: tensor}."""
@@ -43,11 +43,11 @@ def make(kind, config, state, path, device, tied=False):
         model = without_memory(kind, config)    # so the weights are in memory only once
     check_tensors(model.state_dict(), state, path)
     weights = {name: state.pop(name).to(device, torch.float32).contiguous() for name in [*state]}
+    if kind is GPT:
+        return with_weights(config, weights, device)
     model.load_state_dict(weights, assign=True)
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
-    if kind is GPT:                             # its tables of positions were made without memory, too
-        model.cos, model.sin = (table.to(device) for table in rope_tables(config))
     return model.eval()
 
 # -----------------------------------------------------------------------------

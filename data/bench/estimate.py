@@ -30,13 +30,13 @@ from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
 from data.teachers import in_bfloat16, load_teacher, teacher_names
 from distill import Distiller
+from data.bench.timing import in_rounds, resident, timed_call
 from data.machine import PEAK_FLOPS, autocast
+from data.optimizers import make_optimizers, update
 from data.rounding import prepare
-from data.timing import in_rounds, resident, timed_call
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
-from data.optimizers import make_optimizers, update
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step, rows_in_a_chunk
 
 
 def micro_batches(t, rows):
@@ -270,7 +270,7 @@ def training_bytes(t, c, rows, fake=True):
                 'averages': weights * (t.ema > 0),
                 'teacher': sum(nbytes(teacher.parameters()) for teacher in training.teachers),
                 'activations': kept[-1],
-                'logits': 4 * c.vocab_size * min(rows * c.block_size, LOSS_CHUNK_BYTES // (4 * c.vocab_size)),
+                'logits': 4 * c.vocab_size * min(rows * c.block_size, rows_in_a_chunk(c.vocab_size)),
                 'peak': living.peak, 'cache': rows * c.block_size * training.model.kv_bytes_per_token()}
 
 # -----------------------------------------------------------------------------

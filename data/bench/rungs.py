@@ -1,6 +1,6 @@
 """
 Builds the rungs of a ladder and measures them, all in one run, each beside its controls: bytes, loss, what else they
-know, then their decoding in turns. A library for bench.py --mode=ladder; data/ladder.py has its commands and records.
+know, then their decoding in turns. A library for bench.py --mode=ladder; ladder.py beside it has commands and records.
 
     rows = build_ladder(k, read_rungs(k.rungs, k.seeds), machine)       # k: bench.py's knobs, resolved, as a namespace
     time_rungs(k, rows)                                                 # adds tokens/s to them
@@ -13,15 +13,15 @@ from statistics import mean, median
 
 import torch
 
-from data.decoding import check_context, decode, memory_alone, open_model, quality
+from data.bench.decoding import check_context, decode, memory_alone, open_model, quality
+from data.bench.ladder import build_rung, read_record, untimed, write_record
+from data.bench.tasks import asked, measure
+from data.bench.timing import in_rounds, resident
 from data.files import hold
-from data.ladder import build_rung, read_record, untimed, write_record
 from data.layouts import for_decoding, for_measuring
 from data.loader import Loader
 from data.machine import can_compile, keep_memory
 from data.sampling import first_difference
-from data.tasks import asked, measure
-from data.timing import in_rounds, resident
 from engine import HEADS, Engine
 from model import GPT
 
@@ -34,7 +34,7 @@ def words_of(text):
 
 
 def how_to_answer(k):
-    """The knobs of questions, as data/tasks.py takes them."""
+    """The knobs of questions, as data/bench/tasks.py takes them."""
     return {'tasks': k.tasks, 'questions': k.questions, 'num_fewshot': k.num_fewshot, 'seed': k.seed,
             'delimiter': k.delimiter.replace('\\n', '\n')}
 

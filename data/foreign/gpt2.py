@@ -1,7 +1,7 @@
 """
 GPT-2 and nanoGPT as teachers: another block, with a forward of its own.
 
-    from data.gpt2 import load_gpt2
+    from data.foreign.gpt2 import load_gpt2
     model, tokenizer = load_gpt2('ckpt.pt', 'cpu')     # nanoGPT's file, or Hugging Face's gpt2 folder
 """
 import json
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from data.checkpoint import plain_names
 from data.files import read_text
+from data.foreign.weights import HF_FILES, cut_padding, expecting, load_weights, make, padded, read_weights
 from data.foreign_tokenizer import hf_folder_tokenizer
-from data.weights import HF_FILES, cut_padding, expecting, load_weights, make, padded, read_weights
 
 @dataclass
 class GPT2Config:

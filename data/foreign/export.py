@@ -1,8 +1,8 @@
 """
-Ours, written the way others read it: a folder for transformers, a GGUF file for llama.cpp. (data/llama.py and
-data/nanochat.py are the way in.)
+Ours, written the way others read it: a folder for transformers, a GGUF file for llama.cpp. (data/foreign/llama.py and
+data/foreign/nanochat.py are the way in.)
 
-    from data.export import export_gguf, export_hf
+    from data.foreign.export import export_gguf, export_hf
     export_hf(model, tokenizer, 'hf-stdlib-bpe')        # LlamaForCausalLM or NanoChatForCausalLM, with the same logits
     export_gguf(model, tokenizer, 'model.gguf', 'f16')  # of a Llama block alone
 
@@ -18,11 +18,12 @@ import torch
 import torch.nn as nn
 
 from data.files import atomic_write, hold
+from data.foreign.llama import GGUF_DATASET, GGUF_LAYER, GGUF_NAMES, LAYER, LLAMA, MIRRORED, interleaved, mirrored
+from data.foreign.nanochat import HF_NAMES
+from data.foreign.weights import HF_SHAPE
 from data.foreign_tokenizer import hf_tokenizer, pre_tokenizer_of
-from data.llama import GGUF_DATASET, GGUF_LAYER, GGUF_NAMES, LLAMA, interleaved, mirrored
-from data.nanochat import HF_NAMES
-from data.rounding import IntEmbedding, Integers, unpack
-from data.weights import HF_SHAPE
+from data.layouts import float_linear
+from data.rounding import IntEmbedding, Integers
 from model import hadamard
 
 # the switches of the blocks that others have
@@ -56,14 +57,9 @@ def dequantised(model):
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Integers):
-            integers = unpack(module.weight, module.step, module.bits, module.group, module.cols)
-            weight = nn.Parameter(integers * module.scale[:, None], requires_grad=False)
-            if isinstance(module, IntEmbedding):
-                made = nn.Embedding(*weight.shape, _weight=weight)
-            else:
-                made = nn.Linear(module.cols, len(weight), bias=False, device='meta')
-                made.weight = weight
-            model.set_submodule(name, made)
+            weight = module.integers() * module.scale[:, None]
+            embeds = isinstance(module, IntEmbedding)
+            model.set_submodule(name, nn.Embedding.from_pretrained(weight) if embeds else float_linear(weight))
     if model.config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
     return model.eval()
@@ -125,21 +121,12 @@ def llama_tensors(model):
     if 'lm_head.weight' in own:
         theirs['lm_head'] = own['lm_head.weight']
     for i in range(c.n_layer):
-        at, to = f'transformer.h.{i}', f'model.layers.{i}'
-        theirs[f'{to}.input_layernorm'] = ones.clone()
-        theirs[f'{to}.self_attn.q_proj'] = mirrored(own[f'{at}.attn.c_q.weight'], c.head_dim)
-        theirs[f'{to}.self_attn.k_proj'] = mirrored(own[f'{at}.attn.c_k.weight'], c.head_dim)
-        theirs[f'{to}.self_attn.v_proj'] = own[f'{at}.attn.c_v.weight']
-        theirs[f'{to}.self_attn.o_proj'] = own[f'{at}.attn.c_proj.weight']
-        theirs[f'{to}.post_attention_layernorm'] = ones.clone()
-        theirs[f'{to}.mlp.gate_proj'] = own[f'{at}.mlp.c_gate.weight']
-        theirs[f'{to}.mlp.up_proj'] = own[f'{at}.mlp.c_fc.weight']
-        theirs[f'{to}.mlp.down_proj'] = own[f'{at}.mlp.c_proj.weight']
+        for name, (other, norm) in LAYER.items():
+            w, to = own[f'transformer.h.{i}.{name}.weight'], f'model.layers.{i}'
+            if norm:
+                theirs.setdefault(f'{to}.{norm}', ones.clone())
+            theirs[f'{to}.{other}'] = mirrored(w, c.head_dim) if name in MIRRORED else w
     return {f'{name}.weight': tensor for name, tensor in theirs.items()}
-
-
-READERS = {'input_layernorm': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
-           'post_attention_layernorm': ('mlp.gate_proj', 'mlp.up_proj')}
 
 
 def with_gains(tensors):
@@ -150,7 +137,7 @@ def with_gains(tensors):
     tensors = dict(tensors)
     for name in [name for name in tensors if 'model.layers.' in name and 'layernorm' in name]:
         at, norm = name.removesuffix('.weight').rsplit('.', 1)
-        readers = [f'{at}.{reader}.weight' for reader in READERS[norm]]
+        readers = [f'{at}.{matrix}.weight' for matrix, read in LAYER.values() if read == norm]
         size = torch.cat([tensors[reader] for reader in readers]).square().mean(dim=0).sqrt()   # (n_embd,)
         tensors[name] = torch.where(size > 0, size, 1.0)
         for reader in readers:
