@@ -385,7 +385,8 @@ def print_next_command(result, knobs, dataset, block_size, fold):
     if fold:
         words.append(f'--hold_out={fold}')
     elif not vocab_keep:
-        words.append(f'--teacher={out_dir if weights == "best.pt" else os.path.join(out_dir, weights)}')
+        teacher = out_dir if weights == 'best.pt' else os.path.join(out_dir, weights)
+        words.append(f'--teacher={teacher}')
     print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: {shlex.join(words)}")
     if vocab_keep:
         print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')

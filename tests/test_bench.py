@@ -554,8 +554,11 @@ def test_plot(tmp_path, monkeypatch):
     ('--bacthes=1', 'unknown key'),
     ('--mode=train --muon_rl=1', 'unknown key .*muon_lr'),
     ('--mode=train --batch_size=auto', r'batch_size \(auto\) must be an int'),
-    ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)')])
+    ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)'),
+    ('{}/plan.py', 'mode .memory. must be said on the command line, --mode=memory')])
 def test_bad_knobs(out_dir, flags, pattern):
+    with open(f'{out_dir}/plan.py', 'w') as f:
+        f.write("mode = 'memory'\n")
     got = run('bench.py', *SHORT, *flags.replace('{}', out_dir).split())
     got.err = ''.join(line for line in got.err.splitlines(keepends=True) if 'pip install' not in line)
     assert not got.out

@@ -151,6 +151,16 @@ def test_chunked_loss_equals_plain(monkeypatch):
     assert torch.allclose(grads[0][0].float(), plain.float(), atol=1e-6)
 
 
+def test_a_chunk_holds_all_logits_of_its_rows(monkeypatch):
+    """The draft loss makes the model's logits of a row and the cell's, four sets: its chunks have a quarter of the rows."""
+    model, x = GPT(GPTConfig(**SMALL, draft_n=3)), torch.randint(50, (3, 20))
+    monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 50 * 4 * 80)
+    rows, logits = [], GPT.logits
+    monkeypatch.setattr(GPT, 'logits', lambda self, state, *head: rows.append(len(state)) or logits(self, state, *head))
+    model.head_losses(model.trunk(x), x, x)
+    assert rows == 3 * 4 * [20]
+
+
 def test_evaluate_counts_each_target_and_its_bytes():
     model = randomise(GPT(GPTConfig(**SMALL)))
     x, y = torch.randint(50, (4, 16)), torch.randint(50, (4, 16))

@@ -5,6 +5,7 @@ everything a model does.
 import json
 import re
 import shlex
+import shutil
 import string
 
 import numpy as np
@@ -586,6 +587,20 @@ def test_what_needs_no_text_goes_without(trained, gone):
 def test_what_needs_a_text_says_so(gone, flags, words):
     refused(prune(gone, *flags.split()), words)
     assert not (gone / 'out-pruned').exists()
+
+
+def test_a_model_from_elsewhere_names_no_text(gone):
+    """One that was imported has no dataset: nothing is said to be gone, and the next command names none."""
+    save_checkpoint(gone / 'out' / 'best.pt', make(), CharTokenizer(string.printable[:50]).meta())
+    got = prune(gone, '--neuron_prune_ratio=0.5', '--importance=l1', '--refit=False')
+    assert got.status == 0 and 'does not say what it was trained on: what is left is not measured' in got.out, got.err
+    assert '--dataset' not in re.search('python train.py .*', got.out)[0]
+
+
+def test_another_file_than_best_teaches(trained, tmp_path):
+    shutil.copy(trained / 'out' / 'best.pt', trained / 'out' / 'other.pt')
+    got = prune(trained, '--weights=other.pt', '--neuron_prune_ratio=0.5', f'--save_dir={tmp_path}/cut', '--report=False')
+    assert shlex.quote(f'--teacher={trained}/out/other.pt') in got.out, got.err
 
 
 @pytest.mark.parametrize('flag, words', [
