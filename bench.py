@@ -275,15 +275,15 @@ def measure_peers(c):
         return [row | speed(row['tok_s_rounds'], ratio_plain_f32=rows[0]['tok_s_rounds']) for row in rows]
     assert c.head_dim == c.n_embd // c.n_head, \
         f'peers have heads of n_embd / n_head ({c.n_embd} / {c.n_head}) channels, and {shape} of {c.head_dim}'
-    same = {k: getattr(c, k) for k in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size',
-                                       'block_size', 'tie_weights')}
-    same |= {k: config[k] for k in ('prompt_tokens', 'new_tokens', 'rounds', 'llama2c', 'nanochat', 'seed')}
+    same = {key: getattr(c, key) for key in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size',
+                                             'block_size', 'tie_weights')}
+    same |= {key: config[key] for key in ('prompt_tokens', 'new_tokens', 'rounds', 'llama2c', 'nanochat', 'seed')}
     got = start('tests/peers.py', **same, device=device, threads=torch.get_num_threads())
     ours = [rate for row in got['rows'] for rate in row['ours']]
     if not ours:
         return []
     alone = {'decoder': 'picochat alone', 'format': 'f32', 'params': got['params'], 'tok_s_rounds': ours}
-    return [{k: row[k] for k in ('decoder', 'format', 'params')}
+    return [{key: row[key] for key in ('decoder', 'format', 'params')}
             | speed(row['tok_s_rounds'], ratio_plain_f32=row.get('ours', ours)) for row in (alone, *got['rows'])]
 
 

@@ -44,8 +44,8 @@ seed = 1337
 drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: all
-compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, compiled in a second, once; False: without a compiler
-                            # True: whole rounds of tokens in a call, half a minute of compiling, which a model of few layers pays back
+compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
+                            # True: torch.compile of whole rounds, half a minute, for small models and long texts; False: no compiler
 int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
@@ -53,7 +53,7 @@ chat = False                # a conversation with a model that was fine-tuned fo
 system = ''                 # what a chat begins with, \n as in start; empty: the line that came with the model, if any
 show_stats = False          # of the last prompt or question
 device = 'auto'             # cuda, mps or cpu; auto: the first of them that is there
-threads = 0                 # CPU threads; 0: one for a model below 4M parameters, where two would only wait for each other, else PyTorch's choice
+threads = 0                 # CPU threads; 0: one for models below 4M parameters, which is faster, else PyTorch's choice
 limits = {                  # what they may be
     'weights': ['auto', 'float', *(f'int{bits}' for bits in BITS)],
     'num_samples top_k': (1, None),
@@ -120,7 +120,7 @@ def stream(pieces):
 def complete(prompt, ids, n):
     """Streams one sample; several are decoded together and printed one after the other."""
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    # what stood before each document of its training, or behind it: where a model writes that, the text is at its end
+    # tokens that mark the beginning or end of a document: the text ends where the model writes one
     ends = [] if run_on else sorted(tokenizer.ends)
     if num_samples == 1:
         stream(engine.stream(tokenizer, ids, n, stops, sampling, speculation, ends, slide=slide))

@@ -36,7 +36,7 @@ SHAPES = {
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
 # What is decoded: the bits of the weights (0: float), and the dtype in which for_decoding packs matrices. Without a
 # dash the model's own layers run. int8-packed and int4-packed are what sample.py runs, -compiled is with its
-# --compile=True: one sequence, a minute of compiling for each. int4-bf16 leaves 4 bits in memory.
+# --compile=True: one sequence, half a minute of compiling for each. int4-bf16 leaves 4 bits in memory.
 FORMATS = {
     'f32': (0, None), 'f32-packed': (0, torch.float32), 'f32-compiled': (0, None),
     'bf16-packed': (0, torch.bfloat16), 'bf16-compiled': (0, torch.bfloat16), 'f16-packed': (0, torch.float16),

@@ -55,8 +55,8 @@ def tell(text):
 def run_command(ladder, command, log):
     """
     Runs one command of a ladder. What it prints goes to the file log; its newest line to stderr, too, every ten seconds
-    and at the end. What tells us to stop is its own to end by, and ends the ladder then. -> the document that ends its
-    output, {} if there is none (a prepare.py); its exit status; its last line.
+    and at the end. A signal to stop is passed on to the command, which saves and ends; then the ladder ends. -> the
+    document that ends its output, {} if there is none (a prepare.py); its exit status; its last line.
     """
     last, document, shown = 'no word', '{}', time.time()
     environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
@@ -118,7 +118,7 @@ def write_record(path, rows, machine):
 
 
 def read_record(path, remedy=FIRST):
-    """A ladder's record -> its document; of older ones the rungs alone."""
+    """A ladder's record -> its document; rows of older records that are no rungs are dropped."""
     if not os.path.isfile(path):
         raise ValueError(f'{path} is not there: {remedy}')
     document = read_json(path, remedy, {'rows': list})
@@ -191,7 +191,7 @@ def by_name(rows):
 
 
 def welch(a, b):
-    """Two lists of losses -> p of Welch's two-sided t-test, by angles; None if one of them has a single value."""
+    """Two lists of losses -> p of Welch's two-sided t-test; None if one of them has a single value."""
     if min(len(a), len(b)) < 2:
         return None
     va, vb = variance(a) / len(a), variance(b) / len(b)
@@ -199,7 +199,10 @@ def welch(a, b):
         return float(mean(a) == mean(b))
     t = (mean(a) - mean(b)) / math.sqrt(va + vb)
     df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
-    area = lambda end: end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
+    # The density of Student's t, summed up after the substitution t = sqrt(df) * tan(angle), which makes both ends finite.
+
+    def area(end):
+        return end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
     return 1 - area(math.atan(abs(t) / math.sqrt(df))) / area(math.pi / 2)
 
 
@@ -210,7 +213,10 @@ def mean_of(rows, key):
 
 
 def summary(rows):
-    """-> a line for each rung: means over its seeds, their deviation, Welch's p against the first control"""
+    """
+    -> a line for each rung: of losses and tasks the means over its seeds, of losses the deviation, and Welch's p against
+    the first control; bytes, speed and cost are those of the first seed.
+    """
     names, lines, first = by_name(rows), [], rows[0]
     losses = {name: [row['val_loss'] for row in same if row.get('val_loss')] for name, same in names.items()}
     control = next((name for name in names if 'control' in name), None)
