@@ -1,5 +1,6 @@
 """
-Rounding after training, with the errors fed back (GPTQ, arXiv 2210.17323). A library.
+Rounding after training, with the errors fed back: GPTQ (arXiv 2210.17323). Each matrix aims at what the float model
+computes from its own inputs, not from those that rounding has changed (as GPTAQ does, arXiv 2504.02692). A library.
 
     quantised = gptq(model, batches, bits=4)        # the float model stays as it is (but for keep_before)
 """
@@ -10,22 +11,24 @@ import torch
 from data.loader import progress
 from data.machine import give_back_memory
 from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows, sharing
-from model import norm
+from model import NEW_HEADS, norm
 
 
 @torch.no_grad()
-def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False):
+def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False, lack=None):
     """
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
-    from its columns as they are by then, and may be negative: see signed_step. -> Rounded, and with keep_before the
-    weights (rows, cols) float32 as they were when each was rounded, else None.
+    from its columns as they are by then, and may be negative: see signed_step. lack (rows, cols): the sum of d x^T, if
+    the products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
+    were when each was rounded, else None.
     """
-    form = format_of(bits)
+    form, inverse = format_of(bits), inverse_cholesky(hessian, damping).to(w.device)
+    if lack is not None:
+        w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
-    inverse = inverse_cholesky(hessian, damping).to(w.device)
     x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
     v, step = torch.empty_like(x), None
     before = torch.empty_like(x) if keep_before else None
@@ -92,17 +95,21 @@ def inverse_cholesky(hessian, damping):
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def second_moment(inputs):
+def what_it_needs(w, inputs, floats, behind):
     """
-    inputs: a list of (..., cols) -> the sum of x x^T (cols, cols) over all tokens x, rounded as an integer matrix rounds
-    what it reads.
+    gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
+    (..., cols), where the float model reads floats: it shall give what w gives from those, and make up for how far the
+    residual stream that it adds to is behind (a list of (..., rows), or None).
     """
-    total = 0
-    for x in inputs:
+    hessian = drift = owed = 0
+    for i, (x, f) in enumerate(zip(inputs, floats)):
         xq, xs = round_rows(x.float())
-        x = (xq * xs).flatten(0, -2)                                             # (tokens, cols)
-        total = total + x.T @ x
-    return total
+        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
+        hessian = hessian + x.T @ x
+        drift = drift + (f.float().flatten(0, -2) - x).T @ x
+        if behind:
+            owed = owed + behind[i].flatten(0, -2).T @ x
+    return hessian, w @ drift + owed
 
 
 def read_by(module, run):
@@ -114,13 +121,15 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, bits, group, keep_before):
+def fit(target, source, names, inputs, floats, bits, group, keep_before, behind=None):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    keep_before: see gptq.
+    floats, behind: see what_it_needs; keep_before: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
-    rounded, before = gptq_weight(torch.cat(weights), second_moment(inputs), bits, group, keep_before=keep_before)
+    w = torch.cat(weights)
+    hessian, lack = what_it_needs(w, inputs, floats, behind)
+    rounded, before = gptq_weight(w, hessian, bits, group, keep_before=keep_before, lack=lack)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
     for name, v, scale, step in zip(names, rounded.v.split(sizes), rounded.scale.split(sizes), steps):
@@ -141,32 +150,51 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
-    eps = model.config.norm_eps
+    # the text goes through both models in step, each layer's float matrices before they may be replaced
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
+    floats = [model.embed(x) for x, _ in batches]
+    # and what the extra heads read
+    float_inputs = {name: read_in(model, name, batches) for name in matrices_of_heads(model)}
     layers = list(zip(fitted.transformer.h, model.transformer.h))
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
-        # In the order in which the block computes: each matrix is fitted to what those before it, rounded, give it.
-        inputs = [norm(x, eps) for x in states]
-        fit(block.attn, source.attn, ('c_q', 'c_k', 'c_v'), inputs, *how)
-        inputs = read_by(block.attn.c_proj, lambda: [
-            block.attn(x, fitted.cos[:x.size(1), None], fitted.sin[:x.size(1), None], None) for x in inputs])
-        fit(block.attn, source.attn, ('c_proj',), inputs, *how)
-        states = [x + block.attn.c_proj(y) for x, y in zip(states, inputs)]
-        inputs = [norm(x, eps) for x in states]
-        fit(block.mlp, source.mlp, source.mlp.readers, inputs, *how)
-        inputs = read_by(block.mlp.c_proj, lambda: [block.mlp(x) for x in inputs])
-        fit(block.mlp, source.mlp, ('c_proj',), inputs, *how)
-        states = [x + block.mlp.c_proj(y) for x, y in zip(states, inputs)]
-    fit_heads(fitted, model, batches, how)
+        states, floats = fit_block(fitted, block, source, states, floats, how)
+    for name, inputs in float_inputs.items():
+        fit(fitted, model, (name,), read_in(fitted, name, batches), inputs, *how)
     return fitted
 
 
-def fit_heads(fitted, model, batches, how):
-    """gptq's last part: the extra heads, which are MLPs that read the finished trunk's states."""
-    heads = [name.removesuffix('.c_fc') for name, _ in model.named_modules()
-             if name.endswith('.c_fc') and 'transformer' not in name]
-    for head in heads:
-        for part in ('c_fc', 'c_proj'):
-            name = f'{head}.{part}'
-            inputs = read_by(fitted.get_submodule(name), lambda: [fitted(x, y) for x, y in batches])
-            fit(fitted, model, (name,), inputs, *how)
+def fit_block(model, block, source, states, floats, how):
+    """
+    Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
+    those before it, rounded, give it, and both c_proj also make up for what the residual stream has lost so far. states,
+    floats: what the blocks before give, rounded and in float, lists of (B, T, n_embd) -> the same behind this block.
+    """
+    eps = model.config.norm_eps
+
+    def attend(attn, inputs):
+        return [attn(x, model.cos[:x.size(1), None], model.sin[:x.size(1), None], None) for x in inputs]
+
+    def apply(mlp, inputs):
+        return [mlp(x) for x in inputs]
+    for run, own, given, readers in ((attend, block.attn, source.attn, ('c_q', 'c_k', 'c_v')),
+                                     (apply, block.mlp, source.mlp, source.mlp.readers)):
+        inputs, float_inputs = [norm(x, eps) for x in states], [norm(x, eps) for x in floats]
+        behind = [f - x for f, x in zip(floats, states)]
+        float_hidden = read_by(given.c_proj, lambda: run(given, float_inputs))
+        floats = [x + given.c_proj(y) for x, y in zip(floats, float_hidden)]
+        fit(own, given, readers, inputs, float_inputs, *how)
+        hidden = read_by(own.c_proj, lambda: run(own, inputs))
+        fit(own, given, ('c_proj',), hidden, float_hidden, *how, behind)
+        states = [x + own.c_proj(y) for x, y in zip(states, hidden)]
+    return states, floats
+
+
+def matrices_of_heads(model):
+    """The names of the extra heads' matrices, each head's in the order in which it computes."""
+    return [name for name, _ in model.named_modules()
+            if name.startswith(NEW_HEADS) and name.endswith(('c_fc', 'c_proj'))]
+
+
+def read_in(model, name, batches):
+    """What the matrix of that name reads in the whole model, a list of (B, T, cols)."""
+    return read_by(model.get_submodule(name), lambda: [model(x, y) for x, y in batches])

@@ -1,7 +1,6 @@
 """
 A smaller or a turned shape, by indices: pure functions from a state dict and its GPTConfig to new ones, and build, which
-makes the model of them. A library;
-prune.py chooses what to keep, data/balance.py turns models before they are rounded.
+makes the model of them. A library: prune.py chooses what to keep, data/balance.py turns models before they are rounded.
 
     state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
     model = build(state, config)
@@ -34,8 +33,8 @@ def build(state, config):
 
 def columns(w, keep, moment=None):
     """
-    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x, the columns are also
-    fitted by least squares to give on x[keep] what w gave on x, as far as what is kept can tell what is cut.
+    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x they are refitted by
+    least squares, so that from the inputs that are kept they make w's output as well as they can.
     """
     if moment is None or len(keep) == w.size(1):
         return w[:, keep]
@@ -258,16 +257,8 @@ def keep_channels(state, config, channels, moments=None, refit=True):
 
     def write(site, w):
         if site == 'transformer.c_out':
-            return fit_to_table(w)
+            return fit_to_table(w, state['lm_head.weight'], keep) if refit else w[keep]
         return w[keep] * stream if site.startswith('transformer') else w[keep] / last
-
-    def fit_to_table(w):
-        """c_out's rows: what is left of the table must make of them what all of it made of w."""
-        whole = state['lm_head.weight']
-        if not refit:
-            return w[keep]
-        left = whole[:, keep].double()
-        return torch.linalg.solve(damped(left.T @ left), left.T @ (whole.double() @ w.double())).to(w)
 
     first, last = ratio(FIRST), ratio('lm_head')
     # a tied table takes the head's factor, too. As an embedding it may have any, where that is normed; elsewhere all
@@ -281,9 +272,18 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
     hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
               for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
-    # the mean square of what is kept is larger: so must be what is added to it
+    # what is kept has nearly all of the power, in fewer channels: its mean square is larger, and so must eps be
     eps = config.norm_eps * config.n_embd / len(keep) * stream ** 2
     return out, replace(config, n_embd=len(keep), norm_eps=eps, **hidden)
+
+
+def fit_to_table(c_out, table, keep):
+    """
+    c_out (n_embd, left), table (vocab_size, n_embd) -> (left, left): what the kept columns of the table make of these
+    rows is, by least squares, what all of it made of c_out's.
+    """
+    left = table[:, keep].double()
+    return torch.linalg.solve(damped(left.T @ left), left.T @ (table.double() @ c_out.double())).to(c_out)
 
 
 def keep_layers(state, config, layers):
