@@ -166,16 +166,16 @@ assert mode not in ('train', 'memory', 'plot', 'table') or f'--mode={mode}' in w
 
 def report(columns, lines, **document):
     """
-    columns: (heading, key of a line or function of it, format, divisor), of which the last two may be absent -> a table
-    of lines, and one line of JSON, whose rows are the lines unless the document has others. None is '-'; a column of
+    columns: (heading, key of a line or function of it, format, unit), of which the last two may be absent -> a table of
+    lines, and one line of JSON, whose rows are the lines unless the document has others. None is '-'; a column of
     nothing else is left out; without a format it is text, to the left.
     """
     table = []
     for heading, key, *how in columns:
-        form, divisor = [*how, None][:2] if how else ('', None)
+        form, unit = how[0] if how else '', how[1] if len(how) > 1 else None
         values = [key(line) if callable(key) else line.get(key) for line in lines]
         if any(value is not None for value in values):
-            cells = ['-' if v is None else f'{v / divisor if divisor else v:{form}}' for v in values]
+            cells = ['-' if v is None else f'{v / unit if unit else v:{form}}' for v in values]
             width = max(len(cell) for cell in [heading, *cells])
             rule = ['-' * (width - 1) + ':' if how else '-' * width] if mode == 'table' else []
             pad = str.rjust if how else str.ljust
@@ -234,7 +234,8 @@ def measure_quality():
     rows = []
     models, prices = price_list(k, wanted_formats(), data, tokenizer)
     for f, model in models.items():
-        for dtype in (torch.float32, torch.int8)[:1 if f in GGUF_KINDS or int8_cache == 'none' else 2]:
+        plain_alone = f in GGUF_KINDS or int8_cache == 'none'
+        for dtype in [torch.float32] if plain_alone else [torch.float32, torch.int8]:
             row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
                    'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
             if dtype == torch.float32:

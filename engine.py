@@ -360,15 +360,13 @@ class Engine:
         -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse, as many as the
         prompt and the last text have in common from their beginning.
         """
-        on_gpu = rounds.compiled and self.device.type == 'cuda'
-        room = min(max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size)
-        if rounds.compiled:             # every size is compiled anew: powers of two, and on a GPU only the largest
-            room = self.config.block_size if on_gpu else min(1 << (room - 1).bit_length(), self.config.block_size)
-        text, cache = (self.held_text, self.held_cache) if reuse else ([], None)
+        on_gpu, room = rounds.compiled and self.device.type == 'cuda', self.room_for(rounds, prompts, max_new_tokens)
+        text, cache = [], None
+        if reuse:
+            text, cache = self.held_text, self.held_cache
+            self.forget()                       # until the first pass is through, it is not known what the cache holds
         if on_gpu and cache is not self.graph_cache:
             text, cache = [], None              # a CUDA graph writes into its own cache only
-        if reuse:
-            self.forget()                       # until the first pass is through, it is not known what the cache holds
         if cache is None and on_gpu:
             cache = self.open_graph_cache()
         elif cache is None:
@@ -379,6 +377,13 @@ class Engine:
         cache.rewind([held] * len(prompts))
         cache.grow(room)
         return cache, held
+
+    def room_for(self, rounds, prompts, max_new_tokens):
+        """How many tokens a cache must hold: drafts, too, that may be forgotten again."""
+        room, longest = max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size
+        if rounds.compiled:                     # for every size anew, so there are few: powers of two
+            room = longest if self.device.type == 'cuda' else 1 << (room - 1).bit_length()
+        return min(room, longest)
 
     # -------------------------------------------------------------------------
     # sliding on beyond the context

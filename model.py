@@ -158,6 +158,10 @@ class Attention(nn.Module):
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
+        return self.c_proj(self.hidden(x, cos, sin, cache))
+
+    def hidden(self, x, cos, sin, cache):
+        """What c_proj reads: (B, T, n_embd) -> (B, T, n_head * head_dim)."""
         B, T, _ = x.shape
         n_q, n_kv = self.n_head, self.n_kv_head
         qkv = torch.cat((self.c_q(x), self.c_k(x), self.c_v(x)), dim=-1) if self.c_qkv is None else self.c_qkv(x)
@@ -170,7 +174,7 @@ class Attention(nn.Module):
             y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         else:
             y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
-        return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))
+        return y.reshape(B, T, self.n_head * self.head_dim)
 
 
 class MLP(nn.Module):
@@ -189,7 +193,11 @@ class MLP(nn.Module):
         self.turned = turned            # GPTConfig.hadamard
 
     def forward(self, x):
-        return self.c_proj(hadamard(F.relu(self.c_fc(x)).square(), self.turned))
+        return self.c_proj(self.hidden(x))
+
+    def hidden(self, x):
+        """What c_proj reads: (..., n_in) -> (..., n_hidden)."""
+        return hadamard(F.relu(self.c_fc(x)).square(), self.turned)
 
 
 class SwiGLU(nn.Module):
@@ -209,11 +217,14 @@ class SwiGLU(nn.Module):
         self.c_gate_fc = None           # a decoder joins the two that read x, as Attention's c_qkv joins three
 
     def forward(self, x):
+        return self.c_proj(self.hidden(x))
+
+    def hidden(self, x):
         if self.c_gate_fc is None:
             gate, hidden = self.c_gate(x), self.c_fc(x)
         else:
             gate, hidden = self.c_gate_fc(x).chunk(2, dim=-1)
-        return self.c_proj(hadamard(F.silu(gate) * hidden, self.turned))
+        return hadamard(F.silu(gate) * hidden, self.turned)
 
 
 class Block(nn.Module):

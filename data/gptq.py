@@ -95,21 +95,22 @@ def inverse_cholesky(hessian, damping):
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def what_it_needs(w, inputs, floats, behind):
+def what_it_needs(w, inputs, floats, wanted):
     """
     gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
-    (..., cols), where the float model reads floats: it shall give what w gives from those, and make up for how far the
-    residual stream that it adds to is behind (a list of (..., rows), or None).
+    (..., cols). Its products shall be those of w with floats, which the float model reads in their place, a list alike;
+    or wanted, a list of (..., rows). The other one is None.
     """
-    hessian = drift = owed = 0
-    for i, (x, f) in enumerate(zip(inputs, floats)):
+    hessian, drift, lack = w.new_zeros(w.size(1), w.size(1)), w.new_zeros(w.size(1), w.size(1)), torch.zeros_like(w)
+    for i, x in enumerate(inputs):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
-        hessian = hessian + x.T @ x
-        drift = drift + (f.float().flatten(0, -2) - x).T @ x
-        if behind:
-            owed = owed + behind[i].flatten(0, -2).T @ x
-    return hessian, w @ drift + owed
+        hessian.addmm_(x.T, x)
+        if wanted is None:
+            drift.addmm_((floats[i].float().flatten(0, -2) - x).T, x)
+        else:
+            lack.addmm_((wanted[i].flatten(0, -2) - x @ w.T).T, x)
+    return hessian, w @ drift if wanted is None else lack
 
 
 def read_by(module, run):
@@ -121,14 +122,14 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, floats, bits, group, keep_before, behind=None):
+def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wanted=None):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    floats, behind: see what_it_needs; keep_before: see gptq.
+    floats or wanted: see what_it_needs; keep_before: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
     w = torch.cat(weights)
-    hessian, lack = what_it_needs(w, inputs, floats, behind)
+    hessian, lack = what_it_needs(w, inputs, floats, wanted)
     rounded, before = gptq_weight(w, hessian, bits, group, keep_before=keep_before, lack=lack)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
@@ -159,33 +160,30 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
     for name, inputs in float_inputs.items():
-        fit(fitted, model, (name,), read_in(fitted, name, batches), inputs, *how)
+        fit(fitted, model, (name,), read_in(fitted, name, batches), *how, floats=inputs)
     return fitted
 
 
 def fit_block(model, block, source, states, floats, how):
     """
     Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
-    those before it, rounded, give it, and both c_proj also make up for what the residual stream has lost so far. states,
+    those before it, rounded, give it, and both c_proj make up for what the residual stream has lost so far. states,
     floats: what the blocks before give, rounded and in float, lists of (B, T, n_embd) -> the same behind this block.
     """
     eps = model.config.norm_eps
 
-    def attend(attn, inputs):
-        return [attn(x, model.cos[:x.size(1), None], model.sin[:x.size(1), None], None) for x in inputs]
-
-    def apply(mlp, inputs):
-        return [mlp(x) for x in inputs]
-    for run, own, given, readers in ((attend, block.attn, source.attn, ('c_q', 'c_k', 'c_v')),
-                                     (apply, block.mlp, source.mlp, source.mlp.readers)):
+    def positions(x):
+        return model.cos[:x.size(1), None], model.sin[:x.size(1), None], None
+    for own, given, readers, besides in ((block.attn, source.attn, ('c_q', 'c_k', 'c_v'), positions),
+                                         (block.mlp, source.mlp, source.mlp.readers, lambda x: ())):
         inputs, float_inputs = [norm(x, eps) for x in states], [norm(x, eps) for x in floats]
-        behind = [f - x for f, x in zip(floats, states)]
-        float_hidden = read_by(given.c_proj, lambda: run(given, float_inputs))
-        floats = [x + given.c_proj(y) for x, y in zip(floats, float_hidden)]
-        fit(own, given, readers, inputs, float_inputs, *how)
-        hidden = read_by(own.c_proj, lambda: run(own, inputs))
-        fit(own, given, ('c_proj',), hidden, float_hidden, *how, behind)
-        states = [x + own.c_proj(y) for x, y in zip(states, hidden)]
+        floats = [x + given(y, *besides(y)) for x, y in zip(floats, float_inputs)]
+        # what the rounded half shall add, with which the stream is what it is in the float model
+        wanted = [f - x for f, x in zip(floats, states)]
+        fit(own, given, readers, inputs, *how, floats=float_inputs)
+        inputs = [own.hidden(x, *besides(x)) for x in inputs]
+        fit(own, given, ('c_proj',), inputs, *how, wanted=wanted)
+        states = [x + own.c_proj(y) for x, y in zip(states, inputs)]
     return states, floats
 
 
