@@ -100,6 +100,9 @@ def what_it_needs(w, inputs, floats, wanted):
     gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
     (..., cols). Its products shall be those of w with floats, which the float model reads in their place, a list alike;
     or wanted, a list of (..., rows). The other one is None.
+
+    What a fit of cols numbers to so many tokens finds is noise for one part in tokens / cols, so as much is left out:
+    a short text must not be learnt by heart.
     """
     hessian, drift, lack = w.new_zeros(w.size(1), w.size(1)), w.new_zeros(w.size(1), w.size(1)), torch.zeros_like(w)
     for i, x in enumerate(inputs):
@@ -110,7 +113,8 @@ def what_it_needs(w, inputs, floats, wanted):
             drift.addmm_((floats[i].float().flatten(0, -2) - x).T, x)
         else:
             lack.addmm_((wanted[i].flatten(0, -2) - x @ w.T).T, x)
-    return hessian, w @ drift if wanted is None else lack
+    lack = w @ drift if wanted is None else lack
+    return hessian, lack * max(0.0, 1 - w.size(1) / sum(x.numel() // x.size(-1) for x in inputs))
 
 
 def read_by(module, run):
@@ -145,8 +149,8 @@ def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wa
 def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
-    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    Tables are rounded as by convert. keep_before: the float matrices become what they were when each of their weights
+    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be; what
+    shall come of them is what the float model, which reads the text besides, makes of its own. Tables are rounded as by convert. keep_before: the float matrices become what they were when each of their weights
     was rounded to its nearest integer, see rounding.behind; else they stay.
     """
     how = bits, group, keep_before

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from quantize import convert, gptq
 
 SHAPES = [dict(multi_token_n=2, draft_n=2), dict(n_kv_head=1, tie_weights=True), LLAMA | dict(n_kv_head=2, draft_n=2),
+          LLAMA, LLAMA | dict(multi_token_n=2), LLAMA | dict(tie_weights=False),
           LLAMA | dict(out_proj=False, tie_weights=False)]
 
 

@@ -252,11 +252,19 @@ def test_gptq_weight(bits, group, cols):
     assert error(rounded) < 0.5 * error(Q.round_weight(w, bits, group))
 
 
-def nearest(w, x, f):
-    """The matrix whose products with x (tokens, cols) are nearest to those of w with f, by least squares."""
-    H = (x.T @ x).double()
+def nearest(w, x, wanted):
+    """The matrix whose products with x (tokens, cols) are nearest to wanted (tokens, rows), by least squares from w on."""
+    H, lack = (x.T @ x).double(), (wanted - x @ w.T).double().T @ x.double()
     H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
-    return torch.linalg.solve(H, (w @ f.T @ x + w @ (H.float() - x.T @ x)).double().T).T.float()
+    return w + torch.linalg.solve(H, lack.T).T.float()
+
+
+def as_fitted(linear, x, wanted, bits):
+    """The integers of a float matrix that reads x (tokens, cols), where its products shall be wanted: by a naive fit."""
+    xq, xs = R.round_rows(x)
+    x, w = xq * xs, linear.weight.detach()
+    w = w + (1 - w.size(1) / len(x)) * (nearest(w, x, wanted) - w)
+    return G.gptq_weight(w, x.T @ x, bits)[0].v
 
 
 @pytest.mark.parametrize('bits', Q.BITS)
@@ -266,7 +274,7 @@ def test_gptq_aims_at_what_the_float_model_computes(bits):
     x, w = correlated(400, 96), torch.randn(24, 96)
     f = x @ (torch.eye(96) + 0.05 * torch.randn(96, 96))
     plain, aimed = (G.gptq_weight(w, x.T @ x, bits, lack=lack)[0] for lack in (None, w @ (f - x).T @ x))
-    expected = G.gptq_weight(nearest(w, x, f), x.T @ x, bits)[0]
+    expected = G.gptq_weight(nearest(w, x, f @ w.T), x.T @ x, bits)[0]
     assert (aimed.v != expected.v).float().mean() < (0.05 if bits == 8 else 0.01)       # float32 and float64
     error = lambda rounded: (x @ rounded.float().T - f @ w.T).square().sum()
     assert error(aimed) < 0.7 * error(plain)
@@ -295,11 +303,16 @@ def test_gptq_of_a_model(bits, monkeypatch):
         patch.setattr(G, 'what_it_needs', lambda *how: (needs(*how)[0], None))
         alone = Q.gptq(model, batches, bits)
     assert kl(fitted) < kl(alone)
-    f, x = (F.rms_norm(torch.cat([m.embed(x) for x, _ in batches]).flatten(0, 1), (32,)) for m in (model, rounded))
-    xq, xs = R.round_rows(x)
-    x = xq * xs
-    v = G.gptq_weight(nearest(model.transformer.h[0].attn.c_q.weight.detach(), x, f), x.T @ x, bits)[0].v
-    assert (v != fitted.transformer.h[0].attn.c_q.integers()).float().mean() < 0.01
+    ids = torch.cat([x for x, _ in batches])
+    f, x = (F.rms_norm(m.embed(ids).flatten(0, 1), (32,)) for m in (model, rounded))
+    first = as_fitted(model.transformer.h[0].attn.c_q, x, f @ model.transformer.h[0].attn.c_q.weight.T, bits)
+    assert (first != fitted.transformer.h[0].attn.c_q.integers()).float().mean() < 0.01
+    # what c_proj adds brings the stream to where it is in the float model
+    own, given = fitted.transformer.h[0].attn, model.transformer.h[0].attn
+    where = fitted.cos[:32, None], fitted.sin[:32, None], None
+    read = own.hidden(x.view(12, 32, 32), *where).flatten(0, 1)
+    wanted = (model.embed(ids) + given(f.view(12, 32, 32), *where) - rounded.embed(ids)).flatten(0, 1)
+    assert (as_fitted(given.c_proj, read, wanted, bits) != own.c_proj.integers()).float().mean() < 0.01
     for name in ('transformer.h.0.attn.c_q', 'multi_token.1.c_proj', 'draft.c_fc'):
         assert not torch.equal(fitted.get_submodule(name).integers(), rounded.get_submodule(name).integers())
 
