@@ -159,7 +159,7 @@ elif {'--mode=plot', '--mode=table'} & set(sys.argv):
     sys.argv += [f"--logs={','.join(csvs)}"] * bool(csvs) + [f"--record={','.join(jsons)}"] * bool(jsons)
 exec(open(in_repo('configurator.py')).read())
 assert mode not in ('train', 'memory', 'plot', 'table') or f'--mode={mode}' in words_given, (
-    f'mode ({mode}) must be said on the command line, --mode={mode}: what else stands there is read by it')
+    f'mode ({mode}) must be said on the command line, --mode={mode}, which is read in another way then')
 
 # -----------------------------------------------------------------------------
 # what several modes need

@@ -126,6 +126,7 @@ class Distiller(nn.Module):
                 kl = self.divergence(s, t)
             return torch.stack((ce, T * T * kl * (targets >= 0)), dim=-1)
 
+        # a chunk is measured by the student's logits alone; those of each teacher take as much again
         rows = [part.flatten(0, 1) for part in (x, *soft)]      # (B*T, ...) each
         both = chunked(nats, self.student.config.vocab_size, rows[0], targets.flatten(), *rows[1:])
         ce, kl = both.sum(dim=0) / or_one(counts['ce'])

@@ -257,9 +257,8 @@ class Engine:
         token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
         max_new_tokens exceed block_size + 1 (the last token that is drawn is not read); with slide=True a row that has
         filled the context goes on from the later half of it instead. speculation (a Speculation) never changes the text;
-        compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one
-        prompt, one sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in
-        a chat.
+        compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one prompt, one
+        sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in a chat.
         """
         clock = time.perf_counter()
         speculation = speculation or Speculation('none')

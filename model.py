@@ -220,6 +220,7 @@ class SwiGLU(nn.Module):
         return self.c_proj(self.hidden(x))
 
     def hidden(self, x):
+        """As MLP's."""
         if self.c_gate_fc is None:
             gate, hidden = self.c_gate(x), self.c_fc(x)
         else:
@@ -464,9 +465,9 @@ def shift(x, n, fill=-1):
 
 def chunked(f, vocab_size, *rows, times=1):
     """
-    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES,
+    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES
     (compiled for a GPU GPU_CHUNKS times as much), and computed again in backward instead of kept: memory no longer
-    grows with N * vocab_size. times: how many sets of logits f makes of a row.
+    grows with N * vocab_size. times: how many sets of logits f has of a row at once.
     """
     n = rows_in_a_chunk(vocab_size, times)
     if rows[0].device.type == 'cuda' and torch.compiler.is_compiling():

@@ -376,9 +376,7 @@ def print_next_command(result, knobs, dataset, block_size, fold):
     little = after is not None and after - before < 0.2 and knobs.get('init_from') == 'scratch'
     path = result['file']
     words = ['python', 'train.py', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}-recovered',
-             f'--block_size={block_size}']
-    if dataset:
-        words.append(f'--dataset={dataset}')
+             f"--dataset={dataset or 'NAME'}", f'--block_size={block_size}']
     for rate in ('muon_lr', 'adam_lr'):
         if isinstance(knobs.get(rate), float):
             words.append(f'--{rate}={knobs[rate] / (5 if little else 1):g}')
@@ -387,7 +385,8 @@ def print_next_command(result, knobs, dataset, block_size, fold):
     elif not vocab_keep:
         teacher = out_dir if weights == 'best.pt' else os.path.join(out_dir, weights)
         words.append(f'--teacher={teacher}')
-    print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: {shlex.join(words)}")
+    print(f"go on with {'a fifth of ' if little else ''}the rates that it was trained with: {shlex.join(words)}"
+          + ', NAME being a text in the same tokens' * (not dataset))
     if vocab_keep:
         print('the whole model cannot teach this one, which has other tokens: distil first, then cut the vocabulary')
 

@@ -50,8 +50,8 @@ def balance(model, batches, seed=0):
 def scaled_stream(state, config):
     """
     Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds as little as it can: norms do
-    not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place. A model
-    whose extra heads norm the stream once more stays as it is.
+    not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place: the state's
+    tensors must be its own, each by itself. A model whose extra heads norm the stream once more stays as it is.
     """
     if not config.out_proj or config.embed_norm or config.draft_n or config.multi_token_n:
         return state, config

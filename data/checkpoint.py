@@ -177,7 +177,7 @@ def with_weights(config, weights, device='cpu'):
     """The GPT of this shape that holds these tensors, on device already, themselves; a tied lm_head is wte's."""
     model = without_memory(GPT, config)         # so no weights are in memory twice
     if config.tie_weights:
-        weights['lm_head.weight'] = weights['transformer.wte.weight']
+        weights = weights | {'lm_head.weight': weights['transformer.wte.weight']}
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight

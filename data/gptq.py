@@ -149,23 +149,37 @@ def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wa
 def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
-    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be; what
-    shall come of them is what the float model, which reads the text besides, makes of its own. Tables are rounded as by convert. keep_before: the float matrices become what they were when each of their weights
-    was rounded to its nearest integer, see rounding.behind; else they stay.
+    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be;
+    what shall come of them is what the float model makes of its own inputs, which reads the text besides. Tables are
+    rounded as by convert. keep_before: the float matrices become what they were when each of their weights was rounded
+    to its nearest integer, see rounding.behind; else they stay.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
-    # the text goes through both models in step, each layer's float matrices before they may be replaced
+    # the text goes through both models in step
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
     floats = [model.embed(x) for x, _ in batches]
-    # and what the extra heads read
-    float_inputs = {name: read_in(model, name, batches) for name in matrices_of_heads(model)}
     layers = list(zip(fitted.transformer.h, model.transformer.h))
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
-    for name, inputs in float_inputs.items():
-        fit(fitted, model, (name,), read_in(fitted, name, batches), *how, floats=inputs)
+    fit_heads(fitted, model, states, floats, batches, how)
     return fitted
+
+
+def fit_heads(fitted, model, states, floats, batches, how):
+    """gptq's last part: the extra heads, which read the finished trunk's states."""
+    def read(model, name, states):
+        """What the matrix of that name reads, a list of (..., cols)."""
+        states = [norm(x, model.config.norm_eps) for x in states]
+        return read_by(model.get_submodule(name),
+                       lambda: [model.head_losses(x, y, ids) for x, (ids, y) in zip(states, batches)])
+    heads = [name.removesuffix('.c_fc') for name, _ in model.named_modules()
+             if name.startswith(NEW_HEADS) and name.endswith('.c_fc')]
+    for head in heads:
+        names = f'{head}.c_fc', f'{head}.c_proj'
+        inputs = [read(model, name, floats) for name in names]      # of both, before the first may be replaced
+        for name, float_inputs in zip(names, inputs):
+            fit(fitted, model, (name,), read(fitted, name, states), *how, floats=float_inputs)
 
 
 def fit_block(model, block, source, states, floats, how):
@@ -189,14 +203,3 @@ def fit_block(model, block, source, states, floats, how):
         fit(own, given, ('c_proj',), inputs, *how, wanted=wanted)
         states = [x + own.c_proj(y) for x, y in zip(states, inputs)]
     return states, floats
-
-
-def matrices_of_heads(model):
-    """The names of the extra heads' matrices, each head's in the order in which it computes."""
-    return [name for name, _ in model.named_modules()
-            if name.startswith(NEW_HEADS) and name.endswith(('c_fc', 'c_proj'))]
-
-
-def read_in(model, name, batches):
-    """What the matrix of that name reads in the whole model, a list of (B, T, cols)."""
-    return read_by(model.get_submodule(name), lambda: [model(x, y) for x, y in batches])

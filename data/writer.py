@@ -257,6 +257,7 @@ def dataset_dir(out_dir, name):
         return out_dir
     assert name not in ('', '.', '..') and os.path.basename(name) == name, \
         f'name ({name}) must be that of a folder in data/, without slashes'
+    assert name not in ('bench', 'foreign'), f'name ({name}) is a folder of code in data/: take another'
     return in_repo(f'data/{name}')
 
 

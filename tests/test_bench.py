@@ -407,7 +407,6 @@ def test_training_bytes_are_those_of_the_tensors(changed, monkeypatch):
     vocab_size = 1000
     if changed.pop('chunks', 0):
         monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 2**20)
-        monkeypatch.setattr(data.bench.estimate, 'LOSS_CHUNK_BYTES', 2**20)
         vocab_size = 3000
     t = knobs_of_training(**changed)
     c = shape_of(t, vocab_size)
@@ -460,7 +459,7 @@ def test_plan(monkeypatch, tmp_path):
     Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each
     of 64 channels.
     """
-    for module in (M, data.bench.estimate):                               # one chunk is simulated sooner than many
+    for module in (M, data.bench.estimate):                         # one chunk is simulated sooner than many
         monkeypatch.setattr(module, 'LOSS_CHUNK_BYTES', 2**34)
     with monkeypatch.context() as m:                                # and few rows sooner than those that fit 40 GB
         m.setitem(data.bench.estimate.GPUS, 'a100-40', ('A100', 40e7))

@@ -4,6 +4,7 @@ where they are started, ~/ is the home folder, and a compiler that does not work
 
 $ python -m pytest tests/test_elsewhere.py
 """
+import glob
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import data.machine
-from conftest import TINY, make_dataset, run, toy_text
+from conftest import TINY, refused, run, toy_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ['train.py', 'sample.py', 'quantize.py', 'prune.py', 'distill.py', 'bench.py', 'data/text/prepare.py',
@@ -77,6 +78,8 @@ def test_prepare_in_its_own_folder():
     assert got.err == "error: there is no file or folder 'nowhere': give --input=FILE_OR_FOLDER\n"
     got = python(os.path.join(ROOT, 'data', 'text'), 'prepare.py', '--input=prepare.py', '--name=a/b')
     assert got.err == 'error: name (a/b) must be that of a folder in data/, without slashes\n'
+    for name in (name for name in os.listdir(f'{ROOT}/data') if glob.glob(f'{ROOT}/data/{name}/[!p]*.py')):
+        refused(run('data/text/prepare.py', f'--input={__file__}', f'--name={name}'), 'is a folder of code in data/')
 
 
 # -----------------------------------------------------------------------------

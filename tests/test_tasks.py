@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from conftest import BPE, CHAR, build, make_dataset, randomise, refused, run, toy_text
 from data.bench.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
-                        p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
+                              p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.cache import KVCache
 from data.checkpoint import save_checkpoint
 from data.loader import Loader

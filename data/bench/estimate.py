@@ -25,17 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.bench.timing import in_rounds, resident, timed_call
 from data.checkpoint import config_from
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
-from data.teachers import in_bfloat16, load_teacher, teacher_names
-from distill import Distiller
-from data.bench.timing import in_rounds, resident, timed_call
 from data.machine import PEAK_FLOPS, autocast
 from data.optimizers import make_optimizers, update
 from data.rounding import prepare
+from data.teachers import in_bfloat16, load_teacher, teacher_names
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
+from distill import Distiller
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step, rows_in_a_chunk
 
 

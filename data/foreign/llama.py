@@ -264,7 +264,7 @@ def build(weights, config, tokenizer, path, device):
             raise ValueError(f"{path} has {config.vocab_size:,} tokens and its tokenizer {tokenizer.vocab_size:,}: "
                              "they do not belong together, use those of one model")
         config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
-    return make(GPT, config, state, path, device, config.tie_weights), tokenizer
+    return make(GPT, config, state, path, device), tokenizer
 
 
 def as_ours(weights, config):

@@ -132,7 +132,7 @@ def load_hf_nanochat(folder, device='cpu'):
         check_size(config, state, file)
     tokenizer = hf_folder_tokenizer(folder)
     config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
-    return make(GPT, config, state, file, device, config.tie_weights), tokenizer
+    return make(GPT, config, state, file, device), tokenizer
 
 
 def later_era(state):

@@ -195,8 +195,8 @@ def conversation(x, facts, mentions):
 
 
 # -----------------------------------------------------------------------------
-# multiple choice, in the format of data/bench/tasks.py. What is asked is Python source, as a model has read it: a name behind
-# the import that it is most likely behind, and a docstring in its place.
+# multiple choice, in the format of data/bench/tasks.py. What is asked is Python source, as a model has read it: a name
+# behind the import that it is most likely behind, and a docstring in its place.
 
 def import_questions(modules, rng):
     """
