@@ -272,10 +272,11 @@ HEADER = 2**23              # bytes that a header may have; a vocabulary of 65,5
 DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
 
 
-def checksum(header, data):
+def checksum(header, *data):
     """sha256 of everything but itself; the header as sorted JSON."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    digest.update(data)
+    for part in data:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -284,21 +285,21 @@ def write_safetensors(path, tensors, metadata):
     tensors: {name: int8, uint8 or float32 tensor}, metadata: {name: str} -> the bytes of the file at path. The checksum
     of all of it goes into the metadata.
     """
-    header, data = {}, bytearray()
+    header, arrays, end = {}, [], 0
     # Tensors of 4-byte numbers come first: so all of them stay aligned. Then steps, then weights: so those that are
     # joined for decoding lie one after the other, see layouts.end_to_end.
     for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0].endswith('.weight'))):
-        start = len(data)
-        data += t.cpu().numpy().tobytes()
-        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, len(data)]}
+        arrays.append(t.cpu().contiguous().numpy())             # a view, if it can be
+        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [end, end + t.nbytes]}
+        end += t.nbytes
     header['__metadata__'] = dict(metadata)
-    header['__metadata__']['sha256'] = checksum(header, data)
+    header['__metadata__']['sha256'] = checksum(header, *arrays)
     head = json.dumps(header, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)
     if len(head) > HEADER:
         raise ValueError(f"{path}: a header of {len(head):,} bytes is more than the {HEADER:,} that a file may have: "
                          "use a smaller vocabulary")
-    atomic_write(path, lambda f: f.write(len(head).to_bytes(8, 'little') + head + data))
+    atomic_write(path, lambda f: f.writelines([len(head).to_bytes(8, 'little'), head, *arrays]))
     return os.path.getsize(path)
 
 

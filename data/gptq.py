@@ -98,23 +98,23 @@ def inverse_cholesky(hessian, damping):
 def what_it_needs(w, inputs, floats, wanted):
     """
     gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
-    (..., cols). Its products shall be those of w with floats, which the float model reads in their place, a list alike;
-    or wanted, a list of (..., rows). The other one is None.
+    (..., cols). Its products shall be those of w with floats, which the float model reads in their place and which are
+    like them; or wanted, (..., rows) each. The other one is None.
 
     What a fit of cols numbers to so many tokens finds is noise for one part in tokens / cols, so as much is left out:
     a short text must not be learnt by heart.
     """
-    hessian, drift, lack = w.new_zeros(w.size(1), w.size(1)), w.new_zeros(w.size(1), w.size(1)), torch.zeros_like(w)
-    for i, x in enumerate(inputs):
+    cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
+    hessian = w.new_zeros(cols, cols)
+    gap = torch.zeros_like(hessian if wanted is None else w)        # of inputs, or of products
+    for x, target in zip(inputs, floats if wanted is None else wanted):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
         hessian.addmm_(x.T, x)
-        if wanted is None:
-            drift.addmm_((floats[i].float().flatten(0, -2) - x).T, x)
-        else:
-            lack.addmm_((wanted[i].flatten(0, -2) - x @ w.T).T, x)
-    lack = w @ drift if wanted is None else lack
-    return hessian, lack * max(0.0, 1 - w.size(1) / sum(x.numel() // x.size(-1) for x in inputs))
+        short = target.float().flatten(0, -2) - (x if wanted is None else x @ w.T)
+        gap.addmm_(short.T, x)
+    lack = w @ gap if wanted is None else gap
+    return hessian, lack * max(0.0, 1 - cols / tokens)
 
 
 def read_by(module, run):
@@ -194,12 +194,13 @@ def fit_block(model, block, source, states, floats, how):
         return model.cos[:x.size(1), None], model.sin[:x.size(1), None], None
     for own, given, readers, besides in ((block.attn, source.attn, ('c_q', 'c_k', 'c_v'), positions),
                                          (block.mlp, source.mlp, source.mlp.readers, lambda x: ())):
-        inputs, float_inputs = [norm(x, eps) for x in states], [norm(x, eps) for x in floats]
-        floats = [x + given(y, *besides(y)) for x, y in zip(floats, float_inputs)]
-        # what the rounded half shall add, with which the stream is what it is in the float model
-        wanted = [f - x for f, x in zip(floats, states)]
+        inputs = [norm(x, eps) for x in states]
+        float_inputs = (norm(x, eps) for x in floats)           # made one at a time, as they are read: they are large
+        floats = [x + given(norm(x, eps), *besides(x)) for x in floats]
         fit(own, given, readers, inputs, *how, floats=float_inputs)
         inputs = [own.hidden(x, *besides(x)) for x in inputs]
+        # what the rounded half shall add, with which the stream is what it is in the float model
+        wanted = (f - x for f, x in zip(floats, states))
         fit(own, given, ('c_proj',), inputs, *how, wanted=wanted)
         states = [x + own.c_proj(y) for x, y in zip(states, inputs)]
     return states, floats
