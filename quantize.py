@@ -171,28 +171,31 @@ class Difference:
     def __init__(self, token_bytes, device):
         self.before, self.after = (LossTotal(token_bytes, device) for _ in range(2))
         self.kl_sum = self.kl_max = self.flips = self.n = 0
-        self.nats = []
 
-    def add(self, a, b, targets):
-        """Log-probabilities a of the float model and b of the quantised one, (N, vocab_size), and targets (N,)."""
-        self.nats.append([F.nll_loss(log_p, targets, ignore_index=-1, reduction='none') for log_p in (a, b)])
-        kl = (a.exp() * (a - b)).sum(dim=-1)[targets >= 0].cpu()
+    def add(self, nats_float, nats_quant, kl, flips, targets):
+        """A batch: what how_far gives, (N,) each, and its targets (N,). Losses are summed as evaluate sums them."""
+        self.before.add(nats_float, targets)
+        self.after.add(nats_quant, targets)
+        kl = kl[targets >= 0].cpu()
         self.kl_sum += kl.double().sum().item()
-        self.kl_max = max([self.kl_max] + kl.tolist())
-        self.flips += (a.argmax(-1) != b.argmax(-1))[targets >= 0].sum().item()
+        self.kl_max = max(self.kl_max, kl.max().item()) if len(kl) else self.kl_max
+        self.flips += flips[targets >= 0].sum().item()
         self.n += len(kl)
-
-    def end_batch(self, targets):
-        """The targets (B * T,) of all that was added since the last time: losses are summed as evaluate sums them."""
-        for total, nats in zip((self.before, self.after), zip(*self.nats)):
-            total.add(torch.cat(nats), targets)
-        self.nats = []
 
     def result(self):
         before, after = self.before.result(), self.after.result()
         return {'val_loss_float': before['loss'], 'val_loss_quant': after['loss'],
                 'bpb_float': before['bpb'], 'bpb_quant': after['bpb'],
                 'mean_kl': self.kl_sum / self.n, 'max_kl': self.kl_max, 'top1_flips': self.flips / self.n}
+
+
+def how_far(a, b, targets):
+    """
+    Log-probabilities a of the float model and b of the quantised one, (N, vocab_size), and targets (N,) -> (4, N): the
+    nats of both, the KL divergence, and 1 where another token is the most probable one.
+    """
+    nats = [F.nll_loss(log_p, targets, ignore_index=-1, reduction='none') for log_p in (a, b)]
+    return torch.stack([*nats, (a.exp() * (a - b)).sum(dim=-1), (a.argmax(-1) != b.argmax(-1)).float()])
 
 
 @torch.no_grad()
@@ -208,12 +211,15 @@ def compare(model, others, batches, token_bytes):
         return F.log_softmax(m.logits(states), dim=-1)                           # (rows, vocab_size)
     for x, y in batches:
         states = [m.trunk(x).flatten(0, 1).split(rows) for m in (model, *others)]    # (B * T, n_embd) each
-        for targets, whole, *parts in zip(y.flatten().split(rows), *states):
+        # in one piece, made beforehand: a small tensor that stays behind each of the large ones would keep the memory
+        # that those leave from being used again
+        found = torch.empty(len(others), 4, y.numel(), device=y.device)
+        for start, targets, whole, *parts in zip(range(0, y.numel(), rows), y.flatten().split(rows), *states):
             whole = log_p(model, whole)
-            for difference, other, part in zip(differences, others, parts):
-                difference.add(whole, log_p(other, part), targets)
-        for difference in differences:
-            difference.end_batch(y.flatten())
+            for values, other, part in zip(found, others, parts):
+                values[:, start:start + len(targets)] = how_far(whole, log_p(other, part), targets)
+        for difference, values in zip(differences, found):
+            difference.add(*values, y.flatten())
     return [difference.result() for difference in differences]
 
 # -----------------------------------------------------------------------------

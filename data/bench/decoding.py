@@ -23,7 +23,6 @@ from data.foreign.export import export_gguf
 from data.foreign.llama import gguf_dataset, load_gguf
 from data.layouts import PackedInt8Linear, for_decoding, for_measuring
 from data.loader import data_of, validation
-from data.machine import keep_memory
 from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.tokenizer import fingerprint, from_meta
@@ -108,7 +107,6 @@ def price_list(k, formats, data, tokenizer):
     validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
     A format is one of FORMATS or GGUF_KINDS, or the path of a file of integers, whoever made it of this model.
     """
-    keep_memory()
     models, rows = {}, {}
     for f in formats:
         bits, file = FORMATS.get(f, (0,))[0], os.path.join(k.shape, 'best.pt')
