@@ -315,6 +315,7 @@ if __name__ == '__main__':
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
+    aim = False                     # gptq: each matrix shall give what the float model computes: better on a text like the one it is fitted with, worse on others
     for_training = False            # also int4.pt, float weights that round to these integers, from which train.py --init_from= --quant_bits=4 goes on
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
     calib_batches = 0               # of 16 rows of at most 512 tokens; 0: 16 of them, or 3 for models from 20M weights on
@@ -369,7 +370,7 @@ if __name__ == '__main__':
         give_back_memory()
     if method == 'gptq':
         model = sharing(model)                               # whose weights gptq may replace
-        quantised = gptq(model, batches, bits, group, tables_bits, for_training)
+        quantised = gptq(model, batches, bits, group, tables_bits, for_training, aim)
     else:
         grid = grid_in(state, wanted, source) if method == 'qat' else {}
         quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
@@ -382,7 +383,7 @@ if __name__ == '__main__':
     quantised = load(path, device)[0]                        # what is measured is the file
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None,
-              'tables_bits': tables_bits, 'seed': seed,
+              'tables_bits': tables_bits, 'seed': seed, 'aim': aim and method == 'gptq',
               'compression': 4 * n_params / size, 'params': n_params, 'int_share': int_share(quantised),
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if whole:

@@ -1,6 +1,7 @@
 """
-Rounding after training, with the errors fed back: GPTQ (arXiv 2210.17323). Each matrix aims at what the float model
-computes from its own inputs, not from those that rounding has changed (as GPTAQ does, arXiv 2504.02692). A library.
+Rounding after training, with the errors fed back: GPTQ (arXiv 2210.17323). With aim each matrix shall give what the
+float model computes from its own inputs, not from those that rounding has changed (as GPTAQ does, arXiv 2504.02692):
+better on a text like the one it is fitted with, worse on others. A library.
 
     quantised = gptq(model, batches, bits=4)        # the float model stays as it is (but for keep_before)
 """
@@ -111,6 +112,8 @@ def what_it_needs(w, inputs, floats, wanted):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
         hessian.addmm_(x.T, x)
+        if floats is inputs:                    # nothing is asked for but what w gives
+            continue
         short = target.float().flatten(0, -2) - (x if wanted is None else x @ w.T)
         gap.addmm_(short.T, x)
     lack = w @ gap if wanted is None else gap
@@ -129,11 +132,13 @@ def read_by(module, run):
 def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wanted=None):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    floats or wanted: see what_it_needs; keep_before: see gptq.
+    floats or wanted: see what_it_needs, without them its products stay what they are; keep_before: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
     w = torch.cat(weights)
-    hessian, lack = what_it_needs(w, inputs, floats, wanted)
+    alone = floats is None and wanted is None
+    hessian, lack = what_it_needs(w, inputs, inputs if alone else floats, wanted)
+    lack = None if alone else lack
     rounded, before = gptq_weight(w, hessian, bits, group, keep_before=keep_before, lack=lack)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
@@ -146,19 +151,18 @@ def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wa
 
 
 @torch.no_grad()
-def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False):
+def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, aim=False):
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
-    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be;
-    what shall come of them is what the float model makes of its own inputs, which reads the text besides. Tables are
+    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
+    aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables are
     rounded as by convert. keep_before: the float matrices become what they were when each of their weights was rounded
     to its nearest integer, see rounding.behind; else they stay.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
-    # the text goes through both models in step
     states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
-    floats = [model.embed(x) for x, _ in batches]
+    floats = [model.embed(x) for x, _ in batches] if aim else None
     layers = list(zip(fitted.transformer.h, model.transformer.h))
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
@@ -177,7 +181,8 @@ def fit_heads(fitted, model, states, floats, batches, how):
              if name.startswith(NEW_HEADS) and name.endswith('.c_fc')]
     for head in heads:
         names = f'{head}.c_fc', f'{head}.c_proj'
-        inputs = [read(model, name, floats) for name in names]      # of both, before the first may be replaced
+        # of both, before the first may be replaced
+        inputs = [read(model, name, floats) if floats else None for name in names]
         for name, float_inputs in zip(names, inputs):
             fit(fitted, model, (name,), read(fitted, name, states), *how, floats=float_inputs)
 
@@ -185,8 +190,8 @@ def fit_heads(fitted, model, states, floats, batches, how):
 def fit_block(model, block, source, states, floats, how):
     """
     Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
-    those before it, rounded, give it, and both c_proj make up for what the residual stream has lost so far. states,
-    floats: what the blocks before give, rounded and in float, lists of (B, T, n_embd) -> the same behind this block.
+    those before it, rounded, give it. states: what the blocks before give, a list of (B, T, n_embd); floats: the same of
+    the float model, and then both c_proj make up for what the stream has lost so far; or None -> both behind this block.
     """
     eps = model.config.norm_eps
 
@@ -195,12 +200,14 @@ def fit_block(model, block, source, states, floats, how):
     for own, given, readers, besides in ((block.attn, source.attn, ('c_q', 'c_k', 'c_v'), positions),
                                          (block.mlp, source.mlp, source.mlp.readers, lambda x: ())):
         inputs = [norm(x, eps) for x in states]
-        float_inputs = (norm(x, eps) for x in floats)           # made one at a time, as they are read: they are large
-        floats = [x + given(norm(x, eps), *besides(x)) for x in floats]
+        float_inputs = wanted = None
+        if floats:                              # made one at a time, as they are read: they are large
+            float_inputs = (norm(x, eps) for x in floats)
+            floats = [x + given(norm(x, eps), *besides(x)) for x in floats]
+            # what the rounded half shall add, with which the stream is what it is in the float model
+            wanted = (f - x for f, x in zip(floats, states))
         fit(own, given, readers, inputs, *how, floats=float_inputs)
         inputs = [own.hidden(x, *besides(x)) for x in inputs]
-        # what the rounded half shall add, with which the stream is what it is in the float model
-        wanted = (f - x for f, x in zip(floats, states))
         fit(own, given, ('c_proj',), inputs, *how, wanted=wanted)
         states = [x + own.c_proj(y) for x, y in zip(states, inputs)]
     return states, floats
