@@ -29,6 +29,27 @@ static inline float exp_of(float x) {
   return p;
 }
 
+#ifdef __AVX512F__
+// The sums of the sixteen numbers in each of four vectors, of integers and of floats.
+static inline __m128i added_up(const __m512i* x) {
+  __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+  __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+  __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+static inline __m128 added_up(const __m512* x) {
+  __m512d a = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1])));
+  __m512d b = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
+  __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  __m512 all = _mm512_add_ps(low, high);
+  __m128 quarters[4];
+  std::memcpy(quarters, &all, sizeof all);
+  return _mm_add_ps(_mm_add_ps(quarters[0], quarters[2]), _mm_add_ps(quarters[1], quarters[3]));
+}
+#endif
+
 // What model.norm multiplies x (n,) with.
 static float norm_factor(const float* x, int n, float eps) {
   float sum = 0;
@@ -140,99 +161,114 @@ struct Matrix {
   int rows, cols, group;
 };
 
-// Row n of a matrix times R rows of integers u, which lie m.cols apart -> their sums.
+// Four rows of a matrix, from row n on, times R rows of integers u, which lie m.cols apart -> their sums, those of row
+// r from sums + 8 r on. What is read of u serves four rows, and what is read of a matrix R of them.
 #ifdef __AVX512VNNI__
 static const __mmask64 ALL = ~(__mmask64)0;
 
-// 64 products with each of the R rows, from column k on, or as many as are inside
-template <int R> static inline void add(__m512i* sum, const uint8_t* u, int K, int k, __m512i v, __mmask64 inside) {
+static inline __m512i read(const void* at, __mmask64 inside) {
+  return inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at);
+}
+
+// 64 products of each of four rows of weights v with each of the R rows, from column k on, or as many as are inside
+template <int R> static inline void add(__m512i (*sum)[4], const uint8_t* u, int K, int k, const __m512i* v,
+                                        __mmask64 inside) {
   for (int r = 0; r < R; r++) {
-    const uint8_t* at = u + (size_t)r * K + k;
-    __m512i few = inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at);
-    sum[r] = _mm512_dpbusd_epi32(sum[r], few, v);
+    __m512i few = read(u + (size_t)r * K + k, inside);
+    for (int i = 0; i < 4; i++) sum[r][i] = _mm512_dpbusd_epi32(sum[r][i], few, v[i]);
   }
 }
 
 // The same of 4 bits, bytes that hold the columns k, ..., k + 63 and those half a row further on. What a step makes of
 // 4 bits is looked up.
-template <int R> static inline void add4(__m512i* sum, const uint8_t* u, int K, int k, const uint8_t* w,
-                                         const int8_t* step, int shift, __mmask64 inside) {
-  __m512i bytes = inside == ALL ? _mm512_loadu_si512(w + k) : _mm512_maskz_loadu_epi8(inside, w + k);
+template <int R> static inline void add4(__m512i (*sum)[4], const uint8_t* u, int K, int k, const uint8_t* const* w,
+                                         const int8_t* const* step, int shift, __mmask64 inside) {
   for (int side = 0; side < 2; side++) {
     int first = side * K / 2 + k, second = inside == ALL ? first + 32 : first;
-    __m256i low = table_of(step[first >> shift]), high = table_of(step[second >> shift]);
-    __m512i q = _mm512_and_si512(side ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
-    __m512i v = _mm512_shuffle_epi8(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), q);
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) {
+      __m512i bytes = read(w[i] + k, inside);
+      __m512i q = _mm512_and_si512(side ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+      __m256i low = table_of(step[i][first >> shift]), high = table_of(step[i][second >> shift]);
+      v[i] = _mm512_shuffle_epi8(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1), q);
+    }
     add<R>(sum, u, K, first, v, inside);
   }
 }
 
 template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
   const int K = m.cols, columns = m.group ? K / 2 : K, shift = shift_of(m.group);
-  const uint8_t* w = m.weights + (size_t)n * columns;
-  const int8_t* step = m.group ? m.step + (size_t)n * (K / m.group) : nullptr;
-  const __mmask64 inside = ((__mmask64)1 << columns % 64) - 1;
-  __m512i sum[R];
-  for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_si512();
-  int k = 0;
-  if (m.group) {
-    for (; k + 64 <= columns; k += 64) add4<R>(sum, u, K, k, w, step, shift, ALL);
-    if (k < columns) add4<R>(sum, u, K, k, w, step, shift, inside);
-  } else {
-    for (; k + 64 <= columns; k += 64) add<R>(sum, u, K, k, _mm512_loadu_si512(w + k), ALL);
-    if (k < columns) add<R>(sum, u, K, k, _mm512_maskz_loadu_epi8(inside, w + k), inside);
+  const uint8_t* w[4];
+  const int8_t* step[4];
+  for (int i = 0; i < 4; i++) {
+    int row = std::min(n + i, m.rows - 1);                          // beyond the last one it is read again
+    w[i] = m.weights + (size_t)row * columns;
+    step[i] = m.group ? m.step + (size_t)row * (K / m.group) : nullptr;
   }
-  for (int r = 0; r < R; r++) sums[r] = _mm512_reduce_add_epi32(sum[r]);
+  __m512i sum[R][4];
+  for (auto& of_row : sum)
+    for (auto& s : of_row) s = _mm512_setzero_si512();
+  auto read_columns = [&](int k, __mmask64 inside) {
+    // rows further on are on their way from memory meanwhile: some of them with every product, since many requests at
+    // once would be waited for
+    for (int i = 0; i < 4; i++) _mm_prefetch((const char*)w[i] + k + 12 * columns, _MM_HINT_T1);
+    if (m.group) return add4<R>(sum, u, K, k, w, step, shift, inside);
+    __m512i v[4];
+    for (int i = 0; i < 4; i++) v[i] = read(w[i] + k, inside);
+    add<R>(sum, u, K, k, v, inside);
+  };
+  int k = 0;
+  for (; k + 64 <= columns; k += 64) read_columns(k, ALL);
+  if (k < columns) read_columns(k, ((__mmask64)1 << (columns - k)) - 1);
+  for (int r = 0; r < R; r++)
+    _mm_storeu_si128((__m128i*)(sums + 8 * r), added_up(sum[r]));
 }
 #else
 template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
   static thread_local std::vector<int8_t> unpacked;
   const int K = m.cols;
-  const int8_t* v = (const int8_t*)m.weights + (size_t)n * K;
-  if (m.group) {
-    unpacked.resize(K);
-    unpack_row(m.weights + (size_t)n * (K / 2), m.step + (size_t)n * (K / m.group), unpacked.data(), K, m.group);
-    v = unpacked.data();
-  }
-  for (int r = 0; r < R; r++, u += K) {
-    int32_t sum = 0;
-    for (int k = 0; k < K; k++) sum += (int32_t)u[k] * (int32_t)v[k];
-    sums[r] = sum;
+  for (int i = 0; i < 4 && n + i < m.rows; i++) {
+    const int8_t* v = (const int8_t*)m.weights + (size_t)(n + i) * K;
+    if (m.group) {
+      unpacked.resize(K);
+      unpack_row(m.weights + (size_t)(n + i) * (K / 2), m.step + (size_t)(n + i) * (K / m.group), unpacked.data(), K,
+                 m.group);
+      v = unpacked.data();
+    }
+    for (int r = 0; r < R; r++) {
+      int32_t sum = 0;
+      for (int k = 0; k < K; k++) sum += (int32_t)u[(size_t)r * K + k] * (int32_t)v[k];
+      sums[8 * r + i] = sum;
+    }
   }
 }
 #endif
 
-// dots for any number of rows. What the compiler knows the number of stays in registers, up to eight.
+// dots for any number of rows. What the compiler knows the number of stays in registers, up to five.
 static void dots_of(const Matrix& m, int n, const uint8_t* u, int M, int32_t* sums) {
-  for (; M > 8; M -= 8, u += (size_t)8 * m.cols, sums += 8) dots<8>(m, n, u, sums);
+  for (; M > 5; M -= 4, u += (size_t)4 * m.cols, sums += 8 * 4) dots<4>(m, n, u, sums);
   switch (M) {
     case 1: return dots<1>(m, n, u, sums);
     case 2: return dots<2>(m, n, u, sums);
     case 3: return dots<3>(m, n, u, sums);
     case 4: return dots<4>(m, n, u, sums);
     case 5: return dots<5>(m, n, u, sums);
-    case 6: return dots<6>(m, n, u, sums);
-    case 7: return dots<7>(m, n, u, sums);
-    case 8: return dots<8>(m, n, u, sums);
   }
 }
 
 // IntLinear, for the threads of a parallel region together: y (M, rows) of xq and xs, and rest (M, rows) is added, if
 // there is one; it may be y itself.
 static void multiply(const Matrix& m, const uint8_t* xq, const float* xs, const float* rest, float* y, int M) {
-  const size_t bytes = m.group ? m.cols / 2 : m.cols;               // of a row
-  std::vector<int32_t> sums(M);
+  std::vector<int32_t> sums((size_t)8 * M);                         // (M, 8)
   #pragma omp for schedule(static)
   for (int first = 0; first < m.rows; first += 8) {
     int end = first + 8 < m.rows ? first + 8 : m.rows;
-    // the next eight rows are on their way from memory meanwhile
-    const uint8_t* next = m.weights + end * bytes;
-    for (size_t i = 0; end + 8 <= m.rows && i < 8 * bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-    for (int n = first; n < end; n++) {
-      dots_of(m, n, xq, M, sums.data());
-      for (int r = 0; r < M; r++) {
+    for (int n = first; n < end; n += 4) dots_of(m, n, xq, M, sums.data() + n - first);
+    for (int r = 0; r < M; r++) {
+      const int32_t* sum = sums.data() + 8 * r - first;
+      for (int n = first; n < end; n++) {
         size_t at = (size_t)r * m.rows + n;
-        float product = (float)(sums[r] - 128 * m.sums[n]) * m.scale[n] * xs[r];
+        float product = (float)(sum[n] - 128 * m.sums[n]) * m.scale[n] * xs[r];
         y[at] = rest ? product + rest[at] : product;
       }
     }
@@ -251,16 +287,44 @@ extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, f
   }
 }
 
-// The sum of a[i] * b[i]: sixteen sums side by side, which then are added up in pairs.
-static inline float dot(const float* a, const float* b, int n) {
-  float part[16] = {};
-  int i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int j = 0; j < 16; j++) part[j] += a[i + j] * b[i + j];
-  for (; i < n; i++) part[i % 16] += a[i] * b[i];
-  for (int half = 8; half; half /= 2)
-    for (int j = 0; j < half; j++) part[j] += part[j + half];
-  return part[0];
+// The products of q (D,) with four keys, k[0], ..., k[3] -> scores (4,): sixteen sums side by side, which then are added
+// up in pairs.
+#ifdef __AVX512F__
+static inline void four_scores(const float* q, const float* const* k, int D, float* scores) {
+  __m512 sum[4];
+  for (auto& s : sum) s = _mm512_setzero_ps();
+  for (int i = 0; i < D; i += 16) {
+    __mmask16 inside = D - i < 16 ? (1 << (D - i)) - 1 : -1;
+    __m512 a = _mm512_maskz_loadu_ps(inside, q + i);
+    for (int j = 0; j < 4; j++) {
+      __m512 b = _mm512_maskz_loadu_ps(inside, k[j] + i);
+      sum[j] = _mm512_add_ps(sum[j], _mm512_mul_ps(a, b));
+    }
+  }
+  _mm_storeu_ps(scores, added_up(sum));
+}
+#else
+static inline void four_scores(const float* q, const float* const* k, int D, float* scores) {
+  for (int key = 0; key < 4; key++) {
+    float part[16] = {};
+    int i = 0;
+    for (; i + 16 <= D; i += 16)
+      for (int j = 0; j < 16; j++) part[j] += q[i + j] * k[key][i + j];
+    for (; i < D; i++) part[i % 16] += q[i] * k[key][i];
+    for (int half = 8; half; half /= 2)
+      for (int j = 0; j < half; j++) part[j] += part[j + half];
+    scores[key] = part[0];
+  }
+}
+#endif
+
+// The sum of n values of N numbers, which lie D apart, times the share of each -> y (N,). N is known beforehand, so
+// that sums stay in registers.
+template <int N> static inline void mix(const float* shares, const float* v, float* y, int n, int D) {
+  float sum[N] = {};
+  for (int s = 0; s < n; s++, v += D)
+    for (int i = 0; i < N; i++) sum[i] += shares[s] * v[i];
+  std::memcpy(y, sum, sizeof sum);
 }
 
 // model.rotate of one head x (D,), in place, and model.norm behind it if it is normed.
@@ -275,11 +339,17 @@ static void turn(float* x, const float* cos, const float* sin, int D, int normed
   for (int i = 0; i < D; i++) x[i] *= factor;
 }
 
-// One query q (D,) over the keys and values of n tokens, k and v (n, D) -> y (D,). scores: room for n numbers.
+// One query q (D,) over the keys and values of n tokens, k and v (n, D) -> y (D,). scores: room for n + 3 numbers.
 static void attend_one(const float* q, const float* k, const float* v, float* scores, float* y, int n, int D) {
   float scale = 1 / std::sqrt((float)D), peak = -INFINITY, total = 0;
+  for (int s = 0; s < n; s += 4) {
+    const float* keys[4];
+    for (int j = 0; j < 4; j++) keys[j] = k + (size_t)std::min(s + j, n - 1) * D;   // beyond the last it is read again
+    four_scores(q, keys, D, scores + s);
+  }
+  #pragma omp simd reduction(max:peak)
   for (int s = 0; s < n; s++) {
-    scores[s] = dot(q, k + (size_t)s * D, D) * scale;
+    scores[s] *= scale;
     peak = scores[s] > peak ? scores[s] : peak;
   }
   #pragma omp simd reduction(+:total)
@@ -287,11 +357,11 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
     scores[s] = exp_of(scores[s] - peak);
     total += scores[s];
   }
-  std::memset(y, 0, D * sizeof(float));
-  for (int s = 0; s < n; s++) {
-    float share = scores[s] / total;
-    for (int i = 0; i < D; i++) y[i] += share * v[(size_t)s * D + i];
-  }
+  for (int s = 0; s < n; s++) scores[s] /= total;
+  int i = 0;
+  for (; i + 64 <= D; i += 64) mix<64>(scores, v + i, y + i, n, D);
+  for (; i + 16 <= D; i += 16) mix<16>(scores, v + i, y + i, n, D);
+  for (; i < D; i++) mix<1>(scores, v + i, y + i, n, D);
 }
 
 // The same of many rows, whose sums (M, N) PyTorch has made.
@@ -325,7 +395,7 @@ struct Heads {
 // tokens up to its own, which is the rule of model.sees.
 static void attend_together(const Heads& h, const Tokens& at, float* qkv, float* keys, float* values, float* y) {
   static thread_local std::vector<float> scores;
-  scores.resize(h.size);
+  scores.resize(h.size + 3);
   const int heads = h.H + 2 * h.KV, D = h.D, T = at.T;
   #pragma omp for schedule(static)
   for (int i = 0; i < at.B * T * heads; i++) {
