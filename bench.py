@@ -70,10 +70,11 @@ from data.bench.ladder import (by_name, columns_of, compare_records, draw, read_
 from data.bench.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs, words_of
 from data.bench.tasks import measure
 from data.bench.timing import resident, speed, start
+from data.compiling import can_compile
 from data.files import in_repo, json_line
 from data.foreign.export import is_block
 from data.loader import data_are_gone, data_of
-from data.machine import PEAK_FLOPS, can_compile, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
+from data.machine import PEAK_FLOPS, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
 from quantize import load

@@ -47,6 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.checkpoint import save_checkpoint
+from data.compiling import DEEP, can_compile, compile_blocks
 from data.files import hold, in_repo, json_line
 from data.foreign.export import GGUF_TYPES, export_gguf, export_hf
 from data.foreign.gpt2 import GPT2
@@ -55,13 +56,13 @@ from data.foreign.nanochat import fetch_nanochat
 from data.judge import check_reading
 from data.labels import Labels, Recipe, fit_temperature, refuse_labels, write_labels
 from data.loader import Loader
-from data.machine import autocast, can_compile, keep_memory, pick_device, pick_dtype, shard
+from data.machine import autocast, keep_memory, pick_device, pick_dtype, shard
 from data.record import already, record
 from data.signals import interrupt_on_stop
 from data.teachers import (check_teachers, fitted, in_bfloat16, load_teacher, load_teachers, teacher_log_probs,
                            teacher_names)
 from data.tokenizer import from_meta
-from model import DEEP, GPT, chunked, compile_blocks, or_one, rope_tables
+from model import GPT, chunked, or_one, rope_tables
 
 # -----------------------------------------------------------------------------
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)

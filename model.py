@@ -483,39 +483,6 @@ def rows_in_a_chunk(vocab_size, times=1):
     return max(1, LOSS_CHUNK_BYTES // (4 * vocab_size * times))
 
 
-def compile_step(module, tokens, vocab_size, **how):
-    """
-    torch.compile for a module that ends in losses over so many tokens, a GPT or a Distiller. Where those come in
-    chunks, inductor must not join one chunk's kernels with the next one's (it would: they read the same scalars), or
-    the logits of all chunks exist at once. Of a deep model, and of its teachers, one block is compiled for all of them:
-    see compile_blocks.
-    """
-    model = getattr(module, 'student', module)
-    if model.config.n_layer >= DEEP:
-        teachers = [teacher for teacher in getattr(module, 'teachers', ()) if isinstance(teacher, GPT)]
-        for deep in (model, *teachers):
-            compile_blocks(deep, **how)
-        return module
-    apart = tokens > rows_in_a_chunk(vocab_size, 1 + model.config.draft_n)
-    return torch.compile(module, options={'cpp.max_horizontal_fusion_size': 1} if apart else None, **how)
-
-
-DEEP = 8        # layers
-
-
-def compile_blocks(model, **how):
-    """
-    Compiles the blocks of a model, in place. They share their code, so that one compilation does at any depth, in half
-    a minute where the whole step of 30 layers takes many. Within eager() the same blocks run as they are written.
-    """
-    for block in model.transformer.h:
-        block.compile(**how)
-
-
-def eager():
-    """A context in which nothing runs compiled: lengths that change with every call would each be compiled anew."""
-    return torch.compiler.set_stance('force_eager')
-
 # -----------------------------------------------------------------------------
 # evaluation: the one place that measures loss
 

@@ -19,12 +19,13 @@ import sys
 
 import torch
 
+from data.compiling import can_compile
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
 from data.layouts import for_decoding, step_of
+from data.machine import pick_device
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Engine, Sampling, Speculation, rounds_pay
-from data.machine import can_compile, pick_device
 from model import GPT
 from quantize import BITS, int_share, load
 

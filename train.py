@@ -26,18 +26,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data.batch_size import rows_that_fit
 from data.checkpoint import load_weights, save_checkpoint, shape_of_student, starting_point, will_replace
+from data.compiling import can_compile, compile_step, eager
 from data.files import atomic_write, hold, in_repo, json_line
 from data.loader import Loader, load_meta, micro_batches
+from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard, share
+from data.optimizers import load_optimizer, make_optimizers, update
 from data.record import already, record
 from data.signals import on_stop
 from data.teachers import check_teachers
 from data.tokenizer import from_meta
 from distill import make_learner
 from engine import Engine, Sampling
-from data.machine import (autocast, can_compile, join_processes, keep_memory, least, peak_flops, pick_device,
-                          pick_dtype, shard, share)
-from data.optimizers import load_optimizer, make_optimizers, update
-from model import GPT, MLPS, compile_step, config_of, eager, evaluate
+from model import GPT, MLPS, config_of, evaluate
 from quantize import BITS, GROUPS, grid_in, prepare
 
 # -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ better on a text like the one it is fitted with, worse on others. A library.
 
     quantised = gptq(model, batches, bits=4)        # the float model stays as it is (but for keep_before)
 """
+import itertools
 import math
 
 import torch
@@ -96,28 +97,25 @@ def inverse_cholesky(hessian, damping):
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def what_it_needs(w, inputs, floats, wanted):
+def what_it_needs(w, inputs, wanted=None):
     """
     gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
-    (..., cols). Its products shall be those of w with floats, which the float model reads in their place and which are
-    like them; or wanted, (..., rows) each. The other one is None.
+    (..., cols), and shall give what is wanted, as many (..., rows). Without that its products shall stay what they are,
+    and there is no lack: None.
 
     What a fit of cols numbers to so many tokens finds is noise for one part in tokens / cols, so as much is left out:
     a short text must not be learnt by heart.
     """
     cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
-    hessian = w.new_zeros(cols, cols)
-    gap = torch.zeros_like(hessian if wanted is None else w)        # of inputs, or of products
-    for x, target in zip(inputs, floats if wanted is None else wanted):
+    hessian, lack = w.new_zeros(cols, cols), torch.zeros_like(w)
+    for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
         hessian.addmm_(x.T, x)
-        if floats is inputs:                    # nothing is asked for but what w gives
-            continue
-        short = target.float().flatten(0, -2) - (x if wanted is None else x @ w.T)
-        gap.addmm_(short.T, x)
-    lack = w @ gap if wanted is None else gap
-    return hessian, lack * max(0.0, 1 - cols / tokens)
+        if wanted:
+            short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)
+            lack.addmm_(short.T, x)
+    return hessian, lack * max(0.0, 1 - cols / tokens) if wanted else None
 
 
 def read_by(module, run):
@@ -129,16 +127,14 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, bits, group, keep_before, floats=None, wanted=None):
+def fit(target, source, names, inputs, bits, group, keep_before, wanted=None):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    floats or wanted: see what_it_needs, without them its products stay what they are; keep_before: see gptq.
+    wanted: what they shall give, one behind the other, see what_it_needs; keep_before: see gptq.
     """
     weights = [source.get_submodule(name).weight for name in names]
     w = torch.cat(weights)
-    alone = floats is None and wanted is None
-    hessian, lack = what_it_needs(w, inputs, inputs if alone else floats, wanted)
-    lack = None if alone else lack
+    hessian, lack = what_it_needs(w, inputs, wanted)
     rounded, before = gptq_weight(w, hessian, bits, group, keep_before=keep_before, lack=lack)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
@@ -182,9 +178,10 @@ def fit_heads(fitted, model, states, floats, batches, how):
     for head in heads:
         names = f'{head}.c_fc', f'{head}.c_proj'
         # of both, before the first may be replaced
-        inputs = [read(model, name, floats) if floats else None for name in names]
-        for name, float_inputs in zip(names, inputs):
-            fit(fitted, model, (name,), read(fitted, name, states), *how, floats=float_inputs)
+        wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] if floats else None
+                  for name in names]
+        for name, outputs in zip(names, wanted):
+            fit(fitted, model, (name,), read(fitted, name, states), *how, wanted=outputs)
 
 
 def fit_block(model, block, source, states, floats, how):
@@ -200,14 +197,15 @@ def fit_block(model, block, source, states, floats, how):
     for own, given, readers, besides in ((block.attn, source.attn, ('c_q', 'c_k', 'c_v'), positions),
                                          (block.mlp, source.mlp, source.mlp.readers, lambda x: ())):
         inputs = [norm(x, eps) for x in states]
-        float_inputs = wanted = None
-        if floats:                              # made one at a time, as they are read: they are large
-            float_inputs = (norm(x, eps) for x in floats)
-            floats = [x + given(norm(x, eps), *besides(x)) for x in floats]
+        read_wanted = added_wanted = None
+        if floats:                              # both are made one at a time, as they are read: they are large
+            matrices, float_inputs = [given.get_submodule(name) for name in readers], [norm(x, eps) for x in floats]
+            read_wanted = (torch.cat([matrix(x) for matrix in matrices], dim=-1) for x in float_inputs)
+            floats = [x + given(y, *besides(y)) for x, y in zip(floats, float_inputs)]
             # what the rounded half shall add, with which the stream is what it is in the float model
-            wanted = (f - x for f, x in zip(floats, states))
-        fit(own, given, readers, inputs, *how, floats=float_inputs)
+            added_wanted = (f - x for f, x in zip(floats, states))
+        fit(own, given, readers, inputs, *how, wanted=read_wanted)
         inputs = [own.hidden(x, *besides(x)) for x in inputs]
-        fit(own, given, ('c_proj',), inputs, *how, wanted=wanted)
+        fit(own, given, ('c_proj',), inputs, *how, wanted=added_wanted)
         states = [x + own.c_proj(y) for x, y in zip(states, inputs)]
     return states, floats

@@ -18,8 +18,8 @@ import subprocess
 import torch
 import torch.nn as nn
 
+from data.compiling import cpp_compiler
 from data.files import in_repo, private_folder
-from data.machine import cpp_compiler
 from data.rounding import BITS, GROUPS, int_matmul
 from model import Block, norm
 

@@ -1,9 +1,8 @@
 """
-What this machine can do, and several processes that share a training. A library below model.py.
+What this machine is, and several processes that share a training. A library below model.py.
 
     device = pick_device('auto')                    # 'cuda', 'mps' or 'cpu'
     dtype = pick_dtype('auto', device)              # 'bfloat16' where it is faster, which is measured
-    compile = compile and can_compile(device)       # says in a line why not
     rank, world_size, device = join_processes(device)       # those that torchrun started
 """
 import ctypes
@@ -11,19 +10,12 @@ import functools
 import os
 import platform
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-
-from data.files import private_folder
 
 # -----------------------------------------------------------------------------
 # the device
@@ -113,84 +105,6 @@ def autocast(device, dtype):
     """A context in which matrix products are in bfloat16, if dtype says so; weights and sums stay in float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
-
-def can_compile(device):
-    """Whether torch.compile can work here; says in a line why not."""
-    why = what_fails(torch.device(device).type)
-    if why:
-        print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
-    return why is None
-
-
-def what_fails(kind):
-    """kind of device -> why torch.compile cannot work, or None. On a CPU it needs a C++ compiler and Python.h."""
-    if kind == 'mps' or platform.system() == 'Windows':
-        return 'not supported here'
-    why = private_cache()
-    if why:
-        return why
-    if kind == 'cpu':
-        compiler, why = cpp_compiler()
-        if why:
-            return why
-        if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
-            return 'no Python.h was found (apt-get install g++ python3-dev)'
-        if compiler != os.environ.get('CXX', compiler):
-            # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
-            from torch._inductor import config
-            config.cpp.cxx = (None, compiler)
-    return small_compilation(kind)
-
-
-def cpp_compiler():
-    """-> the C++ compiler's name, and why it cannot be used, or None."""
-    compiler = os.environ.get('CXX', 'clang++' if platform.system() == 'Darwin' else 'g++')
-    words = shlex.split(compiler)
-    if not shutil.which(compiler) and words:
-        compiler = words[0]
-    if not shutil.which(compiler):
-        return compiler, 'no C++ compiler was found (apt-get install g++ python3-dev)'
-    # asked directly, as torch would not call a compiler whose result it has kept
-    got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
-                         capture_output=True, text=True)
-    if got.returncode:
-        return compiler, f"{compiler} does not work ({(got.stderr.splitlines() or [f'status {got.returncode}'])[0]})"
-    return compiler, None
-
-
-@functools.lru_cache(maxsize=None)
-def small_compilation(kind):
-    """
-    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
-    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
-    """
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=kind))
-    except Exception as e:                          # of torch, of the compiler, of the file system
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        errors = [line for line in lines if 'error:' in line]
-        return f'a first small compilation failed: {(errors or lines or [type(e).__name__])[0]}'
-
-
-def private_cache():
-    """
-    torch.compile runs what it finds in its cache, a folder of the shared temporary one: not of somebody else's. Where a
-    cache that is named cannot be written, torch gets ours, too, as it needs one even for what is not compiled.
-    -> why there is none that can be written, or not the one that is named; or None.
-    """
-    named, why = os.environ.get('TORCHINDUCTOR_CACHE_DIR'), None
-    try:
-        if named:
-            os.makedirs(named, exist_ok=True)
-            tempfile.TemporaryFile(dir=named).close()
-            return None
-    except OSError as e:
-        why = f'TORCHINDUCTOR_CACHE_DIR ({named}) cannot be written: {e.strerror}'
-    try:
-        os.environ['TORCHINDUCTOR_CACHE_DIR'] = private_folder('picochat-inductor')
-    except OSError as e:
-        why = f'no folder for what is compiled can be made ({e.strerror}): name one, TORCHINDUCTOR_CACHE_DIR=...'
-    return why
 
 # -----------------------------------------------------------------------------
 # several processes, started by torchrun

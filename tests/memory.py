@@ -17,9 +17,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the rep
 import torch
 import torch.nn.functional as F
 
+from data.compiling import compile_step
 from data.files import in_repo
 from distill import Distiller
-from model import GPT, GPTConfig, compile_step
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 batch_size = 4

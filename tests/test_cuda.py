@@ -130,7 +130,7 @@ def test_the_scripts_run_there(tmp_path):
 def test_a_step_compiled_in_few_large_chunks_is_the_eager_one():
     """GPU_CHUNKS changes how many tokens' logits exist at a time, and nothing else."""
     from distill import Distiller
-    from model import compile_step
+    from data.compiling import compile_step
     shape = dict(block_size=512, vocab_size=8192, n_layer=1, n_head=2, n_embd=64)
     torch.manual_seed(0)
     student, teacher = (GPT(GPTConfig(**shape, draft_n=n)).cuda() for n in (2, 0))

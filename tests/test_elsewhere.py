@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import data.machine
+import data.compiling
 from conftest import TINY, refused, run, toy_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -161,12 +161,12 @@ def test_a_compiler_with_flags(monkeypatch):
     """torch takes all of CXX for the name of a program, so it is told the program alone."""
     from torch._inductor import config, cpp_builder
     monkeypatch.setenv('CXX', 'g++ -O1')
-    monkeypatch.setattr(data.machine, 'small_compilation', lambda kind: None)
+    monkeypatch.setattr(data.compiling, 'small_compilation', lambda kind: None)
     with config.patch({'cpp.cxx': (None, 'g++ -O1')}):                  # as torch takes it from there
-        assert data.machine.can_compile('cpu') and cpp_builder.get_cpp_compiler() == 'g++'
+        assert data.compiling.can_compile('cpu') and cpp_builder.get_cpp_compiler() == 'g++'
 
 
 def test_nothing_is_compiled_where_it_is_off(monkeypatch, toy, tmp_path):
-    monkeypatch.setattr(data.machine, 'what_fails', lambda *args: pytest.fail('it compiled'))
+    monkeypatch.setattr(data.compiling, 'what_fails', lambda *args: pytest.fail('it compiled'))
     assert run('train.py', *TINY, toy, '--max_iters=1', f'--out_dir={tmp_path}').status == 0
     assert run('sample.py', f'--out_dir={tmp_path}', '--start=the').status == 0

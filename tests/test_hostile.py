@@ -28,6 +28,7 @@ from conftest import (LLAMA, TEXTS, TINY, V, build, content, make_dataset, refus
 import quantize
 from data.bench.ladder import read_record, summary
 from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
+from data.compiling import can_compile, private_cache
 from data.files import private_folder, shown
 from data.foreign.causal_lm import load_causal_lm
 from data.foreign.export import export_gguf, export_hf
@@ -36,7 +37,7 @@ from data.foreign.llama import load_gguf, load_llama
 from data.foreign.nanochat import load_nanochat
 from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_tokenizer
 from data.kernels import library
-from data.machine import can_compile, join_processes, private_cache
+from data.machine import join_processes
 from data.record import made, record
 from data.tokenizer import CharTokenizer, from_meta, train_bpe
 

@@ -22,15 +22,17 @@ from conftest import (TINY, content, largest_difference, log, make_dataset, pois
                       toy_text, train, two)
 import torch
 
+import data.compiling
 import data.loader
 import data.machine
 from data.checkpoint import load_checkpoint, load_model
+from data.compiling import DEEP
 from data.files import in_repo
 from data.tokenizer import train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
 from data.machine import fast_bf16
-from model import DEEP, GPT, GPTConfig
+from model import GPT, GPTConfig
 from quantize import prepare
 
 # -----------------------------------------------------------------------------
@@ -378,7 +380,7 @@ def compile_by(backend, monkeypatch):
     asked, compile = [], torch.compile
     monkeypatch.setattr(torch, 'compile',
                         lambda f, options=None, **how: asked.append(f) or compile(f, backend=backend, **how))
-    monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
+    monkeypatch.setattr(data.compiling, 'can_compile', lambda device: True)
     torch._dynamo.reset()
     return asked
 

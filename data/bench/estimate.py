@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.bench.timing import in_rounds, resident, timed_call
 from data.checkpoint import config_from
+from data.compiling import compile_step
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
 from data.machine import PEAK_FLOPS, autocast
@@ -36,7 +37,7 @@ from data.teachers import in_bfloat16, load_teacher, teacher_names
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
 from distill import Distiller
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, compile_step, rows_in_a_chunk
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, rows_in_a_chunk
 
 
 def micro_batches(t, rows):

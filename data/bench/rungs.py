@@ -17,10 +17,11 @@ from data.bench.decoding import check_context, decode, memory_alone, open_model,
 from data.bench.ladder import build_rung, read_record, untimed, write_record
 from data.bench.tasks import asked, measure
 from data.bench.timing import in_rounds, resident
+from data.compiling import can_compile
 from data.files import hold
 from data.layouts import for_decoding, for_measuring
 from data.loader import Loader
-from data.machine import can_compile, keep_memory
+from data.machine import keep_memory
 from data.sampling import first_difference
 from engine import HEADS, Engine
 from model import GPT
