@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from data.checks import (check_archive, check_contents, check_old_file, check_size, check_tensors, check_training,
                          check_what_it_says, damage, is_archive, tensors_in)
 from data.files import atomic_write
-from data.machine import whole
+from data.machine import in_large_pages, whole
 from data.tokenizer import fingerprint, from_meta
 from model import GPT, GPTConfig, NEW_HEADS, rope_tables
 
@@ -312,7 +312,7 @@ def read_safetensors(path, format, device='cpu'):
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         head = f.read(size) if size <= HEADER else b''
-        data = torch.empty(os.fstat(f.fileno()).st_size - f.tell(), dtype=torch.uint8)
+        data = in_large_pages(torch.empty(os.fstat(f.fileno()).st_size - f.tell(), dtype=torch.uint8))
         f.readinto(data.numpy())
     try:
         header = json.loads(head, object_pairs_hook=names_once)

@@ -7,6 +7,7 @@ What this machine is, and several processes that share a training. A library bel
 """
 import ctypes
 import functools
+import mmap
 import os
 import platform
 import re
@@ -59,6 +60,19 @@ def give_back_memory():
     """Has freed memory given back to the system, which glibc does by itself only at the end of what it has."""
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_large_pages(t):
+    """
+    Asks Linux to keep t, a large tensor that nothing has been written to yet, in pages of 2 MiB instead of 4 KiB: what
+    is read from end to end, as weights are for every token, then comes a fifth faster. Returns t.
+    """
+    advice, page = getattr(mmap, 'MADV_HUGEPAGE', None), 2**21
+    start = -(-t.data_ptr() // page) * page                 # whole pages, which are t's alone
+    size = (t.data_ptr() + t.nbytes - start) // page * page
+    if advice is not None and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    return t
 
 
 def describe_machine(device):
