@@ -22,7 +22,8 @@ You will see a table, then one line of JSON. What is timed runs in this process,
 again; medians; ratios are of the same round. Other programs run in processes of their own.
 
 decode: the first row is the yardstick: float32, F.linear, a cache, one sequence. The columns:
-    x plain     tokens/s over the yardstick's; x nocache: over a whole forward for every token
+    x plain     tokens/s over the yardstick's; x nocache: over a whole forward for every token; x drafts: over the
+                same format without a drafter
     GB/s        weights that a pass of trunk and lm_head reads (of wte its row; not what drafters read) times passes/s
     % memory    that, of the rate at which these threads read 512 MiB; beyond 100 where weights come from a cache
     rows        a cached pass over 2, 4, 5, 8 tokens of a sequence, over a pass over 1: what it costs to check drafts
@@ -88,7 +89,7 @@ formats = 'f32,int8,int8-packed'    # see FORMATS in data/bench/decoding.py; in 
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
 draft_n = 4                 # at most so many drafts at a time
-prompt_tokens = 64          # random ids; a trained model writes its own prompts
+prompt_tokens = 64          # random ids; a trained model writes its own prompts, if there are no texts
 new_tokens = 128
 rounds = 5                  # of mode=train, too
 temperature = None          # None: 0 for random weights, 0.8 for a trained model
@@ -104,7 +105,7 @@ tasks = ''                  # a .jsonl file of questions, see data/bench/tasks.p
 questions = 0               # so many of them, drawn; 0: all
 num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
-texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder
+texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode each round has prompts from there
 text_bytes = 200_000        # at most so many bytes of each; 0: all
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
@@ -334,13 +335,13 @@ def measure_decode():
         print(f"int8-packed takes {mib['memory']:,.1f} MiB of memory, {rows[-1]['memory_ratio']:.2f} times its file "
               f"and cache ({mib['file']:,.1f} + {mib['cache']:,.1f})")
     # what a row does not have is None
-    empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'ratio_no_drafts', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
     empty |= dict.fromkeys(key for row in others for key in row)
     empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     rows = [empty | row for row in rows + others]
     report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'),
             ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
-            ('x nocache', 'ratio_recompute', ',.2f'), ('first ms', 'first_token_ms', ',.1f'),
+            ('x nocache', 'ratio_recompute', ',.2f'), ('x drafts', 'ratio_no_drafts', '.2f'), ('first ms', 'first_token_ms', ',.1f'),
             ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
             ('rows ' + ' '.join(map(str, LENGTHS[1:])),
              lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())),

@@ -52,7 +52,7 @@ limits = {'prompt_tokens rounds': (1, None), 'new_tokens': (2, None), 'threads':
 exec(open(in_repo('configurator.py')).read())
 
 LONG_PROMPT = 512           # tokens
-k = SimpleNamespace(**config, drafters='')
+k = SimpleNamespace(**config, drafters='', texts='')
 
 # -----------------------------------------------------------------------------
 # the programs, each in a process of its own: it loads a model -> decode, and the bytes of memory that it had before.

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures('in_process')
 
 SHORT = ['--device=cpu', '--rounds=1', '--prompt_tokens=6', '--new_tokens=12', '--memory=False']
 ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds', 'ratio_plain_f32', 'ratio_recompute',
-       'first_token_ms', 'gb_s', 'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted',
+       'ratio_no_drafts', 'first_token_ms', 'gb_s', 'share_of_bandwidth', 'rows_cost', 'tokens_per_verify', 'accepted',
        'kv_bytes_per_token', 'weight_bytes', 'params', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'}
 
 
@@ -95,6 +95,20 @@ def test_the_document_and_the_text(texts):
         torch.nn.init.normal_(p, std=0.05, generator=noise)
     prompts, plain = texts[0]
     assert len(plain[0]) == 12 and plain == engine.complete(prompts, 12, Sampling(temperature=0))
+
+
+def test_prompts_from_a_text(out_dir, texts, tmp_path):
+    """Every round has a prompt of its own; what drafts won is said beside the same format without them."""
+    (tmp_path / 'text').write_text('abcdef' * 5)
+    how = f'--shape={out_dir}', f'--texts=mine={tmp_path}/text', '--formats=f32', '--recompute=False'
+    document = bench(*how, '--drafters=ngram', '--rounds=2')
+    plain, drafted = document['rows']
+    assert drafted['ratio_no_drafts'] > 0 and plain['ratio_no_drafts'] is None
+    ids = [1, 2, 3, 4, 5, 6] * 5
+    places = [0, 8, 16]                         # of 24 that there are
+    assert [prompts for prompts, _ in texts] == [[ids[at:at + 6]] for at in places for _ in range(2)]
+    got = run('bench.py', *SHORT, *how, '--text_bytes=7')
+    assert got.status == 1 and 'have 7 tokens, too few for 2 prompts of 6' in got.err
 
 
 def test_another_text_is_an_error_with_the_numbers(monkeypatch, tmp_path):

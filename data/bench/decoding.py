@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from data.bench.tasks import read_texts
 from data.bench.timing import in_rounds, resident, speed, start, timed_call
 from data.cache import KVCache
 from data.checkpoint import load_checkpoint
@@ -158,14 +159,30 @@ def check_context(k, config, whose):
 
 
 def make_prompts(k, plain, n):
-    """-> n prompts: random ids, or what a trained model writes from the token that stands before any text."""
+    """
+    -> n prompts: random ids, or what a trained model writes from the token that stands before any text. With texts n for
+    every round, spread over them.
+    """
     if k.shape in SHAPES:
         noise = torch.Generator().manual_seed(k.seed)
         return torch.randint(plain.config.vocab_size, (n, k.prompt_tokens), generator=noise).tolist()
+    tokenizer = from_meta(load_checkpoint(os.path.join(k.shape, 'best.pt'))['tokenizer'])
+    if k.texts:
+        return cut_prompts(k, tokenizer, n * (k.rounds + 1))
     # without such a token it is the vocabulary's first, which is mostly a newline
-    first = from_meta(load_checkpoint(os.path.join(k.shape, 'best.pt'))['tokenizer']).bos or 0
+    first = tokenizer.bos or 0
     texts = plain.complete([[first]], k.prompt_tokens - 1, Sampling(temperature=0.8, seed=k.seed + 1), num_samples=n)
     return [[first] + text for text in texts]
+
+
+def cut_prompts(k, tokenizer, n):
+    """-> n pieces of prompt_tokens of k.texts, as far from each other as can be"""
+    ids = [token for text in read_texts(k.texts, k.text_bytes).values() for token in tokenizer.encode(text)]
+    room = len(ids) - k.prompt_tokens
+    if room < n:
+        raise ValueError(f'texts ({k.texts}) have {len(ids):,} tokens, too few for {n} prompts of {k.prompt_tokens}: '
+                         'give a longer text, or a larger --text_bytes=')
+    return [ids[start:start + k.prompt_tokens] for start in range(0, room, room // n)][:n]
 
 
 def quality(model, data, tokenizer, dtype):
@@ -237,20 +254,24 @@ def decode_in_rounds(k, engines, prompts, wanted):
     costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
     # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
     big = torch.ones(2**27, device=k.device)
-    for _ in in_rounds(k.rounds):
+    most = max(batch for _, _, batch in wanted)
+    sets = [prompts[i:i + most] for i in range(0, len(prompts), most)]          # one, or one for each round
+    for i in in_rounds(k.rounds):
+        which = i % len(sets)
+        given = sets[which]
         for (f, drafter, batch), stats in runs.items():
-            text, got = decode(k, engines[f], prompts[:batch], k.seed, drafter)
-            known = texts.setdefault(f, [])     # by row; the plain runs come first
+            text, got = decode(k, engines[f], given[:batch], k.seed, drafter)
+            known = texts.setdefault((f, which), [])    # by row; the plain runs come first
             for row, (expected, own) in enumerate(zip(known, text)):
-                found = difference(k, engines[f], prompts[row], row, expected, own)
+                found = difference(k, engines[f], given[row], row, expected, own)
                 if found:
                     wrong.append(f'format {f}, drafter {drafter}, batch {batch}, {found}')
             known += text[len(known):]
             stats.append(got)
         for f, cost in costs.items():
-            cost.append(pass_seconds(k, engines[f], prompts[0]))
+            cost.append(pass_seconds(k, engines[f], given[0]))
         if k.recompute:
-            slow.append(without_cache(k, engines['f32'], prompts[0], texts['f32'][0]))
+            slow.append(without_cache(k, engines['f32'], given[0], texts['f32', which][0]))
         rates.append(bandwidth(big))
     for seen in (*runs.values(), *costs.values(), slow, rates):
         del seen[:1]                            # round 0
@@ -266,9 +287,10 @@ def bytes_per_pass(model):
     return nbytes(model.transformer.h, model.lm_head) + nbytes(model.transformer.wte) // model.config.vocab_size
 
 
-def decoding_rows(engines, runs, costs, slow, rates):
+def decoding_rows(engines, runs, costs, slow, memory):
     """What decode_in_rounds gives -> a row for each of runs, and one for decoding without a cache"""
-    yardstick, rows = [s['tok_s'] for s in runs['f32', 'none', 1]], []
+    rates, rows = {key: [s['tok_s'] for s in run] for key, run in runs.items()}, []
+    yardstick = rates['f32', 'none', 1]
     for (f, drafter, batch), run in runs.items():
         size = bytes_per_pass(engines[f].model)
         gb_s = size * median(s['tok_s'] * s['passes'] / s['tokens'] for s in run) / 1e9
@@ -276,9 +298,10 @@ def decoding_rows(engines, runs, costs, slow, rates):
         plain = drafter == 'none'
         rows.append({
             'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
-            **speed([s['tok_s'] for s in run], ratio_plain_f32=yardstick, ratio_recompute=slow),
+            **speed(rates[f, drafter, batch], ratio_plain_f32=yardstick, ratio_recompute=slow),
+            'ratio_no_drafts': None if plain else speed(rates[f, drafter, batch], x=rates.get((f, 'none', batch))).get('x'),
             'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
-            'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(rates),
+            'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(memory),
             'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if f in costs else None,
             'tokens_per_verify': 1.0 if plain else sum(s['tokens'] for s in run) / sum(accepted),
             'accepted': None if plain else accepted,
