@@ -314,12 +314,14 @@ class GPT(nn.Module):
         States (..., n_embd) -> logits (..., vocab_size), float32 at least. head: a matrix to use in place of lm_head;
         the last dimension is then its number of rows.
         """
-        if self.config.out_proj:
-            x = x + self.transformer.c_out(x)
-        y = (head or self.lm_head)(x)
+        y = (head or self.lm_head)(self.before_head(x))
         y = y.to(torch.promote_types(y.dtype, torch.float32))
         cap = self.config.softcap
         return cap * torch.tanh(y / cap) if cap else y
+
+    def before_head(self, x):
+        """What lm_head reads of states (..., n_embd), of the same shape."""
+        return x + self.transformer.c_out(x) if self.config.out_proj else x
 
     def multi_token_state(self, x, i):
         """The trunk's state at t -> the state from which lm_head predicts token t+2+i; (..., n_embd) both."""

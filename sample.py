@@ -23,7 +23,7 @@ from data.compiling import can_compile
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
 from data.layouts import for_decoding, step_of
-from data.machine import pick_device
+from data.machine import keep_memory, pick_device
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Engine, Sampling, Speculation, rounds_pay
 from model import GPT
@@ -249,6 +249,7 @@ assert chat or not system, f"system ({system!r:.40}) is the first line of a conv
 if hasattr(sys.stdin, 'reconfigure'):
     sys.stdin.reconfigure(errors='replace')     # a byte that is no text ends nothing
 device = pick_device(device)
+keep_memory()                               # a prompt's tensors come and go with every layer
 kind, path = find_weights()
 model, state = load(path, device)
 tokenizer = from_meta(state['tokenizer'])

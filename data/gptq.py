@@ -12,7 +12,7 @@ import torch
 
 from data.loader import progress
 from data.machine import give_back_memory
-from data.rounding import GROUP, IntLinear, Rounded, convert, format_of, round_rows, sharing
+from data.rounding import GROUP, IntEmbedding, IntLinear, Rounded, convert, format_of, round_rows, sharing
 from model import NEW_HEADS, norm
 
 
@@ -107,7 +107,7 @@ def what_it_needs(w, inputs, wanted=None):
     a short text must not be learnt by heart.
     """
     cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
-    hessian, lack = w.new_zeros(cols, cols), torch.zeros_like(w)
+    hessian, lack = w.new_zeros(cols, cols), torch.zeros_like(w) if wanted else None
     for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
@@ -115,7 +115,7 @@ def what_it_needs(w, inputs, wanted=None):
         if wanted:
             short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)
             lack.addmm_(short.T, x)
-    return hessian, lack * max(0.0, 1 - cols / tokens) if wanted else None
+    return hessian, lack * max(0.0, 1 - cols / tokens) if wanted else lack
 
 
 def read_by(module, run):
@@ -127,14 +127,16 @@ def read_by(module, run):
     return seen
 
 
-def fit(target, source, names, inputs, bits, group, keep_before, wanted=None):
+def fit(target, source, names, inputs, bits, group, keep_before, wanted=None, all_alike=0.0):
     """
     Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    wanted: what they shall give, one behind the other, see what_it_needs; keep_before: see gptq.
+    wanted: what they shall give, one behind the other, see what_it_needs; keep_before: see gptq; all_alike: how much it
+    counts, beside the inputs, that an error matters as much in each column.
     """
     weights = [source.get_submodule(name).weight for name in names]
     w = torch.cat(weights)
     hessian, lack = what_it_needs(w, inputs, wanted)
+    hessian.diagonal().add_(all_alike * hessian.diagonal().mean())
     rounded, before = gptq_weight(w, hessian, bits, group, keep_before=keep_before, lack=lack)
     sizes = [len(w) for w in weights]
     steps = [None] * len(names) if rounded.step is None else rounded.step.split(sizes)
@@ -151,19 +153,35 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables are
-    rounded as by convert. keep_before: the float matrices become what they were when each of their weights was rounded
-    to its nearest integer, see rounding.behind; else they stay.
+    aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables of 8
+    bits are rounded as by convert, which costs nothing; those of 4 by fit_tables. keep_before: the float matrices become
+    what they were when each of their weights was rounded to its nearest integer, see rounding.behind; else they stay.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
-    states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
     floats = [model.embed(x) for x, _ in batches] if aim else None
+    if format_of(tables_bits).steps > 1:
+        fit_tables(fitted, model, batches, (tables_bits, group, keep_before))
+    states = [fitted.embed(x) for x, _ in batches]                               # (B, T, n_embd) each
     layers = list(zip(fitted.transformer.h, model.transformer.h))
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
     fit_heads(fitted, model, states, floats, batches, how)
     return fitted
+
+
+def fit_tables(fitted, model, batches, how):
+    """
+    Rounds lm_head's table, and c_out before it, for the states that the float model gives. A tied table is read as
+    embeddings, too, where no column matters more than another: so both count, one as much as the other.
+    """
+    states, tied = [model.trunk(x) for x, _ in batches], model.config.tie_weights        # (B, T, n_embd) each
+    if model.config.out_proj:
+        fit(fitted.transformer, model.transformer, ('c_out',), states, *how)
+    fit(fitted, model, ('lm_head',), [fitted.before_head(x) for x in states], *how, all_alike=float(tied))
+    if tied:
+        fitted.transformer.wte = IntEmbedding.sharing(fitted.lm_head)
+        model.transformer.wte.weight = model.lm_head.weight
 
 
 def fit_heads(fitted, model, states, floats, batches, how):

@@ -274,6 +274,11 @@ class Integers(nn.Module):
         return cls(pack(rounded), rounded.scale, rounded.step, rounded.bits, rounded.group, rounded.v.size(1))
 
     @classmethod
+    def sharing(cls, other):
+        """The module of the same integers as other, of another kind: both hold one copy."""
+        return cls(other.weight, other.scale, other.step, other.bits, other.group, other.cols)
+
+    @classmethod
     def of_shape(cls, rows, cols, bits, group):
         """Without memory, for a file's tensors. Rounding weights that have none would import PyTorch's compiler."""
         form = format_of(bits)
@@ -333,8 +338,7 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
                 integers = kind.holding(round_weight(w, its_bits, group, search))
             model.set_submodule(name, integers)
     if model.config.tie_weights:
-        for buffer in ('weight', 'scale', 'step'):
-            setattr(model.lm_head, buffer, getattr(model.transformer.wte, buffer))
+        model.lm_head = IntLinear.sharing(model.transformer.wte)
     return model.eval()
 
 

@@ -61,8 +61,10 @@ k = SimpleNamespace(**config, drafters='', texts='')
 def picochat(format, path):
     import torch
     from data.bench.decoding import build
+    from data.machine import keep_memory
     from engine import Sampling
     torch.set_num_threads(threads)
+    keep_memory()                                       # as sample.py does
     before = resident()
     engine = build(k, format)
 

@@ -24,6 +24,7 @@ from data.foreign.export import export_gguf
 from data.foreign.llama import gguf_dataset, load_gguf
 from data.layouts import PackedInt8Linear, for_decoding, for_measuring
 from data.loader import data_of, validation
+from data.machine import keep_memory
 from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.tokenizer import fingerprint, from_meta
@@ -316,6 +317,7 @@ def decoding_rows(engines, runs, costs, slow, memory):
 
 def memory_taken(k, path):
     """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
+    keep_memory()                               # as sample.py does
     small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
     Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
     before, dtype = resident(), torch.int8 if k.int8_cache == path else torch.float32
