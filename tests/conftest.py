@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +39,9 @@ from data.foreign_tokenizer import byte_characters, merges_of
 from data.tokenizer import BPETokenizer, CharTokenizer, train_bpe
 from data.writer import write_texts
 from model import GPT, GPTConfig
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
+                                    reason='torch.compile needs a C++ compiler on a CPU')
 
 # -----------------------------------------------------------------------------
 # running the scripts
@@ -343,8 +347,8 @@ def build(tokenizer=CHAR, kv=4, block_size=300, **heads):
                                    n_embd=32, n_kv_head=kv, **heads)))
 
 
-def with_heads(tokenizer, kv, block_size=160):
-    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
+def with_heads(tokenizer, kv, block_size=160, **shape):
+    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4, **shape)
 
 
 # SmolLM2's chat template, but for what its system line says

@@ -3,12 +3,13 @@ model.py: shapes that must count exactly, the forward against plain formulas, he
 data/optimizers.py.
 """
 import math
-import shutil
 
 import pytest
-from conftest import SMALL, randomise
+from conftest import LLAMA, SMALL, needs_compiler, randomise
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
 from data import attention
@@ -38,6 +39,20 @@ def test_heads_are_small_and_counted():
         n = GPT(GPTConfig(use_mqa=True, multi_token_n=3, draft_n=4)).params()
     assert 0 < n['multi_token'] <= 0.05 * n['total'] and 0 < n['draft'] <= 0.05 * n['total']
     assert n['total'] == sum(v for k, v in n.items() if k != 'total')
+
+
+@pytest.mark.parametrize('shape', [{}, LLAMA, LLAMA | dict(out_proj=False, tie_weights=False)])
+def test_flops_are_those_that_torch_counts(shape):
+    """To the last one, of both blocks, forward and backward."""
+    model = randomise(GPT(GPTConfig(**SMALL, **shape)))
+    x = torch.randint(50, (3, 32))              # as many as the context has room for
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:       # of others it does not know
+        logits = model(x)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    counted = [forward.get_total_flops(), backward.get_total_flops()]
+    assert counted[0] == x.numel() * model.flops_per_token(training=False)
+    assert sum(counted) == x.numel() * model.flops_per_token()
 
 
 def reference_forward(model, idx):
@@ -240,7 +255,7 @@ def test_attention_with_a_faster_way_back(heads, kv_heads, T, monkeypatch):
         assert a.dtype == torch.bfloat16 and a.shape == b.shape and (a - b).norm() < 0.015 * b.norm()
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler')
+@needs_compiler
 @pytest.mark.parametrize('heads, kv_heads, head_dim, T', [(4, 2, 48, 200), (3, 1, 80, 64)])
 def test_attention_compiled(heads, kv_heads, head_dim, T):
     """
@@ -258,12 +273,3 @@ def test_attention_compiled(heads, kv_heads, head_dim, T):
         grads.append([p.grad.clone() for p in model.parameters()])
     for eager, compiled in zip(*grads):
         assert (eager - compiled).norm() < 0.02 * eager.norm()
-
-
-def test_one_rule_says_who_sees_whom():
-    """PyTorch's kernel, by is_causal, takes the rule of sees: a query that sees more, or less, differs."""
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(2, h, 40, 8) for h in (4, 2, 2))
-    mask = M.sees(torch.arange(40)[:, None], torch.arange(40))
-    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    assert (M.causal_attention(q, k, v) - expected).abs().max() < 1e-5

@@ -257,15 +257,34 @@ def test_the_norm_is_rescaled():
     assert (outputs(cut(model, P.keep_channels, range(16))) - outputs(model)).abs().max() > 0.1
 
 
-def test_refit_is_the_least_squares_solution():
-    torch.manual_seed(0)
-    x, w, keep = torch.randn(500, 12) @ torch.randn(12, 12), torch.randn(5, 12), [0, 2, 3, 7, 11]
-    fitted = columns(w, keep, x.T @ x / 500)
-    best = torch.linalg.lstsq(x[:, keep], x @ w.T).solution.T
-    assert torch.allclose(fitted, best, atol=0.02)
-    error = lambda v: (x[:, keep] @ v.T - x @ w.T).square().mean()
-    assert error(fitted) < 1.001 * error(best) < 0.9 * error(w[:, keep])
-    assert torch.equal(columns(w, keep), w[:, keep])
+def what_it_reads(model, name, x):
+    """The input of the first layer's matrix of that name, for tokens x -> (x.numel(), columns)"""
+    read = []
+    hook = model.get_submodule(f'transformer.h.0.{name}').register_forward_hook(
+        lambda module, args, out: read.append(args[0].flatten(0, 1)))
+    model(x)
+    hook.remove()
+    return read[0]
+
+
+@pytest.mark.parametrize('how, name, keep, columns', [
+    (P.keep_neurons, 'mlp.c_proj', list(range(0, 85, 2)), list(range(0, 85, 2))),
+    (P.keep_heads, 'attn.c_proj', [[1], [2]], list(range(8, 24)))])
+@torch.no_grad()
+def test_refit_is_the_least_squares_solution(how, name, keep, columns):
+    """Of what c_proj reads in a Llama, gated hidden units for one: what is left gives nearly what the whole gave."""
+    model = make(n_kv_head=2, n_hidden=85, head_dim=8, **LLAMA)
+    x = torch.randint(50, (40, 32))
+    moments = P.measure(model, [(x, x)])[1]
+    fitted, plain = (cut(model, how, [keep] * 2, *fit).get_submodule(f'transformer.h.0.{name}').weight
+                     for fit in ((moments,), ()))
+    read, whole = what_it_reads(model, name, x), model.get_submodule(f'transformer.h.0.{name}').weight
+    best = torch.linalg.lstsq(read[:, columns], read @ whole.T).solution.T
+
+    def error(weight):
+        return (read[:, columns] @ weight.T - read @ whole.T).square().mean()
+    assert torch.equal(plain, whole[:, columns])
+    assert error(fitted) < 1.01 * error(best) < 0.9 * error(plain)
 
 
 @pytest.mark.parametrize('block', [{}, LLAMA])

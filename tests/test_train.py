@@ -18,20 +18,25 @@ import sys
 import threading
 
 import pytest
-from conftest import (TINY, content, largest_difference, log, make_dataset, poisoned, refused, run, start, tensors,
-                      toy_text, train, two)
+from conftest import (LLAMA, TINY, build, content, largest_difference, log, make_dataset, poisoned, refused, run, start,
+                      tensors, toy_text, train, two)
 import torch
 
 import data.loader
 import data.machine
-from data.checkpoint import load_checkpoint, load_model
+from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.files import in_repo
-from data.tokenizer import train_bpe
+from data.loader import load_meta
+from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
 from data.machine import fast_bf16
 from model import DEEP, GPT, GPTConfig
 from quantize import prepare
+
+# the block of a Llama
+SWITCHES = ['--mlp=swiglu', '--qk_norm=False', '--embed_norm=False', '--softcap=0', '--norm_eps=1e-5',
+            '--rope_base=500']
 
 # -----------------------------------------------------------------------------
 # equalities
@@ -79,7 +84,7 @@ def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('args', [
-    ['--total_batch_size=128', '--warmup_iters=3', '--tie_weights=True'],
+    ['--total_batch_size=128', '--warmup_iters=3', '--tie_weights=True', *SWITCHES],
     ['--ema=0.9', '--sample_interval=3', '--sample_tokens=4'],
     ['--dropout=0.3', '--total_batch_size=128', '--quant_bits=8', '--qat_start=0.5', '--multi_token_n=2',
      '--draft_n=2']], ids=' '.join)
@@ -107,6 +112,16 @@ def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
     assert [int(row['step']) for row in log(tmp_path / 'parts')] == list(range(1, 9))
     again = train(tmp_path / 'parts', toy, *args, '--init_from=resume')                # nothing left to do
     assert {k: again[k] for k in same} == {k: whole[k] for k in same} and again['seconds'] == resumed['seconds']
+
+
+def test_the_switches_of_the_block_reach_the_model(toy, tmp_path):
+    done = train(tmp_path, toy, *SWITCHES)
+    model = load_model(f'{tmp_path}/best.pt')[0]
+    c = model.config
+    switches = c.mlp, c.qk_norm, c.embed_norm, c.softcap, c.norm_eps, c.rope_base
+    assert switches == ('swiglu', False, False, 0, 1e-5, 500)
+    assert c.n_hidden == 42 and 'transformer.h.0.mlp.c_gate.weight' in model.state_dict()
+    assert done['val_loss'] < math.log(c.vocab_size)
 
 
 def test_best_is_of_the_weights_that_will_run(toy, tmp_path, interrupt):
@@ -210,7 +225,7 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     torchrun on gloo; the second process has an out_dir of its own, where nothing may appear, and it alone is asked
     to stop.
     """
-    args = [toy, '--max_iters=100', '--total_batch_size=128', '--eval_interval=1']
+    args = [toy, *SWITCHES, '--tie_weights=True', '--max_iters=100', '--total_batch_size=128', '--eval_interval=1']
     line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args,
                      f'--out_dir={tmp_path}/rank$RANK'])
     p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
@@ -240,11 +255,20 @@ def test_two_processes_equal_one(toy, tmp_path, interrupt):
     assert a['iters'] == b['iters'] == two['iters'] + 2 and abs(a['val_loss'] - b['val_loss']) < 1e-5 * loose
 
 
+def smol(toy, folder):
+    """A checkpoint of a tied model with a last gain, which no flag asks for -> its path."""
+    tokenizer, path = from_meta(load_meta(toy.removeprefix('--dataset='))), f'{folder}/smol.pt'
+    save_checkpoint(path, build(tokenizer, 2, 16, **LLAMA), tokenizer.meta(), step=0, dataset='gone')
+    return path
+
+
 @pytest.mark.parametrize('args', [
     ['--dropout=0', '--tie_weights=True', '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--grad_clip=0.1',
      '--weight_decay=0.1', '--ema=0.9', '--teacher={}/t'],
     ['--quant_bits=8', '--qat_start=0.5', '--sample_interval=3', '--sample_tokens=4'],
-    ['--init_from={}/t/best.pt', '--train_only=draft', '--draft_n=2', '--own_samples=0.5']], ids=lambda args: args[0])
+    ['--init_from={}/t/best.pt', '--train_only=draft', '--draft_n=2', '--own_samples=0.5'],
+    # a tied model with a last gain, as SmolLM2, goes on learning from the text and from itself as it was
+    ['--init_from={}/smol/best.pt', '--teacher={}/smol', '--adam_lr=0.01']], ids=lambda args: args[0])
 def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
     """
     fsdp in two processes that stop and go on, half of the way beside and half of the way after one that holds
@@ -252,6 +276,7 @@ def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
     """
     monkeypatch.setattr('data.optimizers.fast_bf16', lambda device: False)
     train(tmp_path / 't', toy, '--max_iters=30')
+    train(tmp_path / 'smol', toy, f'--init_from={smol(toy, tmp_path)}', '--max_iters=30')
     args = [toy, '--total_batch_size=256', *(arg.replace('{}', str(tmp_path)) for arg in args)]
     whole = train(tmp_path / 'one', *args)
     if '--train_only=draft' in args:
