@@ -209,6 +209,13 @@ def content(folder):
             for at, folders, files in os.walk(folder) for name in folders + files}
 
 
+def altered(source, folder, **change):
+    """The checkpoint at source with other parts, as folder/best.pt -> the folder."""
+    os.makedirs(folder, exist_ok=True)
+    torch.save(torch.load(source, weights_only=True) | change, f'{folder}/best.pt')
+    return folder
+
+
 def log(out_dir):
     return list(csv.DictReader(open(f'{out_dir}/log.csv')))
 

@@ -36,6 +36,10 @@ input = ''              # hides another
 out_dir = 'out'
 start = '\\n'
 stop = None             # text that ends a sample
+width = 4
+share = 0.5
+mode = 'a'
+limits = {'width': (1, None, 'auto'), 'share': (0, 1), 'mode': ['a', 'b']}
 def fit(): return 'the script\\'s own fit'
 def _read(): return 'the script\\'s own _read'
 _before = [*globals()]
@@ -47,7 +51,7 @@ assert fit() == 'the script\\'s own fit' and _read() == 'the script\\'s own _rea
 print(json.dumps(config))
 '''
 DEFAULTS = dict(n_layer=6, batch_size=12, total=48, top_k=200, learning_rate=1e-3, dropout=0.1, compile=True, input='',
-                out_dir='out', start='\n', stop=None)
+                out_dir='out', start='\n', stop=None, width=4, share=0.5, mode='a')
 
 FILES = {
     'a.py': 'n_layer = 2\ndropout = 0\nout_dir = "a"\n',
@@ -218,6 +222,11 @@ def test_config(folder, args, changed):
     (['@wrong_lines.py'], ['wrong_lines.py', 'an int', 'two lines']),
     (['@b.py', '--top_k=abc'], ['--top_k=abc', 'an int']),
     (['@wrong.py', '--n_layer=3'], ['wrong.py', 'an int']),  # a flag does not hide what is wrong in a file
+    # limits
+    (['--width=0'], ['width (0) must be an int of at least 1, or auto']),
+    (['--width=none'], ['width (None)']),
+    (['--share=2'], ['share (2.0) must be a number of at least 0 and at most 1']),
+    (['--mode=c'], ['mode (c) must be one of a, b']),
     # files
     (['config/missing.py'], ["'config/missing.py'", 'no config file']),
     (['@folder.py'], ['folder.py', 'no config file']),

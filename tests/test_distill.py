@@ -606,22 +606,3 @@ def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
     loader = Loader(data, 'train', 4, 16)
     found = load_teachers(f'{a}+{c}', from_meta(loader.meta), 16)
     assert [t.name for t in found] == [a, c]
-
-
-@pytest.mark.parametrize('flags, pattern', [
-    ('', 'give --teacher='),
-    ('--fetch=d32', '--fetch= needs --out_dir='),
-    ('--to_hf={x}/hf --to_picochat={x}/p --teacher={t}', 'one of the four at a time'),
-    ('--fetch=d20 --out_dir={x}/d20', r'fetch \(d20\) must be one of d32, d34'),
-    ('--teacher={t} --to_hf={x}/hf', 'takes a teacher with a BPE'),
-    ('--teacher={x}/nothing --out_dir={x}/l', 'no teacher at'),
-    ('--teacher={t} --out_dir={x}/l --method=best', r'method \(best\) must be one of sample, topk'),
-    ('--teacher={t} --out_dir={x}/l --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
-    ('--teacher={t} --out_dir={x}/l --k=0', r'k \(0\)'),
-    ('--teacher={t} --out_dir={x}/l --calibrate=True', 'calibrate=True needs teachers that have not seen the text'),
-    ('--teacher={t} --out_dir={x}/l --block_size=99', 'a context of 16'),
-    ('--teacher={t} --out_dir={x}/l --dataset={x}/none', 'prepare.py'),
-    ('--teachr=x', 'unknown key')])
-def test_bad_input(flags, pattern, teacher, tmp_path):
-    refused(run('distill.py', *flags.format(t=teacher, x=tmp_path).split()), pattern)
-    assert not os.listdir(tmp_path)

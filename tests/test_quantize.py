@@ -525,23 +525,6 @@ def test_a_text_too_short_to_calibrate_with(trained, tmp_path):
             'has 7 tokens.*give a longer text')
     refused(quantize(trained[0] / 'float', f'--calibrate={tmp_path}/no', f'--save_dir={tmp_path}'), 'no')
 
-
-def test_what_needs_data_says_so(trained, tmp_path):
-    state = torch.load(trained[0] / 'float' / 'best.pt', weights_only=True) | {'dataset': 'gone'}
-    torch.save(state, tmp_path / 'best.pt')
-    refused(quantize(tmp_path, '--dataset=nowhere'), 'no dataset in data/nowhere')
-    make_dataset(tmp_path / 'other', 'another text, of other characters\n' * 90)
-    refused(quantize(tmp_path, f'--dataset={tmp_path}/other'), 'has another tokenizer than')
-    assert not list(tmp_path.glob('*.safetensors'))
-
-
-@pytest.mark.parametrize('source, flags, words', [
-    ('float', '--bits=4 --method=qat', 'quant_bits'), ('qat', '--bits=4 --method=qat --group=32', 'quant_group'),
-    ('float', '--method=foo', 'method'), ('float', '--group=48', '48'), ('float', '--tables_bits=5', 'tables_bits'),
-    ('float', '--calib_batches=-1', 'calib_batches'), ('float', '--bits=5', 'must be one of 8, 4')])
-def test_knobs_that_are_refused(trained, source, flags, words):
-    refused(quantize(trained[0] / source, *flags.split()), words)
-
 # -----------------------------------------------------------------------------
 # layouts that run fast
 

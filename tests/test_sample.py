@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import engine
-from conftest import TINY, content, make_dataset, refused, run, start, toy_text
+from conftest import TINY, make_dataset, refused, run, toy_text
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats, write_texts
 from engine import Engine, Sampling
@@ -362,93 +362,3 @@ def test_a_chat_model_is_pruned(chat_dir, tmp_path):
     got = run('prune.py', f'--out_dir={chat_dir}', f'--save_dir={tmp_path}', '--vocab_keep=270',
               f'--dataset={chat_dir}/../data')
     refused(got, 'is a chat dataset')
-
-
-# -----------------------------------------------------------------------------
-# what goes wrong
-
-@pytest.fixture(scope='module')
-def house(tmp_path_factory):
-    """A folder with a good run, and runs with one thing wrong each."""
-    root = tmp_path_factory.mktemp('house')
-    data = make_dataset(root / 'data')
-    make_dataset(root / 'other', toy_text() + 'xyz')
-    for script, args in (('train.py', [*TINY, data, '--max_iters=1']), ('quantize.py', [])):
-        assert run(script, *args, f'--out_dir={root}/good').status == 0
-    best, small = ((root / 'good' / name).read_bytes() for name in ('best.pt', 'int8.safetensors'))
-    (root / 'good' / 'int8.safetensors').unlink()
-    torch.save({'model': {}, 'iter_num': 3}, root / 'foreign.pt')
-    for name, file, damaged in (
-            ('truncated', 'best.pt', best[:-100]), ('text', 'best.pt', b'hello'),
-            ('foreign', 'best.pt', (root / 'foreign.pt').read_bytes()),
-            ('short', 'int8.safetensors', small[:-100]),
-            ('flipped', 'int8.safetensors', small[:-9] + bytes([small[-9] ^ 1]) + small[-8:]),
-            ('header', 'int8.safetensors', small[:100]), ('mixed', 'int8.safetensors', best),
-            ('empty', 'int8.safetensors', b'')):
-        (root / name).mkdir()
-        (root / name / file).write_bytes(damaged)
-    (root / 'latin.txt').write_bytes(b'caf\xe9')
-    return root
-
-
-def refuses(house, flags, pattern, script='sample.py', first=('--start=the', '--max_new_tokens=5')):
-    """One line, and nothing written."""
-    before = content(house)
-    got = run(script, f'--out_dir={house}/good', *first, *flags.replace('{}', str(house)).split(' '))
-    refused(got, pattern)
-    assert got.out == ''
-    assert content(house) == before
-
-
-@pytest.mark.parametrize('flags, pattern', [                    # what the line must say. {} is the folder above
-    ('--out_dir={}/nothing', 'no checkpoint at'),
-    ('--out_dir={}/truncated', 'not a whole'),
-    ('--out_dir={}/text', 'not a whole'),
-    ('--out_dir={}/foreign', 'expected the keys .* found .*iter_num'),
-    ('--weights=int8', 'python quantize.py --out_dir='),
-    ('--out_dir={}/short', 'damaged'),
-    ('--out_dir={}/flipped', 'damaged'),
-    ('--out_dir={}/header', 'not a whole'),
-    ('--out_dir={}/mixed', 'not a whole'),
-    ('--out_dir={}/empty', 'not a whole'),
-    ('--start=the%cat', "no token for '%': .*; leave them out of the prompt"),
-    ('--start=', 'prompt is empty'),
-    ('--start=thecatsatonamatandran', r'21 tokens \+ max_new_tokens \(5\) do not fit the context of 16'),
-    ('--max_new_tokens=15', r'3 tokens \+ max_new_tokens \(15\) do not fit'),
-    ('--start=FILE:{}/missing.txt', 'missing.txt'),
-    ('--start=FILE:{}/latin.txt', 'not UTF-8'),
-    ('--drafter=head', 'needs a model with a draft head'),
-    ('--chat=True', 'special tokens'),
-    ('--chat=True --num_samples=2', 'num_samples .2. at 1'),
-    ('--chat=True --interactive=True', 'interactive .True. off'),
-    ('--device=foo', 'device')])
-def test_bad_input(house, flags, pattern):
-    refuses(house, flags, pattern)
-
-
-@pytest.mark.parametrize('knob, values', [
-    ('weights', 'int3'), ('drafter', 'heads'), ('draft_n', '-1 16'), ('max_new_tokens', '-1 1.5'),
-    ('temperature', '-0.5 none warm'), ('top_k', 'fifty 0 -3 1.5 True'), ('top_p', 'x 2 -0.1'), ('min_p', 'x 3'),
-    ('num_samples', '0 none'), ('seed', 'none'), ('threads', '-1 none')])
-def test_limits(house, knob, values):
-    for value in values.split():
-        refuses(house, f'--{knob}={value}', knob)
-
-
-@pytest.mark.parametrize('flags, pattern', [
-    ('--out_dir={}/nothing', 'no checkpoint at'),
-    ('--out_dir={}/truncated', 'not a whole'),
-    ('--out_dir={}/foreign', 'expected the keys'),
-    ('--dataset={}/nothing', 'data/text/prepare.py'),
-    ('--dataset={}/other', 'tokenizer')])
-def test_bad_input_of_quantize(house, flags, pattern):
-    refuses(house, flags, pattern, 'quantize.py', first=())
-
-
-def test_in_a_process(house):
-    """stdout is text and nothing else."""
-    good = [f'--out_dir={house}/good', '--start=the', '--max_new_tokens=9', '--temperature=0']
-    process = start('sample.py', *good)
-    out, err = process.communicate()
-    inside = run('sample.py', *good)
-    assert (process.returncode, out, err) == (inside.status, inside.out, inside.err) and inside.status == 0
