@@ -35,7 +35,8 @@ import torch
 
 import data.loader
 from data.files import release_all
-from data.foreign_tokenizer import byte_characters, merges_of
+from data.foreign.llama import LLAMA as SWITCHES
+from data.foreign_tokenizer import GPT2_PATTERN, byte_characters, merges_of
 from data.tokenizer import BPETokenizer, CharTokenizer, train_bpe
 from data.writer import write_texts
 from model import GPT, GPTConfig
@@ -91,17 +92,30 @@ def run(script, *args, stdin=''):
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
 
 
+def result_of(got):
+    """The JSON document that a run which must have succeeded ends with."""
+    assert got.status == 0, got.err
+    return json.loads(got.out.splitlines()[-1])
+
+
 def train(out_dir, *args):
     """A run that must succeed -> its JSON document."""
     got = run('train.py', *TINY, f'--out_dir={out_dir}', *args)
-    assert got.status == 0 and not got.err, got.err
-    return json.loads(got.out.splitlines()[-1])
+    assert not got.err
+    return result_of(got)
 
 
 def start(*args, **how):
     """Python with these arguments in a process of its own -> its Popen."""
     return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **how)
+
+
+def python(*args, cwd=None, **environment):
+    """Python in a process of its own, which must not wait; what is in environment changes it -> status, out, err"""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | environment)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 class Here:
@@ -332,7 +346,7 @@ def server(monkeypatch):
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
 # the switches that make the block a Llama's, of a tied model with a last gain, as SmolLM2's
-LLAMA = dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0, norm_eps=1e-5, out_proj=True, tie_weights=True)
+LLAMA = SWITCHES | dict(norm_eps=1e-5, out_proj=True, tie_weights=True)
 
 
 def randomise(model, std=0.2):
@@ -358,6 +372,24 @@ def with_heads(tokenizer, kv, block_size=160, **shape):
     return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4, **shape)
 
 
+def batches(n=2, vocab_size=50):
+    """[(x, y)] of noise, 3 rows of 20 tokens each."""
+    ids = torch.randint(vocab_size, (n, 3, 21), generator=torch.Generator().manual_seed(5))
+    return [(x[:, :-1], x[:, 1:]) for x in ids]
+
+
+@torch.no_grad()
+def outputs(model, x=None):
+    """Logits of lm_head and of what heads there are: the multi-token ones, two steps of the draft cell (N, vocab_size)"""
+    x = batches()[0][0] if x is None else x
+    state = model.trunk(x)
+    states = [state, *(model.multi_token_state(state, i) for i in range(model.config.multi_token_n))]
+    if model.config.draft_n:
+        draft = model.draft_state(state, x)
+        states += [draft, model.draft_state(draft, x.flip(1))]
+    return model.logits(torch.cat(states)).flatten(0, 1)
+
+
 # SmolLM2's chat template, but for what its system line says
 TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
             "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
@@ -379,6 +411,17 @@ E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_emb
 @pytest.fixture(scope='module')
 def bpe():
     return train_bpe(TEXTS, V)
+
+
+TOK = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])       # in GPT-2's manner
+
+
+def our_llama(turned=False, **shape):
+    """A model of ours that is a Llama. turned: c_out is no diagonal, as after a rotation of the residual stream."""
+    model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **SWITCHES | shape)), 0.4)
+    if model.config.out_proj and not turned:
+        model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
+    return model
 
 
 def e0_state(rows=V, prefix=''):
@@ -482,6 +525,9 @@ def far(a, b):
 
 
 def refuses(match, f, *args):
+    """f(*args) says no in one line that matches, which is returned."""
     with pytest.raises((ValueError, AssertionError), match=match) as e:
         f(*args)
-    assert '\n' not in str(e.value)
+    message = str(e.value)
+    assert '\n' not in message and len(message) < 1000
+    return message

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LLAMA, SMALL, make_dataset, randomise
+from conftest import LLAMA, SMALL, batches, make_dataset, outputs, randomise
 
 from data import calibration
 from data.balance import balance, peaks
@@ -23,22 +23,6 @@ SHAPES = [dict(multi_token_n=2, draft_n=2), dict(n_kv_head=1, tie_weights=True),
 
 def make(**shape):
     return randomise(GPT(GPTConfig(**SMALL | shape)), std=0.3)
-
-
-def batches(n=2):
-    ids = torch.randint(50, (n, 4, 33), generator=torch.Generator().manual_seed(2))
-    return [(x[:, :-1], x[:, 1:]) for x in ids]
-
-
-@torch.no_grad()
-def outputs(model):
-    """Logits of every head that there is."""
-    x = batches()[0][0]
-    state = model.trunk(x)
-    states = [state] + [model.multi_token_state(state, i) for i in range(model.config.multi_token_n)]
-    if model.config.draft_n:
-        states.append(model.draft_state(state, x))
-    return model.logits(torch.cat(states))
 
 
 @pytest.mark.parametrize('data', [batches(), []])

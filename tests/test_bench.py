@@ -18,16 +18,15 @@ import torch
 
 import data.bench.estimate
 import model as M
-from conftest import (LLAMA, TEXTS, V, Here, e0_state, make_dataset, nanogpt_state, randomise, refused, run,
-                      write_nanochat, write_nanogpt)
+from conftest import (LLAMA, TEXTS, TOK, V, Here, e0_state, make_dataset, nanogpt_state, randomise, refused, result_of,
+                      run, write_nanochat, write_nanogpt)
 from data.bench.decoding import quality
 from data.bench.estimate import Living, Training, training_bytes
 from data.checkpoint import config_from, load_model, save_checkpoint
 from data.foreign.export import export_gguf, export_hf
-from data.foreign_tokenizer import GPT2_PATTERN
 from data.loader import Loader
 from data.machine import autocast
-from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_texts
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
@@ -43,9 +42,7 @@ ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds'
 
 def bench(*args):
     """A run that must succeed -> its document."""
-    got = run('bench.py', *SHORT, *args)
-    assert got.status == 0, got.err
-    return json.loads(got.out.splitlines()[-1])
+    return result_of(run('bench.py', *SHORT, *args))
 
 
 @pytest.fixture
@@ -189,7 +186,7 @@ def test_peers(tmp_path, no_transformers):
     got = run('bench.py', *SHORT, '--formats=f32', '--peers=True', f'--llama2c={tmp_path}')
     assert got.status == 0, got.err
     assert 'pip install transformers' in got.err
-    rows = {(r['decoder'], r['format']): r for r in json.loads(got.out.splitlines()[-1])['rows']}
+    rows = {(r['decoder'], r['format']): r for r in result_of(got)['rows']}
     assert list(rows)[2:] == [('picochat alone', 'f32'), ('llama2.c', 'f32'), ('llama2.c', 'int8')]
     ours, theirs = rows['picochat alone', 'f32'], rows['llama2.c', 'int8']
     assert theirs['tok_s'] == 1234.5 and abs(theirs['params'] / ours['params'] - 1) < 0.02
@@ -209,9 +206,7 @@ def test_peers(tmp_path, no_transformers):
 
 def test_transformers_as_a_peer():
     pytest.importorskip('transformers')
-    got = run('tests/peers.py', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1')
-    assert got.status == 0, got.err
-    rows = json.loads(got.out.splitlines()[-1])['rows']
+    rows = result_of(run('tests/peers.py', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1'))['rows']
     assert [(r['decoder'], r['format']) for r in rows] == [('transformers', 'f32'), ('transformers', 'bf16')]
 
 
@@ -233,22 +228,19 @@ def test_nanochat_as_a_peer(tmp_path, no_transformers):
     args = ['--n_kv_head=1', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1', f'--nanochat={tmp_path}']
     got = run('tests/peers.py', *args)
     assert got.status == 1 and 'n_hidden (384) 4 * n_embd (192)' in got.err.splitlines()[-1]
-    got = run('tests/peers.py', *args, '--n_hidden=768')
-    assert got.status == 0, got.err
-    row = json.loads(got.out.splitlines()[-1])['rows'][-1]
+    row = result_of(run('tests/peers.py', *args, '--n_hidden=768'))['rows'][-1]
     assert row['decoder'] == 'nanochat' and row['params'] == 7 and 0 < row['tok_s_rounds'][0] < 100
 
 
 @pytest.fixture(scope='module')
 def llama_dir(tmp_path_factory):
     """A Llama and its BPE. It writes printable tokens only, as llama.cpp does not tell what no text can show."""
-    tokenizer = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
     shape = LLAMA | dict(out_proj=False, n_layer=2, n_head=2, n_embd=32, n_hidden=64, vocab_size=V, block_size=64)
     model, folder = randomise(GPT(GPTConfig(**shape)), 0.4), tmp_path_factory.mktemp('llama')
     for i in range(V):
-        if i in tokenizer.special_ids or not all(32 <= byte < 127 for byte in tokenizer.decode_bytes([i])):
+        if i in TOK.special_ids or not all(32 <= byte < 127 for byte in TOK.decode_bytes([i])):
             model.transformer.wte.weight.data[i] = 0
-    save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta())
+    save_checkpoint(f'{folder}/best.pt', model, TOK.meta())
     return str(folder)
 
 
@@ -285,7 +277,7 @@ def test_others_write_the_same_text_with_the_same_weights(llama_dir, tmp_path):
                     ('llama.cpp', 'f16', export_gguf(model, tokenizer, f'{tmp_path}/f16.gguf', 'f16'))):
         got = run('tests/same_weights.py', f'--shape={llama_dir}', '--threads=1', f'--program={json.dumps(program)}',
                   stdin=json.dumps({'prompt': prompt, 'n': 12, 'text': True}))
-        answer = json.loads(got.out.splitlines()[-1])
+        answer = result_of(got)
         assert answer['text'] == expected, program
         assert answer['tok_s'] > 0 and answer['first_seconds'] > 0
     assert len(set(expected)) > 3

@@ -10,17 +10,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import (HF_LLAMA, TEXTS, V, far, logits_of, randomise, refuses, train, write_gpt2_tokenizer,
+from conftest import (HF_LLAMA, TOK, V, far, logits_of, our_llama, randomise, refuses, train, write_gpt2_tokenizer,
                       write_llama)
 
 from data.foreign.causal_lm import InOne, load_py
 from data.foreign.kinds import KINDS
 from data.foreign.llama import LLAMA
-from data.foreign_tokenizer import GPT2_PATTERN
 from data.labels import Recipe, write_labels
 from data.loader import Loader
 from data.teachers import Teacher, check_teachers, load_teacher
-from data.tokenizer import train_bpe
 from distill import Distiller
 from model import GPT, GPTConfig
 
@@ -87,10 +85,6 @@ def test_python_files_that_do_not_teach(tmp_path, change, match):
     refuses('no Python file at .*teacher.txt: py: takes one, like', check_teachers, f'py:{tmp_path}/teacher.txt')
 
 
-def our_llama(**shape):
-    return randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **LLAMA | shape)), 0.4)
-
-
 def wrapped(model):
     """Our own model, as one of which nothing is known."""
     return InOne(model, model, model.config.vocab_size, model.config.block_size)
@@ -138,15 +132,14 @@ def load(device):
     ('gemma2', dict(head_dim=8, final_logit_softcapping=3.0), False)])
 def test_any_model_of_transformers_teaches(tmp_path, kind, more, parts):
     transformers = pytest.importorskip('transformers')
-    tok = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
     shape = {key: HF_LLAMA[key] for key in HF_LLAMA if key not in ('model_type', 'hidden_act', 'rope_theta')}
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **shape | more))
     randomise(theirs, 0.3).save_pretrained(tmp_path)
-    write_gpt2_tokenizer(tmp_path, tok)
+    write_gpt2_tokenizer(tmp_path, TOK)
     teacher = load_teacher(f'hf:{tmp_path}')
     with torch.no_grad():
         expected = theirs(IDX).logits
-    assert far(logits_of(teacher.model, IDX), expected) < 1e-5 and teacher.tokenizer.meta() == tok.meta()
+    assert far(logits_of(teacher.model, IDX), expected) < 1e-5 and teacher.tokenizer.meta() == TOK.meta()
     assert isinstance(teacher.model, InOne) != parts and teacher.model.config.block_size == 40
     weights = sum(p.numel() for p in theirs.parameters())
     assert weights < teacher.model.flops_per_token(training=False) < 3 * weights

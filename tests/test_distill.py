@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text, train, write_nanochat, write_nanogpt
+from conftest import (TEXTS, TINY, V, altered, largest_difference, refused, result_of, run, toy_text, train,
+                      write_nanochat, write_nanogpt)
 
 import model as model_file
 from data.checkpoint import load_checkpoint
@@ -355,8 +356,8 @@ def folds(toy, tmp_path_factory):
 
 def script(*args):
     got = run('distill.py', '--compile=False', *args)
-    assert got.status == 0 and not got.err, got.err
-    return json.loads(got.out.splitlines()[-1])
+    assert not got.err
+    return result_of(got)
 
 
 def test_teacher_labels_student(toy, data, teacher, tmp_path):
@@ -393,7 +394,7 @@ def test_a_student_learns_through_the_rounding(toy, data, teacher, tmp_path, int
     twice = train(tmp_path / 'twice', *how, '--init_from=resume')
     assert twice['val_loss'] == once['val_loss']
     got = run('quantize.py', f'--out_dir={tmp_path}/once')
-    assert json.loads(got.out.splitlines()[-1])['val_loss_quant'] == pytest.approx(once['val_loss'], abs=1e-5), got.err
+    assert result_of(got)['val_loss_quant'] == pytest.approx(once['val_loss'], abs=1e-5), got.err
 
 
 def test_folds_go_the_whole_way(toy, folds, tmp_path):
@@ -425,7 +426,7 @@ def test_a_copy_of_a_fold_is_a_fold(folds, tmp_path):
     ('train.py {tiny} {toy} --init_from={0}/best.pt --hold_out=2/2 --out_dir={x}', 'it has seen that part'),
     ('train.py {tiny} {toy} --init_from=resume --out_dir={0}', "hold_out is '1/2' there and '' here")])
 def test_nobody_is_taught_by_who_has_seen_the_text(command, pattern, toy, folds, tmp_path):
-    torch.save(load_checkpoint(f'{folds[0]}/best.pt') | {'data': 'of another text'}, tmp_path / 'best.pt')
+    altered(f'{folds[0]}/best.pt', tmp_path, data='of another text')
     refused(run(*command.format(*folds, toy=toy, x=tmp_path, tiny=' '.join(TINY)).split()), pattern)
     assert os.listdir(tmp_path) == ['best.pt']
 

@@ -10,18 +10,18 @@ import hashlib
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import Handler
+from conftest import CHAR, Handler, build, python
 
 import data.download
 import data.files
 from data.download import DownloadError, download
+from data.checkpoint import save_checkpoint
 from data.files import atomic_write, read_text, visible_files
+from quantize import convert, export
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -47,9 +47,17 @@ def test_a_folder_of_texts_is_its_files(tmp_path, capsys):
     assert '2 that are no files skipped' in capsys.readouterr().out
 
 
-def test_files_and_preparing_need_no_torch():
-    code = 'import sys, data.writer, data.foreign_tokenizer; sys.exit("torch" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+@pytest.mark.parametrize('code, module', [
+    ('import data.writer, data.foreign_tokenizer', 'torch'),
+    # PyTorch imports its compiler for what is computed without memory; it takes as much as a small model
+    ('import data.checkpoint; data.checkpoint.load_model("AT/best.pt")', 'torch._dynamo'),
+    ('import quantize; quantize.load("AT/int8.safetensors")', 'sympy')])
+def test_imports_that_take_a_second_are_not_needed(tmp_path, code, module):
+    model = build()
+    save_checkpoint(f'{tmp_path}/best.pt', model, CHAR.meta())
+    export(f'{tmp_path}/int8.safetensors', convert(model), CHAR.meta())
+    got = python('-c', f'import sys; {code.replace("AT", str(tmp_path))}; sys.exit({module!r} in sys.modules)')
+    assert got.status == 0, got.err
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import LLAMA, SMALL, TINY, make_dataset, randomise, refused, run, train
+from conftest import LLAMA, SMALL, TINY, batches, make_dataset, randomise, refused, result_of, run, train
 
 from data.balance import balance
 from data.checkpoint import load_checkpoint, save_checkpoint
@@ -15,11 +15,6 @@ from data.rounding import BITS, IntLinear, behind, grid_of, round_to_grid, round
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig
 from quantize import convert, gptq, load, prepare
-
-
-def batches(n=2):
-    ids = torch.randint(50, (n, 4, 33), generator=torch.Generator().manual_seed(2))
-    return [(x[:, :-1], x[:, 1:]) for x in ids]
 
 
 @pytest.mark.parametrize('bits', BITS)
@@ -90,8 +85,7 @@ def start(tmp_path_factory):
     model = randomise(GPT(GPTConfig(**SMALL | {'vocab_size': tokenizer.vocab_size})))
     save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta(), dataset=data, knobs={}, step=4)
     got = run('quantize.py', f'--out_dir={folder}', '--bits=4', '--for_training=True', '--calib_batches=2')
-    assert got.status == 0, got.err
-    return folder, json.loads(got.out.splitlines()[-1])
+    return folder, result_of(got)
 
 
 def on(start, *flags):

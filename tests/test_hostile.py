@@ -22,8 +22,8 @@ import time
 
 import pytest
 import torch
-from conftest import (LLAMA, TEXTS, TINY, V, build, content, make_dataset, refused, run, train, write_nanochat,
-                      write_nanogpt)
+from conftest import (TEXTS, TINY, TOK, V, altered, build, content, make_dataset, our_llama, refused, run, train,
+                      write_nanochat, write_nanogpt)
 
 import quantize
 from data.bench.ladder import read_record, summary
@@ -34,7 +34,7 @@ from data.foreign.export import export_gguf, export_hf
 from data.foreign.gpt2 import load_gpt2
 from data.foreign.llama import load_gguf, load_llama
 from data.foreign.nanochat import load_nanochat
-from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_tokenizer
+from data.foreign_tokenizer import hf_tokenizer, load_tokenizer
 from data.kernels import library
 from data.machine import can_compile, join_processes, private_cache
 from data.record import made, record
@@ -211,9 +211,7 @@ def model(tmp_path_factory):
 
 def named(out, folder, name):
     """The same model, but for the dataset that it says it was trained on."""
-    state = torch.load(out / 'best.pt', weights_only=True)
-    torch.save(state | {'dataset': name}, folder / 'best.pt')
-    return f'--out_dir={folder}'
+    return f"--out_dir={altered(out / 'best.pt', folder, dataset=name)}"
 
 
 @pytest.mark.parametrize('script, flags', [('prune.py', ['--vocab_keep=270']), ('prune.py', []), ('quantize.py', [])])
@@ -224,8 +222,7 @@ def test_odd_names_of_datasets_are_refused(model, tmp_path, script, flags, name)
 
 
 def test_odd_knobs_are_refused(model, tmp_path):
-    state = torch.load(model[0] / 'best.pt', weights_only=True)
-    torch.save(state | {'knobs': ['x']}, tmp_path / 'best.pt')
+    altered(model[0] / 'best.pt', tmp_path, knobs=['x'])
     for script in ('prune.py', 'quantize.py'):
         got = run(script, f'--out_dir={tmp_path}', *[f'--save_dir={tmp_path}/new'] * (script == 'prune.py'))
         refused(got, r"best.pt is damaged, it says that knobs is \['x'\], not dict: use another copy")
@@ -287,7 +284,7 @@ def test_a_teacher_asks_for_no_more_than_its_file_holds(tmp_path, load, write):
 
 def test_transformers_is_asked_for_no_more_than_a_file_holds(tmp_path):
     pytest.importorskip('transformers')
-    export_hf(llama(), tokens_of_gpt2(), tmp_path)
+    export_hf(smollm(), TOK, tmp_path)
     c = json.loads((tmp_path / 'config.json').read_text())
     for layers in (10**7, 'x'):
         (tmp_path / 'config.json').write_text(json.dumps(c | {'num_hidden_layers': layers}))
@@ -304,14 +301,8 @@ def test_a_list_in_a_gguf_file_ends_with_the_file(tmp_path):
         load_gguf(str(tmp_path / 'x.gguf'))
 
 
-def tokens_of_gpt2():
-    return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
-
-
-def llama():
-    model = build(tokens_of_gpt2(), kv=2, **LLAMA)
-    model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
-    return model
+def smollm():
+    return our_llama(n_kv_head=2, out_proj=True, tie_weights=True)
 
 
 def in_transformers(folder, device='cpu'):
@@ -322,10 +313,10 @@ def in_transformers(folder, device='cpu'):
 @pytest.mark.parametrize('load, write, needs', [
     (load_gpt2, lambda path: write_nanogpt(path / 'ckpt.pt'), None),
     (load_nanochat, lambda path: write_nanochat(path, train_bpe(TEXTS, V)), None),
-    (load_llama, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
-    (in_transformers, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
+    (load_llama, lambda path: export_hf(smollm(), TOK, path), 'safetensors'),
+    (in_transformers, lambda path: export_hf(smollm(), TOK, path), 'safetensors'),
     (lambda path: load_gguf(f'{path}/x.gguf'),
-     lambda path: export_gguf(llama(), tokens_of_gpt2(), path / 'x.gguf', 'f32'), 'gguf')])
+     lambda path: export_gguf(smollm(), TOK, path / 'x.gguf', 'f32'), 'gguf')])
 def test_a_teacher_does_not_change_with_its_file(tmp_path, load, write, needs):
     """Nor does it end with a bus error when somebody copies a shorter one over it: nothing of it is read later."""
     if needs:
@@ -418,7 +409,7 @@ def test_a_document_has_a_bottom(tmp_path):
 @pytest.mark.parametrize('token, match', [
     (1.5, 'tokenizer.json is not a tokenizer .* of another form'), ('\ud800', 'half a surrogate pair')])
 def test_a_tokenizer_json_whose_token_is_no_text(tmp_path, token, match):
-    theirs = hf_tokenizer(tokens_of_gpt2())
+    theirs = hf_tokenizer(TOK)
     theirs['added_tokens'][0]['content'] = token
     (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
     with pytest.raises(ValueError, match=match):
@@ -428,7 +419,7 @@ def test_a_tokenizer_json_whose_token_is_no_text(tmp_path, token, match):
 @pytest.mark.parametrize('pattern', ['', '(?=x)', '(?i)', 'x*'])
 def test_a_pattern_of_nothing_is_told_in_a_line(pattern, capfd):
     with pytest.raises(ValueError, match='the pattern of this tokenizer, .* matches where there is nothing'):
-        from_meta(tokens_of_gpt2().meta() | {'pattern': pattern})
+        from_meta(TOK.meta() | {'pattern': pattern})
     assert capfd.readouterr().err == ''                         # tiktoken would have panicked, a page of Rust
 
 

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import (HF_LLAMA, TEXTS, V, far, llama_state, logits_of, randomise, refused, refuses, run,
+from conftest import (HF_LLAMA, TEXTS, TOK, V, far, llama_state, logits_of, our_llama, randomise, refused, refuses, run,
                       write_llama)
 
 import quantize
@@ -19,17 +19,13 @@ from data.bench.decoding import open_model, quality
 from data.checkpoint import load_model
 from data.foreign.export import chat_template, export_gguf, export_hf, llama_tensors, with_gains
 from data.foreign.kinds import KINDS
-from data.foreign.llama import LLAMA, as_ours, other_architecture
-from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer
+from data.foreign.llama import as_ours, other_architecture
+from data.foreign_tokenizer import hf_tokenizer
 from data.rounding import convert
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
 from data.writer import write_dataset
 from model import GPT, GPTConfig
-
-@pytest.fixture(scope='module')
-def tok():
-    return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
 
 
 def llama_forward(state, idx, **shape):
@@ -65,7 +61,7 @@ GGUF = {'model.embed_tokens': 'token_embd', 'model.norm': 'output_norm', 'lm_hea
         'mlp.gate_proj': 'ffn_gate', 'mlp.up_proj': 'ffn_up', 'mlp.down_proj': 'ffn_down', 'model.layers': 'blk'}
 
 
-def write_gguf(path, tok, state=None, kind='F32', more=(), drawn={}, architecture='llama', pre='gpt-2', **shape):
+def write_gguf(path, state=None, kind='F32', more=(), drawn={}, architecture='llama', pre='gpt-2', **shape):
     """
     The same as a GGUF file, by its own package; more: further settings of the model, integers; drawn: the bytes of
     tensors that are rounded already.
@@ -82,13 +78,13 @@ def write_gguf(path, tok, state=None, kind='F32', more=(), drawn={}, architectur
     writer.add_float32(f'{architecture}.rope.freq_base', c['rope_theta'])
     for key, value in dict(more).items():
         writer.add_uint32(f'{architecture}.{key}', value)
-    model = hf_tokenizer(tok)['model']
+    model = hf_tokenizer(TOK)['model']
     names = [*sorted(model['vocab'], key=model['vocab'].get)]
-    names += [name for name in tok.special_tokens if name not in names]
+    names += [name for name in TOK.special_tokens if name not in names]
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(names)
-    writer.add_token_types([3 if name in tok.special_tokens else 1 for name in names])
+    writer.add_token_types([3 if name in TOK.special_tokens else 1 for name in names])
     writer.add_token_merges(model['merges'])
     for name, tensor in state.items():
         dtype = getattr(gguf.GGMLQuantizationType, kind if tensor.ndim > 1 else 'F32')
@@ -115,11 +111,11 @@ IDX = torch.arange(80).view(2, 40) * 3 % V
 @pytest.mark.parametrize('shape', [
     {}, dict(num_key_value_heads=4, tie_word_embeddings=True), dict(num_key_value_heads=1, rms_norm_eps=1e-5),
     dict(rope_theta=1e6, tie_word_embeddings=True, vocab_size=V + 4)])
-def test_a_llama_in_a_folder(tmp_path, tok, shape):
-    model, tokenizer = KINDS['hf'](write_llama(tmp_path, tok=tok, **shape))
+def test_a_llama_in_a_folder(tmp_path, shape):
+    model, tokenizer = KINDS['hf'](write_llama(tmp_path, tok=TOK, **shape))
     expected = llama_forward(llama_state(**shape), IDX, **shape)[..., :V]       # padding is cut off
     assert expected.std() > 1 and far(logits_of(model, IDX), expected) < 1e-4
-    assert tokenizer.meta() == tok.meta() and model.config.vocab_size == V
+    assert tokenizer.meta() == TOK.meta() and model.config.vocab_size == V
     assert (model.lm_head.weight is model.transformer.wte.weight) == shape.get('tie_word_embeddings', False)
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -155,17 +151,17 @@ def test_shards(tmp_path, kind):
 
 @pytest.mark.parametrize('kind', ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1'])
 @pytest.mark.parametrize('tied', [False, True])
-def test_gguf(tmp_path, tok, kind, tied, capsys):
+def test_gguf(tmp_path, kind, tied, capsys):
     gguf = pytest.importorskip('gguf')
     shape = dict(tie_word_embeddings=tied, intermediate_size=64)
-    path = write_gguf(tmp_path / 'a.gguf', tok, kind=kind, **shape)
+    path = write_gguf(tmp_path / 'a.gguf', kind=kind, **shape)
     model, tokenizer = KINDS['gguf'](path)
     dtype = getattr(gguf.GGMLQuantizationType, kind)
     state = {name: t if t.ndim == 1 else torch.from_numpy(
         gguf.quants.dequantize(gguf.quants.quantize(t.numpy(), dtype), dtype).astype(np.float32))
              for name, t in llama_state(**shape).items()}
     assert far(logits_of(model, IDX), llama_forward(state, IDX, **shape)) < 1e-4
-    assert tokenizer.meta() == tok.meta() and model.config.norm_eps == 1e-3 and model.config.block_size == 40
+    assert tokenizer.meta() == TOK.meta() and model.config.norm_eps == 1e-3 and model.config.block_size == 40
     assert ('rounded before (Q' in capsys.readouterr().out) == (kind[0] == 'Q')
 
 
@@ -173,7 +169,7 @@ SCALES = {'Q4_K': [0, 2], 'Q5_K': [0, 2], 'Q6_K': [208]}       # the bytes of a 
 
 
 @pytest.mark.parametrize('kind', SCALES)
-def test_k_quants(tmp_path, tok, kind):
+def test_k_quants(tmp_path, kind):
     """In blocks of 256. gguf reads them and cannot write them, so their bytes are drawn."""
     gguf = pytest.importorskip('gguf')
     dtype, rng = getattr(gguf.GGMLQuantizationType, kind), np.random.default_rng(0)
@@ -186,8 +182,8 @@ def test_k_quants(tmp_path, tok, kind):
             scales = rng.normal(size=blocks.shape[:2] + (1,), scale=2e-4).astype(np.float16)
             blocks[..., at:at + 2] = scales.view(np.uint8)
         state[name] = torch.from_numpy(gguf.quants.dequantize(blocks.reshape(len(blocks), -1), dtype))
-    path = write_gguf(tmp_path / 'a.gguf', tok, state, drawn={name: b.reshape(len(b), -1) for name, b in drawn.items()},
-                      kind=kind, **shape)
+    drawn = {name: blocks.reshape(len(blocks), -1) for name, blocks in drawn.items()}
+    path = write_gguf(tmp_path / 'a.gguf', state, drawn=drawn, kind=kind, **shape)
     model, _ = KINDS['gguf'](path)
     expected = llama_forward(state, IDX, **shape)
     assert expected.std() > 0.1 and far(logits_of(model, IDX), expected) < 1e-4
@@ -229,14 +225,14 @@ def test_a_config_that_lies(tmp_path, lie, match):
     refuses(match, KINDS['hf'], write_llama(tmp_path, llama_state(), **lie))
 
 
-def test_folders_that_are_not_whole(tmp_path, tok):
+def test_folders_that_are_not_whole(tmp_path):
     folder = write_llama(tmp_path, llama_state() | {'model.layers.0.self_attn.q_proj.bias': torch.zeros(32)})
     refuses('q_proj.bias is unknown', KINDS['hf'], folder)
     state = llama_state()
     state['model.layers.1.mlp.up_proj.weight'][3, 4] = np.nan
     write_llama(folder, state)
     refuses('1 of the 1,536 numbers of model.layers.1.mlp.up_proj.weight are NaN', KINDS['hf'], folder)
-    refuses('has 310 tokens and its tokenizer 300', KINDS['hf'], write_llama(tmp_path / 'b', tok=tok, vocab_size=310))
+    refuses('has 310 tokens and its tokenizer 300', KINDS['hf'], write_llama(tmp_path / 'b', tok=TOK, vocab_size=310))
     for name, made in (('config.json', b'{'), ('config.json', b'[]'), ('pytorch_model.bin', b'no')):
         write_llama(folder)
         (tmp_path / name).write_bytes(made)
@@ -246,8 +242,8 @@ def test_folders_that_are_not_whole(tmp_path, tok):
         refuses('no weights in .*model.safetensors', look, write_llama(tmp_path / 'c') and folder)
 
 
-def test_bad_gguf_files(tmp_path, tok):
-    path = write_gguf(tmp_path / 'a.gguf', tok)
+def test_bad_gguf_files(tmp_path):
+    path = write_gguf(tmp_path / 'a.gguf')
     whole = open(path, 'rb').read()
     for n in (0, 3, 30, 2000, len(whole) // 2, len(whole) - 1):
         open(path, 'wb').write(whole[:n])
@@ -266,12 +262,12 @@ def test_bad_gguf_files(tmp_path, tok):
                            'model.layers.0.attn_q_norm.weight': torch.ones(8)})),
                        ('n_layer is 3', dict(state=llama_state(), num_hidden_layers=3)),
                        ('lm_head.weight are NaN or infinite', dict(state=nan))):
-        refuses(match, KINDS['gguf'], write_gguf(path, tok, **how))
+        refuses(match, KINDS['gguf'], write_gguf(path, **how))
 
 
-def test_from_a_folder_to_a_chat_without_data(tmp_path, tok):
+def test_from_a_folder_to_a_chat_without_data(tmp_path):
     """Imported, shortened, quantised and sampled from: none asks for a dataset."""
-    folder = write_llama(tmp_path / 'hf', tok=tok, tie_word_embeddings=True)
+    folder = write_llama(tmp_path / 'hf', tok=TOK, tie_word_embeddings=True)
     got = run('distill.py', f'--teacher=hf:{folder}', f'--to_picochat={tmp_path}/out', '--block_size=24')
     assert got.status == 0 and 'context: 24 tokens' in got.out, got.err
     model, state = load_model(f'{tmp_path}/out/best.pt')
@@ -296,36 +292,28 @@ SHAPES = [dict(n_kv_head=2), dict(tie_weights=True, norm_eps=1e-5),
           dict(tie_weights=True, out_proj=True), dict(tie_weights=True, out_proj=True, turned=True)]
 
 
-def our_llama(turned=False, **shape):
-    """turned: c_out is no diagonal, as after a rotation of the residual stream."""
-    model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **LLAMA | shape)), 0.4)
-    if model.config.out_proj and not turned:
-        model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
-    return model
-
-
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('how', ['hf', 'gguf'])
-def test_out_and_in_again(tmp_path, tok, shape, how, capsys):
+def test_out_and_in_again(tmp_path, shape, how, capsys):
     model = our_llama(**shape)
     if how == 'hf':
         pytest.importorskip('safetensors')
-        back, tokenizer = KINDS['hf'](export_hf(model, tok, tmp_path))
+        back, tokenizer = KINDS['hf'](export_hf(model, TOK, tmp_path))
     else:
         pytest.importorskip('gguf')
-        back, tokenizer = KINDS['gguf'](export_gguf(model, tok, f'{tmp_path}/a.gguf', 'f32'))
+        back, tokenizer = KINDS['gguf'](export_gguf(model, TOK, f'{tmp_path}/a.gguf', 'f32'))
     turned = shape.get('turned', False)
     assert ('lm_head becomes a table of its own' in capsys.readouterr().out) == turned
     assert far(logits_of(back, IDX), logits_of(model, IDX)) < (1e-4 if model.config.out_proj else 1e-6)
-    assert tokenizer.meta() == tok.meta() and back.config.tie_weights == (model.config.tie_weights and not turned)
+    assert tokenizer.meta() == TOK.meta() and back.config.tie_weights == (model.config.tie_weights and not turned)
     assert torch.equal(back.transformer.h[1].attn.c_q.weight, model.transformer.h[1].attn.c_q.weight)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_transformers_gives_the_same_logits(tmp_path, tok, shape):
+def test_transformers_gives_the_same_logits(tmp_path, shape):
     transformers = pytest.importorskip('transformers')
     model = our_llama(**shape)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(export_hf(model, tok, tmp_path)).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export_hf(model, TOK, tmp_path)).eval()
     with torch.no_grad():
         expected = theirs(IDX).logits
     assert type(theirs).__name__ == 'LlamaForCausalLM' and expected.std() > 1
@@ -347,21 +335,21 @@ def test_a_folder_of_transformers_own(tmp_path, how):
     assert isinstance(model, GPT) and far(logits_of(model, IDX), expected) < 2e-4
 
 
-def test_our_own_block_comes_back(tmp_path, tok):
+def test_our_own_block_comes_back(tmp_path):
     """As Hugging Face's NanoChat, and hf: reads it without transformers."""
     pytest.importorskip('safetensors')
     model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32, n_kv_head=2)))
-    back, tokenizer = KINDS['hf'](export_hf(model, tok, tmp_path))
-    assert back.config == model.config and tokenizer.meta() == tok.meta()
+    back, tokenizer = KINDS['hf'](export_hf(model, TOK, tmp_path))
+    assert back.config == model.config and tokenizer.meta() == TOK.meta()
     assert torch.equal(logits_of(back, IDX), logits_of(model, IDX))
 
 
 @pytest.mark.parametrize('kind', ['f16', 'q8_0', 'q4_0', 'q4_1'])
-def test_rounded_gguf_files(tmp_path, tok, kind):
+def test_rounded_gguf_files(tmp_path, kind):
     """They are as near as they can be, and the columns of what a norm feeds are of one size."""
     gguf = pytest.importorskip('gguf')
     model = our_llama(n_hidden=64)
-    back, _ = KINDS['gguf'](export_gguf(model, tok, f'{tmp_path}/a.gguf', kind))
+    back, _ = KINDS['gguf'](export_gguf(model, TOK, f'{tmp_path}/a.gguf', kind))
     w, again = (m.transformer.h[0].mlp.c_proj.weight for m in (model, back))
     step = {'f16': 2**-11 * w.abs().max(), 'q8_0': w.abs().max() / 127, 'q4_0': w.abs().max() / 7,
             'q4_1': (w.max() - w.min()) / 15}[kind]
@@ -372,19 +360,19 @@ def test_rounded_gguf_files(tmp_path, tok, kind):
     assert np.allclose(np.square(both).mean(axis=0), 1, atol=0.05)
 
 
-def test_a_gguf_is_measured_like_a_checkpoint(tmp_path, tok):
+def test_a_gguf_is_measured_like_a_checkpoint(tmp_path):
     """With the tokenizer and on the data of the model that it was made from, as the floats that it stands for."""
     pytest.importorskip('gguf')
     ids = [i % V for i in range(200)]
-    write_dataset(str(tmp_path / 'toy'), tok, ids, ids, 'toy')
-    path = export_gguf(our_llama(), tok, f'{tmp_path}/a.gguf', 'q8_0', dataset=f'{tmp_path}/toy')
+    write_dataset(str(tmp_path / 'toy'), TOK, ids, ids, 'toy')
+    path = export_gguf(our_llama(), TOK, f'{tmp_path}/a.gguf', 'q8_0', dataset=f'{tmp_path}/toy')
     model, data, tokenizer = open_model(SimpleNamespace(device='cpu'), path)
-    assert data == f'{tmp_path}/toy' and tokenizer.meta() == tok.meta()
+    assert data == f'{tmp_path}/toy' and tokenizer.meta() == TOK.meta()
     back, _ = KINDS['gguf'](path)
     assert torch.equal(logits_of(model, IDX), logits_of(back, IDX))
     assert quality(model, data, tokenizer, None)['val_loss'] > 0
 
-    nameless = export_gguf(our_llama(), tok, f'{tmp_path}/b.gguf', 'q8_0')
+    nameless = export_gguf(our_llama(), TOK, f'{tmp_path}/b.gguf', 'q8_0')
     refuses('does not say which dataset', open_model, SimpleNamespace(device='cpu'), nameless)
 
 
@@ -402,30 +390,30 @@ def test_gains_change_no_logits():
         assert torch.allclose(state[name], expected, rtol=1e-5, atol=0), name
 
 
-def test_what_cannot_go_out(tmp_path, tok):
+def test_what_cannot_go_out(tmp_path):
     pytest.importorskip('gguf'), pytest.importorskip('safetensors')
     ours = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
-    refuses("mlp=relu2, qk_norm=True.* is not llama's", export_gguf, ours, tok, f'{tmp_path}/a.gguf')
-    refuses('qk_norm=True', export_hf, our_llama(qk_norm=True), tok, tmp_path)
-    refuses('softcap=15.0', export_hf, our_llama(softcap=15.0), tok, tmp_path)
-    refuses('int8', export_hf, convert(our_llama()), tok, tmp_path)
+    refuses("mlp=relu2, qk_norm=True.* is not llama's", export_gguf, ours, TOK, f'{tmp_path}/a.gguf')
+    refuses('qk_norm=True', export_hf, our_llama(qk_norm=True), TOK, tmp_path)
+    refuses('softcap=15.0', export_hf, our_llama(softcap=15.0), TOK, tmp_path)
+    refuses('int8', export_hf, convert(our_llama()), TOK, tmp_path)
     refuses('own BPE of 300 tokens', export_hf, our_llama(), train_bpe(TEXTS, V - 1), tmp_path)
-    refuses('is a folder, and a GGUF is one file', export_gguf, our_llama(), tok, str(tmp_path))
+    refuses('is a folder, and a GGUF is one file', export_gguf, our_llama(), TOK, str(tmp_path))
     refuses('llama.cpp knows ways to cut text', export_gguf, our_llama(), train_bpe(TEXTS, V), f'{tmp_path}/a.gguf')
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('bits, tied', [(8, False), (8, True), (4, True)])
-def test_integers_go_out_as_what_they_stand_for(tmp_path, tok, bits, tied):
+def test_integers_go_out_as_what_they_stand_for(tmp_path, bits, tied):
     model = convert(our_llama(tie_weights=tied, n_kv_head=2), bits, search=False)
     path = f'{tmp_path}/int{bits}.safetensors'
-    quantize.export(path, model, tok.meta())
+    quantize.export(path, model, TOK.meta())
     teacher = load_teacher(path)
     block, rounded = teacher.model.transformer.h[0], model.transformer.h[0]
     assert torch.equal(block.attn.c_k.weight, rounded.attn.c_k.integers() * rounded.attn.c_k.scale[:, None])
     assert torch.equal(teacher.model.transformer.wte(IDX), model.transformer.wte(IDX))
     assert (teacher.model.lm_head.weight is teacher.model.transformer.wte.weight) == tied
-    assert teacher.tokenizer.meta() == tok.meta()
+    assert teacher.tokenizer.meta() == TOK.meta()
     pytest.importorskip('safetensors')
     got = run('distill.py', f'--teacher={path}', f'--to_hf={tmp_path}/hf')
     assert got.status == 0, got.err

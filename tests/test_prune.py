@@ -11,7 +11,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, SMALL, randomise, run
+from conftest import LLAMA, SMALL, altered, batches, outputs, randomise, result_of, run
 
 import prune as P
 from data.checkpoint import load_model, save_checkpoint
@@ -38,23 +38,6 @@ def make(**shape):
 def cut(model, how, *args):
     """The model after one of the functions that turn indices into a new state and shape."""
     return P.build(*how(model.state_dict(), model.config, *args))
-
-
-def batches(n=2, vocab_size=50):
-    noise = torch.Generator().manual_seed(5)
-    ids = torch.randint(vocab_size, (n, 3, 21), generator=noise)
-    return [(x[:, :-1], x[:, 1:]) for x in ids]
-
-
-@torch.no_grad()
-def outputs(model, x=None):
-    """Logits of lm_head, of the multi-token heads, and of two steps of the draft cell, (N, vocab_size)."""
-    x = batches()[0][0] if x is None else x
-    state = model.trunk(x)
-    draft = model.draft_state(state, x)
-    states = ([state, draft, model.draft_state(draft, x.flip(1))]
-              + [model.multi_token_state(state, i) for i in range(model.config.multi_token_n)])
-    return model.logits(torch.cat(states)).flatten(0, 1)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -518,8 +501,7 @@ def test_the_script(trained, tmp_path):
     got = prune(trained, f'--save_dir={tmp_path}', f'--dataset={trained}/data', '--vocab_keep=280', '--layers=1',
                 '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--kv_heads=1',
                 '--channel_prune_ratio=0.25', '--keep_params=0.3')
-    assert got.status == 0, got.err
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     assert result.keys() >= {'file', 'bytes', 'params_before', 'params_after', 'val_loss_before', 'val_loss_after',
                              'bpb_before', 'bpb_after', 'tok_s_before', 'tok_s_after'}
     assert result['file'] == f'{tmp_path}/best.pt'
@@ -533,14 +515,11 @@ def test_the_script(trained, tmp_path):
     assert c.n_hidden <= 12 and c.n_embd <= 24
     assert smaller.params()['total'] == result['params_after']
 
-    got = run('quantize.py', f'--out_dir={tmp_path}', '--device=cpu')
-    again = json.loads(got.out.splitlines()[-1])
+    again = result_of(run('quantize.py', f'--out_dir={tmp_path}', '--device=cpu'))
     assert again['method'] == 'gptq'            # not qat: what was refitted was not trained through the rounding
     assert abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
-    got = run('train.py', f'--init_from={tmp_path}/best.pt', f'--dataset={trained}/data_v280',
-              f'--out_dir={tmp_path}/again', '--block_size=32', '--muon_lr=0', '--adam_lr=0', *TRAIN)
-    assert got.status == 0, got.err
-    document = json.loads(got.out.splitlines()[-1])
+    document = result_of(run('train.py', f'--init_from={tmp_path}/best.pt', f'--dataset={trained}/data_v280',
+                             f'--out_dir={tmp_path}/again', '--block_size=32', '--muon_lr=0', '--adam_lr=0', *TRAIN))
     assert document['val_loss'] == pytest.approx(result['val_loss_after'], abs=1e-3)
     assert load_model(f'{tmp_path}/again/best.pt')[0].config == c
     got = run('sample.py', f'--out_dir={tmp_path}', '--weights=float', '--start=low', '--max_new_tokens=5',
@@ -563,9 +542,7 @@ def test_the_command_that_it_prints(trained):
 @pytest.fixture
 def gone(trained, tmp_path):
     """The same model, whose data are gone."""
-    state = torch.load(trained / 'out' / 'best.pt', weights_only=True) | {'dataset': 'gone'}
-    (tmp_path / 'out').mkdir()
-    torch.save(state, tmp_path / 'out' / 'best.pt')
+    altered(trained / 'out' / 'best.pt', tmp_path / 'out', dataset='gone')
     return tmp_path
 
 
@@ -586,14 +563,14 @@ def test_what_needs_no_text_goes_without(trained, gone):
            '--importance=l1', '--refit=False', '--rotate=False', '--kv_heads=1', '--kv_merge=plain')
     got = prune(gone, *how)
     assert got.status == 0 and got.out.count('is gone: what is left is not measured') == 1, got.err
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     assert {key for key in result if result[key] is None} == {
         f'{what}_{when}' for what in ('val_loss', 'bpb') for when in ('before', 'after')}
     c = load_model(result['file'])[0].config
     assert (c.n_layer, c.n_embd, c.n_hidden, c.n_kv_head) == (1, 24, 12, 1)
     whole = prune(gone, *how, '--channel_prune_ratio=0', f'--save_dir={gone}/a')
     again = prune(gone, *how, '--channel_prune_ratio=0', f'--save_dir={gone}/b', f'--dataset={trained}/data')
-    assert whole.status == again.status == 0 and json.loads(again.out.splitlines()[-1])['val_loss_after'] is not None
+    assert whole.status == again.status == 0 and result_of(again)['val_loss_after'] is not None
     a, b = (load_model(f'{gone}/{name}/best.pt')[0].state_dict() for name in 'ab')
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -9,7 +9,7 @@ from dataclasses import make_dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, SMALL, make_dataset, needs_compiler, randomise, refused, run, toy_text
+from conftest import LLAMA, SMALL, altered, make_dataset, needs_compiler, randomise, refused, result_of, run, toy_text
 
 import data.gptq as G
 import data.rounding as R
@@ -459,8 +459,7 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     """Each method writes the file that its function gives; qat is for weights trained so, and then the choice."""
     folder, model, loader = trained
     got = quantize(folder / source, '--calib_batches=2', '--balance=False', f'--save_dir={tmp_path}', *flags.split())
-    assert got.status == 0, got.err
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     if method == 'gptq':
         expected = Q.gptq(model, in_parts([loader.batch(step) for step in range(2)]), **how)
     else:
@@ -489,16 +488,13 @@ def test_without_a_report_the_file_is_the_same(trained, tmp_path):
 def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):
     """Its file is the same, and not measured; another text in the same tokens measures it."""
     folder, model, loader = trained
-    state = torch.load(folder / source / 'best.pt', weights_only=True) | {'dataset': f'{tmp_path}/gone'}
-    (tmp_path / 'm').mkdir()
-    torch.save(state, tmp_path / 'm' / 'best.pt')
+    altered(folder / source / 'best.pt', tmp_path / 'm', dataset=f'{tmp_path}/gone')
     flags = ['--calib_batches=1', '--calibrate=itself', *flags.split()]
     got = quantize(tmp_path / 'm', *flags)
     assert got.status == 0 and got.out.count('gone: the file is written and not measured') == 1, got.err
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     assert result['method'] == method and [result[key] for key in Q.MEASURED] == [None] * 7
-    measured = quantize(tmp_path / 'm', *flags, f'--dataset={folder}/data', f'--save_dir={tmp_path}/again')
-    again = json.loads(measured.out.splitlines()[-1])
+    again = result_of(quantize(tmp_path / 'm', *flags, f'--dataset={folder}/data', f'--save_dir={tmp_path}/again'))
     assert all(again[key] is not None for key in Q.MEASURED) and again['bytes_by_group'] == result['bytes_by_group']
     assert same_tensors(Q.load(result['file'])[0], Q.load(again['file'])[0])
 
@@ -509,7 +505,7 @@ def test_a_balanced_file(trained, tmp_path, flags):
     folder, model, loader = trained
     (tmp_path / 'text').write_text(toy_text())
     got = quantize(folder / 'float', '--calib_batches=1', f'--calibrate={tmp_path}/text', f'--save_dir={tmp_path}', *flags)
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     written = Q.load(result['file'])[0]
     assert result['balance'] and written.config.hadamard == 32
     batches = in_parts(from_file(f'{tmp_path}/text', model, from_meta(loader.meta), 1))

@@ -15,37 +15,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (TEXTS, TINY, V, e0_state, nanogpt_state, randomise, refused, run, write_gpt2_tokenizer,
-                      write_nanochat, write_nanogpt)
+from conftest import (TEXTS, TINY, TOK, V, e0_state, far, logits_of, nanogpt_state, randomise, refused, refuses,
+                      result_of, run, write_gpt2_tokenizer, write_nanochat, write_nanogpt)
 
 import quantize as Q
 from data.checkpoint import load_model, save_checkpoint
 from data.foreign.export import export_hf
 from data.foreign.gpt2 import load_gpt2
 from data.foreign.nanochat import NANOCHAT, fetch_nanochat, load_nanochat, random_teacher
-from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, hf_folder_tokenizer, merges_of
+from data.foreign_tokenizer import hf_tokenizer, hf_folder_tokenizer, merges_of
 from data.teachers import check_teachers, load_teacher
 from data.tokenizer import CharTokenizer, fingerprint, train_bpe
 from data.writer import write_dataset
 from model import GPT, GPTConfig, rope_tables
 
 GOLDEN = '../shared/data/nanochat_e0'
-
-
-def refuses(match, f, *args):
-    """f says no in one line that matches."""
-    with pytest.raises((ValueError, AssertionError), match=match) as e:
-        f(*args)
-    assert '\n' not in str(e.value)
-
-
-def logits_of(model, idx):
-    with torch.no_grad():
-        return model.logits(model.trunk(idx))
-
-
-def far(a, b):
-    return (a - b).abs().max()
 
 
 @pytest.fixture
@@ -124,12 +108,10 @@ def test_a_nanochat_becomes_a_picochat_checkpoint(tmp_path, bpe):
     folder, data, out = write_nanochat(tmp_path / 'd2', bpe), str(tmp_path / 'toy'), str(tmp_path / 'out')
     write_dataset(data, bpe, *(np.array(bpe.encode(text)) for text in TEXTS), source='toy')
     got = run('distill.py', f'--teacher=nanochat:{folder}', f'--dataset={data}', f'--to_picochat={out}')
-    assert got.status == 0 and json.loads(got.out.splitlines()[-1])['file'] == out, got.err
+    assert got.status == 0 and result_of(got)['file'] == out, got.err
     idx = torch.randint(V, (2, 40))
     assert torch.equal(logits_of(load_model(f'{out}/best.pt')[0], idx), logits_of(load_nanochat(folder)[0], idx))
-    got = run('quantize.py', f'--out_dir={out}')
-    assert got.status == 0, got.err
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(run('quantize.py', f'--out_dir={out}'))
     assert abs(result['val_loss_quant'] - result['val_loss_float']) < 0.1
     refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--to_picochat={out}'), 'already holds a best.pt')
 
@@ -283,7 +265,7 @@ def test_a_random_teacher_teaches(tmp_path):
     got = run('train.py', *TINY, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/out', '--teacher=random:d2',
               '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--max_iters=2', '--eval_interval=0')
     assert got.status == 0 and 'teacher random' not in got.out, got.err     # it need not know the text
-    done = json.loads(got.out.splitlines()[-1])
+    done = result_of(got)
     student, teacher = load_model(f'{tmp_path}/out/best.pt')[0], random_teacher('d2', 'meta')[0]
     teacher.config.block_size = 16
     assert re.search(r'step 2/2 \| loss ce [\d.]+ \+ kl [\d.]+ \+ multi_token [\d.]+ \+ draft [\d.]+ ', got.out)
@@ -452,12 +434,11 @@ def test_a_gpt2_in_shards(tmp_path, kind):
     refuses(f'{shard} is not there, one of the 3 files', load_gpt2, str(tmp_path))
 
 
-@pytest.mark.parametrize('settings', [330, 384])
+@pytest.mark.parametrize('settings', [V, 384])
 @pytest.mark.parametrize('write', [write_ckpt, write_hf])
 def test_gpt2s_padding_is_cut_off(tmp_path, write, settings):
     """By the tokenizer beside it, whether or not the settings count the padding."""
-    tok = train_bpe(TEXTS, 330, GPT2_PATTERN, ['<|endoftext|>'])
-    write_gpt2_tokenizer(tmp_path, tok)
+    write_gpt2_tokenizer(tmp_path, TOK)
     w = nanogpt_state() | {'transformer.wte.weight': torch.randn(384, 32)}
     w['lm_head.weight'] = w['transformer.wte.weight']
     if write is write_ckpt:
@@ -467,9 +448,9 @@ def test_gpt2s_padding_is_cut_off(tmp_path, write, settings):
         stored = torch.load(tmp_path / 'pytorch_model.bin', weights_only=True)
         torch.save(stored | {'wte.weight': w['transformer.wte.weight']}, tmp_path / 'pytorch_model.bin')
     model, tokenizer = load_gpt2(str(tmp_path))
-    assert tokenizer.vocab_size == model.config.vocab_size == 330 == len(model.lm_head.weight)
-    idx = torch.randint(330, (1, 24))
-    expected = nanogpt_forward(w, idx, 'none' if write is write_ckpt else 'tanh')[..., :330]
+    assert tokenizer.vocab_size == model.config.vocab_size == V == len(model.lm_head.weight)
+    idx = torch.randint(V, (1, 24))
+    expected = nanogpt_forward(w, idx, 'none' if write is write_ckpt else 'tanh')[..., :V]
     assert far(logits_of(model, idx), expected) < 1e-4
 
 
@@ -521,9 +502,8 @@ ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 
 
 def test_gpt2_tokenizer(tmp_path):
     assert hf_folder_tokenizer(tmp_path) is None
-    tok = train_bpe(TEXTS, 330, GPT2_PATTERN, ['<|endoftext|>'])
-    write_gpt2_tokenizer(tmp_path, tok)
-    assert fingerprint(hf_folder_tokenizer(tmp_path)) == fingerprint(tok)
+    write_gpt2_tokenizer(tmp_path, TOK)
+    assert fingerprint(hf_folder_tokenizer(tmp_path)) == fingerprint(TOK)
     # the one file that the hub has of gpt2, older than the key use_regex
     vocab = json.loads((tmp_path / 'vocab.json').read_text())
     lines = (tmp_path / 'merges.txt').read_text(encoding='utf-8').split('\n')
@@ -532,7 +512,7 @@ def test_gpt2_tokenizer(tmp_path):
         'added_tokens': [{'id': vocab.pop('<|endoftext|>'), 'content': '<|endoftext|>'}], 'normalizer': None,
         'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True},
         'model': {'vocab': vocab, 'merges': lines[1:-1]}}))
-    assert fingerprint(hf_folder_tokenizer(tmp_path / 'one')) == fingerprint(tok)
+    assert fingerprint(hf_folder_tokenizer(tmp_path / 'one')) == fingerprint(TOK)
     (tmp_path / 'merges.txt').write_text('\n'.join(lines[:1] + lines[2:3] + lines[1:2] + lines[3:]), encoding='utf-8')
     with pytest.raises(ValueError, match="GPT-2's manner"):
         hf_folder_tokenizer(tmp_path)
@@ -541,15 +521,14 @@ def test_gpt2_tokenizer(tmp_path):
 
 def test_gpt2_tokenizer_equals_transformers(tmp_path):
     transformers = pytest.importorskip('transformers')
-    tok = train_bpe(TEXTS, 330, GPT2_PATTERN, ['<|endoftext|>'])
-    write_gpt2_tokenizer(tmp_path, tok)
+    write_gpt2_tokenizer(tmp_path, TOK)
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     for text in ODD:
         assert hf_folder_tokenizer(tmp_path).encode(text) == theirs.encode(text)
     theirs.save_pretrained(tmp_path / 'again')
     assert (tmp_path / 'again' / 'tokenizer.json').exists()
-    assert fingerprint(hf_folder_tokenizer(tmp_path / 'again')) == fingerprint(tok)
+    assert fingerprint(hf_folder_tokenizer(tmp_path / 'again')) == fingerprint(TOK)
 
 
 def test_merges_say_what_ranks_say(bpe):

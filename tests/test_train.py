@@ -18,14 +18,13 @@ import sys
 import threading
 
 import pytest
-from conftest import (LLAMA, TINY, build, content, largest_difference, log, make_dataset, poisoned, refused, run, start,
-                      tensors, toy_text, train, two)
+from conftest import (LLAMA, TINY, build, content, largest_difference, log, make_dataset, poisoned, python, refused,
+                      result_of, run, start, tensors, toy_text, train, two)
 import torch
 
 import data.loader
 import data.machine
 from data.checkpoint import load_checkpoint, load_model, save_checkpoint
-from data.files import in_repo
 from data.loader import load_meta
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats
@@ -79,7 +78,7 @@ def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
     assert [int(step) for step, _, _ in lines] == [3, 6, 8]
     for _, rate, mfu in lines:
         assert int(mfu) == pytest.approx(100 * flops * int(rate.replace(',', '')) / 1e6, rel=0.01)
-    done = json.loads(got.out.splitlines()[-1])
+    done = result_of(got)
     assert 0 < done['seconds'] < done['wall_seconds']
 
 
@@ -214,7 +213,7 @@ def test_uneven_masks_are_accumulated_exactly(chats, tmp_path, monkeypatch, more
     for batch_size in (8, 4, 2):
         losses[batch_size] = train(tmp_path / str(batch_size), *args, f'--batch_size={batch_size}')['val_loss']
     first, _ = two(*args, '--batch_size=2', f'--out_dir={tmp_path}/two')
-    losses['two'] = json.loads(first.out.splitlines()[-1])['val_loss']
+    losses['two'] = result_of(first)['val_loss']
     assert max(losses.values()) - min(losses.values()) < 2e-5, losses
     at = {name: load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')['model'] for name in losses}
     assert max(largest_difference(at[8], at[name]) for name in at) < 1e-3
@@ -292,7 +291,7 @@ def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
         train(tmp_path / 'parts', *args, '--init_from=resume')                         # whole again for two steps
         pair = two(*args, '--fsdp=True', '--init_from=resume', f'--out_dir={tmp_path}/parts')
     assert [p.status for p in pair] == [0, 0] and not pair[1].out, pair[0].err + pair[1].err
-    sharded = json.loads(pair[0].out.splitlines()[-1])
+    sharded = result_of(pair[0])
     for name in ('ckpt.pt', 'best.pt'):
         a, b = (load_checkpoint(f'{tmp_path}/{run}/{name}') for run in ('two', 'parts'))
         assert largest_difference(a, b) < 1e-4 and a['step'] == b['step']
@@ -538,7 +537,7 @@ def test_the_documents(toy, tmp_path):
     data = make_dataset(tmp_path / 'data', toy_text().replace('\n', ' '))
     got = run('train.py', *TINY, data, f'--out_dir={tmp_path}/out', '--sample_interval=4', '--sample_tokens=40',
               '--quant_bits=8', '--ema=0.5')
-    result = json.loads(got.out.splitlines()[-1])
+    result = result_of(got)
     assert result.keys() >= {'out_dir', 'iters', 'tokens', 'seconds', 'tok_s', 'params', 'val_loss', 'val_bpb'}
     assert (result['iters'] == 8 and result['tokens'] == 8 * 64
             and result['params'] == got.names['model'].params()['total'])
@@ -548,7 +547,7 @@ def test_the_documents(toy, tmp_path):
     assert sorted(os.listdir(tmp_path / 'out')) == ['best.pt', 'ckpt.pt', 'log.csv', 'made.json']
 
     got = run('quantize.py', f'--out_dir={tmp_path}/out')
-    small = json.loads(got.out.splitlines()[-1])
+    small = result_of(got)
     assert got.status == 0 and small.keys() >= {
         'file', 'bytes', 'bits', 'compression', 'int_share', 'val_loss_float', 'val_loss_quant', 'bpb_float',
         'bpb_quant', 'mean_kl', 'top1_flips'}
@@ -573,6 +572,5 @@ def test_freed_memory_is_kept():
             'usual = faults()\n'
             'keep_memory()\n'
             'print(usual, faults())\n')
-    usual, kept = map(int, subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                                          cwd=in_repo('.')).stdout.split())
+    usual, kept = map(int, python('-c', code).out.split())
     assert kept < usual / 20, (usual, kept)
