@@ -69,7 +69,8 @@ def run(script, *args, stdin=''):
     The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
     the excepthook of data/knobs.py tells in a line comes back as a status and that line; a traceback is raised here.
     """
-    argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    argv, hook = sys.argv, sys.excepthook
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
     sys.argv, sys.stdin, sys.excepthook = [script, *map(str, args)], io.StringIO(stdin), sys.__excepthook__
     try:
@@ -380,7 +381,7 @@ def batches(n=2, vocab_size=50):
 
 @torch.no_grad()
 def outputs(model, x=None):
-    """Logits of lm_head and of what heads there are: the multi-token ones, two steps of the draft cell (N, vocab_size)"""
+    """Logits of lm_head and of the heads that there are, of two steps of the draft cell, (N, vocab_size)."""
     x = batches()[0][0] if x is None else x
     state = model.trunk(x)
     states = [state, *(model.multi_token_state(state, i) for i in range(model.config.multi_token_n))]
@@ -418,7 +419,8 @@ TOK = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])       # in GPT-2's ma
 
 def our_llama(turned=False, **shape):
     """A model of ours that is a Llama. turned: c_out is no diagonal, as after a rotation of the residual stream."""
-    model = randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **SWITCHES | shape)), 0.4)
+    config = GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **SWITCHES | shape)
+    model = randomise(GPT(config), 0.4)
     if model.config.out_proj and not turned:
         model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
     return model
@@ -470,6 +472,17 @@ def write_nanogpt(path, state=None, prefix='', **args):
     return str(path)
 
 
+def write_hf_gpt2(folder, **config):
+    """nanogpt_state() as the gpt2 folders of the hub have it: four transposed weights, no prefix, no lm_head, masks."""
+    state = {k.removeprefix('transformer.'): v.t().contiguous() if '.c_' in k and v.ndim == 2 else v
+             for k, v in nanogpt_state().items() if k != 'lm_head.weight'}
+    torch.save(state | {'h.0.attn.bias': torch.ones(1, 1, 24, 24), 'h.0.attn.masked_bias': torch.tensor(-1e4)},
+               folder / 'pytorch_model.bin')
+    (folder / 'config.json').write_text(json.dumps(
+        {'model_type': 'gpt2', 'n_positions': 24, 'vocab_size': 50, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | config))
+    return str(folder)
+
+
 def write_gpt2_tokenizer(folder, tok):
     """vocab.json and merges.txt as GPT-2 has them."""
     tokens, character = [t.encode('latin-1') for t in tok.meta()['ranks']], byte_characters()
@@ -513,6 +526,20 @@ def write_llama(folder, state=None, tok=None, **shape):
     if tok:
         write_gpt2_tokenizer(folder, tok)
     return str(folder)
+
+
+class Evil:
+    """Whoever unpickles it makes the folder."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def flip(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
 
 def logits_of(model, idx):

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 import torch
 
-from conftest import SMALL, randomise
+from conftest import SMALL, Evil, randomise
 from data.checkpoint import (checksum, load_checkpoint, load_model, read_safetensors, save_checkpoint,
                              write_safetensors)
 from model import GPT, GPTConfig
@@ -26,15 +26,6 @@ def test_checkpoint_round_trip(tmp_path):
     x = torch.randint(50, (1, 9))
     assert (torch.equal(again(x), model(x)) and state['step'] == 7 and state['tokenizer']['chars'] == 'ab'
             and again.config == model.config)
-
-
-class Evil:
-    """Unpickled by an ordinary load, it makes a folder."""
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 def test_bad_checkpoints_are_refused(tmp_path):

@@ -15,7 +15,7 @@ import textwrap
 from collections import Counter
 
 import pytest
-from conftest import python, refuses
+from conftest import Evil, python, refuses
 import regex
 import tiktoken
 
@@ -282,14 +282,6 @@ def test_nanochat_pickle(bpe, tmp_path):
     holes = tiktoken.Encoding('holes', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={'<|bos|>': 300})
     path.write_bytes(pickle.dumps(holes))
     refuses('last ids', load_nanochat_tokenizer, path)
-
-
-class Evil:
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
 
 
 def encoding_pickle(state):
