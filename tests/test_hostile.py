@@ -34,11 +34,10 @@ from data.foreign.export import export_gguf, export_hf
 from data.foreign.gpt2 import load_gpt2
 from data.foreign.llama import load_gguf, load_llama
 from data.foreign.nanochat import load_nanochat
-from data.foreign_tokenizer import hf_tokenizer, load_tokenizer
 from data.kernels import library
 from data.machine import can_compile, join_processes, private_cache
 from data.record import made, record
-from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.tokenizer import CharTokenizer, train_bpe
 
 
 # -----------------------------------------------------------------------------
@@ -404,23 +403,6 @@ def test_a_document_has_a_bottom(tmp_path):
     """JSON reads what nothing of ours would walk through."""
     (tmp_path / 'r.json').write_text('{"rows": [{"name": "a", "tasks": ' + '[' * 500 + ']' * 500 + '}]}')
     refused(run('bench.py', '--mode=table', f'--record={tmp_path}/r.json'), 'r.json is damaged.*brackets in brackets')
-
-
-@pytest.mark.parametrize('token, match', [
-    (1.5, 'tokenizer.json is not a tokenizer .* of another form'), ('\ud800', 'half a surrogate pair')])
-def test_a_tokenizer_json_whose_token_is_no_text(tmp_path, token, match):
-    theirs = hf_tokenizer(TOK)
-    theirs['added_tokens'][0]['content'] = token
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
-    with pytest.raises(ValueError, match=match):
-        load_tokenizer(f'hf:{tmp_path}')
-
-
-@pytest.mark.parametrize('pattern', ['', '(?=x)', '(?i)', 'x*'])
-def test_a_pattern_of_nothing_is_told_in_a_line(pattern, capfd):
-    with pytest.raises(ValueError, match='the pattern of this tokenizer, .* matches where there is nothing'):
-        from_meta(TOK.meta() | {'pattern': pattern})
-    assert capfd.readouterr().err == ''                         # tiktoken would have panicked, a page of Rust
 
 
 def test_a_step_of_nothing_is_refused(model, tmp_path):

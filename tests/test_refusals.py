@@ -41,6 +41,7 @@ BAD = {                                             # script -> [(flags, what th
         ('--init_from={}/good/best.pt --dataset={}/other', 'another tokenizer'),
         ('--init_from={}/good/best.pt --draft_n=3 --block_size=3', 'block_size'),
         ('--teacher={}/nothing', 'no teacher at'),
+        ('--teacher=nanochat:nowhere --dataset=nothing', 'distill.py --fetch=d32 .*--teacher=random:d32'),
         ('--teacher={}/good --dataset={}/other', 'another tokenizer'),
         ('--teacher={}/good --block_size=20', r'a context of 16, which must be .* block_size \(20\)'),
         ('--train_only=draft', 'give --draft_n=4'),

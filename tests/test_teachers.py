@@ -395,7 +395,7 @@ def test_gpt2_equals_transformers(tmp_path, how):
     ('pytorch_model.bin', load_gpt2, lambda folder, bpe: write_hf_gpt2(folder)),
     ('pytorch_model.bin', load_llama, lambda folder, bpe: write_llama(folder))])
 def test_every_loader_comes_to_the_guards(tmp_path, bpe, name, load, write):
-    """What else they refuse is in test_checkpoint.py. Files of torch before 1.6, which are no zip archives, are read."""
+    """In files of torch before 1.6, which are no zip archives, too. What else they refuse is in test_checkpoint.py."""
     folder = tmp_path / 'at'
     folder.mkdir()
     write(folder, bpe)
