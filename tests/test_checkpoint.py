@@ -1,6 +1,6 @@
 """
-data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused; a full disk loses
-nothing.
+data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused, also weights that
+are no numbers, by all scripts; what they could not measure is null.
 """
 import copy
 import json
@@ -12,10 +12,10 @@ import zipfile
 import pytest
 import torch
 
-from conftest import SMALL, Evil, randomise, refuses
+from conftest import SMALL, TINY, Evil, altered, content, randomise, refused, refuses, run, train
 from data.checkpoint import (checksum, load_checkpoint, load_model, read_safetensors, save_checkpoint,
                              write_safetensors)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LossTotal
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -43,9 +43,9 @@ def test_bad_checkpoints_are_refused(tmp_path):
     cases = {'missing.pt': (None, 'train one first'), 'foreign.pt': (None, 'iter_num'), 'evil.pt': (None, 'refused'),
              'short.pt': (good[:middle], 'not a whole'), 'empty.pt': (b'', 'not a whole'),
              'flipped.pt': (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:], 'expected the checksum')}
-    for name, (content, expected) in cases.items():
-        if content is not None:
-            open(f'{tmp_path}/{name}', 'wb').write(content)
+    for name, (written, expected) in cases.items():
+        if written is not None:
+            open(f'{tmp_path}/{name}', 'wb').write(written)
         with pytest.raises(ValueError, match=expected) as e:
             load_checkpoint(f'{tmp_path}/{name}')
         assert '\n' not in str(e.value)
@@ -74,10 +74,10 @@ def test_the_container_of_integers(tmp_path):
     with pytest.raises(ValueError, match='of format theirs'):
         read_safetensors(path, 'theirs')
     whole = open(path, 'rb').read()
-    for at in (20, len(whole) - 1):
-        open(path, 'wb').write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(ValueError, match='damaged|not a whole'):
-            read_safetensors(path, 'ours')
+    for damaged in (whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-9],
+                    whole[:50], b'', b'PK' + whole):
+        open(path, 'wb').write(damaged)
+        refuses('damaged|not a whole', read_safetensors, path, 'ours')
 
 
 @pytest.mark.parametrize('prefix, how', [
@@ -297,3 +297,59 @@ def test_a_container_of_nothing_but_header_is_refused(tmp_path):
     path.write_bytes(header({}, {'format': 'ours', 'x': 'y' * 9_000_000}, b''))
     with pytest.raises(ValueError, match='not a whole'):
         read_safetensors(path, 'ours')
+
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+@pytest.fixture(scope='module')
+def out(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('out')
+    train(folder, toy, '--max_iters=30', '--eval_interval=0')
+    return folder
+
+
+SCRIPTS = {
+    'train.py': [*TINY, '--eval_interval=1', '--max_iters=2', '--out_dir={new}'],
+    'quantize.py': ['--out_dir={out}', '--save_dir={new}'],
+    'prune.py': ['--out_dir={out}', '--save_dir={new}', '--neuron_prune_ratio=0.5', '--calibration_batches=1']}
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_what_could_not_be_measured_is_null(script, out, toy, tmp_path, monkeypatch):
+    """Weights whose loss is no number, though they are: every document says null, and so does what is recorded of it."""
+    nothing = {'loss': math.nan, 'bpb': math.inf, 'tokens': 9}
+    monkeypatch.setattr(LossTotal, 'result', lambda self: nothing)
+    args = [arg.format(out=out, new=tmp_path) for arg in SCRIPTS[script]]
+    got = run(script, toy, *args)
+    assert got.status == 0, got.err
+    document = json.loads(got.out.splitlines()[-1], parse_constant=pytest.fail)
+    assert sum(value is None for value in document.values()) >= 2
+    if script != 'train.py':                    # which has no best.pt of such losses
+        recorded = json.loads((tmp_path / 'made.json').read_text(), parse_constant=pytest.fail)
+        assert document in [entry['document'] for entry in recorded.values()]
+
+
+LOADERS = {
+    'sample.py': ['--out_dir={}', '--start=the', '--max_new_tokens=5'],
+    'quantize.py': ['--out_dir={}'],
+    'quantize.py --bits=4': ['--out_dir={}', '--bits=4'],
+    'prune.py': ['--out_dir={}', '--save_dir={}/new', '--neuron_prune_ratio=0.5'],
+    'distill.py': ['--teacher={}', '--out_dir={}/new', '--compile=False'],
+    'distill.py --to_picochat': ['--teacher={}', '--to_picochat={}/new'],
+    'train.py --teacher': [*TINY, '--teacher={}', '--out_dir={}/new'],
+    'train.py --init_from': [*TINY, '--init_from={}/best.pt', '--out_dir={}/new']}
+
+
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+@pytest.mark.parametrize('what', LOADERS)
+def test_every_script_refuses_weights_that_are_no_numbers(what, number, out, toy, tmp_path):
+    model = torch.load(out / 'best.pt', weights_only=True)['model']
+    model['transformer.h.0.mlp.c_fc.weight'][0, 0] = number
+    altered(out / 'best.pt', tmp_path, model=model)
+    before = content(tmp_path)
+    script, args = what.split()[0], [arg.format(tmp_path) for arg in LOADERS[what]]
+    got = run(script, *args, *[toy] * (script == 'train.py'))
+    refused(got, 'best.pt is of no use: 1 of the 1,024 numbers of transformer.h.0.mlp.c_fc.weight are NaN or infinite')
+    after = {path: was for path, was in content(tmp_path).items() if was is not None and not path.endswith('.lock')}
+    assert after == before and got.out == ''

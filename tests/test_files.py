@@ -7,6 +7,8 @@ $ python -m pytest tests/test_files.py        about a second, offline
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 import socket
@@ -20,7 +22,7 @@ import data.download
 import data.files
 from data.download import DownloadError, download
 from data.checkpoint import save_checkpoint
-from data.files import atomic_write, read_text, visible_files
+from data.files import atomic_write, json_line, read_text, visible_files
 from quantize import convert, export
 
 BODY = bytes(range(256)) * 1000
@@ -58,6 +60,14 @@ def test_imports_that_take_a_second_are_not_needed(tmp_path, code, module):
     export(f'{tmp_path}/int8.safetensors', convert(model), CHAR.meta())
     got = python('-c', f'import sys; {code.replace("AT", str(tmp_path))}; sys.exit({module!r} in sys.modules)')
     assert got.status == 0, got.err
+
+
+def test_json_has_no_nan():
+    document = {'a': math.nan, 'b': [1, 2.5, -math.inf, {'c': (math.inf, None, True, 'NaN')}], 3: 'x'}
+    line = json_line(document)
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        'a': None, 'b': [1, 2.5, None, {'c': [None, None, True, 'NaN']}], '3': 'x'}
+    assert '\n' not in line and json_line({'a': 0.1, 'b': 'é'}) == json.dumps({'a': 0.1, 'b': 'é'})
 
 
 # -----------------------------------------------------------------------------

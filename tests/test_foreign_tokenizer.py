@@ -267,11 +267,22 @@ def test_out_and_in_again(smol, tmp_path):
     (tmp_path / 'own' / 'tokenizer.json').write_text(json.dumps(hf_tokenizer(own)))
     assert hf_folder_tokenizer(tmp_path / 'own').meta() == own.meta() and own.pattern == PATTERN
     tokenizers = pytest.importorskip('tokenizers')
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
-    for text in TEXTS + HARD[:-1]:
-        if '<|' not in text:
-            assert theirs.encode(text).ids == smol.encode(text)
-    assert theirs.encode('<|im_start|>hi<|im_end|>').ids == [1, *smol.encode('hi'), 2]
+    every = ''.join(f'a{chr(c)}b 1{chr(c)} '
+                    for c in [*range(0x3000), *range(0xff00, 0xffff), *range(0x1f600, 0x1f650)])
+    for tok, more in ((smol, []), (own, [HARD[-1], every])):
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(tok)))
+        assert theirs.get_vocab_size() == tok.vocab_size
+        assert all(theirs.token_to_id(name) == tok.special(name) for name in tok.special_tokens)
+        for text in TEXTS + HARD[:-1] + more:
+            if '<|' not in text:
+                assert theirs.encode(text).ids == tok.encode(text)
+                assert theirs.decode(tok.encode(text)) == text
+        ids = [tok.special_ids[1], *tok.encode('hi'), tok.special_ids[2]]
+        assert theirs.encode('{1}hi{2}'.format(*tok.special_tokens)).ids == ids
+
+
+def test_merges_that_do_not_make_a_token():
+    refuses('xyz', merges_of, [bytes([b]) for b in range(256)] + [b'xyz'])
 
 
 # -----------------------------------------------------------------------------

@@ -25,9 +25,8 @@ import torch
 from conftest import (TEXTS, TINY, TOK, V, altered, build, content, make_dataset, our_llama, refused, run, train,
                       write_nanochat, write_nanogpt)
 
-import quantize
 from data.bench.ladder import read_record, summary
-from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
+from data.checkpoint import save_checkpoint
 from data.files import private_folder, shown
 from data.foreign.causal_lm import load_causal_lm
 from data.foreign.export import export_gguf, export_hf
@@ -403,16 +402,3 @@ def test_a_document_has_a_bottom(tmp_path):
     """JSON reads what nothing of ours would walk through."""
     (tmp_path / 'r.json').write_text('{"rows": [{"name": "a", "tasks": ' + '[' * 500 + ']' * 500 + '}]}')
     refused(run('bench.py', '--mode=table', f'--record={tmp_path}/r.json'), 'r.json is damaged.*brackets in brackets')
-
-
-def test_a_step_of_nothing_is_refused(model, tmp_path):
-    """Four bits are multiples of a step."""
-    assert run('quantize.py', f'--out_dir={model[0]}', f'--save_dir={tmp_path}', model[1], '--bits=4',
-               '--method=rtn', '--balance=False').status == 0
-    path = str(tmp_path / 'int4.safetensors')
-    tensors, metadata = read_safetensors(path, quantize.FORMAT)
-    name = next(name for name in tensors if name.endswith('.step'))
-    tensors[name][0, 0] = 0
-    write_safetensors(path, tensors, metadata)
-    with pytest.raises(ValueError, match=f'{name}, of which numbers are multiples, is 0'):
-        quantize.load(path)

@@ -9,17 +9,17 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
-from conftest import (LLAMA, TINY, build, content, largest_difference, log, make_dataset, poisoned, python, refused,
-                      result_of, run, start, tensors, toy_text, train, two)
+from conftest import (LLAMA, TINY, build, content, largest_difference, log, make_dataset, poisoned, refused, result_of,
+                      run, start, tensors, toy_text, train, two)
 import torch
 
 import data.loader
@@ -46,30 +46,19 @@ def test_a_resumed_run_keeps_its_tokens_a_step(toy, tmp_path):
 
 
 def test_wandb(toy, tmp_path, monkeypatch):
-    """Offline: what log.csv has is what wandb is told."""
-    wandb = pytest.importorskip('wandb')
-    monkeypatch.setenv('WANDB_MODE', 'offline')
-    monkeypatch.setenv('WANDB_DIR', str(tmp_path))
-    init, told = wandb.init, []
-
-    def begin(**how):
-        init(**how)                             # which sets wandb.log
-        monkeypatch.setattr(wandb, 'log', lambda row, step: told.append({**row, 'step': step}))
-    monkeypatch.setattr(wandb, 'init', begin)
-    assert run('train.py', *TINY, toy, f'--out_dir={tmp_path}/run', '--wandb_log=True').status == 0
-    wandb.finish()
+    """What log.csv has is what wandb is told."""
+    begun, told = [], []
+    wandb = SimpleNamespace(init=lambda **how: begun.append(how),
+                            log=lambda row, step: told.append({**row, 'step': step}), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    train(tmp_path / 'run', toy, '--wandb_log=True')
+    assert [how['name'] for how in begun] == ['run'] and begun[0]['config']['n_layer'] == 2
     assert [{k: str(v) for k, v in row.items()} for row in told] == [
         {k: v for k, v in row.items() if v} for row in log(tmp_path / 'run')]
-    assert list(tmp_path.glob('wandb/offline-run-*/*.wandb'))
 
 
 def test_a_known_gpu_says_how_much_of_it_is_used(toy, tmp_path, monkeypatch):
     """Lines have MFU, from the same rate as tok/s; evaluation and samples are not in seconds."""
-    for name, peak in {'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA H100 PCIe': None,
-                       'NVIDIA H100 NVL': None, 'NVIDIA GeForce RTX 4090': 165.2e12,
-                       'NVIDIA RTX A1000 Laptop GPU': None}.items():
-        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-        assert data.machine.peak_flops('cuda:0') == peak and data.machine.peak_flops('cpu') is None
     monkeypatch.setattr(data.machine, 'peak_flops', lambda device: 1e6)       # a slow one
     got = run('train.py', *TINY, toy, f'--out_dir={tmp_path}', '--log_interval=3', '--sample_interval=4')
     flops = GPT(GPTConfig(block_size=16, vocab_size=json.load(open(f"{toy[10:]}/meta.json"))['vocab_size'], n_layer=2,
@@ -178,17 +167,6 @@ def test_the_loss_before_fine_tuning(toy, tmp_path):
     assert train(tmp_path / 'c', toy, source, '--max_iters=1', '--eval_interval=0')['val_loss_before'] is None
     rounded = train(tmp_path / 'd', toy, source, '--quant_bits=8', '--muon_lr=0', '--adam_lr=0')
     assert rounded['val_loss_before'] == rounded['val_loss'] != first['best_val_loss']
-
-
-def test_accumulation_equals_one_large_batch(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr('data.optimizers.fast_bf16', lambda device: False)                # Muon's bfloat16 would hide mistakes
-    args = [toy, '--multi_token_n=1', '--draft_n=2']
-    a = train(tmp_path / 'a', *args, '--batch_size=8')
-    b = train(tmp_path / 'b', *args, '--batch_size=4', '--total_batch_size=128')
-    c = train(tmp_path / 'c', *args, '--batch_size=4')
-    at = {name: load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')['model'] for name in 'abc'}
-    assert a['tokens'] == b['tokens'] == 2 * c['tokens'] and abs(a['val_loss'] - b['val_loss']) < 1e-5
-    assert largest_difference(at['a'], at['b']) < 1e-4 and largest_difference(at['a'], at['c']) > 1e-2
 
 
 @pytest.fixture(scope='module')
@@ -369,23 +347,6 @@ def test_the_average_of_the_weights(toy, tmp_path, interrupt):
 # -----------------------------------------------------------------------------
 # signals
 
-def test_sigterm_to_a_process(toy, tmp_path, interrupt):
-    """The real thing, once; and another process computes the same bits."""
-    p = start('train.py', *TINY, toy, '--max_iters=5000', '--eval_interval=0', f'--out_dir={tmp_path}/a')
-    for text in p.stdout:
-        if text.startswith('step 3/'):
-            p.send_signal(signal.SIGTERM)
-            break
-    rest, err = p.communicate()
-    assert p.returncode == 0 and not err
-    done = json.loads(rest.splitlines()[-1])
-    assert 3 <= done['iters'] < 5000 and done['val_loss'] is None
-    interrupt(done['iters'] - 1, signal.SIGINT)
-    train(tmp_path / 'b', toy, '--max_iters=5000', '--eval_interval=0')
-    a, b = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in 'ab')
-    assert a['step'] == b['step'] and largest_difference(a, b) == 0
-
-
 def test_killed_at_any_moment():
     """And hung up, and two at once in one folder. `python tests/kill.py` does the full hundred."""
     p = start('tests/kill.py', '--trials=3', '--hups=1', '--races=1')
@@ -397,14 +358,17 @@ def test_killed_at_any_moment():
 # -----------------------------------------------------------------------------
 # torch.compile
 
-def compile_by(backend, monkeypatch):
-    """torch.compile stops before the C++ compiler, at graphs that backend runs. -> a list of what it is asked for"""
-    asked, compile = [], torch.compile
-    monkeypatch.setattr(torch, 'compile',
-                        lambda f, options=None, **how: asked.append(f) or compile(f, backend=backend, **how))
+def compile_by(monkeypatch, backend=lambda graph, examples: graph.forward):
+    """torch.compile stops before the C++ compiler, at graphs that backend runs. -> a list of these graphs"""
+    graphs, compile = [], torch.compile
+
+    def count(graph, examples):
+        graphs.append(graph)
+        return backend(graph, examples)
+    monkeypatch.setattr(torch, 'compile', lambda f, options=None, **how: compile(f, backend=count, **how))
     monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
     torch._dynamo.reset()
-    return asked
+    return graphs
 
 
 def test_compiled_equals_eager(toy, tmp_path, monkeypatch):
@@ -414,9 +378,9 @@ def test_compiled_equals_eager(toy, tmp_path, monkeypatch):
     """
     args = [toy, '--n_layer=1', '--max_iters=4', '--eval_interval=0', '--muon_lr=0.1', '--quant_bits=8']
     train(tmp_path / 'eager', *args, '--qat_start=0.75')
-    asked = compile_by('aot_eager', monkeypatch)
+    graphs = compile_by(monkeypatch, torch._dynamo.lookup_backend('aot_eager'))
     train(tmp_path / 'compiled', *args, '--qat_start=0.75', '--compile=True')
-    assert asked
+    assert graphs
     train(tmp_path / 'float', *args, '--quant_bits=0')
     compiled, eager, plain = ([float(row['train_loss']) for row in log(tmp_path / name)]
                               for name in ('compiled', 'eager', 'float'))
@@ -425,21 +389,11 @@ def test_compiled_equals_eager(toy, tmp_path, monkeypatch):
     assert 10 * difference(compiled, eager) < difference(eager, plain)
 
 
-def test_chats_are_compiled_once(tmp_path, monkeypatch):
+def test_chats_are_compiled_once(chats, tmp_path, monkeypatch):
     """Conversations come in rows of one length: a step has one graph, and one more once its weights are rounded."""
-    tokenizer = train_bpe([toy_text()], 280)
-    chats = [tokenizer.render_chat([{'role': 'user', 'content': 'the' * n}, {'role': 'assistant', 'content': 'cat' * n}])
-             for n in range(1, 5)] * 6
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_chats(str(tmp_path / 'data'), tokenizer, chats, chats[:6], 32, 'toy')
-    graphs = []
-
-    def count(graph, examples):
-        graphs.append(graph)
-        return graph.forward
-    compile_by(count, monkeypatch)
-    train(tmp_path / 'run', f'--dataset={tmp_path}/data', '--block_size=32', '--compile=True', '--sample_interval=3',
-          '--eval_interval=2', '--quant_bits=8', '--qat_start=0.5')
+    graphs = compile_by(monkeypatch)
+    train(tmp_path / 'run', *chats, '--max_iters=8', '--compile=True', '--sample_interval=3', '--quant_bits=8',
+          '--qat_start=0.5')
     assert len(graphs) == 2
 
 
@@ -447,12 +401,7 @@ def test_a_deep_model_is_compiled_a_block_at_a_time(toy, tmp_path, monkeypatch):
     """One graph serves all layers; evaluating and sampling ask for no more. The losses are those of a run without."""
     args = [toy, f'--n_layer={DEEP}', '--max_iters=2', '--eval_interval=1', '--sample_interval=1']
     train(tmp_path / 'eager', *args)
-    graphs = []
-
-    def count(graph, examples):
-        graphs.append(graph)
-        return graph.forward
-    compile_by(count, monkeypatch)
+    graphs = compile_by(monkeypatch)
     train(tmp_path / 'compiled', *args, '--compile=True')
     assert len(graphs) == 1
     eager, compiled = ([float(row['train_loss']) for row in log(tmp_path / name)] for name in ('eager', 'compiled'))
@@ -548,29 +497,6 @@ def test_the_documents(toy, tmp_path):
 
     got = run('quantize.py', f'--out_dir={tmp_path}/out')
     small = result_of(got)
-    assert got.status == 0 and small.keys() >= {
-        'file', 'bytes', 'bits', 'compression', 'int_share', 'val_loss_float', 'val_loss_quant', 'bpb_float',
-        'bpb_quant', 'mean_kl', 'top1_flips'}
-    assert small['bytes'] == os.path.getsize(small['file']) and small['bits'] == 8 and small['int_share'] > 0.9
+    assert small['bytes'] == os.path.getsize(small['file']) and small['int_share'] > 0.9
     # what was trained through the rounding, and averaged, is what runs
     assert abs(small['val_loss_quant'] - result['best_val_loss']) < 1e-5
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc' or int(platform.libc_ver()[1].split('.')[1]) < 35,
-                    reason='glibc is told so, and before 2.35 keeps tensors of up to 32 MiB alone')
-def test_freed_memory_is_kept():
-    """A tensor as large as one before it gets that one's pages: the system need not find and clear any."""
-    code = ('import resource, torch\n'
-            'from data.machine import keep_memory\n'
-            'def faults():\n'
-            '    for i in range(8):\n'
-            '        torch.zeros(2**24)\n'
-            '    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
-            '    for i in range(8):\n'
-            '        torch.zeros(2**24)\n'
-            '    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n'
-            'usual = faults()\n'
-            'keep_memory()\n'
-            'print(usual, faults())\n')
-    usual, kept = map(int, python('-c', code).out.split())
-    assert kept < usual / 20, (usual, kept)
