@@ -12,7 +12,7 @@ import torch
 import data.kernels as K
 from conftest import CHAR, build, randomise
 from data.cache import KVCache
-from data.drafters import Index, NGram
+from data.drafters import Index
 from data.layouts import for_decoding, for_measuring, step_of
 from data.rounding import IntLinear, convert, round_weight
 from engine import Engine, Sampling, Speculation, rounds_pay
@@ -180,18 +180,3 @@ def test_the_index_finds_what_a_search_finds():
         for _ in range(20):
             assert index.look_up(4) == look_up(text, 4)
             text += rng.choices(range(4), k=rng.randrange(1, 4))
-
-
-def test_lookup_drafts_what_is_likely():
-    """All of a text that repeats itself; of one that never does what it did before, hardly anything."""
-    rng, noise = random.Random(0), torch.zeros(1, 4, 1)
-    drafter, text = NGram(), [*range(20)] * 3
-    for _ in range(10):
-        drafts = drafter(None, None, None, [text], noise, None)[0].tolist()
-        text += [(text[-1] + 1) % 20]
-    assert drafts == [(text[-2] + i) % 20 for i in (1, 2, 3, 4)]
-    drafter, text, drafted = NGram(), [0, 1], 0
-    for _ in range(300):
-        drafted += drafter(None, None, None, [text], noise, None).size(1)
-        text.append(rng.randrange(50))
-    assert drafted < 60

@@ -207,18 +207,3 @@ def test_a_training_shows_an_answer_up_to_its_end(tmp_path):
 def test_a_chat_needs_a_format(tmp_path):
     save_checkpoint(str(tmp_path / 'best.pt'), build(PLAIN, block_size=32), PLAIN.meta(), step=0, dataset='gone')
     refused(run('data/pydoc_chat/prepare.py', f'--tokenizer={tmp_path}'), 'has no special tokens .*which chat needs')
-
-
-def test_the_standard_library_in_a_models_tokens(tmp_path):
-    t = chatml()
-    save_checkpoint(str(tmp_path / 'smol' / 'best.pt'), build(t, block_size=32), t.meta(), step=0, dataset='gone')
-    (tmp_path / 'lib').mkdir()
-    for name, text in LIBRARY.items():
-        (tmp_path / 'lib' / f'{name}.py').write_text(text)
-    how = 'data/stdlib_bpe/prepare.py', f'--tokenizer={tmp_path}/smol/best.pt', f'--root={tmp_path}/lib'
-    got = run(*how, f'--out_dir={tmp_path}/data')
-    assert got.status == 0, got.err
-    assert from_meta(load_meta(tmp_path / 'data')).meta() == t.meta()
-    for split, name in (('train', 'zoo'), ('val', 'optparse')):
-        assert t.decode(np.fromfile(tmp_path / 'data' / f'{split}.bin', np.uint16)) == '<|endoftext|>' + LIBRARY[name]
-    refused(run(*how), 'tokenizer .*makes other tokens than those of data/stdlib_bpe: give them a --name=')

@@ -63,10 +63,7 @@ def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkey
 
 
 def test_prepare_in_its_own_folder():
-    got = python('prepare.py', '--input=nowhere', cwd=f'{ROOT}/data/text')
-    assert got.err == "error: there is no file or folder 'nowhere': give --input=FILE_OR_FOLDER\n"
-    got = python('prepare.py', '--input=prepare.py', '--name=a/b', cwd=f'{ROOT}/data/text')
-    assert got.err == 'error: name (a/b) must be that of a folder in data/, without slashes\n'
+    refused(python('prepare.py', '--input=nowhere', cwd=f'{ROOT}/data/text'), 'there is no file or folder .nowhere.')
     for name in (name for name in os.listdir(f'{ROOT}/data') if glob.glob(f'{ROOT}/data/{name}/[!p]*.py')):
         refused(run('data/text/prepare.py', f'--input={__file__}', f'--name={name}'), 'is a folder of code in data/')
 

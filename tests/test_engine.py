@@ -18,7 +18,7 @@ from conftest import BPE, CHAR, LLAMA, build, needs_compiler, randomise, with_he
 from data import cache as C
 from data.cache import KVCache, StaticCache
 from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
-from data.sampling import Noise, draw, first_difference, gumbel, mix
+from data.sampling import Noise, draw, gumbel, mix
 from engine import Engine, Sampling, Speculation, decode
 from model import GPT, GPTConfig
 
@@ -264,16 +264,6 @@ def test_the_sampling_law():
     g = 2 * sum(n * math.log(n / (N * exact[text])) for text, n in counts.items())
     dof = len(exact) - 1
     assert g < dof + 4 * math.sqrt(2 * dof), f'G = {g:.1f} for {dof} degrees of freedom'
-
-
-def test_where_two_texts_differ():
-    model = build()
-    text, = Engine(model).complete([[1, 2]], 20, Sampling(0.8, seed=9))
-    other = text[:7] + [(text[7] + 1) % 96] + text[8:]
-    assert first_difference(model, [1, 2], text, text, 0.8, 0, 9) is None
-    place, gap = first_difference(model, [1, 2], text, other, 0.8, 0, 9)
-    assert place == 7 and 0 < gap < math.inf
-    assert first_difference(model, [1, 2], text, text[:5]) == (5, math.inf)
 
 # -----------------------------------------------------------------------------
 # streaming

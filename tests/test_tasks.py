@@ -120,17 +120,11 @@ def test_choices_that_are_the_same_or_one_the_others_start():
     """Something is scored of each, whatever they are."""
     model = build(BPE)
     for choices in (['the', 'the'], ['cat', 'cat cat cat'], ['', 'a']):
-        assert answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0}) in (True, False)
+        answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0})
     with pytest.raises(ValueError, match='needs a token before its answer'):
         answer(build(), CHAR, {'context': '', 'continuation': 'a'}, delimiter='')
     alike = GPT(GPTConfig(block_size=64, vocab_size=BPE.vocab_size, n_layer=1, n_head=1, n_embd=8))
     assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})         # the first counts
-
-
-def test_an_int8_cache_and_integer_weights_answer_too():
-    items = questions(8)
-    model = convert(build(BPE), 8)
-    assert sum(answer_all(model, BPE, items, dtype=torch.int8)) > 0
 
 
 # -----------------------------------------------------------------------------
