@@ -17,7 +17,7 @@ import model as M
 from conftest import (LLAMA, TEXTS, TOK, V, e0_state, make_dataset, nanogpt_state, randomise, refused, result_of, run,
                       write_nanochat, write_nanogpt)
 from data.bench.decoding import quality
-from data.bench.estimate import Living, Training, training_bytes
+from data.bench.estimate import Training, training_bytes
 from data.checkpoint import config_from, load_model, save_checkpoint
 from data.foreign.export import export_gguf, export_hf
 from data.loader import Loader
@@ -255,21 +255,6 @@ def knobs_of_training(**changed):
 def shape_of(t, vocab_size=1000):
     shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
     return config_from(shape | {'vocab_size': vocab_size}, 'the test')
-
-
-def test_living_counts_what_exists():
-    with Living() as living:
-        a = torch.zeros(1000)
-        b = a.view(10, 100) + 1                                      # a view takes nothing
-        assert (living.now, living.peak) == (8000, 8000)
-        del a
-        assert living.now == 4000
-        b = b.exp() * 2         # b, its exponential and twice that: 12,000 at most, 4,000 afterwards
-        assert (living.now, living.peak) == (4000, 12000)
-        b.mul_(3)
-        assert (living.now, living.peak) == (4000, 12000)
-    del b
-    assert living.now == 0
 
 
 @pytest.mark.parametrize('changed', [

@@ -15,7 +15,7 @@ from data.cache import KVCache
 from data.drafters import Index
 from data.layouts import for_decoding, for_measuring, step_of
 from data.rounding import IntLinear, convert, round_weight
-from engine import Engine, Sampling, Speculation, rounds_pay
+from engine import Engine, rounds_pay
 from model import GPT, GPTConfig, evaluate
 from quantize import export, load
 
@@ -91,22 +91,6 @@ def test_it_is_the_same_block(shape, bits):
     assert near.float().mean() > 0.5            # where an activation fell to the other side, it is not
     assert torch.equal(states(fast, [40, 5, 16, 15, 9, 1, 14], size=10), one_by_one)
     assert torch.equal(states(fast, [40, 7, 53], slice(1, 2))[:, :47], one_by_one[1:2, :47])
-
-
-@needs_kernels
-@pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
-def test_text_does_not_depend_on_drafts_or_neighbours(shape, bits):
-    plain, fast = two(shape, bits)
-    engine, prompts = Engine(fast), [CHAR.encode(t) for t in ('to be', 'x', 'a longer one, of words of words')]
-    sampling = Sampling(0.8, top_k=20, seed=3)
-    texts = engine.complete(prompts, 40, sampling)
-    assert texts[0] == engine.complete(prompts[:1], 40, sampling)[0]
-    for drafter, k in (('head', 4), ('mtp', 2), ('ngram', 7), ('random', 15)):
-        assert engine.complete(prompts, 40, sampling, Speculation(drafter, k, adapt=k == 4)) == texts
-    many = engine.complete(prompts[:1], 10, sampling, num_samples=K.ROWS + 4)
-    assert many[0] == texts[0][:10]
-    small = Engine(fast, cache_dtype=torch.int8)            # attention is PyTorch's then
-    assert small.complete(prompts, 20, speculation=Speculation('random', 4)) == small.complete(prompts, 20)
 
 
 @needs_kernels

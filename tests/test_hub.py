@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import (HF_LLAMA, LLAMA, TEXTS, TOK, V, far, llama_state, logits_of, our_llama, randomise, refused,
-                      refuses, run, train, write_gpt2_tokenizer, write_hf_gpt2, write_llama)
+from conftest import (HF_LLAMA, TEXTS, TOK, V, far, llama_state, logits_of, our_llama, randomise, refused, refuses, run,
+                      train, write_gpt2_tokenizer, write_hf_gpt2, write_llama)
 
 import quantize
 from data.bench.decoding import open_model, quality
@@ -24,10 +24,8 @@ from data.foreign.export import chat_template, export_gguf, export_hf, llama_ten
 from data.foreign.kinds import KINDS
 from data.foreign.llama import as_ours, other_architecture
 from data.foreign_tokenizer import hf_tokenizer
-from data.labels import Recipe, write_labels
-from data.loader import Loader
 from data.rounding import convert
-from data.teachers import Teacher, check_teachers, load_teacher
+from data.teachers import check_teachers, load_teacher
 from data.tokenizer import BPETokenizer, train_bpe
 from data.writer import write_dataset
 from distill import Distiller
@@ -539,16 +537,6 @@ def test_a_model_in_one_teaches_what_it_teaches_in_two(monkeypatch, chunk):
         found.append((losses['kl'].item(), student.lm_head.weight.grad))
     for kl, grad in found[1:]:
         assert kl == pytest.approx(found[0][0], rel=1e-5) and torch.allclose(grad, found[0][1], atol=1e-6)
-
-
-def test_labels_of_a_model_in_one_are_its_labels_in_two(tmp_path, toy):
-    loader = Loader(toy.removeprefix('--dataset='), 'train', 4, 16)
-    size = len(loader.meta['chars'])
-    model = randomise(GPT(GPTConfig(block_size=16, vocab_size=size, n_layer=1, n_head=2, n_embd=16, **LLAMA)))
-    for name, teacher in (('two', model), ('one', wrapped(model))):
-        write_labels(f'{tmp_path}/{name}', [Teacher(name, teacher)], loader, Recipe(k=3))
-    a, b = (np.fromfile(f'{tmp_path}/{name}/labels.bin', np.uint8) for name in ('one', 'two'))
-    assert len(a) == len(b) and (a != b).mean() < 0.001     # a draw may turn on the last bit of a logit
 
 
 def test_a_python_file_beside_a_student(tmp_path, toy):
