@@ -250,9 +250,9 @@ def test_calibration_finds_how_sure_a_teacher_may_be(loader, tmp_path):
 
 
 @pytest.mark.parametrize('method', ['sample', 'topk'])
-@pytest.mark.parametrize('stop', [0, 1, 30, 'late'])
+@pytest.mark.parametrize('stop', [0, 1, 30, 'labels.bin', 'meta.json'])
 def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_path, monkeypatch):
-    """Killed after so many batches, or between the last one and the name labels.bin: the bytes are the same."""
+    """Killed after so many batches, or before a file gets its name: the bytes are the same, and none is made twice."""
     folder, whole, recipe = tmp_path / 'labels', tmp_path / 'whole', Recipe(method, 3)
     write_labels(whole, teachers, loader, recipe)
     rows, replace, seen = loader.rows, os.replace, []
@@ -264,13 +264,15 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
         return rows(starts)
 
     def killed(old, new):
-        if str(new).endswith('labels.bin'):
+        if str(new).endswith(stop):
             raise KeyboardInterrupt
         replace(old, new)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(*(os, 'replace', killed) if stop == 'late' else (loader, 'rows', stopped))
+        m.setattr(*(loader, 'rows', stopped) if isinstance(stop, int) else (os, 'replace', killed))
         write_labels(folder, teachers, loader, recipe)
-    part = folder / 'labels.bin.part'
+    part, made = folder / 'labels.bin.part', None
+    if stop == 'meta.json':
+        made = os.stat(folder / 'labels.bin')
     if stop == 1:
         part.write_bytes(part.read_bytes() + b'a torn record')
     if stop == 30:                              # the last records of a batch did not reach the disk
@@ -280,6 +282,8 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
     write_labels(folder, teachers, loader, recipe)
     assert (folder / 'labels.bin').read_bytes() == (whole / 'labels.bin').read_bytes()
     assert sorted(os.listdir(folder)) == ['labels.bin', 'meta.json']
+    again = os.stat(folder / 'labels.bin')
+    assert not made or (made.st_ino, made.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
 
 
 # -----------------------------------------------------------------------------
