@@ -373,6 +373,38 @@ def with_heads(tokenizer, kv, block_size=160, **shape):
     return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4, **shape)
 
 
+def reference_forward(c, state, idx):
+    """
+    The network of a shape and its tensors written out token by token from the papers' formulas, in float64 and without
+    any of model.py's functions: ids (T,) -> logits (T, vocab_size).
+    """
+    w = {k: v.double() for k, v in state.items()}
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
+    for i in range(c.n_layer):
+        a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
+        h = rms(x)
+        out = torch.zeros(len(idx), c.n_head * c.head_dim, dtype=torch.float64)
+        for head in range(c.n_head):
+            kv = head // (c.n_head // c.n_kv_head)
+            rows, kv_rows = (slice(head * c.head_dim, (head + 1) * c.head_dim),
+                             slice(kv * c.head_dim, (kv + 1) * c.head_dim))
+            q, k, v = h @ a['c_q'][rows].T, h @ a['c_k'][kv_rows].T, h @ a['c_v'][kv_rows].T
+            half = c.head_dim // 2
+            turn = torch.tensor([[t * c.rope_base ** (-2 * j / c.head_dim) for j in range(half)]
+                                 for t in range(len(idx))], dtype=torch.float64)
+            cos, sin = (table.bfloat16().double() if c.rope_bf16 else table for table in (turn.cos(), turn.sin()))
+            q, k = (rms(torch.cat((a * cos + b * sin, b * cos - a * sin), -1))
+                    for a, b in (y.split(half, dim=1) for y in (q, k)))
+            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(
+                torch.ones(len(idx), len(idx)).triu(1).bool(), -math.inf)
+            out[:, rows] = score.softmax(-1) @ v
+        x = x + out @ a['c_proj'].T
+        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).clamp(min=0).square()
+                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
+    return 15 * torch.tanh(rms(x) @ w['lm_head.weight'].T / 15)
+
+
 def batches(n=2, vocab_size=50):
     """[(x, y)] of noise, 3 rows of 20 tokens each."""
     ids = torch.randint(vocab_size, (n, 3, 21), generator=torch.Generator().manual_seed(5))

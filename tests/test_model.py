@@ -5,7 +5,7 @@ data/optimizers.py.
 import math
 
 import pytest
-from conftest import LLAMA, SMALL, needs_compiler, randomise
+from conftest import LLAMA, SMALL, needs_compiler, randomise, reference_forward
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,43 +48,11 @@ def test_flops_are_those_that_torch_counts(shape):
     assert sum(counted) == x.numel() * model.flops_per_token()
 
 
-def reference_forward(model, idx):
-    """
-    The same network written out token by token from the papers' formulas, in float64 and without any of model.py's
-    functions.
-    """
-    c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
-    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
-    for i in range(c.n_layer):
-        a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
-        h = rms(x)
-        out = torch.zeros(len(idx), c.n_head * c.head_dim, dtype=torch.float64)
-        for head in range(c.n_head):
-            kv = head // (c.n_head // c.n_kv_head)
-            rows, kv_rows = (slice(head * c.head_dim, (head + 1) * c.head_dim),
-                             slice(kv * c.head_dim, (kv + 1) * c.head_dim))
-            q, k, v = h @ a['c_q'][rows].T, h @ a['c_k'][kv_rows].T, h @ a['c_v'][kv_rows].T
-            half = c.head_dim // 2
-            turn = torch.tensor([[t * c.rope_base ** (-2 * j / c.head_dim) for j in range(half)]
-                                 for t in range(len(idx))], dtype=torch.float64)
-            z = lambda y: torch.view_as_real(torch.complex(y[:, :half].contiguous(), y[:, half:].contiguous())
-                                             * torch.polar(torch.ones_like(turn), -turn))
-            q, k = (rms(torch.cat((z(y)[..., 0], z(y)[..., 1]), -1)) for y in (q, k))
-            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(
-                torch.ones(len(idx), len(idx)).triu(1).bool(), -math.inf)
-            out[:, rows] = score.softmax(-1) @ v
-        x = x + out @ a['c_proj'].T
-        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).clamp(min=0).square()
-                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
-    return 15 * torch.tanh(rms(x) @ w['lm_head.weight'].T / 15)
-
-
 @pytest.mark.parametrize('kv', [4, 2, 1])
 def test_forward_equals_the_formulas(kv):
     model = randomise(GPT(GPTConfig(**SMALL, n_kv_head=kv, head_dim=6, n_hidden=50)))
     idx = torch.randint(50, (1, 20))
-    assert torch.allclose(model(idx)[0].double(), reference_forward(model, idx[0]), atol=2e-5)
+    assert torch.allclose(model(idx)[0].double(), reference_forward(model.config, model.state_dict(), idx[0]), atol=2e-5)
 
 
 def test_first_loss_is_ln_v_and_shapes_are_refused():

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (TEXTS, TINY, TOK, V, Evil, e0_state, far, flip, logits_of, nanogpt_state, randomise, refuses,
-                      result_of, run, write_gpt2_tokenizer, write_hf_gpt2, write_llama, write_nanochat, write_nanogpt)
+from conftest import (TEXTS, TINY, TOK, V, Evil, e0_state, far, flip, logits_of, nanogpt_state, randomise,
+                      reference_forward, refuses, result_of, run, write_gpt2_tokenizer, write_hf_gpt2, write_llama,
+                      write_nanochat, write_nanogpt)
 
 from data.checkpoint import load_model, save_checkpoint
 from data.foreign.gpt2 import load_gpt2
@@ -37,30 +38,6 @@ def ours():
     return randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
 
 
-def e0_forward(state, idx):
-    """nanochat's forward of that era, in plain formulas: tables in bfloat16, padded logits cut."""
-    w = {k.replace('_orig_mod.', '').replace('module.', ''): v.float() for k, v in state.items()}
-    rms = lambda x: x * (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
-    angle = torch.outer(torch.arange(idx.size(1)).float(), 1 / 10000 ** (torch.arange(0, 8, 2) / 8))
-    cos, sin = angle.cos().bfloat16().float(), angle.sin().bfloat16().float()                  # (T, 4)
-
-    def heads(x, name):
-        x = (x @ w[name].T).unflatten(-1, (-1, 8)).transpose(1, 2)                             # (B, heads, T, 8)
-        if name.endswith('c_v.weight'):
-            return x
-        a, b = x.chunk(2, dim=-1)
-        return rms(torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1))
-    x = rms(w['transformer.wte.weight'][idx])
-    for i in range(2):
-        q, k, v = (heads(rms(x), f'transformer.h.{i}.attn.c_{n}.weight') for n in 'qkv')
-        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-        scores = (q @ k.mT / 8 ** 0.5).masked_fill(torch.ones(idx.size(1), idx.size(1)).triu(1).bool(), -torch.inf)
-        x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w[f'transformer.h.{i}.attn.c_proj.weight'].T
-        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).relu().square()
-                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
-    return 15 * torch.tanh((rms(x) @ w['lm_head.weight'].T)[..., :V] / 15)
-
-
 # -----------------------------------------------------------------------------
 # nanochat
 
@@ -70,11 +47,13 @@ def e0_forward(state, idx):
 def test_nanochat(tmp_path, bpe, rows, prefix, meta):
     state = e0_state(rows, prefix)
     model, tokenizer = load_nanochat(write_nanochat(tmp_path, bpe, state, **meta))
-    idx = torch.randint(V, (2, 40))
-    assert far(logits_of(model, idx), e0_forward(state, idx)) < 1e-4
+    idx, plain = torch.randint(V, (2, 40)), {name[len(prefix):]: t for name, t in state.items()}
+    config = GPTConfig(40, rows, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, rope_bf16=True)
+    expected = torch.stack([reference_forward(config, plain, row)[:, :V] for row in idx])
+    assert far(logits_of(model, idx), expected) < 1e-4
     # without the rounding of the tables to bfloat16 the logits differ
     model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
-    assert far(logits_of(model, idx), e0_forward(state, idx)) > 1e-3
+    assert far(logits_of(model, idx), expected) > 1e-3
     assert fingerprint(tokenizer) == fingerprint(bpe)
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32)
