@@ -317,7 +317,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_what_could_not_be_measured_is_null(script, out, toy, tmp_path, monkeypatch):
-    """Weights whose loss is no number, though they are: every document says null, and so does what is recorded of it."""
+    """Weights whose loss is no number, though they are: every document says null, and so does what is recorded."""
     nothing = {'loss': math.nan, 'bpb': math.inf, 'tokens': 9}
     monkeypatch.setattr(LossTotal, 'result', lambda self: nothing)
     args = [arg.format(out=out, new=tmp_path) for arg in SCRIPTS[script]]

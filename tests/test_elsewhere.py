@@ -53,7 +53,8 @@ def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkey
     (trap / 'text.txt').write_text(toy_text())
     data = tmp_path / 'data'
     # as if a package named data were installed, too
-    got = python(f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}', cwd=trap, PYTHONPATH=str(trap))
+    got = python(f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}', cwd=trap,
+                 PYTHONPATH=str(trap))
     assert got.status == 0, got.err
     (trap / 'mine.py').write_text('out_dir = "run"\n')
     got = python(f'{ROOT}/train.py', 'config/quickstart.py', 'mine.py', *TINY, f'--dataset={data}', cwd=trap)

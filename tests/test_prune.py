@@ -57,7 +57,7 @@ def test_zero_per_cent_is_the_identity(shape):
 
 @torch.no_grad()
 def silence(model, kind, parts):
-    """Sets to zero the weights of these parts; of neurons other ones in each layer."""
+    """Sets to zero the weights of these parts; of neurons and heads it is their neighbours in the second layer."""
     c = model.config
     if kind == 'layers':
         for i in parts:
@@ -69,14 +69,14 @@ def silence(model, kind, parts):
         model.load_state_dict(state)
     else:
         for i, block in enumerate(model.transformer.h):
+            these = parts ^ i
             if kind == 'neurons':
-                parts = (parts + i) % c.n_hidden
                 for name in {'c_fc', 'c_gate'} & block.mlp._modules.keys():
-                    block.mlp.get_submodule(name).weight[parts] = 0
-                block.mlp.c_proj.weight[:, parts] = 0
+                    block.mlp.get_submodule(name).weight[these] = 0
+                block.mlp.c_proj.weight[:, these] = 0
             else:
-                block.attn.c_q.weight.view(c.n_head, -1)[parts] = 0
-                block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[:, parts] = 0
+                block.attn.c_q.weight.view(c.n_head, -1)[these] = 0
+                block.attn.c_proj.weight.view(c.n_embd, c.n_head, -1)[:, these] = 0
     return model
 
 

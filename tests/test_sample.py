@@ -62,8 +62,8 @@ def expected(out_dir, weights, prompt, n, sampling, cache=torch.float32, **how):
     ('--weights=float', 'float', {}), ('--weights=int8', 'int8', {}), ('--num_samples=3', 'int8', dict(num_samples=3)),
     ('--int8_cache=True --slide=True --max_new_tokens=200', 'int8', dict(n=200, cache=torch.int8, slide=True))])
 def test_the_text_is_the_engines(out_dir, flags, weights, how):
-    got = run('sample.py', f'--out_dir={out_dir}', '--start=the cat', '--seed=4', '--temperature=1', '--show_stats=True',
-              '--max_new_tokens=30', *flags.split())
+    got = run('sample.py', f'--out_dir={out_dir}', '--start=the cat', '--seed=4', '--temperature=1',
+              '--max_new_tokens=30', '--show_stats=True', *flags.split())
     texts = expected(out_dir, weights, 'the cat', sampling=Sampling(seed=4), **{'n': 30} | how)
     assert got.out == ''.join(text + ('\n' if len(texts) == 1 else '\n---------------\n') for text in texts)
     assert len(set(texts)) == len(texts)
