@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,10 +35,14 @@ import torch
 
 import data.loader
 from data.files import release_all
-from data.foreign_tokenizer import byte_characters, merges_of
+from data.foreign.llama import LLAMA as SWITCHES
+from data.foreign_tokenizer import GPT2_PATTERN, byte_characters, merges_of
 from data.tokenizer import BPETokenizer, CharTokenizer, train_bpe
 from data.writer import write_texts
 from model import GPT, GPTConfig
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
+                                    reason='torch.compile needs a C++ compiler on a CPU')
 
 # -----------------------------------------------------------------------------
 # running the scripts
@@ -64,7 +69,8 @@ def run(script, *args, stdin=''):
     The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
     the excepthook of data/knobs.py tells in a line comes back as a status and that line; a traceback is raised here.
     """
-    argv, hook, before = sys.argv, sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    argv, hook = sys.argv, sys.excepthook
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
     sys.argv, sys.stdin, sys.excepthook = [script, *map(str, args)], io.StringIO(stdin), sys.__excepthook__
     try:
@@ -87,17 +93,30 @@ def run(script, *args, stdin=''):
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
 
 
+def result_of(got):
+    """The JSON document that a run which must have succeeded ends with."""
+    assert got.status == 0, got.err
+    return json.loads(got.out.splitlines()[-1])
+
+
 def train(out_dir, *args):
     """A run that must succeed -> its JSON document."""
     got = run('train.py', *TINY, f'--out_dir={out_dir}', *args)
-    assert got.status == 0 and not got.err, got.err
-    return json.loads(got.out.splitlines()[-1])
+    assert not got.err
+    return result_of(got)
 
 
 def start(*args, **how):
     """Python with these arguments in a process of its own -> its Popen."""
     return subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **how)
+
+
+def python(*args, cwd=None, **environment):
+    """Python in a process of its own, which must not wait; what is in environment changes it -> status, out, err"""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | environment)
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 class Here:
@@ -203,6 +222,13 @@ def content(folder):
     """Every file and folder below folder, with what is in it."""
     return {os.path.join(at, name): None if name in folders else open(os.path.join(at, name), 'rb').read()
             for at, folders, files in os.walk(folder) for name in folders + files}
+
+
+def altered(source, folder, **change):
+    """The checkpoint at source with other parts, as folder/best.pt -> the folder."""
+    os.makedirs(folder, exist_ok=True)
+    torch.save(torch.load(source, weights_only=True) | change, f'{folder}/best.pt')
+    return folder
 
 
 def log(out_dir):
@@ -321,7 +347,7 @@ def server(monkeypatch):
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
 # the switches that make the block a Llama's, of a tied model with a last gain, as SmolLM2's
-LLAMA = dict(mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0.0, norm_eps=1e-5, out_proj=True, tie_weights=True)
+LLAMA = SWITCHES | dict(norm_eps=1e-5, out_proj=True, tie_weights=True)
 
 
 def randomise(model, std=0.2):
@@ -343,8 +369,58 @@ def build(tokenizer=CHAR, kv=4, block_size=300, **heads):
                                    n_embd=32, n_kv_head=kv, **heads)))
 
 
-def with_heads(tokenizer, kv, block_size=160):
-    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4)
+def with_heads(tokenizer, kv, block_size=160, **shape):
+    return build(tokenizer, kv, block_size, multi_token_n=3, draft_n=4, **shape)
+
+
+def reference_forward(c, state, idx):
+    """
+    The network of a shape and its tensors written out token by token from the papers' formulas, in float64 and without
+    any of model.py's functions: ids (T,) -> logits (T, vocab_size).
+    """
+    w = {k: v.double() for k, v in state.items()}
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
+    for i in range(c.n_layer):
+        a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
+        h = rms(x)
+        out = torch.zeros(len(idx), c.n_head * c.head_dim, dtype=torch.float64)
+        for head in range(c.n_head):
+            kv = head // (c.n_head // c.n_kv_head)
+            rows, kv_rows = (slice(head * c.head_dim, (head + 1) * c.head_dim),
+                             slice(kv * c.head_dim, (kv + 1) * c.head_dim))
+            q, k, v = h @ a['c_q'][rows].T, h @ a['c_k'][kv_rows].T, h @ a['c_v'][kv_rows].T
+            half = c.head_dim // 2
+            turn = torch.tensor([[t * c.rope_base ** (-2 * j / c.head_dim) for j in range(half)]
+                                 for t in range(len(idx))], dtype=torch.float64)
+            cos, sin = (table.bfloat16().double() if c.rope_bf16 else table for table in (turn.cos(), turn.sin()))
+            q, k = (rms(torch.cat((a * cos + b * sin, b * cos - a * sin), -1))
+                    for a, b in (y.split(half, dim=1) for y in (q, k)))
+            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(
+                torch.ones(len(idx), len(idx)).triu(1).bool(), -math.inf)
+            out[:, rows] = score.softmax(-1) @ v
+        x = x + out @ a['c_proj'].T
+        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).clamp(min=0).square()
+                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
+    return 15 * torch.tanh(rms(x) @ w['lm_head.weight'].T / 15)
+
+
+def batches(n=2, vocab_size=50):
+    """[(x, y)] of noise, 3 rows of 20 tokens each."""
+    ids = torch.randint(vocab_size, (n, 3, 21), generator=torch.Generator().manual_seed(5))
+    return [(x[:, :-1], x[:, 1:]) for x in ids]
+
+
+@torch.no_grad()
+def outputs(model, x=None):
+    """Logits of lm_head and of the heads that there are, of two steps of the draft cell, (N, vocab_size)."""
+    x = batches()[0][0] if x is None else x
+    state = model.trunk(x)
+    states = [state, *(model.multi_token_state(state, i) for i in range(model.config.multi_token_n))]
+    if model.config.draft_n:
+        draft = model.draft_state(state, x)
+        states += [draft, model.draft_state(draft, x.flip(1))]
+    return model.logits(torch.cat(states)).flatten(0, 1)
 
 
 # SmolLM2's chat template, but for what its system line says
@@ -368,6 +444,18 @@ E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_emb
 @pytest.fixture(scope='module')
 def bpe():
     return train_bpe(TEXTS, V)
+
+
+TOK = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])       # in GPT-2's manner
+
+
+def our_llama(turned=False, **shape):
+    """A model of ours that is a Llama. turned: c_out is no diagonal, as after a rotation of the residual stream."""
+    config = GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **SWITCHES | shape)
+    model = randomise(GPT(config), 0.4)
+    if model.config.out_proj and not turned:
+        model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
+    return model
 
 
 def e0_state(rows=V, prefix=''):
@@ -416,6 +504,17 @@ def write_nanogpt(path, state=None, prefix='', **args):
     return str(path)
 
 
+def write_hf_gpt2(folder, **config):
+    """nanogpt_state() as the gpt2 folders of the hub have it: four transposed weights, no prefix, no lm_head, masks."""
+    state = {k.removeprefix('transformer.'): v.t().contiguous() if '.c_' in k and v.ndim == 2 else v
+             for k, v in nanogpt_state().items() if k != 'lm_head.weight'}
+    torch.save(state | {'h.0.attn.bias': torch.ones(1, 1, 24, 24), 'h.0.attn.masked_bias': torch.tensor(-1e4)},
+               folder / 'pytorch_model.bin')
+    (folder / 'config.json').write_text(json.dumps(
+        {'model_type': 'gpt2', 'n_positions': 24, 'vocab_size': 50, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | config))
+    return str(folder)
+
+
 def write_gpt2_tokenizer(folder, tok):
     """vocab.json and merges.txt as GPT-2 has them."""
     tokens, character = [t.encode('latin-1') for t in tok.meta()['ranks']], byte_characters()
@@ -461,6 +560,20 @@ def write_llama(folder, state=None, tok=None, **shape):
     return str(folder)
 
 
+class Evil:
+    """Whoever unpickles it makes the folder."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def flip(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+
+
 def logits_of(model, idx):
     with torch.no_grad():
         return model.logits(model.trunk(idx))
@@ -471,6 +584,9 @@ def far(a, b):
 
 
 def refuses(match, f, *args):
+    """f(*args) says no in one line that matches, which is returned."""
     with pytest.raises((ValueError, AssertionError), match=match) as e:
         f(*args)
-    assert '\n' not in str(e.value)
+    message = str(e.value)
+    assert '\n' not in message and len(message) < 1000
+    return message

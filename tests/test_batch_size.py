@@ -2,7 +2,6 @@
 data/batch_size.py: the search asks little and finds the limit, trials are the training itself, only memory is taken for
 memory.
 """
-import json
 import math
 import re
 import sys
@@ -10,7 +9,7 @@ import sys
 import pytest
 
 import data.batch_size
-from conftest import TINY, run, start
+from conftest import TINY, result_of, run, start
 from data.batch_size import free_memory, largest_that_fits, rows_that_fit
 
 KNOBS = {'block_size': 16, 'total_batch_size': 0, 'n_embd': 16}
@@ -84,11 +83,10 @@ def test_under_a_real_limit(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(data.batch_size, 'free_memory_of', lambda device: 300 * 2**20)
     args = [*TINY, toy, '--n_layer=1', '--n_embd=128', '--block_size=512', '--max_iters=1', f'--total_batch_size={31 * 512}']
     got = run('train.py', *args, '--batch_size=auto', f'--out_dir={tmp_path}/auto')
-    assert got.status == 0, got.err
-    found = json.loads(got.out.splitlines()[-1])
+    found = result_of(got)
     assert found['batch_size'] == 1 and '1 rows fit' in got.err and '31 rows do not fit' in got.err
     number = run('train.py', *args, '--batch_size=1', f'--out_dir={tmp_path}/number')
-    assert json.loads(number.out.splitlines()[-1])['val_loss'] == found['val_loss']
+    assert result_of(number)['val_loss'] == found['val_loss']
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not limit the memory of a process')

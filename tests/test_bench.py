@@ -3,13 +3,9 @@ bench.py on the smallest of runs: the document it ends with, the text it watches
 training, and one line for what cannot work. Nothing here asks how long anything took.
 """
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
-import stat
-import struct
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,16 +14,15 @@ import torch
 
 import data.bench.estimate
 import model as M
-from conftest import (LLAMA, TEXTS, V, Here, e0_state, make_dataset, nanogpt_state, randomise, refused, run,
+from conftest import (LLAMA, TEXTS, TOK, V, e0_state, make_dataset, nanogpt_state, randomise, refused, result_of, run,
                       write_nanochat, write_nanogpt)
 from data.bench.decoding import quality
-from data.bench.estimate import Living, Training, training_bytes
+from data.bench.estimate import Training, training_bytes
 from data.checkpoint import config_from, load_model, save_checkpoint
 from data.foreign.export import export_gguf, export_hf
-from data.foreign_tokenizer import GPT2_PATTERN
 from data.loader import Loader
 from data.machine import autocast
-from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_texts
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
@@ -43,9 +38,7 @@ ROW = {'decoder', 'shape', 'format', 'drafter', 'batch', 'tok_s', 'tok_s_rounds'
 
 def bench(*args):
     """A run that must succeed -> its document."""
-    got = run('bench.py', *SHORT, *args)
-    assert got.status == 0, got.err
-    return json.loads(got.out.splitlines()[-1])
+    return result_of(run('bench.py', *SHORT, *args))
 
 
 @pytest.fixture
@@ -183,86 +176,21 @@ def test_memory(out_dir, monkeypatch):
 # -----------------------------------------------------------------------------
 # other programs
 
-@pytest.fixture
-def no_transformers(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *of: name != 'transformers' and find(name, *of))
-
-
-def test_peers(tmp_path, no_transformers):
-    """
-    Binaries that only keep what they were given: the files must be as long as llama2.c's own reading of their
-    headers says.
-    """
-    for name in ('run', 'runq'):
-        path = tmp_path / name
-        path.write_text('#!/bin/sh\n'
-                        'head -c 64 "$1" > "$0.head"\nwc -c < "$1" > "$0.size"\nwc -c < "$3" > "$0.tokenizer"\n'
-                        'echo "$@" > "$0.args"\necho "achieved tok/s: 1234.5" >&2\n')
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    got = run('bench.py', *SHORT, '--formats=f32', '--peers=True', f'--llama2c={tmp_path}')
-    assert got.status == 0, got.err
-    assert 'pip install transformers' in got.err
-    rows = {(r['decoder'], r['format']): r for r in json.loads(got.out.splitlines()[-1])['rows']}
-    assert list(rows)[2:] == [('picochat alone', 'f32'), ('llama2.c', 'f32'), ('llama2.c', 'int8')]
-    ours, theirs = rows['picochat alone', 'f32'], rows['llama2.c', 'int8']
-    assert theirs['tok_s'] == 1234.5 and abs(theirs['params'] / ours['params'] - 1) < 0.02
-    assert theirs['ratio_plain_f32'] == pytest.approx(1234.5 / ours['tok_s_rounds'][-1], rel=1e-3)
-
-    head = {name: (tmp_path / f'{name}.head').read_bytes() for name in ('run', 'runq')}
-    dim, hidden, layers, heads, kv, vocab, places = header = struct.unpack('<7i', head['run'][:28])
-    assert header == (192, 256, 3, 4, 4, -65, 256)      # a negative vocabulary: its classifier is not its embedding
-    assert struct.unpack('<2I7iBi', head['runq'][:41]) == (0x616b3432, 2, *header[:5], 65, places, 0, 64)
-    matrices = layers * (2 * dim * dim + 2 * dim * dim * kv // heads + 3 * dim * hidden) - 2 * vocab * dim
-    norms = (2 * layers + 1) * dim
-    assert int((tmp_path / 'run.size').read_text()) == 28 + 4 * (matrices + norms + places * dim // heads)
-    assert int((tmp_path / 'runq.size').read_text()) == 256 + 4 * norms + matrices + 4 * matrices // 64
-    assert matrices + norms == theirs['params'] and int((tmp_path / 'run.tokenizer').read_text()) == 4 + 9 * 65
-    assert (tmp_path / 'runq.args').read_text().split()[-4:] == ['-t', '0', '-n', '18']
-
-
 def test_transformers_as_a_peer():
     pytest.importorskip('transformers')
-    got = run('tests/peers.py', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1')
-    assert got.status == 0, got.err
-    rows = json.loads(got.out.splitlines()[-1])['rows']
+    rows = result_of(run('tests/peers.py', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1'))['rows']
     assert [(r['decoder'], r['format']) for r in rows] == [('transformers', 'f32'), ('transformers', 'bf16')]
-
-
-def test_nanochat_as_a_peer(tmp_path, no_transformers):
-    """A nanochat that only counts: it gets our shape and prompt, and as many tokens are asked of it."""
-    (tmp_path / 'nanochat').mkdir()
-    (tmp_path / 'nanochat' / 'gpt.py').write_text(
-        'import torch\nclass GPTConfig:\n    def __init__(self, **shape): self.shape = shape\n'
-        'class GPT(torch.nn.Module):\n    def __init__(self, c):\n        super().__init__()\n'
-        '        assert c.shape == dict(\n'
-        '            sequence_len=256, vocab_size=65, n_layer=3, n_head=4, n_kv_head=1, n_embd=192)\n'
-        '        self.w = torch.nn.Parameter(torch.zeros(7))\n')
-    (tmp_path / 'nanochat' / 'engine.py').write_text(
-        'from nanochat.checkpoint_manager import load_model\nimport time\nclass Engine:\n'
-        '    def __init__(self, model, tokenizer): assert tokenizer.get_bos_token_id() == -1\n'
-        '    def generate(self, tokens, max_tokens, temperature):\n'
-        '        assert len(tokens) == 8 and temperature == 0\n'
-        '        for i in range(max_tokens):\n            yield [0], [1]\n            time.sleep(0.01)\n')
-    args = ['--n_kv_head=1', '--prompt_tokens=8', '--new_tokens=6', '--rounds=1', f'--nanochat={tmp_path}']
-    got = run('tests/peers.py', *args)
-    assert got.status == 1 and 'n_hidden (384) 4 * n_embd (192)' in got.err.splitlines()[-1]
-    got = run('tests/peers.py', *args, '--n_hidden=768')
-    assert got.status == 0, got.err
-    row = json.loads(got.out.splitlines()[-1])['rows'][-1]
-    assert row['decoder'] == 'nanochat' and row['params'] == 7 and 0 < row['tok_s_rounds'][0] < 100
 
 
 @pytest.fixture(scope='module')
 def llama_dir(tmp_path_factory):
     """A Llama and its BPE. It writes printable tokens only, as llama.cpp does not tell what no text can show."""
-    tokenizer = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
     shape = LLAMA | dict(out_proj=False, n_layer=2, n_head=2, n_embd=32, n_hidden=64, vocab_size=V, block_size=64)
     model, folder = randomise(GPT(GPTConfig(**shape)), 0.4), tmp_path_factory.mktemp('llama')
     for i in range(V):
-        if i in tokenizer.special_ids or not all(32 <= byte < 127 for byte in tokenizer.decode_bytes([i])):
+        if i in TOK.special_ids or not all(32 <= byte < 127 for byte in TOK.decode_bytes([i])):
             model.transformer.wte.weight.data[i] = 0
-    save_checkpoint(f'{folder}/best.pt', model, tokenizer.meta())
+    save_checkpoint(f'{folder}/best.pt', model, TOK.meta())
     return str(folder)
 
 
@@ -299,63 +227,10 @@ def test_others_write_the_same_text_with_the_same_weights(llama_dir, tmp_path):
                     ('llama.cpp', 'f16', export_gguf(model, tokenizer, f'{tmp_path}/f16.gguf', 'f16'))):
         got = run('tests/same_weights.py', f'--shape={llama_dir}', '--threads=1', f'--program={json.dumps(program)}',
                   stdin=json.dumps({'prompt': prompt, 'n': 12, 'text': True}))
-        answer = json.loads(got.out.splitlines()[-1])
+        answer = result_of(got)
         assert answer['text'] == expected, program
         assert answer['tok_s'] > 0 and answer['first_seconds'] > 0
     assert len(set(expected)) > 3
-
-
-class Talk(Here):
-    """A program of tests/same_weights.py that answers at once, every time faster, each at a rate of its own."""
-    def __init__(self, command, **how):
-        program = [word for word in command if str(word).startswith('--program=')]
-        if not program:
-            super().__init__(command, **how)
-            return
-        self.stdin = self.stdout = self
-        self.rate, self.asked = {'picochat': 8, 'transformers': 2, 'llama.cpp': 4}[json.loads(program[0][10:])[0]], 0
-
-    def write(self, line):
-        self.request, self.asked = json.loads(line), self.asked + 1
-
-    def __iter__(self):
-        n, rate = len(self.request['prompt']), self.rate * self.asked
-        assert (n, self.request['n']) in ((6, 12), (63, 1))                 # the context is of 64
-        yield b'what else it says'
-        yield json.dumps({'first_seconds': n / rate, 'tok_s': rate, 'memory_bytes': 2**20,
-                          'text': [1, 2, self.rate] if self.request['text'] else None}).encode()
-
-
-@pytest.mark.parametrize('there', [True, False])
-def test_rounds_beside_others(llama_dir, tmp_path, monkeypatch, there):
-    pytest.importorskip('gguf'), pytest.importorskip('safetensors')
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec',
-                        lambda name, *of: there if name in ('transformers', 'xllamacpp') else find(name, *of))
-    monkeypatch.setattr(subprocess, 'Popen', Talk)
-    (tmp_path / 'mine.gguf').write_text('')
-    tool = tmp_path / 'llama-bench'
-    tool.write_text('#!/bin/sh\necho "$@" > "$0.args"\n'
-                    """echo '[{"n_gen": 0, "avg_ts": 100.5}, {"n_gen": 12, "avg_ts": 50}]'\n""")
-    tool.chmod(0o700)
-    document = bench(f'--shape={llama_dir}', '--formats=int8', '--peers=True', '--rounds=2', '--recompute=False',
-                     f'--gguf={tmp_path}/mine.gguf', f'--llamacpp={tmp_path}')
-    rows = {(r['decoder'], r['format']): r for r in document['rows'][2:]}
-    kinds = ['f16', 'q8_0', 'q4_0', 'mine']
-    names = [('picochat alone', 'f32'), ('picochat alone', 'int8')]
-    if there:
-        names += [('transformers', 'f32'), ('transformers', 'bf16')] + [('llama.cpp', kind) for kind in kinds]
-    assert list(rows) == names + [('llama-bench', kind) for kind in kinds]
-    row = rows['llama-bench', 'mine']
-    assert (row['prompt_tok_s'], row['tok_s'], row['same'], row['params']) == (100.5, 50, None, None)
-    assert row['memory_bytes'] > 2**16 and rows['llama-bench', 'q8_0']['params'] == document['rows'][0]['params']
-    assert (tmp_path / 'llama-bench.args').read_text().split()[1:] == (
-        f'{tmp_path}/mine.gguf -n 12 -t {torch.get_num_threads()} -r 1 -o json -p 63'.split())
-    if there:
-        row = rows['llama.cpp', 'q8_0']
-        assert row['ours_over_it'] == row['prompt_ours_over_it'] == pytest.approx({'f32': 2, 'int8': 2})
-        assert row['ratio_plain_f32'] == 0.5 and row['memory_bytes'] == 2**20 and row['same'] == 2
-        assert rows['transformers', 'bf16']['ours_over_it']['int8'] == 4
 
 
 def test_train_mode(tmp_path):
@@ -394,21 +269,6 @@ def knobs_of_training(**changed):
 def shape_of(t, vocab_size=1000):
     shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
     return config_from(shape | {'vocab_size': vocab_size}, 'the test')
-
-
-def test_living_counts_what_exists():
-    with Living() as living:
-        a = torch.zeros(1000)
-        b = a.view(10, 100) + 1                                      # a view takes nothing
-        assert (living.now, living.peak) == (8000, 8000)
-        del a
-        assert living.now == 4000
-        b = b.exp() * 2         # b, its exponential and twice that: 12,000 at most, 4,000 afterwards
-        assert (living.now, living.peak) == (4000, 12000)
-        b.mul_(3)
-        assert (living.now, living.peak) == (4000, 12000)
-    del b
-    assert living.now == 0
 
 
 @pytest.mark.parametrize('changed', [
@@ -468,7 +328,7 @@ TOY = ['--n_layer=1', '--n_head=1', '--n_embd=64', '--block_size=64', '--batch_s
        '--compile=False', '--device=cpu', '--dtype=float32']
 
 
-def test_plan(monkeypatch, tmp_path):
+def test_plan(monkeypatch):
     """
     Against arithmetic by hand: 49,152 weights in the trunk and 1,000 rows of 64 that are multiplied, 64 keys for each
     of 64 channels.
@@ -490,19 +350,6 @@ def test_plan(monkeypatch, tmp_path):
     assert [r['fits'] for r in rows.values()] == [True] * (len(rows) - 1) + [False]
     assert [r['peak'] <= 0.9 * 40e7 for r in rows.values()] == [r['fits'] for r in rows.values()]
     assert rows[4]['optimizer'] == 4 * 49152 + 8 * 128000 + 8 and rows[4]['cache'] == 4 * 64 * 2 * 64 * 4
-
-    # with no data, and without reading the teacher's files
-    os.mkdir(tmp_path / 'd2')
-    document = bench('--mode=memory', '--plan=True', 'config/distill_d12_mqa.py', '--n_layer=2',
-                     f'--teacher=nanochat:{tmp_path}/d2', '--multi_token_n=0', '--draft_n=0', '--gpu=a100-40')
-    teacher = 2 * (2 * 12 * 128**2 + 65536 * 128) + 4 * 2 * 128 * 1024
-    student = 3 * (2 * (2 * (10 * 768**2 + 2 * 768 * 128) + 65536 * 768) + 4 * 2 * 768 * 1024)
-    assert document['flops_per_token'] == teacher + student
-    assert document['rows'][0]['teacher'] == 2 * (2 * 12 * 128**2 + 65536 * 128) + 4 * 65536 * 128
-    assert document['assumed'] is True and document['dollars'] is None
-    # compiled, as it will run, a step takes more than the estimate
-    for row in document['rows']:
-        assert row['compiled'] == pytest.approx(1.9 * row['peak']) and row['fits'] == (row['compiled'] <= 0.9 * 40e9)
 
 
 def test_proposed_shapes():
@@ -547,50 +394,10 @@ def test_plot(tmp_path, monkeypatch):
     assert document['file'] == f'{tmp_path}/losses.png' and (tmp_path / 'losses.png').read_bytes()[:4] == b'\x89PNG'
 
 
-@pytest.mark.parametrize('flags, pattern', [
-    ('--mode=decoed', r"mode \(decoed\) must be one of decode"),
-    ('--shape=d13', r"shape \(d13\) must be tiny, d12, or the out_dir of a trained model"),
-    ('--shape=data', 'no checkpoint at data/best.pt'),
-    ('--mode=quality', r'shape \(tiny\) has random weights'),
-    ('--formats=f32,int3', r"formats \(f32,int3\) must be of f32, .*'int3' is not"),
-    ('--formats=', 'formats'),
-    ('--drafters=none,luck', r"drafters .* none, head, mtp, ngram, random; 'luck' is not"),
-    ('--shape={} --drafters=head,mtp', r'drafter \(mtp\) needs a model with a multi_token head, which .* has not'),
-    ('--batches=1,0', r'batches \(1,0\)'),
-    ('--draft_n=16', r'draft_n \(16\) must be an int of at least 1 and at most 15'),
-    ('--new_tokens=400', r'prompt_tokens \(6\) \+ new_tokens \(400\) do not fit the context of 256'),
-    ('--device=nowhere', r'device \(nowhere\) cannot be used here'),
-    ('--llama2c=data', 'measured with --peers=True'),
-    ('--peers=True --gguf=nowhere.gguf', 'no GGUF file at nowhere.gguf'),
-    ('--peers=True --gguf=bench.py --llamacpp=data', r'llamacpp \(data\) has no llama-bench: .*cmake'),
-    ('--peers=True --llama2c=data', r'llama2c \(data\) has no run: .*gcc'),
-    ('--bacthes=1', 'unknown key'),
-    ('--mode=train --muon_rl=1', 'unknown key .*muon_lr'),
-    ('--mode=train --batch_size=auto', r'batch_size \(auto\) must be an int'),
-    ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)'),
-    ('{}/plan.py', 'mode .memory. must be said on the command line, --mode=memory')])
-def test_bad_knobs(out_dir, flags, pattern):
-    with open(f'{out_dir}/plan.py', 'w') as f:
-        f.write("mode = 'memory'\n")
-    got = run('bench.py', *SHORT, *flags.replace('{}', out_dir).split())
-    got.err = ''.join(line for line in got.err.splitlines(keepends=True) if 'pip install' not in line)
-    assert not got.out
-    refused(got, pattern)
-
-
 @pytest.mark.parametrize('flags, changed, pattern', [
     ('--mode=train', dict(dataset='nowhere'), 'data/nowhere is not prepared, .*--vocab_size=4096'),
-    ('--mode=train --vocab_size=65', dict(n_embd=30, n_head=4), r'n_embd \(30\) is not a multiple of n_head \(4\)'),
     ('--mode=train --vocab_size=65 --nanogpt=data', {}, r'nanogpt \(data\) must be the folder of a copy of .*/nanoGPT'),
     ('--mode=train --vocab_size=65', dict(teacher='random:d2'), r'teacher random:d2 has a vocabulary of 65,536')])
 def test_bad_trainings(flags, changed, pattern):
     child = json.dumps(vars(knobs_of_training(**changed)))
     refused(run('bench.py', '--steps=1', '--rounds=1', *flags.split(), f'--child={child}'), pattern)
-
-
-@pytest.mark.parametrize('flags, pattern', [
-    ('--gpu=h1', r'gpu \(h1\) must be one of a100-40'), ('--target_params=many', r'target_params \(many\) must be'),
-    ('--vocab_size=65536 --target_params=1K', r'target_params \(1K\) are too few'),
-    ('--target_params=1000B', r'target_params \(1000B\) .* too many')])
-def test_bad_plans(flags, pattern):
-    refused(run('bench.py', '--mode=memory', '--plan=True', '--vocab_size=65', *flags.split()), pattern)

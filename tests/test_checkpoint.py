@@ -1,24 +1,21 @@
 """
-data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused; a full disk loses
-nothing.
+data/checkpoint.py: what is saved is what is loaded; what is damaged, foreign or hostile is refused, also weights that
+are no numbers, by all scripts; what they could not measure is null.
 """
 import copy
 import json
 import math
 import os
 import resource
-import signal
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
 
-from conftest import SMALL, randomise
+from conftest import SMALL, TINY, Evil, altered, content, randomise, refused, refuses, run, train
 from data.checkpoint import (checksum, load_checkpoint, load_model, read_safetensors, save_checkpoint,
                              write_safetensors)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LossTotal
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -30,18 +27,15 @@ def test_checkpoint_round_trip(tmp_path):
             and again.config == model.config)
 
 
-class Evil:
-    """Unpickled by an ordinary load, it makes a folder."""
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
+def saved(folder):
+    """A small checkpoint -> its path."""
+    path = f'{folder}/best.pt'
+    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    return path
 
 
 def test_bad_checkpoints_are_refused(tmp_path):
-    path = f'{tmp_path}/ckpt.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    path = saved(tmp_path)
     good = open(path, 'rb').read()
     torch.save({'model': {}, 'iter_num': 3}, f'{tmp_path}/foreign.pt')
     torch.save({'picochat': Evil(f'{tmp_path}/made')}, f'{tmp_path}/evil.pt')
@@ -49,9 +43,9 @@ def test_bad_checkpoints_are_refused(tmp_path):
     cases = {'missing.pt': (None, 'train one first'), 'foreign.pt': (None, 'iter_num'), 'evil.pt': (None, 'refused'),
              'short.pt': (good[:middle], 'not a whole'), 'empty.pt': (b'', 'not a whole'),
              'flipped.pt': (good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1:], 'expected the checksum')}
-    for name, (content, expected) in cases.items():
-        if content is not None:
-            open(f'{tmp_path}/{name}', 'wb').write(content)
+    for name, (written, expected) in cases.items():
+        if written is not None:
+            open(f'{tmp_path}/{name}', 'wb').write(written)
         with pytest.raises(ValueError, match=expected) as e:
             load_checkpoint(f'{tmp_path}/{name}')
         assert '\n' not in str(e.value)
@@ -68,23 +62,6 @@ def test_bad_checkpoints_are_refused(tmp_path):
     assert refusals > 60
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    path = f'{tmp_path}/ckpt.pt'
-    model = GPT(GPTConfig(**SMALL))
-    save_checkpoint(path, model, {}, step=1)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        # the system refuses to write more, as a full disk does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ValueError, match='kept'):
-            save_checkpoint(path, model, {}, step=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, old)
-    assert load_checkpoint(path)['step'] == 1 and os.listdir(tmp_path) == ['ckpt.pt']
-
-
 def test_the_container_of_integers(tmp_path):
     """The safetensors layout: the package reads it, if it is there; so do we; a flipped bit is refused."""
     path = f'{tmp_path}/x.safetensors'
@@ -97,22 +74,10 @@ def test_the_container_of_integers(tmp_path):
     with pytest.raises(ValueError, match='of format theirs'):
         read_safetensors(path, 'theirs')
     whole = open(path, 'rb').read()
-    for at in (20, len(whole) - 1):
-        open(path, 'wb').write(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-        with pytest.raises(ValueError, match='damaged|not a whole'):
-            read_safetensors(path, 'ours')
-
-
-def test_weights_that_are_no_numbers_are_refused(tmp_path):
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    for number, name in ((math.nan, 'lm_head.weight'), (-math.inf, 'transformer.h.1.mlp.c_fc.weight')):
-        state = torch.load(path, weights_only=True)
-        state['model'][name][3, 2] = number
-        torch.save(state, f'{tmp_path}/worse.pt')
-        for load in (load_checkpoint, load_model):
-            with pytest.raises(ValueError, match=f'worse.pt .*: 1 of the .* numbers of {name} are NaN or infinite'):
-                load(f'{tmp_path}/worse.pt')
+    for damaged in (whole[:20] + bytes([whole[20] ^ 1]) + whole[21:], whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-9],
+                    whole[:50], b'', b'PK' + whole):
+        open(path, 'wb').write(damaged)
+        refuses('damaged|not a whole', read_safetensors, path, 'ours')
 
 
 @pytest.mark.parametrize('prefix, how', [
@@ -143,53 +108,9 @@ def test_other_ways_to_save(tmp_path, prefix, how):
             load_model(path)
 
 
-@pytest.mark.parametrize('change, match', [
-    (dict(block_size=2_000_000), r'its block_size \* head_dim is 16,000,000'),
-    (dict(block_size=10**12), 'its block_size'),
-    (dict(n_layer=2000), 'its n_layer is 2,000, .* at most 2'),
-    (dict(n_embd=10**12), 'its n_embd is'),
-    (dict(vocab_size=10**30), 'vocab_size is 1000'), (dict(rope_base=10**30), 'rope_base is 1000'),
-    (dict(n_hidden=129), r'c_fc.weight is \(128, 32\) instead of \(129, 32\)'),
-    (dict(draft_hidden_mult=math.inf), 'draft_hidden_mult is inf'),
-    (dict(n_layer='2'), "n_layer is '2'"),
-    ([2, 4], 'does not say its shape')])
-def test_a_shape_that_the_file_does_not_hold_takes_no_memory(tmp_path, change, match):
-    """Refused before a model of that shape is made."""
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    state = torch.load(path, weights_only=True)
-    state['config'] = state['config'] | change if isinstance(change, dict) else change
-    torch.save(state, path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=match) as e:
-        load_model(path)
-    assert '\n' not in str(e.value)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8000       # kB
-
-
-@pytest.mark.parametrize('change, match', [
-    (lambda s: s['model'].pop('lm_head.weight'), 'lm_head.weight is missing'),
-    (lambda s: s['model'].update(more=torch.ones(1)), 'more is unknown'),
-    (lambda s: s['model'].update({'lm_head.weight': torch.ones(50, 32).int()}), 'is torch.int32 instead of'),
-    (lambda s: s['model'].update({'lm_head.weight': torch.ones(1, 1).expand(50, 32)}), 'fewer are there'),
-    (lambda s: s.update(model={1: torch.ones(1)}), 'expected tensors by their names'),
-    (lambda s: s.update(model=torch.ones(1)), 'found Tensor'),
-    (lambda s: s.pop('config'), r"expected the keys .* found \['model'"),
-    (lambda s: s.update({1: s.pop('model')}), r"expected the keys .* found \['1', 'config'")])
-def test_tensors_that_are_not_those_of_the_shape(tmp_path, change, match):
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    state = torch.load(path, weights_only=True)
-    change(state)
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=match):
-        load_model(path)
-
-
 def test_a_compressed_archive_is_refused(tmp_path):
     """torch.save compresses nothing: what is small on the disk stays small in memory."""
-    path, small = f'{tmp_path}/best.pt', f'{tmp_path}/small.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    path, small = saved(tmp_path), f'{tmp_path}/small.pt'
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as packed:
         for name in whole.namelist():
             packed.writestr(name, whole.read(name))
@@ -224,31 +145,67 @@ def again_and_again():
     return x
 
 
-@pytest.mark.parametrize('more, match', [
-    ({in_pairs(14): 1}, 'it has a tuple of more than 10,000 values'),       # with 40, torch.load never comes back
-    (in_pairs(14), 'it has a tuple of more than 10,000 values'),
-    ([{(1, 2): 3}], 'a key in it is a tuple'),
-    ({1.5: 3}, 'a key in it is a float'),
-    ({None: 3}, 'a key in it is a NoneType'),
-    ({torch.ones(1): 3}, 'a key in it is a Tensor'),
-    ({'a', 'b'}, 'it names __builtin__.set'),
-    (b'x', 'it names _codecs.encode'),
-    (Asks(), 'it names __builtin__.bytearray'),
-    (torch.eye(3).to_sparse(), 'it names torch._utils._rebuild_sparse_tensor'),
-    (torch.ones(3, device='meta'), 'it names torch._utils._rebuild_meta_tensor_no_storage'),
-    (torch.ones(3).to(torch.float8_e5m2), 'it names torch.float8_e5m2'),
-    (in_itself(), 'the same values again and again'),
-    (again_and_again(), 'the same values again and again'),
-    ([torch.ones(300, 300).expand(90, 300, 300)], '0 says that it has 8,100,000 numbers, and fewer are there'),
-    ([*torch.ones(300, 300).expand(9, 300, 300)], 'its tensors have 3,.* bytes, and the file has')])
+def shape(**change):
+    return lambda state: state['config'].update(change)
+
+
+def weight(t):
+    return lambda state: state['model'].update({'lm_head.weight': t})
+
+
+def more(value):
+    return lambda state: state.update(more=value)
+
+
+@pytest.mark.parametrize('change, match', [
+    # refused before a model of that shape is made
+    (shape(block_size=2_000_000), r'its block_size \* head_dim is 16,000,000'),
+    (shape(block_size=10**12), 'its block_size'),
+    (shape(n_layer=2000), 'its n_layer is 2,000, .* at most 2'),
+    (shape(n_embd=10**12), 'its n_embd is'),
+    (shape(vocab_size=10**30), 'vocab_size is 1000'),
+    (shape(rope_base=10**30), 'rope_base is 1000'),
+    (shape(n_hidden=129), r'c_fc.weight is \(128, 32\) instead of \(129, 32\)'),
+    (shape(draft_hidden_mult=math.inf), 'draft_hidden_mult is inf'),
+    (shape(n_layer='2'), "n_layer is '2'"),
+    (lambda s: s.update(config=[2, 4]), 'does not say its shape'),
+    # other tensors than those of the shape, or no numbers
+    (lambda s: s['model'].pop('lm_head.weight'), 'lm_head.weight is missing'),
+    (lambda s: s['model'].update(more=torch.ones(1)), 'more is unknown'),
+    (weight(torch.ones(50, 32).int()), 'is torch.int32 instead of'),
+    (weight(torch.ones(1, 1).expand(50, 32)), 'fewer are there'),
+    (weight(torch.full((50, 32), math.nan)), '1,600 of the 1,600 numbers of lm_head.weight are NaN or infinite'),
+    (weight(torch.ones(50, 32).index_fill(0, torch.tensor([3]), -math.inf)), '32 of the 1,600 numbers of lm_head'),
+    (lambda s: s.update(model={1: torch.ones(1)}), 'expected tensors by their names'),
+    (lambda s: s.update(model=torch.ones(1)), 'found Tensor'),
+    (lambda s: s.pop('config'), r"expected the keys .* found \['model'"),
+    (lambda s: s.update({1: s.pop('model')}), r"expected the keys .* found \['1', 'config'"),
+    # more than a checkpoint holds
+    (more({in_pairs(14): 1}), 'it has a tuple of more than 10,000 values'),     # with 40, torch.load never comes back
+    (more(in_pairs(14)), 'it has a tuple of more than 10,000 values'),
+    (more([{(1, 2): 3}]), 'a key in it is a tuple'),
+    (more({1.5: 3}), 'a key in it is a float'),
+    (more({None: 3}), 'a key in it is a NoneType'),
+    (more({torch.ones(1): 3}), 'a key in it is a Tensor'),
+    (more({'a', 'b'}), 'it names __builtin__.set'),
+    (more(b'x'), 'it names _codecs.encode'),
+    (more(Asks()), 'it names __builtin__.bytearray'),
+    (more(torch.eye(3).to_sparse()), 'it names torch._utils._rebuild_sparse_tensor'),
+    (more(torch.ones(3, device='meta')), 'it names torch._utils._rebuild_meta_tensor_no_storage'),
+    (more(torch.ones(3).to(torch.float8_e5m2)), 'it names torch.float8_e5m2'),
+    (more(in_itself()), 'the same values again and again'),
+    (more(again_and_again()), 'the same values again and again'),
+    (more([torch.ones(300, 300).expand(90, 300, 300)]), '0 says that it has 8,100,000 numbers, and fewer are there'),
+    (more([*torch.ones(300, 300).expand(9, 300, 300)]), 'its tensors have 3,.* bytes, and the file has')])
 @pytest.mark.parametrize('zipped', [True, False])
-def test_what_no_checkpoint_holds(tmp_path, more, match, zipped):
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    torch.save(torch.load(path, weights_only=True) | {'more': more}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=f'best.pt was refused .*{match}') as e:
-        load_checkpoint(path)
-    assert '\n' not in str(e.value)
+def test_what_no_checkpoint_holds(tmp_path, change, match, zipped):
+    path = saved(tmp_path)
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refuses(match, load_model, path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8000       # kB
 
 
 @pytest.mark.parametrize('pickled, match', [
@@ -270,8 +227,7 @@ def test_pickles_that_torch_does_not_write(tmp_path, pickled, match):
 
 @pytest.mark.parametrize('how', ['one header', 'one name'])
 def test_members_of_an_archive_share_nothing(tmp_path, how):
-    path, odd = f'{tmp_path}/best.pt', f'{tmp_path}/odd.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    path, odd = saved(tmp_path), f'{tmp_path}/odd.pt'
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(odd, 'w') as z:
         for name in whole.namelist():
             z.writestr(name, whole.read(name))
@@ -287,8 +243,7 @@ def test_members_of_an_archive_share_nothing(tmp_path, how):
 
 def test_large_numbers_are_numbers(tmp_path):
     """Whose sum is infinite, and none of them is."""
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
+    path = saved(tmp_path)
     state = torch.load(path, weights_only=True)
     for dtype, number in ((torch.float32, 3e38), (torch.float16, 6e4), (torch.bfloat16, -3e38), (torch.float64, 1e300)):
         state['model']['lm_head.weight'] = torch.full((50, 32), number, dtype=dtype)
@@ -298,14 +253,6 @@ def test_large_numbers_are_numbers(tmp_path):
         torch.save(state, path)
         with pytest.raises(ValueError, match='1 of the 1,600 numbers of lm_head.weight are NaN'):
             load_checkpoint(path)
-
-
-def test_loading_needs_no_compiler(tmp_path):
-    """To import it takes a second, and PyTorch does so for what is computed without memory."""
-    path = f'{tmp_path}/best.pt'
-    save_checkpoint(path, GPT(GPTConfig(**SMALL)), {})
-    code = f'import sys, data.checkpoint as c; c.load_model({path!r}); sys.exit("torch._dynamo" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
 def header(tensors, metadata=None, data=b'\0' * 12):
@@ -350,3 +297,59 @@ def test_a_container_of_nothing_but_header_is_refused(tmp_path):
     path.write_bytes(header({}, {'format': 'ours', 'x': 'y' * 9_000_000}, b''))
     with pytest.raises(ValueError, match='not a whole'):
         read_safetensors(path, 'ours')
+
+
+# -----------------------------------------------------------------------------
+# the scripts
+
+@pytest.fixture(scope='module')
+def out(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('out')
+    train(folder, toy, '--max_iters=30', '--eval_interval=0')
+    return folder
+
+
+SCRIPTS = {
+    'train.py': [*TINY, '--eval_interval=1', '--max_iters=2', '--out_dir={new}'],
+    'quantize.py': ['--out_dir={out}', '--save_dir={new}'],
+    'prune.py': ['--out_dir={out}', '--save_dir={new}', '--neuron_prune_ratio=0.5', '--calibration_batches=1']}
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_what_could_not_be_measured_is_null(script, out, toy, tmp_path, monkeypatch):
+    """Weights whose loss is no number, though they are: every document says null, and so does what is recorded."""
+    nothing = {'loss': math.nan, 'bpb': math.inf, 'tokens': 9}
+    monkeypatch.setattr(LossTotal, 'result', lambda self: nothing)
+    args = [arg.format(out=out, new=tmp_path) for arg in SCRIPTS[script]]
+    got = run(script, toy, *args)
+    assert got.status == 0, got.err
+    document = json.loads(got.out.splitlines()[-1], parse_constant=pytest.fail)
+    assert sum(value is None for value in document.values()) >= 2
+    if script != 'train.py':                    # which has no best.pt of such losses
+        recorded = json.loads((tmp_path / 'made.json').read_text(), parse_constant=pytest.fail)
+        assert document in [entry['document'] for entry in recorded.values()]
+
+
+LOADERS = {
+    'sample.py': ['--out_dir={}', '--start=the', '--max_new_tokens=5'],
+    'quantize.py': ['--out_dir={}'],
+    'quantize.py --bits=4': ['--out_dir={}', '--bits=4'],
+    'prune.py': ['--out_dir={}', '--save_dir={}/new', '--neuron_prune_ratio=0.5'],
+    'distill.py': ['--teacher={}', '--out_dir={}/new', '--compile=False'],
+    'distill.py --to_picochat': ['--teacher={}', '--to_picochat={}/new'],
+    'train.py --teacher': [*TINY, '--teacher={}', '--out_dir={}/new'],
+    'train.py --init_from': [*TINY, '--init_from={}/best.pt', '--out_dir={}/new']}
+
+
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+@pytest.mark.parametrize('what', LOADERS)
+def test_every_script_refuses_weights_that_are_no_numbers(what, number, out, toy, tmp_path):
+    model = torch.load(out / 'best.pt', weights_only=True)['model']
+    model['transformer.h.0.mlp.c_fc.weight'][0, 0] = number
+    altered(out / 'best.pt', tmp_path, model=model)
+    before = content(tmp_path)
+    script, args = what.split()[0], [arg.format(tmp_path) for arg in LOADERS[what]]
+    got = run(script, *args, *[toy] * (script == 'train.py'))
+    refused(got, 'best.pt is of no use: 1 of the 1,024 numbers of transformer.h.0.mlp.c_fc.weight are NaN or infinite')
+    after = {path: was for path, was in content(tmp_path).items() if was is not None and not path.endswith('.lock')}
+    assert after == before and got.out == ''

@@ -3,7 +3,6 @@ On a GPU: what it computes equals what the CPU does, rounds compiled into CUDA g
 scripts run there. Skipped where there is none.
 """
 import copy
-import json
 import os
 
 import pytest
@@ -12,7 +11,7 @@ from torch._inductor.cudagraph_trees import get_manager
 
 import data.rounding as R
 import quantize as Q
-from conftest import CHAR, make_dataset, run, train, with_heads
+from conftest import CHAR, make_dataset, result_of, run, train, with_heads
 from data.layouts import PackedLinear, for_decoding
 from data.sampling import first_difference
 from engine import Engine, Sampling, Speculation
@@ -115,7 +114,7 @@ def test_the_scripts_run_there(tmp_path):
     for script, *knobs in (('quantize.py',), ('quantize.py', '--bits=4', '--method=gptq'),
                            ('prune.py', '--neuron_prune_ratio=0.5', '--importance=obs')):
         done = run(script, out, '--device=cuda', *knobs)
-        assert done.status == 0 and json.loads(done.out.splitlines()[-1]), done.err
+        assert done.status == 0 and result_of(done), done.err
     said = [run('sample.py', out, '--device=cuda', '--start=the', '--weights=int8', '--max_new_tokens=10',
                 f'--compile={how}', '--drafter=head') for how in (False, True)]
     assert all(len(got.out) > 3 and got.status == 0 for got in said), said[1].err

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, TINY, V, largest_difference, refused, run, toy_text, train, write_nanochat, write_nanogpt
+from conftest import TINY, altered, largest_difference, refused, result_of, run, train, write_nanogpt
 
 import model as model_file
 from data.checkpoint import load_checkpoint
@@ -24,10 +24,9 @@ from data.judge import check_reading, loss_on_text
 from data.labels import Labels, Recipe, choose_labels, fit_temperature, write_labels
 from data.loader import Loader, held_out
 from data.teachers import Teacher, check_teachers, in_bfloat16, load_teacher, load_teachers, teacher_names
-from data.tokenizer import from_meta, train_bpe
-from data.writer import write_dataset
+from data.tokenizer import from_meta
 from distill import DIVERGENCES, Distiller, make_learner
-from model import GPT, GPTConfig, shift
+from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
 
@@ -123,43 +122,6 @@ def test_labels_that_say_all_teach_what_the_teacher_teaches(small_chunks):
     assert all(close(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(beside, labelled))
 
 
-@pytest.mark.parametrize('labelled', [False, True])
-def test_losses_do_not_change_when_batch_or_length_doubles(labelled):
-    student = random_model(block_size=32, multi_token_n=2, draft_n=2)
-    teacher = random_model(1, block_size=32)
-    # without attention a token's losses depend on itself alone
-    for m in (student, teacher):
-        for block in m.transformer.h:
-            torch.nn.init.zeros_(block.attn.c_proj.weight)
-    idx, y = batch()
-    labels = (torch.randint(23, (3, 16, 5)), torch.full((3, 16, 5), 0.2), torch.rand(3, 16)) if labelled else ()
-    f = Distiller(student, [teacher])
-    everything, own = ('ce', 'kl', 'multi_token', 'draft'), ('ce', 'kl')
-
-    def doubled(dim):
-        return f(*(torch.cat((t, t), dim) for t in (idx, y, *labels)))
-
-    once = f(idx, y, *labels)
-    assert all(close(once[k], doubled(0)[k]) for k in everything)
-    assert all(close(once[k], doubled(1)[k]) for k in own)                       # heads look over the end
-    padded = f(torch.cat((idx, idx), 1), torch.cat((y, torch.full_like(y, -1)), 1),
-               *(torch.cat((t, t), 1) for t in labels))
-    assert all(close(once[k], padded[k]) for k in own)
-    # where the first targets are masked, heads that look over the end of the first half find nothing to learn there
-    y[:, :3] = -1
-    once = f(idx, y, *labels)
-    assert all(close(once[k], doubled(1)[k]) for k in everything)
-
-
-@pytest.mark.parametrize('kind', DIVERGENCES)
-def test_a_teacher_teaches_nothing_to_itself(kind):
-    model = random_model()
-    loss = Distiller(model, [model, model], kind)(*batch())['kl']
-    loss.backward()
-    assert loss.abs() < 1e-6
-    assert all(p.grad.abs().max() < 1e-5 for p in model.parameters())
-
-
 @pytest.mark.parametrize('tied', [False, True, 'GPT-2'])
 def test_a_teacher_whose_matrices_are_in_bfloat16_teaches_the_same(tied):
     student = random_model()
@@ -174,20 +136,6 @@ def test_a_teacher_whose_matrices_are_in_bfloat16_teaches_the_same(tied):
     assert before == after > 0
     assert teacher.lm_head.weight.dtype == torch.bfloat16
     assert teacher.transformer.wte.weight.dtype == torch.float32
-
-
-def test_a_draft_cell_that_says_what_the_model_says_has_no_loss():
-    """
-    A model whose state is a function of the last token alone can be drafted without error by a cell that ignores the
-    state.
-    """
-    model = random_model(draft_n=3)
-    idx, y = batch()
-    x = model.trunk(idx)
-    right = model.head_losses(x, y, idx)['draft']
-    model.draft_state = lambda state, tokens: next(
-        shift(x, n, 0.0) for n in range(1, 4) if torch.equal(tokens, shift(idx, n, 0)))
-    assert right > 0.01 and model.head_losses(x, y, idx)['draft'].abs() < 1e-6
 
 
 # -----------------------------------------------------------------------------
@@ -302,9 +250,9 @@ def test_calibration_finds_how_sure_a_teacher_may_be(loader, tmp_path):
 
 
 @pytest.mark.parametrize('method', ['sample', 'topk'])
-@pytest.mark.parametrize('stop', [0, 1, 30, 'late'])
+@pytest.mark.parametrize('stop', [0, 1, 30, 'labels.bin', 'meta.json'])
 def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_path, monkeypatch):
-    """Killed after so many batches, or between the last one and the name labels.bin: the bytes are the same."""
+    """Killed after so many batches, or before a file gets its name: the bytes are the same, and none is made twice."""
     folder, whole, recipe = tmp_path / 'labels', tmp_path / 'whole', Recipe(method, 3)
     write_labels(whole, teachers, loader, recipe)
     rows, replace, seen = loader.rows, os.replace, []
@@ -316,13 +264,15 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
         return rows(starts)
 
     def killed(old, new):
-        if str(new).endswith('labels.bin'):
+        if str(new).endswith(stop):
             raise KeyboardInterrupt
         replace(old, new)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(*(os, 'replace', killed) if stop == 'late' else (loader, 'rows', stopped))
+        m.setattr(*(loader, 'rows', stopped) if isinstance(stop, int) else (os, 'replace', killed))
         write_labels(folder, teachers, loader, recipe)
-    part = folder / 'labels.bin.part'
+    part, made = folder / 'labels.bin.part', None
+    if stop == 'meta.json':
+        made = os.stat(folder / 'labels.bin')
     if stop == 1:
         part.write_bytes(part.read_bytes() + b'a torn record')
     if stop == 30:                              # the last records of a batch did not reach the disk
@@ -332,6 +282,8 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
     write_labels(folder, teachers, loader, recipe)
     assert (folder / 'labels.bin').read_bytes() == (whole / 'labels.bin').read_bytes()
     assert sorted(os.listdir(folder)) == ['labels.bin', 'meta.json']
+    again = os.stat(folder / 'labels.bin')
+    assert not made or (made.st_ino, made.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
 
 
 # -----------------------------------------------------------------------------
@@ -355,8 +307,8 @@ def folds(toy, tmp_path_factory):
 
 def script(*args):
     got = run('distill.py', '--compile=False', *args)
-    assert got.status == 0 and not got.err, got.err
-    return json.loads(got.out.splitlines()[-1])
+    assert not got.err
+    return result_of(got)
 
 
 def test_teacher_labels_student(toy, data, teacher, tmp_path):
@@ -393,7 +345,7 @@ def test_a_student_learns_through_the_rounding(toy, data, teacher, tmp_path, int
     twice = train(tmp_path / 'twice', *how, '--init_from=resume')
     assert twice['val_loss'] == once['val_loss']
     got = run('quantize.py', f'--out_dir={tmp_path}/once')
-    assert json.loads(got.out.splitlines()[-1])['val_loss_quant'] == pytest.approx(once['val_loss'], abs=1e-5), got.err
+    assert result_of(got)['val_loss_quant'] == pytest.approx(once['val_loss'], abs=1e-5), got.err
 
 
 def test_folds_go_the_whole_way(toy, folds, tmp_path):
@@ -404,8 +356,7 @@ def test_folds_go_the_whole_way(toy, folds, tmp_path):
     forward = load_teacher(folds[0]).model.flops_per_token(training=False)
     assert written['flops'] == pytest.approx(4 / 3 * written['tokens'] * forward, rel=1e-6)
     train(tmp_path / 'student', toy, f'--teacher={tmp_path}/labels', '--max_iters=4', '--eval_interval=4')
-    calibrated = script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated', '--calibrate=True')
-    assert 0.8 <= calibrated['calibration'] <= 2
+    script(f'--teacher={both}', f'--out_dir={tmp_path}/calibrated', '--calibrate=True')
     refused(run('train.py', *TINY, toy, f'--teacher={tmp_path}/labels', '--hold_out=1/2', f'--out_dir={tmp_path}/x'),
             'were written for other tokens')
 
@@ -425,7 +376,7 @@ def test_a_copy_of_a_fold_is_a_fold(folds, tmp_path):
     ('train.py {tiny} {toy} --init_from={0}/best.pt --hold_out=2/2 --out_dir={x}', 'it has seen that part'),
     ('train.py {tiny} {toy} --init_from=resume --out_dir={0}', "hold_out is '1/2' there and '' here")])
 def test_nobody_is_taught_by_who_has_seen_the_text(command, pattern, toy, folds, tmp_path):
-    torch.save(load_checkpoint(f'{folds[0]}/best.pt') | {'data': 'of another text'}, tmp_path / 'best.pt')
+    altered(f'{folds[0]}/best.pt', tmp_path, data='of another text')
     refused(run(*command.format(*folds, toy=toy, x=tmp_path, tiny=' '.join(TINY)).split()), pattern)
     assert os.listdir(tmp_path) == ['best.pt']
 
@@ -476,36 +427,6 @@ def test_labels_that_are_not_as_they_should_be(loader, teachers, tmp_path):
         with pytest.raises(ValueError, match=f'labels.bin has {name} that cannot be' + again):
             Labels(folder, loader)
         (folder / 'labels.bin').write_bytes(table)
-
-
-def test_a_nanochat_folder_goes_the_whole_way(tmp_path):
-    """
-    Made here, with its tokenizer: text in its tokens, an MQA student with all heads beside it, and then from its
-    labels.
-    """
-    tokenizer = train_bpe([toy_text(), *TEXTS], V)
-    ids = np.array(tokenizer.encode(toy_text()))
-    model = taught(GPT(GPTConfig(32, V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, rope_bf16=True)), ids)
-    folder = write_nanochat(tmp_path / 'd2', tokenizer, model.state_dict(), sequence_len=32)
-    write_dataset(str(tmp_path / 'data'), tokenizer, ids, ids[:200], 'toy')
-    how = (f'--dataset={tmp_path}/data', '--n_kv_head=1', '--multi_token_n=3', '--draft_n=4',
-           '--max_iters=6', '--eval_interval=6')
-    beside = train(tmp_path / 'beside', f'--teacher=nanochat:{folder}', *how)
-    script(f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/labels', f'--dataset={tmp_path}/data',
-           '--method=topk', f'--k={V}', '--block_size=16')
-    labelled = train(tmp_path / 'labelled', f'--teacher={tmp_path}/labels', *how)
-    assert abs(beside['val_loss'] - labelled['val_loss']) < 0.02
-    # a teacher with a longer context attends to no more than the student
-    model = load_teacher(f'nanochat:{folder}').model
-    model.config.block_size = 16
-    assert beside['flops'] - labelled['flops'] == beside['tokens'] * model.flops_per_token(training=False)
-    refused(run('distill.py', f'--teacher=nanochat:{folder}', f'--out_dir={tmp_path}/more'),
-            'does not say which dataset')
-
-
-def test_a_missing_teacher_is_reported_before_missing_data(tmp_path):
-    refused(run('train.py', 'config/distill_d12_mqa.py', f'--out_dir={tmp_path}/x', '--teacher=nanochat:nowhere'),
-            'distill.py --fetch=d32 .*--teacher=random:d32.*distill_stdlib_bpe.py')
 
 
 @pytest.mark.parametrize('head', ['draft', 'multi_token'])
@@ -606,22 +527,3 @@ def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
     loader = Loader(data, 'train', 4, 16)
     found = load_teachers(f'{a}+{c}', from_meta(loader.meta), 16)
     assert [t.name for t in found] == [a, c]
-
-
-@pytest.mark.parametrize('flags, pattern', [
-    ('', 'give --teacher='),
-    ('--fetch=d32', '--fetch= needs --out_dir='),
-    ('--to_hf={x}/hf --to_picochat={x}/p --teacher={t}', 'one of the four at a time'),
-    ('--fetch=d20 --out_dir={x}/d20', r'fetch \(d20\) must be one of d32, d34'),
-    ('--teacher={t} --to_hf={x}/hf', 'takes a teacher with a BPE'),
-    ('--teacher={x}/nothing --out_dir={x}/l', 'no teacher at'),
-    ('--teacher={t} --out_dir={x}/l --method=best', r'method \(best\) must be one of sample, topk'),
-    ('--teacher={t} --out_dir={x}/l --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
-    ('--teacher={t} --out_dir={x}/l --k=0', r'k \(0\)'),
-    ('--teacher={t} --out_dir={x}/l --calibrate=True', 'calibrate=True needs teachers that have not seen the text'),
-    ('--teacher={t} --out_dir={x}/l --block_size=99', 'a context of 16'),
-    ('--teacher={t} --out_dir={x}/l --dataset={x}/none', 'prepare.py'),
-    ('--teachr=x', 'unknown key')])
-def test_bad_input(flags, pattern, teacher, tmp_path):
-    refused(run('distill.py', *flags.format(t=teacher, x=tmp_path).split()), pattern)
-    assert not os.listdir(tmp_path)

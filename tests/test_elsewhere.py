@@ -8,27 +8,17 @@ import glob
 import json
 import os
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 
 import data.compiling
-from conftest import TINY, refused, run, toy_text
+from conftest import TINY, python, refused, result_of, run, toy_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = ['train.py', 'sample.py', 'quantize.py', 'prune.py', 'distill.py', 'bench.py', 'data/text/prepare.py',
            'data/chat/prepare.py', 'data/shakespeare_char/prepare.py', 'data/graham_char/prepare.py',
            'data/stdlib_char/prepare.py', 'data/stdlib_bpe/prepare.py', 'data/pydoc_chat/prepare.py',
            'data/fineweb_edu/prepare.py']
-
-
-def python(cwd, *args, **environment):
-    """Python in a process of its own in that folder; what is in environment changes it -> status, out, err"""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | environment)
-    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
 @pytest.fixture(scope='module')
@@ -47,9 +37,12 @@ def trap(tmp_path_factory):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_scripts_take_their_code_from_beside_themselves(trap, monkeypatch, script):
     monkeypatch.chdir(trap)
-    got = run(os.path.join(ROOT, script), '--knobs')
+    monkeypatch.setenv('HOME', '/home/me')
+    home = 'record' if script == 'bench.py' else 'out_dir'
+    got = run(os.path.join(ROOT, script), '--knobs', f'--{home}=~/x')
     assert (got.status, got.err) == (0, '')
-    knobs = json.loads(got.out)
+    assert json.loads(got.out)[home] == '/home/me/x'
+    knobs = json.loads(run(os.path.join(ROOT, script), '--knobs').out)
     for knob in ('out_dir', 'tokenizer'):                       # datasets lie beside the code, too
         if 'prepare' in script and knobs.get(knob):
             assert knobs[knob].startswith(os.path.join(ROOT, 'data') + os.sep)
@@ -60,12 +53,12 @@ def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkey
     (trap / 'text.txt').write_text(toy_text())
     data = tmp_path / 'data'
     # as if a package named data were installed, too
-    got = python(trap, f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}', PYTHONPATH=str(trap))
+    got = python(f'{ROOT}/data/text/prepare.py', '--input=text.txt', f'--out_dir={data}', cwd=trap,
+                 PYTHONPATH=str(trap))
     assert got.status == 0, got.err
     (trap / 'mine.py').write_text('out_dir = "run"\n')
-    got = python(trap, f'{ROOT}/train.py', 'config/quickstart.py', 'mine.py', *TINY, f'--dataset={data}')
-    assert got.status == 0, got.err
-    assert json.loads(got.out.splitlines()[-1])['out_dir'] == 'run'
+    got = python(f'{ROOT}/train.py', 'config/quickstart.py', 'mine.py', *TINY, f'--dataset={data}', cwd=trap)
+    assert result_of(got)['out_dir'] == 'run'
     monkeypatch.chdir(trap)
     assert run(f'{ROOT}/quantize.py', '--out_dir=run').status == 0
     got = run(f'{ROOT}/sample.py', '--out_dir=run', '--start=FILE:text.txt', '--slide=True')
@@ -74,10 +67,7 @@ def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkey
 
 
 def test_prepare_in_its_own_folder():
-    got = python(os.path.join(ROOT, 'data', 'text'), 'prepare.py', '--input=nowhere')
-    assert got.err == "error: there is no file or folder 'nowhere': give --input=FILE_OR_FOLDER\n"
-    got = python(os.path.join(ROOT, 'data', 'text'), 'prepare.py', '--input=prepare.py', '--name=a/b')
-    assert got.err == 'error: name (a/b) must be that of a folder in data/, without slashes\n'
+    refused(python('prepare.py', '--input=nowhere', cwd=f'{ROOT}/data/text'), 'there is no file or folder .nowhere.')
     for name in (name for name in os.listdir(f'{ROOT}/data') if glob.glob(f'{ROOT}/data/{name}/[!p]*.py')):
         refused(run('data/text/prepare.py', f'--input={__file__}', f'--name={name}'), 'is a folder of code in data/')
 
@@ -105,13 +95,6 @@ def test_home(monkeypatch, tmp_path, flag, value):
 def test_home_of_teachers(monkeypatch, tmp_path, value):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert json.loads(run('train.py', f'--teacher={value}', '--knobs').out)['teacher'] == value.replace('~', str(tmp_path))
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_every_script_knows_home(monkeypatch, tmp_path, script):
-    monkeypatch.setenv('HOME', str(tmp_path))
-    knob = 'record' if script == 'bench.py' else 'out_dir'
-    assert json.loads(run(script, f'--{knob}=~/x', '--knobs').out)[knob] == f'{tmp_path}/x'
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +130,7 @@ def test_a_broken_compiler(toy, tmp_path, monkeypatch, last, why):
 def test_a_broken_linker(toy, tmp_path):
     """Only trying shows it; in a process of its own, as torch keeps what it has compiled."""
     environment = fake(tmp_path, 'for a; do case $a in *.so) exit 1;; esac; done; exec /usr/bin/g++ "$@"')
-    off(python(ROOT, 'train.py', *compiled(toy, tmp_path), **environment), 'a first small compilation failed: .*')
+    off(python('train.py', *compiled(toy, tmp_path), **environment), 'a first small compilation failed: .*')
 
 
 def test_a_cache_that_cannot_be_written(toy, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ speculative = compiled = full forward; the sampling law; whole characters.
 import copy
 import itertools
 import math
-import shutil
 from collections import Counter
 
 import pytest
@@ -15,20 +14,22 @@ import engine as E
 import model as M
 import data.rounding as R
 import quantize as Q
-from conftest import BPE, CHAR, build, randomise, with_heads
+from conftest import BPE, CHAR, LLAMA, build, needs_compiler, randomise, with_heads
 from data import cache as C
 from data.cache import KVCache, StaticCache
-from data.conversation import Chat
-from data.layouts import PackedLinear, for_decoding
-from data.sampling import Noise, draw, first_difference, gumbel, mix
-from data.tokenizer import BPETokenizer
+from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
+from data.sampling import Noise, draw, gumbel, mix
 from engine import Engine, Sampling, Speculation, decode
 from model import GPT, GPTConfig
 
-MODELS = [(CHAR, 4), (CHAR, 2), (CHAR, 1), (BPE, 4), (BPE, 1)]
+UNTIED = LLAMA | dict(out_proj=False, tie_weights=False, rope_base=500.0)
+# our block with every kind of key heads and both tokenizers, a Llama's, and blocks with some of its switches
+MODELS = [(CHAR, 4, {}), (CHAR, 1, {}), (BPE, 2, {}), (CHAR, 2, LLAMA), (CHAR, 2, UNTIED),
+          (CHAR, 2, dict(mlp='swiglu')), (CHAR, 2, dict(qk_norm=False, softcap=0.0))]
+FORMS = {'float': lambda model: model, 'int8': Q.convert, 'arranged': for_decoding,
+         'int8, arranged': lambda model: for_decoding(Q.convert(model)),
+         'int4, arranged': lambda model: for_decoding(Q.convert(model, 4))}
 GREEDY = Sampling(temperature=0)
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
-                                    reason='torch.compile needs a C++ compiler on a CPU')
 
 
 def in_passes(model, ids, widths, cache):
@@ -85,25 +86,28 @@ def test_every_mask_is_the_rule_of_sees(way, rule, monkeypatch):
 # -----------------------------------------------------------------------------
 # the cache
 
-@pytest.mark.parametrize('tokenizer, kv', MODELS)
+@pytest.mark.parametrize('tokenizer, kv, shape', MODELS)
 @pytest.mark.parametrize('widths', [1, 7, [100, 1, 1, 90, 60, 28]])
-def test_cached_and_chunked_equal_the_full_forward(tokenizer, kv, widths):
-    model = build(tokenizer, kv)
+def test_cached_and_chunked_equal_the_full_forward(tokenizer, kv, shape, widths):
+    model = build(tokenizer, kv, **shape)
     ids = torch.randint(tokenizer.vocab_size, (3, 280))
     with torch.no_grad():
         got = in_passes(model, ids, widths, KVCache(model.config, 3, max_tokens=10))        # it grows as it goes
         assert torch.allclose(got, model(ids), atol=1e-4)
 
 
-@pytest.mark.parametrize('kv', [4, 2, 1])
+@pytest.mark.parametrize('kv, shape', [(4, {}), (2, {}), (1, {}), (2, LLAMA), (2, UNTIED)])
 @pytest.mark.parametrize('lengths', [[40, 40, 40], [40, 3, 77]])
-def test_ragged_rows_and_rewind_equal_the_full_forward(kv, lengths):
-    model = build(kv=kv)
+def test_ragged_rows_and_rewind_equal_the_full_forward(kv, shape, lengths, monkeypatch):
+    monkeypatch.setattr(E, 'PREFILL_CHUNK', 7)                                      # chunks of prompts end anywhere
+    model = build(kv=kv, **shape)
     ids = torch.randint(96, (3, 90))
     with torch.inference_mode():
         cache = KVCache(model.config, 3)
-        Engine(model).prefill(cache, [ids[b, :n].tolist() for b, n in enumerate(lengths)])
+        last = Engine(model).prefill(cache, [ids[b, :n].tolist() for b, n in enumerate(lengths)])
         assert cache.lengths == lengths
+        for b, n in enumerate(lengths):
+            assert torch.allclose(model.logits(last[b]), model(ids[b:b + 1, :n])[0, -1], atol=1e-4)
         model.trunk(torch.randint(96, (3, 6)), cache)                               # drafts that were wrong ...
         cache.rewind(lengths)                                                       # ... and are forgotten
         new = torch.stack([ids[b, n:n + 5] for b, n in enumerate(lengths)])
@@ -115,10 +119,12 @@ def test_ragged_rows_and_rewind_equal_the_full_forward(kv, lengths):
         assert torch.allclose(got[1, 0], model(torch.cat((ids[:1, :45], ids[:1, :1]), 1))[0, 45], atol=1e-4)
 
 
-@pytest.mark.parametrize('kv', [4, 2, 1])
-def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv):
-    """int8: sums of integers are exact and attention takes each token in the same shape, so nothing can differ."""
-    model = Q.convert(build(kv=kv))
+@pytest.mark.parametrize('bits', [8, 4])
+# silu's last few numbers, that fill no vector, come from another exp: n_hidden is a multiple
+@pytest.mark.parametrize('kv, shape', [(4, {}), (2, {}), (1, {}), (2, LLAMA | dict(n_hidden=96))])
+def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv, shape, bits):
+    """Sums of integers are exact and attention takes each token in the same shape, so nothing can differ."""
+    model = Q.convert(build(kv=kv, **shape), bits)
     ids = torch.randint(96, (1, 200))
     with torch.no_grad():
         one_by_one, *others = (in_passes(model, ids, width, KVCache(model.config, 1)) for width in (1, 5, 16))
@@ -150,9 +156,9 @@ def test_int8_cache_equals_attending_to_rounded_keys():
 # -----------------------------------------------------------------------------
 # plain decoding, and many rows at once
 
-@pytest.mark.parametrize('tokenizer, kv', MODELS)
-def test_generation_equals_recomputing_everything(tokenizer, kv):
-    model = build(tokenizer, kv)
+@pytest.mark.parametrize('tokenizer, kv, shape', MODELS)
+def test_generation_equals_recomputing_everything(tokenizer, kv, shape):
+    model = build(tokenizer, kv, **shape)
     prompts = [tokenizer.encode(t) for t in ('the', 'a longer prompt, of the other kind', 'x')]
     expected = []
     for prompt in prompts:
@@ -259,16 +265,6 @@ def test_the_sampling_law():
     dof = len(exact) - 1
     assert g < dof + 4 * math.sqrt(2 * dof), f'G = {g:.1f} for {dof} degrees of freedom'
 
-
-def test_where_two_texts_differ():
-    model = build()
-    text, = Engine(model).complete([[1, 2]], 20, Sampling(0.8, seed=9))
-    other = text[:7] + [(text[7] + 1) % 96] + text[8:]
-    assert first_difference(model, [1, 2], text, text, 0.8, 0, 9) is None
-    place, gap = first_difference(model, [1, 2], text, other, 0.8, 0, 9)
-    assert place == 7 and 0 < gap < math.inf
-    assert first_difference(model, [1, 2], text, text[:5]) == (5, math.inf)
-
 # -----------------------------------------------------------------------------
 # streaming
 
@@ -305,19 +301,13 @@ def oracle(accuracy, texts):
     return draft
 
 
-@pytest.mark.parametrize('drafts, drawn, kept', [
-    ([], [5], 0), ([5], [5, 6], 1), ([5], [4, 6], 0), ([5, 6, 7], [5, 9, 7, 8], 1), ([5, 6], [5, 6, 7], 2)])
-def test_drafts_are_kept_until_the_first_that_differs(drafts, drawn, kept):
-    assert E.count_kept(drafts, drawn) == kept
-
-
-@pytest.mark.parametrize('quantised', [False, True])
-@pytest.mark.parametrize('tokenizer, kv', [(CHAR, 4), (CHAR, 1), (BPE, 2)])
-def test_speculation_never_changes_the_text(tokenizer, kv, quantised):
-    model = with_heads(tokenizer, kv)
-    engine = Engine(Q.convert(model) if quantised else model)
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('tokenizer, kv, shape', [
+    (CHAR, 4, {}), (CHAR, 1, {}), (BPE, 2, {}), (CHAR, 2, LLAMA), (CHAR, 2, UNTIED)])
+def test_speculation_never_changes_the_text(tokenizer, kv, shape, form):
+    engine = Engine(FORMS[form](with_heads(tokenizer, kv, **shape)))
     prompts = [tokenizer.encode(t) for t in ('the one', 'another one, longer', 'x')]
-    widths = itertools.cycle([1, 8, 2, 5, 3, 8, 4, 1, 6])
+    widths = itertools.cycle([1, 8, 2, 5, 3, 15, 4, 1, 6])
     for sampling in (Sampling(0, seed=3), Sampling(0.7, top_k=20, seed=3), Sampling(1.3, top_p=0.9, seed=3)):
         plain = engine.complete(prompts, 30, sampling)
         texts = [p + t for p, t in zip(prompts, plain)]
@@ -392,25 +382,6 @@ def test_a_conversation_keeps_its_cache():
     engine.complete([CHAR.encode('something else')], 0, reuse=True)
     check(edited, 0)
 
-
-def test_an_exchange_taken_back_leaves_no_trace():
-    """In a chat: neither in what it holds nor in the cache."""
-    tokenizer = BPETokenizer({bytes([b]): b for b in range(256)})
-    model = build(tokenizer, kv=1)
-    one, other = (Chat(Engine(model), tokenizer) for _ in range(2))
-
-    def ask(chat, question):
-        return ''.join(chat.ask(question, 20, sampling=GREEDY))
-    assert ask(one, 'first') == ask(other, 'first') != ''
-    ask(one, 'a question to be taken back')
-    one.exchanges.pop()
-    other.engine.forget()
-    assert ask(one, 'what comes instead of it') == ask(other, 'what comes instead of it')
-    assert one.engine.stats['reused'] > 10
-    assert other.engine.stats['reused'] == 0
-    assert one.exchanges == other.exchanges
-    assert len(one.exchanges) == 2
-
 # -----------------------------------------------------------------------------
 # compiled rounds
 
@@ -447,17 +418,23 @@ def test_rounds_are_one_graph_that_gives_the_same_text(drafter, monkeypatch):
 # -----------------------------------------------------------------------------
 # layouts
 
+@pytest.mark.parametrize('kernels', [True, False])
 @pytest.mark.parametrize('bits', [0, 8, 4])
-def test_prepared_for_decoding_is_the_same_model(bits):
-    """The same logits and text; its drafts are chosen among the first 64 tokens, and the text is still the same."""
+def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
+    """
+    The same logits and text; of integers bit for bit: the joint product, the vocabulary that is packed, 4 bits that are
+    unpacked once. Its drafts are chosen among the first 64 tokens, and the text is still the same.
+    """
+    monkeypatch.setattr(PackedInt8Linear, 'ROWS', 50)
     model = with_heads(BPE, 2)
     if bits:
-        Q.convert(model, bits)
-    fused = for_decoding(copy.deepcopy(model), draft_vocab=64)
+        Q.convert(model, bits, tables_bits=bits)
+    fused = for_decoding(copy.deepcopy(model), draft_vocab=64, kernels=kernels)
+    assert not any('c_q' in name.split('.') for name, _ in fused.named_modules())
     ids, close = torch.randint(259, (2, 30)), 0 if bits else 1e-4
     states = model.trunk(ids)
-    assert torch.allclose(model(ids), fused(ids), atol=close)
-    assert torch.allclose(model.logits(states)[..., :64], fused.logits(states, fused.draft_lm_head), atol=close)
+    assert torch.allclose(model(ids), fused(ids), rtol=0, atol=close)
+    assert torch.allclose(model.logits(states)[..., :64], fused.logits(states, fused.draft_lm_head), rtol=0, atol=close)
     plain = Engine(model).complete([[1, 2]], 50)
     assert max(plain[0]) >= 64
     assert Engine(fused).complete([[1, 2]], 50) == plain
@@ -470,9 +447,11 @@ def test_packed_floats_are_nearly_the_same_model(dtype, close):
     assert (for_decoding(copy.deepcopy(model), dtype)(ids) - model(ids)).abs().max() < close
 
 
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, '_reorder_linear_weight'), reason='needs oneDNN')
-def test_packed_floats_are_the_same_product():
-    linear = torch.nn.Linear(64, 48, bias=False)
-    x = torch.randn(2, 5, 64)
-    assert torch.allclose(PackedLinear(linear.weight, torch.float32)(x), linear(x), atol=1e-5)
-    assert torch.allclose(PackedLinear(linear.weight, torch.bfloat16)(x), linear(x), atol=0.05)
+# not lm_head, nor the 16 columns of the heads' c_proj
+@pytest.mark.parametrize('bits, packed', [(8, 0), (4, 2 * 4 + 4)])
+def test_staying_at_4_bits_is_nearly_the_same_model(bits, packed):
+    model, ids = Q.convert(with_heads(BPE, 2), bits, tables_bits=bits), torch.randint(259, (2, 30))
+    small = for_decoding(copy.deepcopy(model), torch.bfloat16)
+    assert sum(isinstance(m, PackedInt4Linear) for m in small.modules()) == packed
+    difference = (small(ids) - model(ids)).abs().mean()
+    assert 0 < difference < 0.05 if packed else difference == 0

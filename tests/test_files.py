@@ -7,21 +7,23 @@ $ python -m pytest tests/test_files.py        about a second, offline
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import Handler
+from conftest import CHAR, Handler, build, python
 
 import data.download
 import data.files
 from data.download import DownloadError, download
-from data.files import atomic_write, read_text, visible_files
+from data.checkpoint import save_checkpoint
+from data.files import atomic_write, json_line, read_text, visible_files
+from quantize import convert, export
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -47,9 +49,25 @@ def test_a_folder_of_texts_is_its_files(tmp_path, capsys):
     assert '2 that are no files skipped' in capsys.readouterr().out
 
 
-def test_files_and_preparing_need_no_torch():
-    code = 'import sys, data.writer, data.foreign_tokenizer; sys.exit("torch" in sys.modules)'
-    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+@pytest.mark.parametrize('code, module', [
+    ('import data.writer, data.foreign_tokenizer', 'torch'),
+    # PyTorch imports its compiler for what is computed without memory; it takes as much as a small model
+    ('import data.checkpoint; data.checkpoint.load_model("AT/best.pt")', 'torch._dynamo'),
+    ('import quantize; quantize.load("AT/int8.safetensors")', 'sympy')])
+def test_imports_that_take_a_second_are_not_needed(tmp_path, code, module):
+    model = build()
+    save_checkpoint(f'{tmp_path}/best.pt', model, CHAR.meta())
+    export(f'{tmp_path}/int8.safetensors', convert(model), CHAR.meta())
+    got = python('-c', f'import sys; {code.replace("AT", str(tmp_path))}; sys.exit({module!r} in sys.modules)')
+    assert got.status == 0, got.err
+
+
+def test_json_has_no_nan():
+    document = {'a': math.nan, 'b': [1, 2.5, -math.inf, {'c': (math.inf, None, True, 'NaN')}], 3: 'x'}
+    line = json_line(document)
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        'a': None, 'b': [1, 2.5, None, {'c': [None, None, True, 'NaN']}], '3': 'x'}
+    assert '\n' not in line and json_line({'a': 0.1, 'b': 'é'}) == json.dumps({'a': 0.1, 'b': 'é'})
 
 
 # -----------------------------------------------------------------------------
@@ -220,22 +238,6 @@ def test_a_part_of_who_knows_what_is_not_gone_on_with(server, tmp_path):
     assert (tmp_path / 'f').read_bytes() == BODY[::-1]
 
 
-@pytest.mark.parametrize('page, match', [
-    ({'length': False}, 'it goes on after 2,000 bytes'),
-    ({'headers': {'Content-Encoding': 'gzip'}}, r'it comes compressed \(gzip\), though it was asked for as it is'),
-    ({'headers': {'Content-Length': str(10**15)}}, '1,000,000,000,000,000 bytes, and there is room for .* more'),
-    ({'length': False, 'size': 1999}, 'it goes on after 1,999 bytes'),
-    ({'part': BODY[:500], 'more': b'more'}, 'it goes on after 256,000 bytes')])
-def test_downloads_that_are_more_than_they_say(server, tmp_path, monkeypatch, page, match):
-    monkeypatch.setattr(data.download, 'UNANNOUNCED', 2000)
-    server.pages['/f'] = {'body': BODY} | page
-    if 'part' in page:
-        (tmp_path / 'f.part').write_bytes(page['part'])
-    with pytest.raises(DownloadError, match=f'not the file that was expected: {match}') as e:
-        download(server.url + '/f', tmp_path / 'f', DIGEST, page.get('size'))
-    assert e.value.reason == 'altered' and os.listdir(tmp_path) == []
-
-
 def test_a_byte_now_and_then_does_not_keep_us(server, tmp_path, monkeypatch):
     """Whoever sends slower than SLOWEST, after PATIENCE seconds for free, is left; what has come is kept."""
     monkeypatch.setattr(data.download, 'PATIENCE', 0.5)
@@ -287,34 +289,36 @@ def test_a_length_that_is_none_is_not_believed(server, tmp_path, length):
     assert (tmp_path / 'f').read_bytes() == BODY
 
 
-@pytest.mark.parametrize('page, expected, reason, message', [
-    ({'body': BODY[:-1] + b'?'}, {'sha256': DIGEST}, 'altered', 'not the file that was expected: sha256 .* instead of'),
-    ({'body': BODY}, {'size': len(BODY) - 1}, 'altered', 'not the file that was expected: 256,000 bytes'),
-    ({'body': BODY}, {'size': len(BODY) + 1}, 'altered', 'not the file that was expected: 256,000 bytes'),
-    ({'body': BODY, 'cuts': [1000]}, {'sha256': DIGEST}, 'cut short', 'cut short'),
-    ({'status': 404}, {'sha256': DIGEST}, 404, 'answered 404'),
-    (None, {'sha256': DIGEST}, 'unreachable', 'cannot reach .*ConnectionError.*put the file at .*f yourself'),
-])
-def test_download_errors_leave_the_old_file(server, tmp_path, page, expected, reason, message):
-    server.pages['/f'] = page
+WHOLE = {'sha256': DIGEST}
+
+
+@pytest.mark.parametrize('page, part, how, reason, match', [
+    # more than was said, or something else: what has come of it goes
+    ({'body': BODY[:-1] + b'?'}, None, WHOLE, 'altered', 'sha256 .* instead of'),
+    ({}, b'something else', WHOLE, 'altered', 'sha256'),
+    ({}, None, {'size': len(BODY) - 1}, 'altered', '256,000 bytes'),
+    ({}, None, {'size': len(BODY) + 1}, 'altered', '256,000 bytes'),
+    ({'length': False}, None, WHOLE, 'altered', 'it goes on after 2,000 bytes'),
+    ({'length': False}, None, WHOLE | {'size': 1999}, 'altered', 'it goes on after 1,999 bytes'),
+    ({'more': b'more'}, BODY[:500], WHOLE, 'altered', 'it goes on after 256,000 bytes'),
+    ({'headers': {'Content-Encoding': 'gzip'}}, None, WHOLE, 'altered',
+     r'it comes compressed \(gzip\), though it was asked for as it is'),
+    ({'headers': {'Content-Length': str(10**15)}}, None, WHOLE, 'altered',
+     '1,000,000,000,000,000 bytes, and there is room for .* more'),
+    # not all of it, or nothing: what has come stays
+    ({'cuts': [1000]}, None, WHOLE, 'cut short', 'cut short'),
+    ({'status': 404}, b'kept', WHOLE, 404, 'answered 404'),
+    (None, b'kept', WHOLE, 'unreachable', 'cannot reach .*ConnectionError.*put the file at .*f yourself')])
+def test_download_errors_leave_the_old_file(server, tmp_path, monkeypatch, page, part, how, reason, match):
+    monkeypatch.setattr(data.download, 'UNANNOUNCED', 2000)
+    server.pages['/f'] = {'body': BODY} | (page or {})
     (tmp_path / 'f').write_bytes(b'an old one')
-    with pytest.raises(DownloadError, match=message) as e:
-        download(server.url + '/f' if page else 'http://127.0.0.1:1/f', tmp_path / 'f', **expected)
+    if part:
+        (tmp_path / 'f.part').write_bytes(part)
+    with pytest.raises(DownloadError, match=match) as e:
+        download('http://127.0.0.1:1/f' if page is None else server.url + '/f', tmp_path / 'f', **how)
     assert e.value.reason == reason and not re.search('\n|^error', str(e.value))
+    assert ('not the file that was expected' in str(e.value)) == (reason == 'altered')
     assert (tmp_path / 'f').read_bytes() == b'an old one'
-    assert sorted(os.listdir(tmp_path)) == (['f', 'f.part'] if reason == 'cut short' else ['f'])
-
-
-def test_a_part_of_something_else_is_refused(server, tmp_path):
-    server.pages['/f'] = {'body': BODY}
-    (tmp_path / 'f.part').write_bytes(b'something else')
-    with pytest.raises(DownloadError, match='sha256'):
-        download(server.url + '/f', tmp_path / 'f', DIGEST)
-    download(server.url + '/f', tmp_path / 'f', DIGEST)  # the part is gone: this time it comes whole
-
-
-def test_a_part_outlives_a_server_that_has_nothing(server, tmp_path):
-    (tmp_path / 'f.part').write_bytes(b'kept')
-    with pytest.raises(DownloadError, match='answered 404'):
-        download(server.url + '/f', tmp_path / 'f')
-    assert (tmp_path / 'f.part').read_bytes() == b'kept'
+    assert sorted(os.listdir(tmp_path)) == (['f'] if reason == 'altered' else ['f', 'f.part'])
+    assert part != b'kept' or (tmp_path / 'f.part').read_bytes() == part

@@ -7,6 +7,7 @@ The tokenizer in here is made as SmolLM2's is: special tokens have the first ids
 import doctest
 import json
 import os
+import pickle
 import random
 import shutil
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 import data.foreign_tokenizer
+import data.tokenizer
 import data.vocabulary
-from conftest import TEMPLATE, TEXTS, build
+from conftest import TEMPLATE, TEXTS, build, refuses
 from data.checkpoint import save_checkpoint
 from data.foreign_tokenizer import (GPT2_PATTERN, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
                                     hf_tokenizer, load_tokenizer, merges_of, pre_tokenizer_of)
@@ -86,12 +88,6 @@ def smol(table, tmp_path):
                                       chat_template=TEMPLATE))
 
 
-def error_of(call, *arguments, match):
-    with pytest.raises(ValueError, match=match) as error:
-        call(*arguments)
-    assert '\n' not in str(error.value) and len(str(error.value)) < 600
-
-
 # -----------------------------------------------------------------------------
 # special tokens anywhere, bytes without a token
 
@@ -133,16 +129,6 @@ def test_our_own_metas_have_no_more_keys_than_ever():
     assert CharTokenizer('a').chat is None and not CharTokenizer('a').ends
 
 
-@pytest.mark.parametrize('change, match', [
-    ({'special_ids': [0, 1, 2]}, '4 special tokens must have as many ids'), ({'special_ids': [3, 1, 2, 0]}, 'rising'),
-    ({'special_ids': [0, 1, 2, 9999]}, 'below 319'), ({'special_ids': [0, 1, 2, True]}, 'not '),
-    ({'special_ids': 3}, 'special_ids of a tokenizer is 3'), ({'bos': 7}, 'bos of a tokenizer'),
-    ({'bos': '<|bos|>'}, "no special token '<|bos|>'".replace('|', r'\|')), ({'chat': 'alpaca'}, "chat is 'alpaca'"),
-    ({'chat': 'nanochat'}, 'with its special tokens'), ({'normalizer': 'NFKC'}, "form 'NFKC', and only NFC")])
-def test_a_meta_that_contradicts_itself(smol, change, match):
-    error_of(from_meta, smol.meta() | change, match=match)
-
-
 def test_a_vocabulary_is_cut_wherever_its_special_tokens_are(smol):
     texts = [[0] + smol.encode(text) for text in (*TEXTS, 'a\x04b')] + [[1, 3, 2]]
     ids = np.array(sum(texts, []))
@@ -155,7 +141,7 @@ def test_a_vocabulary_is_cut_wherever_its_special_tokens_are(smol):
         assert [new.decode_bytes([i]) for i in range(n)] == [smol.decode_bytes([i]) for i in keep]
         again = recode(ids, smol, new)
         assert new.decode(again) == smol.decode(ids) and list(again[-3:]) == [1, 3, 2]
-    error_of(cut_tokenizer, smol, counts, least - 1, match=f'at least {least}')
+    refuses(f'at least {least}', cut_tokenizer, smol, counts, least - 1)
     # in the middle and at the end, too: where they stand moves with what is cut before them
     meta = smol.meta() | {'special_ids': [0, 100, 300, 318]}
     middle = from_meta(meta)
@@ -197,7 +183,7 @@ def test_every_way_to_make_a_token_may_be_listed(table, tmp_path):
 
 
 def test_docstring_examples():
-    for module in (data.foreign_tokenizer, data.vocabulary):
+    for module in (data.tokenizer, data.foreign_tokenizer, data.vocabulary):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed
 
@@ -211,7 +197,7 @@ def test_other_ways_to_cut_text_are_refused_by_name(table, tmp_path):
             (sequence(split(LLAMA3) | {'behavior': 'Removed'}, BYTES | {'use_regex': False}), 'Removed'),
             (sequence(split(LLAMA3), BYTES), 'Split')):
         path = folder(tmp_path, document(table, cutter))
-        error_of(hf_folder_tokenizer, path, match=f'tokenizer.json .* not known here, .*{match}.*gpt-2, smollm')
+        refuses(f'tokenizer.json .* not known here, .*{match}.*gpt-2, smollm', hf_folder_tokenizer, path)
 
 
 @pytest.mark.parametrize('change, match', [
@@ -224,17 +210,17 @@ def test_other_ways_to_cut_text_are_refused_by_name(table, tmp_path):
 def test_other_tokenizers_are_refused(table, tmp_path, change, match):
     changed = document(table, HUB['smollm'], **{key: dict(value) if key == 'model' else value
                                                 for key, value in change.items()})
-    error_of(hf_folder_tokenizer, folder(tmp_path, changed), match=f'tokenizer.json .*{match}')
+    refuses(f'tokenizer.json .*{match}', hf_folder_tokenizer, folder(tmp_path, changed))
 
 
 def test_folders_without_a_tokenizer_json(tmp_path):
     assert hf_folder_tokenizer(tmp_path) is None
     (tmp_path / 'tokenizer.model').write_bytes(b'\n\x0e')
-    error_of(hf_folder_tokenizer, tmp_path, match='tokenizer.model is a SentencePiece tokenizer, .*: take a model with')
+    refuses('tokenizer.model is a SentencePiece tokenizer, .*: take a model with', hf_folder_tokenizer, tmp_path)
     (tmp_path / 'vocab.json').write_text('{}')
     (tmp_path / 'merges.txt').write_text('')
     (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
-    error_of(hf_folder_tokenizer, tmp_path, match='a Qwen2Tokenizer without its tokenizer.json')
+    refuses('a Qwen2Tokenizer without its tokenizer.json', hf_folder_tokenizer, tmp_path)
 
 
 LLAMA3_BOS = {'type': 'Sequence', 'processors': [BYTES, {'type': 'TemplateProcessing', 'single': [
@@ -281,11 +267,22 @@ def test_out_and_in_again(smol, tmp_path):
     (tmp_path / 'own' / 'tokenizer.json').write_text(json.dumps(hf_tokenizer(own)))
     assert hf_folder_tokenizer(tmp_path / 'own').meta() == own.meta() and own.pattern == PATTERN
     tokenizers = pytest.importorskip('tokenizers')
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
-    for text in TEXTS + HARD[:-1]:
-        if '<|' not in text:
-            assert theirs.encode(text).ids == smol.encode(text)
-    assert theirs.encode('<|im_start|>hi<|im_end|>').ids == [1, *smol.encode('hi'), 2]
+    every = ''.join(f'a{chr(c)}b 1{chr(c)} '
+                    for c in [*range(0x3000), *range(0xff00, 0xffff), *range(0x1f600, 0x1f650)])
+    for tok, more in ((smol, []), (own, [HARD[-1], every])):
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(tok)))
+        assert theirs.get_vocab_size() == tok.vocab_size
+        assert all(theirs.token_to_id(name) == tok.special(name) for name in tok.special_tokens)
+        for text in TEXTS + HARD[:-1] + more:
+            if '<|' not in text:
+                assert theirs.encode(text).ids == tok.encode(text)
+                assert theirs.decode(tok.encode(text)) == text
+        ids = [tok.special_ids[1], *tok.encode('hi'), tok.special_ids[2]]
+        assert theirs.encode('{1}hi{2}'.format(*tok.special_tokens)).ids == ids
+
+
+def test_merges_that_do_not_make_a_token():
+    refuses('xyz', merges_of, [bytes([b]) for b in range(256)] + [b'xyz'])
 
 
 # -----------------------------------------------------------------------------
@@ -327,7 +324,7 @@ def test_a_gguf_has_the_same_tokenizer(table, smol, tmp_path):
     ({'types': [1, 3]}, 'do not fit together'), ({'list': [1, 2, 3]}, 'do not fit together'),
     ({'merges': ['a']}, 'expected a BPE'), ({'list': ['a', 'a']}, 'do not fit|expected a BPE')])
 def test_bad_ggufs(table, tmp_path, changes, match):
-    error_of(gguf_tokenizer, write_gguf(tmp_path / 'a.gguf', table, **changes), match=f'a.gguf .*{match}')
+    refuses(f'a.gguf .*{match}', gguf_tokenizer, write_gguf(tmp_path / 'a.gguf', table, **changes))
 
 
 def test_a_gguf_cut_short(table, tmp_path):
@@ -335,8 +332,8 @@ def test_a_gguf_cut_short(table, tmp_path):
     whole = path.read_bytes()
     for size in (0, 3, 30, 1000, len(whole) // 2, len(whole) - 5000):
         path.write_bytes(whole[:size])
-        error_of(gguf_tokenizer, path, match='a.gguf is not a whole GGUF file|a.gguf is damaged')
-    error_of(load_tokenizer, 'gguf:nothing.gguf', match="no file 'nothing.gguf'")
+        refuses('a.gguf is not a whole GGUF file|a.gguf is damaged', gguf_tokenizer, path)
+    refuses("no file 'nothing.gguf'", load_tokenizer, 'gguf:nothing.gguf')
 
 
 # -----------------------------------------------------------------------------
@@ -354,8 +351,14 @@ def test_every_kind_of_path(smol, table, tmp_path):
     for name in ('out', 'out/best.pt', 'int', 'int/int8.safetensors', 'few'):
         assert load_tokenizer(tmp_path / name).meta() == smol.meta(), name
     (tmp_path / 'int' / 'meta.json').write_text(json.dumps(CharTokenizer('abc').meta()))
-    assert load_tokenizer(tmp_path / 'int').chars == 'abc'
+    assert load_tokenizer(tmp_path / 'int').chars == 'abc'          # a dataset comes first
+    own = train_bpe(TEXTS, 300)
+    (tmp_path / 'd2').mkdir()
+    (tmp_path / 'd2' / 'tokenizer.pkl').write_bytes(pickle.dumps(own._encoding))
+    for name in ('d2', 'd2/tokenizer.pkl'):
+        assert load_tokenizer(tmp_path / name).meta() == own.meta()
     torch.save({'model': 1}, tmp_path / 'other.pt')
-    error_of(load_tokenizer, tmp_path / 'other.pt', match='not a picochat checkpoint')
-    error_of(load_tokenizer, f'hf:{tmp_path}/int', match='no tokenizer in .*expected a folder with')
-    error_of(load_tokenizer, 'data/text', match='run python data/text/prepare.py, or expected')
+    refuses('not a picochat checkpoint', load_tokenizer, tmp_path / 'other.pt')
+    refuses('no tokenizer in .*expected a folder with', load_tokenizer, f'hf:{tmp_path}/int')
+    refuses('run python data/text/prepare.py, or expected', load_tokenizer, 'data/text')
+    refuses("no tokenizer at .*none.: expected .* distill.py --fetch=d32", load_tokenizer, str(tmp_path / 'none'))

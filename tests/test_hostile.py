@@ -22,12 +22,11 @@ import time
 
 import pytest
 import torch
-from conftest import (LLAMA, TEXTS, TINY, V, build, content, make_dataset, refused, run, train, write_nanochat,
-                      write_nanogpt)
+from conftest import (TEXTS, TINY, TOK, V, altered, build, content, make_dataset, our_llama, refused, run, train,
+                      write_nanochat, write_nanogpt)
 
-import quantize
 from data.bench.ladder import read_record, summary
-from data.checkpoint import read_safetensors, save_checkpoint, write_safetensors
+from data.checkpoint import save_checkpoint
 from data.compiling import can_compile, private_cache
 from data.files import private_folder, shown
 from data.foreign.causal_lm import load_causal_lm
@@ -35,11 +34,10 @@ from data.foreign.export import export_gguf, export_hf
 from data.foreign.gpt2 import load_gpt2
 from data.foreign.llama import load_gguf, load_llama
 from data.foreign.nanochat import load_nanochat
-from data.foreign_tokenizer import GPT2_PATTERN, hf_tokenizer, load_tokenizer
 from data.kernels import library
 from data.machine import join_processes
 from data.record import made, record
-from data.tokenizer import CharTokenizer, from_meta, train_bpe
+from data.tokenizer import CharTokenizer, train_bpe
 
 
 # -----------------------------------------------------------------------------
@@ -212,9 +210,7 @@ def model(tmp_path_factory):
 
 def named(out, folder, name):
     """The same model, but for the dataset that it says it was trained on."""
-    state = torch.load(out / 'best.pt', weights_only=True)
-    torch.save(state | {'dataset': name}, folder / 'best.pt')
-    return f'--out_dir={folder}'
+    return f"--out_dir={altered(out / 'best.pt', folder, dataset=name)}"
 
 
 @pytest.mark.parametrize('script, flags', [('prune.py', ['--vocab_keep=270']), ('prune.py', []), ('quantize.py', [])])
@@ -225,8 +221,7 @@ def test_odd_names_of_datasets_are_refused(model, tmp_path, script, flags, name)
 
 
 def test_odd_knobs_are_refused(model, tmp_path):
-    state = torch.load(model[0] / 'best.pt', weights_only=True)
-    torch.save(state | {'knobs': ['x']}, tmp_path / 'best.pt')
+    altered(model[0] / 'best.pt', tmp_path, knobs=['x'])
     for script in ('prune.py', 'quantize.py'):
         got = run(script, f'--out_dir={tmp_path}', *[f'--save_dir={tmp_path}/new'] * (script == 'prune.py'))
         refused(got, r"best.pt is damaged, it says that knobs is \['x'\], not dict: use another copy")
@@ -288,7 +283,7 @@ def test_a_teacher_asks_for_no_more_than_its_file_holds(tmp_path, load, write):
 
 def test_transformers_is_asked_for_no_more_than_a_file_holds(tmp_path):
     pytest.importorskip('transformers')
-    export_hf(llama(), tokens_of_gpt2(), tmp_path)
+    export_hf(smollm(), TOK, tmp_path)
     c = json.loads((tmp_path / 'config.json').read_text())
     for layers in (10**7, 'x'):
         (tmp_path / 'config.json').write_text(json.dumps(c | {'num_hidden_layers': layers}))
@@ -305,14 +300,8 @@ def test_a_list_in_a_gguf_file_ends_with_the_file(tmp_path):
         load_gguf(str(tmp_path / 'x.gguf'))
 
 
-def tokens_of_gpt2():
-    return train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])
-
-
-def llama():
-    model = build(tokens_of_gpt2(), kv=2, **LLAMA)
-    model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
-    return model
+def smollm():
+    return our_llama(n_kv_head=2, out_proj=True, tie_weights=True)
 
 
 def in_transformers(folder, device='cpu'):
@@ -323,10 +312,10 @@ def in_transformers(folder, device='cpu'):
 @pytest.mark.parametrize('load, write, needs', [
     (load_gpt2, lambda path: write_nanogpt(path / 'ckpt.pt'), None),
     (load_nanochat, lambda path: write_nanochat(path, train_bpe(TEXTS, V)), None),
-    (load_llama, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
-    (in_transformers, lambda path: export_hf(llama(), tokens_of_gpt2(), path), 'safetensors'),
+    (load_llama, lambda path: export_hf(smollm(), TOK, path), 'safetensors'),
+    (in_transformers, lambda path: export_hf(smollm(), TOK, path), 'safetensors'),
     (lambda path: load_gguf(f'{path}/x.gguf'),
-     lambda path: export_gguf(llama(), tokens_of_gpt2(), path / 'x.gguf', 'f32'), 'gguf')])
+     lambda path: export_gguf(smollm(), TOK, path / 'x.gguf', 'f32'), 'gguf')])
 def test_a_teacher_does_not_change_with_its_file(tmp_path, load, write, needs):
     """Nor does it end with a bus error when somebody copies a shorter one over it: nothing of it is read later."""
     if needs:
@@ -414,33 +403,3 @@ def test_a_document_has_a_bottom(tmp_path):
     """JSON reads what nothing of ours would walk through."""
     (tmp_path / 'r.json').write_text('{"rows": [{"name": "a", "tasks": ' + '[' * 500 + ']' * 500 + '}]}')
     refused(run('bench.py', '--mode=table', f'--record={tmp_path}/r.json'), 'r.json is damaged.*brackets in brackets')
-
-
-@pytest.mark.parametrize('token, match', [
-    (1.5, 'tokenizer.json is not a tokenizer .* of another form'), ('\ud800', 'half a surrogate pair')])
-def test_a_tokenizer_json_whose_token_is_no_text(tmp_path, token, match):
-    theirs = hf_tokenizer(tokens_of_gpt2())
-    theirs['added_tokens'][0]['content'] = token
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(theirs))
-    with pytest.raises(ValueError, match=match):
-        load_tokenizer(f'hf:{tmp_path}')
-
-
-@pytest.mark.parametrize('pattern', ['', '(?=x)', '(?i)', 'x*'])
-def test_a_pattern_of_nothing_is_told_in_a_line(pattern, capfd):
-    with pytest.raises(ValueError, match='the pattern of this tokenizer, .* matches where there is nothing'):
-        from_meta(tokens_of_gpt2().meta() | {'pattern': pattern})
-    assert capfd.readouterr().err == ''                         # tiktoken would have panicked, a page of Rust
-
-
-def test_a_step_of_nothing_is_refused(model, tmp_path):
-    """Four bits are multiples of a step."""
-    assert run('quantize.py', f'--out_dir={model[0]}', f'--save_dir={tmp_path}', model[1], '--bits=4',
-               '--method=rtn', '--balance=False').status == 0
-    path = str(tmp_path / 'int4.safetensors')
-    tensors, metadata = read_safetensors(path, quantize.FORMAT)
-    name = next(name for name in tensors if name.endswith('.step'))
-    tensors[name][0, 0] = 0
-    write_safetensors(path, tensors, metadata)
-    with pytest.raises(ValueError, match=f'{name}, of which numbers are multiples, is 0'):
-        quantize.load(path)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import data.bench.rungs
-from conftest import Here, make_dataset, randomise, refused, run, start, toy_text
+from conftest import Here, make_dataset, randomise, refused, result_of, run, start, toy_text
 from data.bench.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
 from data.bench.tasks import bits_per_byte
 from data.cache import KVCache
@@ -204,8 +204,7 @@ def climb(tmp_path, in_process):
 
 
 def rows_of(got):
-    assert got.status == 0, got.err
-    return json.loads(got.out.splitlines()[-1])['rows']
+    return result_of(got)['rows']
 
 
 def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):

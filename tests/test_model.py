@@ -3,12 +3,13 @@ model.py: shapes that must count exactly, the forward against plain formulas, he
 data/optimizers.py.
 """
 import math
-import shutil
 
 import pytest
-from conftest import SMALL, randomise
+from conftest import LLAMA, SMALL, needs_compiler, randomise, reference_forward
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
 from data import attention
@@ -33,50 +34,26 @@ def test_parameter_counts(shape, groups):
     assert counted == counted | groups | dict(multi_token=0, draft=0)
 
 
-def test_heads_are_small_and_counted():
-    with torch.device('meta'):
-        n = GPT(GPTConfig(use_mqa=True, multi_token_n=3, draft_n=4)).params()
-    assert 0 < n['multi_token'] <= 0.05 * n['total'] and 0 < n['draft'] <= 0.05 * n['total']
-    assert n['total'] == sum(v for k, v in n.items() if k != 'total')
-
-
-def reference_forward(model, idx):
-    """
-    The same network written out token by token from the papers' formulas, in float64 and without any of model.py's
-    functions.
-    """
-    c, w = model.config, {k: v.double() for k, v in model.state_dict().items()}
-    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
-    for i in range(c.n_layer):
-        a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
-        h = rms(x)
-        out = torch.zeros(len(idx), c.n_head * c.head_dim, dtype=torch.float64)
-        for head in range(c.n_head):
-            kv = head // (c.n_head // c.n_kv_head)
-            rows, kv_rows = (slice(head * c.head_dim, (head + 1) * c.head_dim),
-                             slice(kv * c.head_dim, (kv + 1) * c.head_dim))
-            q, k, v = h @ a['c_q'][rows].T, h @ a['c_k'][kv_rows].T, h @ a['c_v'][kv_rows].T
-            half = c.head_dim // 2
-            turn = torch.tensor([[t * c.rope_base ** (-2 * j / c.head_dim) for j in range(half)]
-                                 for t in range(len(idx))], dtype=torch.float64)
-            z = lambda y: torch.view_as_real(torch.complex(y[:, :half].contiguous(), y[:, half:].contiguous())
-                                             * torch.polar(torch.ones_like(turn), -turn))
-            q, k = (rms(torch.cat((z(y)[..., 0], z(y)[..., 1]), -1)) for y in (q, k))
-            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(
-                torch.ones(len(idx), len(idx)).triu(1).bool(), -math.inf)
-            out[:, rows] = score.softmax(-1) @ v
-        x = x + out @ a['c_proj'].T
-        x = x + ((rms(x) @ w[f'transformer.h.{i}.mlp.c_fc.weight'].T).clamp(min=0).square()
-                 @ w[f'transformer.h.{i}.mlp.c_proj.weight'].T)
-    return 15 * torch.tanh(rms(x) @ w['lm_head.weight'].T / 15)
+@pytest.mark.parametrize('shape', [{}, LLAMA, LLAMA | dict(out_proj=False, tie_weights=False)])
+def test_flops_are_those_that_torch_counts(shape):
+    """To the last one, of both blocks, forward and backward."""
+    model = randomise(GPT(GPTConfig(**SMALL, **shape)))
+    x = torch.randint(50, (3, 32))              # as many as the context has room for
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:       # of others it does not know
+        logits = model(x)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    counted = [forward.get_total_flops(), backward.get_total_flops()]
+    assert counted[0] == x.numel() * model.flops_per_token(training=False)
+    assert sum(counted) == x.numel() * model.flops_per_token()
 
 
 @pytest.mark.parametrize('kv', [4, 2, 1])
 def test_forward_equals_the_formulas(kv):
     model = randomise(GPT(GPTConfig(**SMALL, n_kv_head=kv, head_dim=6, n_hidden=50)))
     idx = torch.randint(50, (1, 20))
-    assert torch.allclose(model(idx)[0].double(), reference_forward(model, idx[0]), atol=2e-5)
+    expected = reference_forward(model.config, model.state_dict(), idx[0])
+    assert torch.allclose(model(idx)[0].double(), expected, atol=2e-5)
 
 
 def test_first_loss_is_ln_v_and_shapes_are_refused():
@@ -89,17 +66,6 @@ def test_first_loss_is_ln_v_and_shapes_are_refused():
             GPTConfig(**(SMALL | bad))
     with pytest.raises(AssertionError, match='block_size'):
         model(torch.zeros(1, 33, dtype=torch.long))
-
-
-@torch.no_grad()
-def test_the_length_of_an_embedding_is_not_seen():
-    """Which is why tables may start at any, and what init_weights chooses is but how fast they learn."""
-    model = randomise(GPT(GPTConfig(**SMALL, draft_n=2)))
-    x = torch.randint(50, (2, 12))
-    before = model(x), model.draft_state(model.trunk(x), x)
-    model.transformer.wte.weight *= torch.rand(50, 1) + 0.5
-    for a, b in zip(before, (model(x), model.draft_state(model.trunk(x), x))):
-        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_every_head_learns_from_the_right_targets():
@@ -149,16 +115,6 @@ def test_chunked_loss_equals_plain(monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*grads))
     plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     assert torch.allclose(grads[0][0].float(), plain.float(), atol=1e-6)
-
-
-def test_a_chunk_holds_all_logits_of_its_rows(monkeypatch):
-    """The draft loss makes the model's logits of a row and the cell's, four sets: its chunks have a quarter of the rows."""
-    model, x = GPT(GPTConfig(**SMALL, draft_n=3)), torch.randint(50, (3, 20))
-    monkeypatch.setattr(M, 'LOSS_CHUNK_BYTES', 50 * 4 * 80)
-    rows, logits = [], GPT.logits
-    monkeypatch.setattr(GPT, 'logits', lambda self, state, *head: rows.append(len(state)) or logits(self, state, *head))
-    model.head_losses(model.trunk(x), x, x)
-    assert rows == 3 * 4 * [20]
 
 
 def test_evaluate_counts_each_target_and_its_bytes():
@@ -240,7 +196,7 @@ def test_attention_with_a_faster_way_back(heads, kv_heads, T, monkeypatch):
         assert a.dtype == torch.bfloat16 and a.shape == b.shape and (a - b).norm() < 0.015 * b.norm()
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))), reason='torch.compile needs a C++ compiler')
+@needs_compiler
 @pytest.mark.parametrize('heads, kv_heads, head_dim, T', [(4, 2, 48, 200), (3, 1, 80, 64)])
 def test_attention_compiled(heads, kv_heads, head_dim, T):
     """
@@ -258,12 +214,3 @@ def test_attention_compiled(heads, kv_heads, head_dim, T):
         grads.append([p.grad.clone() for p in model.parameters()])
     for eager, compiled in zip(*grads):
         assert (eager - compiled).norm() < 0.02 * eager.norm()
-
-
-def test_one_rule_says_who_sees_whom():
-    """PyTorch's kernel, by is_causal, takes the rule of sees: a query that sees more, or less, differs."""
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(2, h, 40, 8) for h in (4, 2, 2))
-    mask = M.sees(torch.arange(40)[:, None], torch.arange(40))
-    expected = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    assert (M.causal_attention(q, k, v) - expected).abs().max() < 1e-5

@@ -12,7 +12,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import content, make_dataset, refused, run, start, write_gpt2_tokenizer
+from conftest import content, make_dataset, refused, run, write_gpt2_tokenizer
 
 from data.foreign_tokenizer import GPT2_PATTERN
 from data.loader import Loader, load_meta
@@ -355,28 +355,6 @@ def test_graham(server, tmp_path):
     assert server.asked == [] and texts_of(tmp_path) == [train, val]
 
 
-def test_graham_goes_on_where_it_stopped(server, tmp_path):
-    """A page that is cut is tried once more at once, and in the next run."""
-    site(server, ['taste', 'wealth', 'nerds', 'hackers', 'gone', 'moved', 'cut'])
-    server.pages['/nerds.html']['cuts'] = [500]
-    whole = server.pages['/cut.html']['body']
-    del server.pages['/gone.html']
-    server.pages['/moved.html'] = {'location': '/elsewhere.html'}
-    server.pages['/elsewhere.html'] = server.pages['/wealth.html']
-    server.pages['/cut.html']['cuts'] = [500, 500]
-    said = graham(server, tmp_path)
-    assert '1 listed pages do not exist' in said and '1 pages did not arrive whole' in said and '5 essays, ' in said
-    asked = [path for path, _ in server.asked]
-    assert (asked.count('/nerds.html'), asked.count('/cut.html'), asked.count('/gone.html')) == (2, 2, 1)
-    assert sorted(name for name in os.listdir(tmp_path / 'pages') if not name.endswith('.part')) == \
-        ['articles.html', 'hackers.html', 'moved.html', 'nerds.html', 'taste.html', 'wealth.html']
-
-    server.asked.clear()
-    said = graham(server, tmp_path)
-    assert '6 essays, ' in said and (tmp_path / 'pages' / 'cut.html').read_bytes() == whole
-    assert [path for path, _ in server.asked] == ['/gone.html', '/cut.html']
-
-
 def test_graham_errors(server, tmp_path):
     how = f'--out_dir={tmp_path}/out', '--pause=0'
     fails('answered 404', 'graham_char', f'--index_url={server.url}/articles.html', *how)
@@ -504,12 +482,6 @@ def test_text_errors(tmp_path, flags, error):
     (tmp_path / 'unigram' / 'tokenizer.json').write_text('{"model": {"vocab": [["a", -1.0]]}, "added_tokens": []}')
     fails(error, 'text', f'--out_dir={tmp_path}/out', *[flag.format(tmp_path) for flag in flags])
     assert not (tmp_path / 'out' / 'meta.json').exists()
-
-
-def test_an_error_is_one_line_and_status_1():
-    process = start('data/text/prepare.py', '--input=/no/such')
-    out, err = process.communicate()
-    assert (process.returncode, out, err.count('\n')) == (1, '', 1) and err.startswith('error: there is no file')
 
 
 # -----------------------------------------------------------------------------

@@ -175,25 +175,6 @@ def test_labels_that_are_stopped_go_on(model, tmp_path, monkeypatch, signum):
     assert (tmp_path / 'x' / 'labels.bin').read_bytes() == (tmp_path / 'whole' / 'labels.bin').read_bytes()
 
 
-def test_labels_that_are_whole_are_not_made_again(model, tmp_path, monkeypatch):
-    """Killed between the last two renames."""
-    words = 'distill.py', f'--teacher={model}/out', '--compile=False', '--device=cpu', f'--out_dir={tmp_path}'
-    replace = os.replace
-
-    def killed(old, new):
-        if str(new).endswith('meta.json'):
-            raise KeyboardInterrupt(signal.SIGINT)
-        replace(old, new)
-    with monkeypatch.context() as m:
-        m.setattr(os, 'replace', killed)
-        assert run(*words).status == 128 + signal.SIGINT
-    assert sorted(os.listdir(tmp_path)) == ['begun.json', 'labels.bin']
-    made = os.stat(tmp_path / 'labels.bin')
-    assert run(*words).status == 0
-    again = os.stat(tmp_path / 'labels.bin')
-    assert (made.st_ino, made.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
-
-
 CHILD = '''
 import signal, sys, time
 def leave(*args):

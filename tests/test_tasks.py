@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import BPE, CHAR, build, make_dataset, randomise, refused, run, toy_text
+from conftest import BPE, CHAR, build, make_dataset, randomise, refused, result_of, run, toy_text
 from data.bench.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
                               p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.cache import KVCache
@@ -120,17 +120,11 @@ def test_choices_that_are_the_same_or_one_the_others_start():
     """Something is scored of each, whatever they are."""
     model = build(BPE)
     for choices in (['the', 'the'], ['cat', 'cat cat cat'], ['', 'a']):
-        assert answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0}) in (True, False)
+        answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0})
     with pytest.raises(ValueError, match='needs a token before its answer'):
         answer(build(), CHAR, {'context': '', 'continuation': 'a'}, delimiter='')
     alike = GPT(GPTConfig(block_size=64, vocab_size=BPE.vocab_size, n_layer=1, n_head=1, n_embd=8))
     assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})         # the first counts
-
-
-def test_an_int8_cache_and_integer_weights_answer_too():
-    items = questions(8)
-    model = convert(build(BPE), 8)
-    assert sum(answer_all(model, BPE, items, dtype=torch.int8)) > 0
 
 
 # -----------------------------------------------------------------------------
@@ -240,8 +234,7 @@ def test_mode_tasks(trained):
     for file in ('', '/int8.safetensors'):
         got = run('bench.py', '--mode=tasks', f'--tasks={folder}/a.jsonl', f'--shape={folder}{file}', '--device=cpu',
                   '--num_fewshot=1', '--questions=9', r'--delimiter=:\n')
-        assert got.status == 0, got.err
-        document = json.loads(got.out.splitlines()[-1])
+        document = result_of(got)
         if not file:
             items = read_tasks(f'{folder}/a.jsonl')
             rows = by_group(items, answer_all(model, BPE, items, 9, 1, ':\n'))
@@ -262,9 +255,7 @@ def test_mode_quality_measures_other_texts(trained):
             with contextlib.redirect_stdout(None):
                 meta = write_texts(f'{folder}/toy', [text], [text], 'bpe', 'toy', tokenizer=BPE)
             save_checkpoint(f'{folder}/best.pt', model, meta, dataset=f'{folder}/toy')
-        got = run('bench.py', *flags)
-        assert got.status == 0, got.err
-        for row in json.loads(got.out.splitlines()[-1])['rows']:
+        for row in result_of(run('bench.py', *flags))['rows']:
             dtype = getattr(torch, row['cache'])
             assert row['bpb_x'] == pytest.approx(bits_per_byte(model, BPE, text, dtype), rel=1e-6)
             assert not has_dataset or row['val_bpb'] == pytest.approx(row['bpb_x'], rel=1e-5)
