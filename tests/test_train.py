@@ -360,14 +360,6 @@ def test_killed_at_any_moment():
 # -----------------------------------------------------------------------------
 # torch.compile
 
-<<<<<<< HEAD
-def compile_by(backend, monkeypatch):
-    """torch.compile stops before the C++ compiler, at graphs that backend runs. -> a list of what it is asked for"""
-    asked, compile = [], torch.compile
-    monkeypatch.setattr(torch, 'compile',
-                        lambda f, options=None, **how: asked.append(f) or compile(f, backend=backend, **how))
-    monkeypatch.setattr(data.compiling, 'can_compile', lambda device: True)
-=======
 def compile_by(monkeypatch, backend=lambda graph, examples: graph.forward):
     """torch.compile stops before the C++ compiler, at graphs that backend runs. -> a list of these graphs"""
     graphs, compile = [], torch.compile
@@ -376,8 +368,7 @@ def compile_by(monkeypatch, backend=lambda graph, examples: graph.forward):
         graphs.append(graph)
         return backend(graph, examples)
     monkeypatch.setattr(torch, 'compile', lambda f, options=None, **how: compile(f, backend=count, **how))
-    monkeypatch.setattr(data.machine, 'can_compile', lambda device: True)
->>>>>>> 2366cecb4eed931e299cc4c5e4ef0eeb038bbb8a
+    monkeypatch.setattr(data.compiling, 'can_compile', lambda device: True)
     torch._dynamo.reset()
     return graphs
 
