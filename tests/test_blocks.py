@@ -15,7 +15,7 @@ from data.cache import KVCache
 from data.drafters import Index
 from data.layouts import for_decoding, for_measuring, step_of
 from data.rounding import IntLinear, convert, round_weight
-from engine import Engine, rounds_pay
+from engine import Engine, Sampling, Speculation, rounds_pay
 from model import GPT, GPTConfig, evaluate
 from quantize import export, load
 
@@ -91,6 +91,17 @@ def test_it_is_the_same_block(shape, bits):
     assert near.float().mean() > 0.5            # where an activation fell to the other side, it is not
     assert torch.equal(states(fast, [40, 5, 16, 15, 9, 1, 14], size=10), one_by_one)
     assert torch.equal(states(fast, [40, 7, 53], slice(1, 2))[:, :47], one_by_one[1:2, :47])
+
+
+@needs_kernels
+@pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
+def test_text_of_many_rows_and_of_an_int8_cache(shape, bits):
+    """Of more rows products are PyTorch's, and behind such a cache attention is."""
+    fast, prompt = two(shape, bits)[1], [CHAR.encode('to be')]
+    many = Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3), num_samples=K.ROWS + 4)
+    assert many[:1] == Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3))
+    small = Engine(fast, cache_dtype=torch.int8)
+    assert small.complete(prompt, 20, speculation=Speculation('random', 4)) == small.complete(prompt, 20)
 
 
 @needs_kernels
