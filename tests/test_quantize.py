@@ -300,6 +300,21 @@ def test_gptq_of_a_model(bits, shape):
     assert kl(fitted) < kl(Q.gptq(model, batches, bits)) < kl(rounded)
 
 
+@pytest.mark.parametrize('tied', [True, False])
+def test_tables_of_4_bits_are_fitted_to_what_the_head_reads(tied):
+    """A tied table is an embedding, too: it is not made much worse at that."""
+    torch.manual_seed(0)
+    model = small(**LLAMA | dict(tie_weights=tied, out_proj=tied))
+    batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
+    fitted, rounded = Q.gptq(model, batches, tables_bits=4), Q.convert(copy.deepcopy(model), 4, tables_bits=4)
+    states, ids = torch.cat([model.trunk(x) for x, _ in batches]), torch.arange(50)
+    head = lambda other: (other.logits(states) - model.logits(states)).square().mean()
+    embedding = lambda other: (other.transformer.wte(ids) - model.transformer.wte(ids)).square().mean()
+    assert Q.rounding_of(fitted) == Q.rounding_of(rounded) and head(fitted) < 0.8 * head(rounded)
+    assert embedding(fitted) < 1.5 * embedding(rounded) if tied else embedding(fitted) == embedding(rounded)
+    assert (fitted.lm_head.weight is fitted.transformer.wte.weight) == tied
+
+
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_gptq_of_the_first_layer(bits):
     """From first principles."""
