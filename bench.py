@@ -105,7 +105,7 @@ tasks = ''                  # a .jsonl file of questions, see data/bench/tasks.p
 questions = 0               # so many of them, drawn; 0: all
 num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
-texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode each round has prompts from there
+texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode a trained model's prompts, others for each round
 text_bytes = 200_000        # at most so many bytes of each; 0: all
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's

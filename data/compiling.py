@@ -1,6 +1,6 @@
 """
-Whether torch.compile works here, and what it compiles: a step of training, a block of a deep model, kernels.cpp. A
-library above model.py.
+Whether torch.compile works here, and what it compiles: a step of training, or the blocks of a deep model. kernels.py
+asks here for the C++ compiler, too. A library above model.py.
 
     compile = compile and can_compile(device)       # says in a line why not
     forward = compile_step(model, tokens, vocab_size) if compile else model

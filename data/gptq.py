@@ -154,8 +154,9 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
     aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables of 8
-    bits are rounded as by convert, which costs nothing; those of 4 by fit_tables. keep_before: the float matrices become
-    what they were when each of their weights was rounded to its nearest integer, see rounding.behind; else they stay.
+    bits are rounded as by convert, which costs nothing; of those of 4, lm_head (which a tied wte shares) and c_out by
+    fit_tables. keep_before: the float matrices become what they were when each of their weights was rounded to its
+    nearest integer, see rounding.behind; else they stay.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
@@ -167,6 +168,8 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
     fit_heads(fitted, model, states, floats, batches, how)
+    if model.config.tie_weights:                # no earlier: a draft head's targets are made with the float table
+        model.transformer.wte.weight = model.lm_head.weight
     return fitted
 
 
@@ -181,7 +184,6 @@ def fit_tables(fitted, model, batches, how):
     fit(fitted, model, ('lm_head',), [fitted.before_head(x) for x in states], *how, all_alike=float(tied))
     if tied:
         fitted.transformer.wte = IntEmbedding.sharing(fitted.lm_head)
-        model.transformer.wte.weight = model.lm_head.weight
 
 
 def fit_heads(fitted, model, states, floats, batches, how):

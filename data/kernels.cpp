@@ -1,6 +1,7 @@
 // What data/kernels.py calls for a model of integers, where a pass reads a few tokens. run_blocks, the last function,
-// is the whole step: read it first. Most are plain loops, of which the compiler makes vector instructions; dots says its
-// own (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not depend on the tokens beside it.
+// is the whole step: read it first. Most are plain loops, of which the compiler makes vector instructions; dots and
+// four_scores say their own (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not depend on
+// the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -244,7 +245,7 @@ template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int3
 }
 #endif
 
-// dots for any number of rows. What the compiler knows the number of stays in registers, up to five.
+// dots for any number of rows, at most five at once: so many sums stay in registers.
 static void dots_of(const Matrix& m, int n, const uint8_t* u, int M, int32_t* sums) {
   for (; M > 5; M -= 4, u += (size_t)4 * m.cols, sums += 8 * 4) dots<4>(m, n, u, sums);
   switch (M) {
@@ -364,7 +365,7 @@ static void attend_one(const float* q, const float* k, const float* v, float* sc
   for (; i < D; i++) mix<1>(scores, v + i, y + i, n, D);
 }
 
-// The same of many rows, whose sums (M, N) PyTorch has made.
+// What multiply makes of its sums, for many rows, whose sums (M, N) PyTorch has made.
 extern "C" void scale_sums(const int32_t* sums, const float* scale, const float* xs, const float* rest, float* y, int M,
                            int N) {
   #pragma omp parallel for schedule(static)
