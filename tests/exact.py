@@ -4,6 +4,7 @@ random, over tens of thousands of tokens per format.
 
     python tests/exact.py                       # random weights: MHA, GQA, MQA, with draft and multi-token heads
     python tests/exact.py --out_dir=out-qat-shakespeare         # a trained model
+    python tests/exact.py --out_dir=out-smol --formats=int8,int4 --tokens=3000 --batch=2    # a large one
 
 For integers, int8 and int4, the texts must be equal. In float, sums over several rows are taken in another order: where
 a text first differs from the plain one, the two tokens' scores must lie within 1e-4 of each other (a tie), and such
@@ -28,6 +29,7 @@ from quantize import convert
 out_dir = ''                # a trained model; empty: random weights
 tokens = 50000              # per format, at least
 batch = 8                   # ragged rows decoded together
+formats = 'float32,int8,int4'
 seed = 1
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
@@ -75,7 +77,7 @@ def compare(engine, temperature, run):
 
 
 results = {}
-for kind in ('float32', 'int8', 'int4'):
+for kind in formats.split(','):
     done, run, gaps = 0, 0, []
     while done < tokens:
         for name, model in models(kind):
