@@ -335,13 +335,15 @@ def measure_decode():
         print(f"int8-packed takes {mib['memory']:,.1f} MiB of memory, {rows[-1]['memory_ratio']:.2f} times its file "
               f"and cache ({mib['file']:,.1f} + {mib['cache']:,.1f})")
     # what a row does not have is None
-    empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'ratio_no_drafts', 'memory_bytes', 'file_bytes', 'cache_bytes', 'memory_ratio'])
+    empty = dict.fromkeys([*rows[0], 'ratio_recompute', 'ratio_no_drafts', 'memory_bytes', 'file_bytes', 'cache_bytes',
+                           'memory_ratio'])
     empty |= dict.fromkeys(key for row in others for key in row)
     empty |= {'shape': shape, 'drafter': 'none', 'batch': 1, 'params': params}
     rows = [empty | row for row in rows + others]
     report([('decoder', 'decoder'), ('format', 'format'), ('drafter', 'drafter'), ('batch', 'batch', 'd'),
             ('tok/s', 'tok_s', ',.1f'), ('x plain', 'ratio_plain_f32', ',.2f'),
-            ('x nocache', 'ratio_recompute', ',.2f'), ('x drafts', 'ratio_no_drafts', '.2f'), ('first ms', 'first_token_ms', ',.1f'),
+            ('x nocache', 'ratio_recompute', ',.2f'), ('x drafts', 'ratio_no_drafts', '.2f'),
+            ('first ms', 'first_token_ms', ',.1f'),
             ('GB/s', 'gb_s', ',.2f'), ('% memory', 'share_of_bandwidth', ',.0f', 0.01),
             ('rows ' + ' '.join(map(str, LENGTHS[1:])),
              lambda r: r['rows_cost'] and ' '.join(f'{x:.2f}' for x in r['rows_cost'].values())),

@@ -107,7 +107,8 @@ def what_it_needs(w, inputs, wanted=None):
     a short text must not be learnt by heart.
     """
     cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
-    hessian, lack = w.new_zeros(cols, cols), torch.zeros_like(w) if wanted else None
+    hessian = w.new_zeros(cols, cols)
+    lack = torch.zeros_like(w) if wanted else None
     for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
         x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
@@ -115,7 +116,9 @@ def what_it_needs(w, inputs, wanted=None):
         if wanted:
             short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)
             lack.addmm_(short.T, x)
-    return hessian, lack * max(0.0, 1 - cols / tokens) if wanted else lack
+    if wanted:
+        lack *= max(0.0, 1 - cols / tokens)
+    return hessian, lack
 
 
 def read_by(module, run):
@@ -178,7 +181,8 @@ def fit_tables(fitted, model, batches, how):
     Rounds lm_head's table, and c_out before it, for the states that the float model gives. A tied table is read as
     embeddings, too, where no column matters more than another: so both count, one as much as the other.
     """
-    states, tied = [model.trunk(x) for x, _ in batches], model.config.tie_weights        # (B, T, n_embd) each
+    tied = model.config.tie_weights
+    states = [model.trunk(x) for x, _ in batches]                                # (B, T, n_embd) each
     if model.config.out_proj:
         fit(fitted.transformer, model.transformer, ('c_out',), states, *how)
     fit(fitted, model, ('lm_head',), [fitted.before_head(x) for x in states], *how, all_alike=float(tied))

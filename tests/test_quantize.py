@@ -315,6 +315,15 @@ def test_tables_of_4_bits_are_fitted_to_what_the_head_reads(tied):
     assert (fitted.lm_head.weight is fitted.transformer.wte.weight) == tied
 
 
+def test_weights_that_are_kept_change_no_integer():
+    """A tied table, too, may move only when all that the float model gives is known: the draft head embeds with it."""
+    torch.manual_seed(0)
+    model = small(**LLAMA | HEADS | dict(tie_weights=True))
+    batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
+    plain, kept = (Q.gptq(R.sharing(model), batches, tables_bits=4, keep_before=keep, aim=True) for keep in (False, True))
+    assert same_tensors(plain, kept)
+
+
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_gptq_of_the_first_layer(bits):
     """From first principles."""

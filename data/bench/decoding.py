@@ -299,8 +299,8 @@ def decoding_rows(engines, runs, costs, slow, memory):
         plain = drafter == 'none'
         rows.append({
             'decoder': 'picochat', 'format': f, 'drafter': drafter, 'batch': batch,
-            **speed(rates[f, drafter, batch], ratio_plain_f32=yardstick, ratio_recompute=slow),
-            'ratio_no_drafts': None if plain else speed(rates[f, drafter, batch], x=rates.get((f, 'none', batch))).get('x'),
+            **speed(rates[f, drafter, batch], ratio_plain_f32=yardstick, ratio_recompute=slow,
+                    ratio_no_drafts=None if plain else rates.get((f, 'none', batch))),
             'first_token_ms': 1000 * median(s['first_seconds'] for s in run),
             'gb_s': gb_s, 'share_of_bandwidth': gb_s * 1e9 / median(memory),
             'rows_cost': {str(n): median(t[n] / t[1] for t in costs[f]) for n in LENGTHS[1:]} if f in costs else None,
