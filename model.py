@@ -166,6 +166,15 @@ class Attention(nn.Module):
 
     def hidden(self, x, cos, sin, cache):
         """What c_proj reads: (B, T, n_embd) -> (B, T, n_head * head_dim)."""
+        q, k, v = self.queries_keys_values(x, cos, sin)                          # (B, T, heads, head_dim)
+        if cache is None:
+            y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        else:
+            y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
+        return y.flatten(2)
+
+    def queries_keys_values(self, x, cos, sin):
+        """(B, T, n_embd) -> q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim); q and k are turned."""
         B, T, _ = x.shape
         n_q, n_kv = self.n_head, self.n_kv_head
         qkv = torch.cat((self.c_q(x), self.c_k(x), self.c_v(x)), dim=-1) if self.c_qkv is None else self.c_qkv(x)
@@ -173,12 +182,7 @@ class Attention(nn.Module):
         qk = rotate(qk, cos, sin)
         if self.qk_norm:
             qk = norm(qk, self.eps)
-        q, k = qk.split((n_q, n_kv), dim=2)                                      # (B, T, heads, head_dim)
-        if cache is None:
-            y = causal_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-        else:
-            y = cache.attend(self.layer, q, k, v)                                # (B, T, n_head, head_dim) either way
-        return y.reshape(B, T, self.n_head * self.head_dim)
+        return *qk.split((n_q, n_kv), dim=2), v
 
 
 class MLP(nn.Module):

@@ -34,7 +34,6 @@ class KVCache:
     for T more tokens in each row; then every layer calls attend once. rewind forgets the last tokens again.
     dtype=torch.int8 keeps integers with one scale for each token and head: 4 times less memory than float32.
     """
-    starts = None       # (B,) int64: where the few tokens of a step begin, for data/kernels.py; of a prompt None
 
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
         self.block_size = config.block_size
@@ -83,7 +82,7 @@ class KVCache:
             starts = torch.tensor(self.lengths, device=self.numbers.device)
             self.position = starts[:, None] + self.numbers[:T]                  # (B, T)
         self.reach, self.mask = round_up(longest), None
-        self.starts = torch.tensor(self.lengths) if T <= FEW and self.store['k'][0].dtype == torch.float32 else None
+        self.starts = torch.tensor(self.lengths)                                # (B,), for data/kernels.py
         self.lengths = [n + T for n in self.lengths]
         return self.position
 

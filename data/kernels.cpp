@@ -1,7 +1,7 @@
-// What data/kernels.py calls for a model of integers, where a pass reads a few tokens. run_blocks, the last function,
-// is the whole step: read it first. Most are plain loops, of which the compiler makes vector instructions; dots and
-// four_scores say their own (vpdpbusd multiplies and adds up 64 bytes). What comes out for one token does not depend on
-// the tokens beside it.
+// What data/kernels.py calls for a model of integers. run_blocks, the last function, is the whole step of a pass that
+// reads a few tokens: read it first. Of a prompt the products are PyTorch's. Most are plain loops, of which a compiler
+// makes vector instructions; dots and four_scores say their own (vpdpbusd multiplies and adds up 64 bytes). What comes
+// out for one token does not depend on the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -45,9 +45,9 @@ static inline __m128 added_up(const __m512* x) {
   __m512d b = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3])));
   __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
   __m512 all = _mm512_add_ps(low, high);
-  __m128 quarters[4];
-  std::memcpy(quarters, &all, sizeof all);
-  return _mm_add_ps(_mm_add_ps(quarters[0], quarters[2]), _mm_add_ps(quarters[1], quarters[3]));
+  __m512 upper = _mm512_shuffle_f32x4(all, all, 0xee);
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_castps512_ps256(upper));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 #endif
 
@@ -59,9 +59,27 @@ static float norm_factor(const float* x, int n, float eps) {
   return 1 / std::sqrt(sum / n + eps);
 }
 
+// One step of hadamard on sixteen numbers, which stay in a register: each number and the one half further on, or back,
+// become their sum and their difference.
+template <int half> static inline void butterflies(float* z) {
+  float out[16];
+  for (int i = 0; i < 16; i++) out[i] = z[i ^ half] + (i & half ? -z[i] : z[i]);
+  std::memcpy(z, out, sizeof out);
+}
+
 // model.hadamard of z (K,), in place: sums and differences of neighbours, of pairs of them, and so on.
 static void hadamard(float* z, int K, int n) {
-  for (int half = 1; half < n; half *= 2)
+  int half = 1;
+  if (n >= 16) {
+    for (int i = 0; i < K; i += 16) {
+      butterflies<1>(z + i);
+      butterflies<2>(z + i);
+      butterflies<4>(z + i);
+      butterflies<8>(z + i);
+    }
+    half = 16;
+  }
+  for (; half < n; half *= 2)
     for (int first = 0; first < K; first += 2 * half)
       for (int i = first; i < first + half; i++) {
         float a = z[i], b = z[i + half];
@@ -87,8 +105,9 @@ static void prepare(const float* x, float* z, int K, int input, int turned, floa
 }
 
 // data/rounding.round_rows of what a matrix reads of x (M, K or 2 K), for the threads of a parallel region together:
-// xq (M, K), the integers plus 128, and xs (M,).
-static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps) {
+// xq (M, K), the integers plus zero, and xs (M,).
+static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps,
+                           int zero = 128) {
   static thread_local std::vector<float> room;
   room.resize(K);
   float* z = room.data();
@@ -100,14 +119,14 @@ static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K,
     for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
     float up = 1 / peak * 127;                                      // PyTorch's 127 / peak, to the bit
     uint8_t* row = xq + (size_t)m * K;
-    for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + 128);
+    for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + zero);
     xs[m] = peak / 127;
   }
 }
 
-extern "C" void round_rows(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps) {
-  #pragma omp parallel if (M > 16)
-  round_together(x, xq, xs, M, K, input, turned, eps);
+extern "C" void round_rows(const float* x, int8_t* xq, float* xs, int M, int K, int input, int turned, float eps) {
+  #pragma omp parallel
+  round_together(x, (uint8_t*)xq, xs, M, K, input, turned, eps, 0);
 }
 
 // What the steps -18, ..., 18 make of the sixteen values of 4 bits: one instruction looks up many of them.
@@ -288,30 +307,44 @@ extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, f
   }
 }
 
-// The products of q (D,) with four keys, k[0], ..., k[3] -> scores (4,): sixteen sums side by side, which then are added
-// up in pairs.
+// The products of Q queries q (Q, D), which lie apart, with four keys k (4, D) -> scores (Q, 4), which lie width apart:
+// sixteen sums side by side, which then are added up in pairs.
 #ifdef __AVX512F__
-static inline void four_scores(const float* q, const float* const* k, int D, float* scores) {
-  __m512 sum[4];
-  for (auto& s : sum) s = _mm512_setzero_ps();
-  for (int i = 0; i < D; i += 16) {
-    __mmask16 inside = D - i < 16 ? (1 << (D - i)) - 1 : -1;
-    __m512 a = _mm512_maskz_loadu_ps(inside, q + i);
-    for (int j = 0; j < 4; j++) {
-      __m512 b = _mm512_maskz_loadu_ps(inside, k[j] + i);
-      sum[j] = _mm512_add_ps(sum[j], _mm512_mul_ps(a, b));
+const int TOGETHER = 4;                                             // queries that attention reads keys and values for
+
+template <int Q> static inline void four_scores(const float* q, size_t apart, const float* k, int D, float* scores,
+                                                size_t width) {
+  __m512 sum[Q][4];
+  for (auto& of_query : sum)
+    for (auto& s : of_query) s = _mm512_setzero_ps();
+  auto add = [&](int i, __mmask16 inside) {
+    __m512 keys[4];
+    for (int j = 0; j < 4; j++) keys[j] = _mm512_maskz_loadu_ps(inside, k + (size_t)j * D + i);
+    for (int r = 0; r < Q; r++) {
+      __m512 a = _mm512_maskz_loadu_ps(inside, q + r * apart + i);
+      for (int j = 0; j < 4; j++) sum[r][j] = _mm512_add_ps(sum[r][j], _mm512_mul_ps(a, keys[j]));
     }
+  };
+  int i = 0;
+  for (; i + 64 <= D; i += 64) {                                    // the usual head has 64: a loop of one turn
+    add(i, -1);
+    add(i + 16, -1);
+    add(i + 32, -1);
+    add(i + 48, -1);
   }
-  _mm_storeu_ps(scores, added_up(sum));
+  for (; i < D; i += 16) add(i, D - i < 16 ? (1 << (D - i)) - 1 : -1);
+  for (int r = 0; r < Q; r++) _mm_storeu_ps(scores + r * width, added_up(sum[r]));
 }
 #else
-static inline void four_scores(const float* q, const float* const* k, int D, float* scores) {
-  for (int key = 0; key < 4; key++) {
+const int TOGETHER = 1;
+
+template <int Q> static inline void four_scores(const float* q, size_t, const float* k, int D, float* scores, size_t) {
+  for (int key = 0; key < 4; key++, k += D) {
     float part[16] = {};
     int i = 0;
     for (; i + 16 <= D; i += 16)
-      for (int j = 0; j < 16; j++) part[j] += q[i + j] * k[key][i + j];
-    for (; i < D; i++) part[i % 16] += q[i] * k[key][i];
+      for (int j = 0; j < 16; j++) part[j] += q[i + j] * k[i + j];
+    for (; i < D; i++) part[i % 16] += q[i] * k[i];
     for (int half = 8; half; half /= 2)
       for (int j = 0; j < half; j++) part[j] += part[j + half];
     scores[key] = part[0];
@@ -319,13 +352,40 @@ static inline void four_scores(const float* q, const float* const* k, int D, flo
 }
 #endif
 
-// The sum of n values of N numbers, which lie D apart, times the share of each -> y (N,). N is known beforehand, so
-// that sums stay in registers.
-template <int N> static inline void mix(const float* shares, const float* v, float* y, int n, int D) {
-  float sum[N] = {};
+// The sums of n values of N numbers, which lie D apart, times their shares, for Q queries whose shares lie width apart,
+// are added to y (Q, N), which lie y_apart. N and Q are known beforehand, so that sums stay in registers.
+template <int Q, int N> static inline void mix(const float* shares, size_t width, const float* v, float* y,
+                                               size_t y_apart, int n, int D) {
+  float sum[Q][N];
+  for (int r = 0; r < Q; r++) std::memcpy(sum[r], y + r * y_apart, sizeof sum[r]);
   for (int s = 0; s < n; s++, v += D)
-    for (int i = 0; i < N; i++) sum[i] += shares[s] * v[i];
-  std::memcpy(y, sum, sizeof sum);
+    for (int r = 0; r < Q; r++)
+      for (int i = 0; i < N; i++) sum[r][i] += shares[r * width + s] * v[i];
+  for (int r = 0; r < Q; r++) std::memcpy(y + r * y_apart, sum[r], sizeof sum[r]);
+}
+
+template <int Q> static void mix_values(const float* shares, size_t width, const float* v, float* y, size_t y_apart,
+                                        int n, int D) {
+  int i = 0;
+  for (; i + 64 <= D; i += 64) mix<Q, 64>(shares, width, v + i, y + i, y_apart, n, D);
+  for (; i + 16 <= D; i += 16) mix<Q, 16>(shares, width, v + i, y + i, y_apart, n, D);
+  for (; i < D; i++) mix<Q, 1>(shares, width, v + i, y + i, y_apart, n, D);
+}
+
+// Scores (n,) -> shares that add up to 1, in place.
+static void softmax(float* scores, int n, float scale) {
+  float peak = -INFINITY, total = 0;
+  #pragma omp simd reduction(max:peak)
+  for (int s = 0; s < n; s++) {
+    scores[s] *= scale;
+    peak = scores[s] > peak ? scores[s] : peak;
+  }
+  #pragma omp simd reduction(+:total)
+  for (int s = 0; s < n; s++) {
+    scores[s] = exp_of(scores[s] - peak);
+    total += scores[s];
+  }
+  for (int s = 0; s < n; s++) scores[s] /= total;
 }
 
 // model.rotate of one head x (D,), in place, and model.norm behind it if it is normed.
@@ -340,29 +400,42 @@ static void turn(float* x, const float* cos, const float* sin, int D, int normed
   for (int i = 0; i < D; i++) x[i] *= factor;
 }
 
-// One query q (D,) over the keys and values of n tokens, k and v (n, D) -> y (D,). scores: room for n + 3 numbers.
-static void attend_one(const float* q, const float* k, const float* v, float* scores, float* y, int n, int D) {
-  float scale = 1 / std::sqrt((float)D), peak = -INFINITY, total = 0;
-  for (int s = 0; s < n; s += 4) {
-    const float* keys[4];
-    for (int j = 0; j < 4; j++) keys[j] = k + (size_t)std::min(s + j, n - 1) * D;   // beyond the last it is read again
-    four_scores(q, keys, D, scores + s);
+// One head of R tokens in a row: queries q (R, D), which lie apart, over keys and values k and v, of which the first
+// query sees n, the next one more, and so on -> y (R, D), which lie y_apart. What is read of k and v serves several
+// queries at once, and a piece of them that stays near the processor all R.
+static void attend_some(const float* q, size_t apart, const float* k, const float* v, float* y, size_t y_apart, int n,
+                        int R, int D) {
+  static thread_local std::vector<float> room;
+  const int all = n + R - 1, quads = R / TOGETHER * TOGETHER;
+  const size_t width = all + 3;                                     // keys come in fours
+  room.resize(R * width);
+  float* scores = room.data();                                      // (R, width)
+  for (int s = 0; s < all; s += 4) {
+    const float* keys = k + (size_t)s * D;                          // beyond the last there is room, see data/cache.py
+    float* at = scores + s;
+    int r = std::max(0, s - n + 1) / TOGETHER * TOGETHER;           // the first query that sees one of them
+    for (; r < quads; r += TOGETHER) four_scores<TOGETHER>(q + r * apart, apart, keys, D, at + r * width, width);
+    for (; r < R; r++) four_scores<1>(q + r * apart, apart, keys, D, at + r * width, width);
   }
-  #pragma omp simd reduction(max:peak)
-  for (int s = 0; s < n; s++) {
-    scores[s] *= scale;
-    peak = scores[s] > peak ? scores[s] : peak;
+  for (int r = 0; r < R; r++) {
+    softmax(scores + r * width, n + r, 1 / std::sqrt((float)D));
+    std::fill(y + r * y_apart, y + r * y_apart + D, 0.0f);
   }
-  #pragma omp simd reduction(+:total)
-  for (int s = 0; s < n; s++) {
-    scores[s] = exp_of(scores[s] - peak);
-    total += scores[s];
+  for (int s = 0; s < all; s += 64) {
+    auto seen = [&](int r) { return std::max(0, std::min(64, n + r - s)); };            // of these 64
+    auto add = [&](int r, int from) {
+      if (seen(r) == from) return;
+      mix_values<1>(scores + r * width + s + from, width, v + (size_t)(s + from) * D, y + r * y_apart, y_apart,
+                    seen(r) - from, D);
+    };
+    int r = 0;
+    for (; r < quads; r += TOGETHER) {                              // what all of them see, then what the later ones do
+      const int common = seen(r);
+      mix_values<TOGETHER>(scores + r * width + s, width, v + (size_t)s * D, y + r * y_apart, y_apart, common, D);
+      for (int later = r + 1; later < r + TOGETHER; later++) add(later, common);
+    }
+    for (; r < R; r++) add(r, 0);
   }
-  for (int s = 0; s < n; s++) scores[s] /= total;
-  int i = 0;
-  for (; i + 64 <= D; i += 64) mix<64>(scores, v + i, y + i, n, D);
-  for (; i + 16 <= D; i += 16) mix<16>(scores, v + i, y + i, n, D);
-  for (; i < D; i++) mix<1>(scores, v + i, y + i, n, D);
 }
 
 // What multiply makes of its sums, for many rows, whose sums (M, N) PyTorch has made.
@@ -391,12 +464,9 @@ struct Heads {
   float eps;
 };
 
-// For the threads of a parallel region together: qkv (B, T, H + 2 KV, D) -> y (B, T, H, D). Turns q and k; writes k and
-// v into the cache, keys and values (B, KV, size, D), behind the tokens before; and lets every query attend to the
-// tokens up to its own, which is the rule of model.sees.
-static void attend_together(const Heads& h, const Tokens& at, float* qkv, float* keys, float* values, float* y) {
-  static thread_local std::vector<float> scores;
-  scores.resize(h.size + 3);
+// For the threads of a parallel region together: turns q and k of qkv (B, T, H + 2 KV, D), and writes k and v into the
+// cache, keys and values (B, KV, size, D), behind the tokens before.
+static void turn_and_keep(const Heads& h, const Tokens& at, float* qkv, float* keys, float* values) {
   const int heads = h.H + 2 * h.KV, D = h.D, T = at.T;
   #pragma omp for schedule(static)
   for (int i = 0; i < at.B * T * heads; i++) {
@@ -409,13 +479,34 @@ static void attend_together(const Heads& h, const Tokens& at, float* qkv, float*
       std::memcpy(store + (((size_t)b * h.KV + (head - h.H) % h.KV) * h.size + place) * D, x, D * sizeof(float));
     }
   }
+}
+
+// For the threads of a parallel region together: every query attends to the tokens up to its own, which is the rule of
+// model.sees. q (B, T, heads, D), of which the first H are queries, and the cache -> y (B, T, H, D).
+static void attend_together(const Heads& h, const Tokens& at, const float* q, int heads, const float* keys,
+                            const float* values, float* y) {
+  const int R = 16, parts = (at.T + R - 1) / R, D = h.D;            // of so many tokens, one head each
   #pragma omp for schedule(static)
-  for (int i = 0; i < at.B * T * h.H; i++) {
-    int b = i / h.H / T, t = i / h.H % T, head = i % h.H;
-    size_t first = ((size_t)b * h.KV + head / (h.H / h.KV)) * h.size * D;
-    const float* q = qkv + ((size_t)(b * T + t) * heads + head) * D;
-    attend_one(q, keys + first, values + first, scores.data(), y + (size_t)i * D, (int)at.starts[b] + t + 1, D);
+  for (int i = 0; i < at.B * h.H * parts; i++) {
+    int b = i / parts / h.H, head = i / parts % h.H, t = i % parts * R;
+    size_t first = ((size_t)b * h.KV + head / (h.H / h.KV)) * h.size * D, row = (size_t)b * at.T + t;
+    attend_some(q + (row * heads + head) * D, (size_t)heads * D, keys + first, values + first,
+                y + (row * h.H + head) * D, (size_t)h.H * D, (int)at.starts[b] + t + 1, std::min(R, at.T - t), D);
   }
+}
+
+extern "C" void keep_and_attend(const Heads* h, const Tokens* at, float* qkv, float* keys, float* values, float* y) {
+  #pragma omp parallel
+  {
+    turn_and_keep(*h, *at, qkv, keys, values);
+    attend_together(*h, *at, qkv, h->H + 2 * h->KV, keys, values, y);
+  }
+}
+
+extern "C" void attend(const Heads* h, const Tokens* at, const float* q, const float* keys, const float* values,
+                       float* y) {
+  #pragma omp parallel
+  attend_together(*h, *at, q, h->H, keys, values, y);
 }
 
 // The matrices of a block. input: what the MLP does between its two.
@@ -441,7 +532,8 @@ extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys,
       multiply(m, xq.data(), xs.data(), rest, out, M);
     };
     product(l.c_qkv, x, NORM, 0, nullptr, qkv.data());
-    attend_together(*heads, *at, qkv.data(), keys[i], values[i], y.data());
+    turn_and_keep(*heads, *at, qkv.data(), keys[i], values[i]);
+    attend_together(*heads, *at, qkv.data(), heads->H + 2 * heads->KV, keys[i], values[i], y.data());
     product(l.attn_c_proj, y.data(), AS_IT_IS, 0, x, x);
     product(l.c_fc, x, NORM, 0, nullptr, hidden.data());
     product(l.mlp_c_proj, hidden.data(), input, turned, x, x);

@@ -18,6 +18,7 @@ import subprocess
 import torch
 import torch.nn as nn
 
+from data.cache import FEW
 from data.compiling import cpp_compiler
 from data.files import in_repo, private_folder
 from data.rounding import BITS, GROUPS, int_matmul
@@ -36,6 +37,7 @@ FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-t
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
               'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT], 'scale_sums': [POINTER] * 5 + [INT] * 2,
+              'attend': [POINTER] * 6, 'keep_and_attend': [POINTER] * 6,
               'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2}
 
 
@@ -130,13 +132,12 @@ class KernelLinear(nn.Module):
     def read_many(self, x, M, what, eps, rest, turned):
         """read for many rows: the same bits, by PyTorch's product of integers."""
         linear, N, K = self.linear, self.rows, self.linear.cols
-        xq, xs = torch.empty(M, K, dtype=torch.uint8), torch.empty(M, 1)
+        xq, xs = torch.empty(M, K, dtype=torch.int8), torch.empty(M, 1)
         library().round_rows(x.data_ptr(), xq.data_ptr(), xs.data_ptr(), M, K, what, turned, eps)
         w = linear.weight
         if self.group:
             w = torch.empty(N, K, dtype=torch.int8)
             library().unpack(linear.weight.data_ptr(), linear.step.data_ptr(), w.data_ptr(), N, K, self.group)
-        xq = (xq ^ 128).view(torch.int8)        # 128 less
         sums, y = int_matmul(xq, w), x.new_empty(*x.shape[:-1], N)              # (M, N) int32
         library().scale_sums(sums.data_ptr(), linear.scale.data_ptr(), xs.data_ptr(), pointer(rest), y.data_ptr(), M, N)
         return y
@@ -146,8 +147,8 @@ class KernelLinear(nn.Module):
 
 class KernelBlock(Block):
     """
-    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). It attends
-    as PyTorch does: what is read through it is a prompt, or has a cache of integers.
+    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). Behind a
+    cache a token's result is the bits of run_blocks in kernels.cpp, however many are read with it.
     """
     def __init__(self, block):
         nn.Module.__init__(self)
@@ -167,10 +168,25 @@ class KernelBlock(Block):
         return all(isinstance(m, KernelLinear) for m in (attn.c_qkv, attn.c_proj, reader, mlp.c_proj))
 
     def forward(self, x, cos, sin, cache):
+        """As Block.forward, x (B, T, n_embd)."""
         if cache is None:
             return super().forward(x, cos, sin, cache)
-        x = x + self.attn(norm(x, self.eps), cos, sin, cache)
-        hidden = self.reader.read(x, NORM, self.eps or EPS)
+        attn, eps = self.attn, self.eps or EPS
+        y = x.new_empty(*x.shape[:2], attn.n_head * attn.head_dim)
+        tokens = tokens_of(x, cos, sin, cache)
+        if cache.int8:
+            q, k, v = attn.queries_keys_values(norm(x, self.eps), cos, sin)
+            keys, values = cache.put_both(attn.layer, k, v)                     # (B, n_kv_head, S, head_dim) float32
+            heads, q = heads_of(self, keys.size(2)), q.contiguous()
+            library().attend(ctypes.byref(heads), ctypes.byref(tokens), q.data_ptr(), keys.data_ptr(),
+                             values.data_ptr(), y.data_ptr())
+        else:
+            qkv = attn.c_qkv.read(x, NORM, eps)                                 # (B, T, all heads * head_dim)
+            heads, keys, values = heads_of(self, cache.size), cache.store['k'][attn.layer], cache.store['v'][attn.layer]
+            library().keep_and_attend(ctypes.byref(heads), ctypes.byref(tokens), qkv.data_ptr(), keys.data_ptr(),
+                                      values.data_ptr(), y.data_ptr())
+        x = attn.c_proj.read(y, rest=x.contiguous())
+        hidden = self.reader.read(x, NORM, eps)
         return self.mlp.c_proj.read(hidden, self.what, rest=x, turned=self.mlp.turned)
 
     def layer(self):
@@ -186,18 +202,27 @@ class KernelBlocks(nn.Module):
         self.layers = (Layer * len(blocks))(*(block.layer() for block in blocks))
 
     def forward(self, x, cos, sin, cache):
-        """As Block.forward. cache.starts says where the few tokens of a step begin; of a prompt it is None."""
-        if cache is None or cache.starts is None:
+        """As Block.forward. The few tokens of a step, behind floats, go through all blocks in one call."""
+        if cache is None or cache.int8 or x.size(1) > FEW:
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
             return x
-        block, (B, T, _) = self.blocks[0], x.shape
-        attn, keys, values = block.attn, cache.store['k'], cache.store['v']
+        x, block = x.clone(memory_format=torch.contiguous_format), self.blocks[0]       # x is changed in place
+        heads, tokens = heads_of(block, cache.size), tokens_of(x, cos, sin, cache)
         pointers = POINTER * len(self.blocks)
-        heads = Heads(attn.n_head, attn.n_kv_head, attn.head_dim, cache.size, attn.qk_norm, block.eps or EPS)
-        tokens = Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)
-        x = x.clone(memory_format=torch.contiguous_format)                      # (B, T, n_embd), changed in place
-        library().run_blocks(self.layers, len(self.blocks), pointers(*(t.data_ptr() for t in keys)),
-                             pointers(*(t.data_ptr() for t in values)), ctypes.byref(heads), ctypes.byref(tokens),
+        keys, values = (pointers(*(t.data_ptr() for t in cache.store[name])) for name in 'kv')
+        library().run_blocks(self.layers, len(self.blocks), keys, values, ctypes.byref(heads), ctypes.byref(tokens),
                              x.data_ptr(), block.what, block.mlp.turned)
         return x
+
+
+def heads_of(block, size):
+    """A block's Heads, and the room of the cache that they look at."""
+    attn = block.attn
+    return Heads(attn.n_head, attn.n_kv_head, attn.head_dim, size, attn.qk_norm, block.eps or EPS)
+
+
+def tokens_of(x, cos, sin, cache):
+    """Where the tokens x (B, T, n_embd) stand that a cache was advanced for."""
+    B, T, _ = x.shape
+    return Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)

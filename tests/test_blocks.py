@@ -73,30 +73,34 @@ def test_what_a_matrix_reads(what, reads):
 
 
 @needs_kernels
-@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('bits, cache', [(8, torch.float32), (4, torch.float32), (8, torch.int8)])
 @pytest.mark.parametrize('shape', SHAPES)
 @torch.inference_mode()
-def test_it_is_the_same_block(shape, bits):
-    """Close to PyTorch's behind a prompt; and to the bit, whatever rows, and tokens of a row, are read together."""
+def test_it_is_the_same_block(shape, bits, cache):
+    """
+    Close to PyTorch's; and to the bit, whatever rows, and tokens of a row, are read together: a prompt, too, is what its
+    tokens are one by one.
+    """
     plain, fast = two(shape, bits)
     assert step_of(plain) == 'PyTorch' and step_of(fast) == 'kernels'
     ids = torch.randint(96, (3, 100))
 
     def states(model, widths, rows=slice(None), size=None):
-        cache = KVCache(model.config, len(ids[rows]), size)
+        kept = KVCache(model.config, len(ids[rows]), size, cache)
         parts = ids[rows].split(widths, dim=1)
-        return torch.cat([model.trunk(part, cache) for part in parts], dim=1)
-    one_by_one = states(fast, [40] + [1] * 60)
-    near = (one_by_one - states(plain, [40] + [1] * 60)).abs().amax(dim=-1) < 1e-4
+        return torch.cat([model.trunk(part, kept) for part in parts], dim=1)
+    one_by_one = states(fast, [1] * 100)
+    near = (one_by_one - states(plain, [1] * 100)).abs().amax(dim=-1) < 1e-4
     assert near.float().mean() > 0.5            # where an activation fell to the other side, it is not
-    assert torch.equal(states(fast, [40, 5, 16, 15, 9, 1, 14], size=10), one_by_one)
-    assert torch.equal(states(fast, [40, 7, 53], slice(1, 2))[:, :47], one_by_one[1:2, :47])
+    for widths in ([100], [40, 5, 16, 15, 9, 1, 14], [17, 83]):
+        assert torch.equal(states(fast, widths, size=10), one_by_one)
+    assert torch.equal(states(fast, [40, 7, 53], slice(1, 2)), one_by_one[1:2])
 
 
 @needs_kernels
 @pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
 def test_text_of_many_rows_and_of_an_int8_cache(shape, bits):
-    """Of more rows products are PyTorch's, and behind such a cache attention is."""
+    """Of more rows lm_head's products are PyTorch's."""
     fast, prompt = two(shape, bits)[1], [CHAR.encode('to be')]
     many = Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3), num_samples=K.ROWS + 4)
     assert many[:1] == Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3))
