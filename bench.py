@@ -105,6 +105,7 @@ num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
 texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode a trained model's prompts, others for each round
 text_bytes = 200_000        # at most so many bytes of each; 0: all
+caches = 'float32,int8'     # quality: what the cache of each format holds, one or both
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
@@ -128,7 +129,7 @@ record = ''                 # where that goes when it is whole, to be kept: conf
 columns = ''                # of the table, by their keys in that file, joined by commas; empty: all that there are
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed; they may be other rungs' files. In quality: none leaves it out
+with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; such a rung's file may be another rung's, too
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -234,9 +235,9 @@ def measure_quality():
     rows = []
     models, prices = price_list(k, wanted_formats(), data, tokenizer)
     for f, model in models.items():
-        plain_alone = f in GGUF_KINDS or int8_cache == 'none'
-        for dtype in [torch.float32] if plain_alone else [torch.float32, torch.int8]:
-            row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
+        for cache in ['float32'] if f in GGUF_KINDS else listed('caches', ['float32', 'int8']):
+            dtype = getattr(torch, cache)
+            row = {'shape': shape, 'format': f, 'cache': cache,
                    'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
             if dtype == torch.float32:
                 row |= prices[f]
@@ -439,7 +440,7 @@ def measure_table():
 def measure_ladder():
     recorded, wanted = read_record(check) if check else None, [] if check else read_rungs(rungs, seeds)
     there = {row['name'] for row in recorded['rows']} if check else {name for name, *_ in wanted if name}
-    for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):
+    for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('with_int8_cache', ('',))):
         if config[knob] not in words:
             listed(knob, there)
     if check and recorded.get('machine') != machine:
