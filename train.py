@@ -158,8 +158,8 @@ compile = compile and can_compile(device)
 data_dir = os.path.join(in_repo('data'), dataset)
 tokenizer = from_meta(load_meta(data_dir))
 rows = 1 if batch_size == 'auto' else batch_size
-loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
-val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
+loader = Loader(data_dir, 'train', rows, block_size, seed, device, hold_out)
+val_loader = Loader(data_dir, 'val', rows, block_size, seed, device)
 
 # the checkpoint to start from, if there is one; resumed: the same where this run goes on with it, else empty
 if main_process:
@@ -316,7 +316,7 @@ def swap_averages():
 def measure(step):
     """Loss on the whole validation split."""
     with eager(), autocast(device, dtype):
-        result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
+        result = evaluate(model, val_loader.eval_batches(rank, world_size), tokenizer.token_bytes)
     say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte"
         f"{f' (weights rounded to int{quant_bits})' if step > qat_step or qat_step == 0 else ''}")
     return result
@@ -363,7 +363,7 @@ def write_own_rows():
     itself has written, so it trains on some of that.
     """
     n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
-    starts = [start for step in range(64) for start in loader.starts(step)[:n]]
+    starts = [start for step in range(64) for start in loader.starts(step, rank, world_size)[:n]]
     prompts = loader.rows(starts)[0][:, :cut].tolist()
     say(f'the model writes {64 * n} rows of its own')
     with eager():
@@ -416,8 +416,10 @@ def every(interval, step):
 
 def batch(step, micro):
     """-> x and y (B, T) int64, y being x shifted by one, with -1 where nothing is learnt; and labels' (B, T, ...)."""
-    x, y = loader.batch(step, micro, accumulation)
-    soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
+    # the processes take turns at all micro-batches of the step: what is learnt does not depend on how many there are
+    number = step, micro * world_size + rank, accumulation * world_size
+    x, y = loader.batch(*number)
+    soft = labels.batch(loader.starts(*number), block_size) if labels else ()
     if own_samples:
         n = len(own_rows) // 64
         mine = own_rows[(step * accumulation + micro) % 64 * n:][:n]

@@ -61,18 +61,6 @@ def test_a_batch_depends_on_its_number_only(data_dir):
     assert not torch.equal(forward[0], Loader(data_dir, 'train', 4, 16, seed=6).batch(0)[0])
 
 
-@pytest.mark.parametrize('accumulation', [2, 4])
-def test_two_processes_see_what_one_sees_with_twice_the_accumulation(data_dir, accumulation):
-    one = Loader(data_dir, 'train', 3, 16)
-    two = [Loader(data_dir, 'train', 3, 16, rank=rank, world_size=2) for rank in (0, 1)]
-    for step in range(30):
-        alone = [i for micro in range(accumulation)
-                 for i in windows(one, [step], micro=micro, accumulation=accumulation)]
-        together = [i for micro in range(accumulation // 2) for loader in two
-                    for i in windows(loader, [step], micro=micro, accumulation=accumulation // 2)]
-        assert sorted(alone) == sorted(together)
-
-
 @pytest.mark.parametrize('n_tokens, block_size', [
     (1000, 16), (1000, 1), (1000, 999), (1000, 400), (33, 16), (32, 16), (17, 16)])
 def test_an_epoch_is_each_window_once(tmp_path, n_tokens, block_size):
@@ -97,8 +85,7 @@ def test_over_many_epochs_every_token_is_a_target(tmp_path):
 def test_evaluation_has_every_target_once(data_dir, world_size, batch_size, block_size):
     targets, n_batches = [], set()
     for rank in range(world_size):
-        batches = list(
-            Loader(data_dir, 'val', 2, block_size, rank=rank, world_size=world_size).eval_batches(batch_size))
+        batches = list(Loader(data_dir, 'val', batch_size, block_size).eval_batches(rank, world_size))
         n_batches.add(len(batches))
         for x, y in batches:
             assert x.shape == y.shape == (batch_size, block_size) and x.min() >= 0
@@ -261,24 +248,23 @@ def test_rows_hold_whole_conversations():
 def test_an_epoch_of_rows_has_every_answer_once(tmp_path, split, n, world_size, batch_size):
     given = {'train': chats(60, 12), 'val': chats(7, 12, seed=1)}
     write_chats(tmp_path, BPE, given['train'], given['val'], 100, 'test')
-    loaders = [Loader(tmp_path, split, batch_size, 100, rank=rank, world_size=world_size) for rank in range(world_size)]
-    rows = {tuple(row) for row in loaders[0].tokens.reshape(-1, 100).tolist()}
+    loader = Loader(tmp_path, split, batch_size, 100)
+    rows = {tuple(row) for row in loader.tokens.reshape(-1, 100).tolist()}
     answers = sorted(token for ids, mask in given[split] for token, learn in zip(ids, mask) if learn)
     learnt = lambda batches: sorted(token for _, y in batches for token in y[y >= 0].tolist())
 
-    assert learnt(batch for loader in loaders for batch in loader.eval_batches()) == answers
-    n_windows = loaders[0].n_windows
+    assert learnt(batch for rank in range(world_size) for batch in loader.eval_batches(rank, world_size)) == answers
+    n_windows = loader.n_windows
     assert n_windows == len(rows)
-    for epoch in range(2):                          # sample by sample, as steps, ranks and rows count them
-        samples = [loaders[0].rows([loaders[0]._start(i)]) for i in range(epoch * n_windows, (epoch + 1) * n_windows)]
+    for epoch in range(2):                          # sample by sample, as steps and rows count them
+        samples = [loader.rows([loader._start(i)]) for i in range(epoch * n_windows, (epoch + 1) * n_windows)]
         assert learnt(samples) == answers
         assert {tuple(x[0].tolist()) for x, _ in samples} == rows
         for x, y in samples:                        # no target is of another row
             assert y[0, -1] == -1
             assert torch.equal(y[:, :-1][y[:, :-1] >= 0], x[:, 1:][y[:, :-1] >= 0])
-    for loader in loaders:
-        for step in range(9):
-            assert {tuple(x) for x in loader.batch(step)[0].tolist()} <= rows
+    for step in range(9):
+        assert {tuple(x) for x in loader.batch(step)[0].tolist()} <= rows
 
 
 def test_long_conversations_are_cut_at_a_turn(tmp_path, capsys):
