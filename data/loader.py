@@ -45,8 +45,8 @@ class Loader:
 
     An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window
     starts is random too, so a token is seen at other positions in other epochs; where meta.json has a row, windows are
-    the rows. Sample number i, counted over steps, their micro-batches and rows in this order, is window i % n_windows of
-    epoch i // n_windows. It knows nothing of processes: they take turns at a step's micro-batches (see train.py), so two
+    the rows. Sample number i, counted over steps, their micro-batches and rows in this order, is window i % n_windows
+    of epoch i // n_windows. It knows nothing of processes: they take turns at a step's micro-batches (train.py), so two
     of them see, step by step, what one sees with twice the accumulation.
     """
 
@@ -137,8 +137,8 @@ class Loader:
 
     def eval_batches(self, rank=0, world_size=1):
         """
-        Yields x, y: (batch_size, block_size) int64 over the whole split, in order; of several processes that share it,
-        for this rank. Over all ranks every token but the first is a target exactly once. All shapes are the same and all
+        Yields x, y: (batch_size, block_size) int64 over the whole split, in order; where processes share it, those of
+        this rank. Over all ranks every token but the first is a target exactly once. All shapes are the same and all
         ranks have as many batches: what is beyond the end has y = -1.
         """
         n_windows = math.ceil((self.n_tokens - 1) / self.block_size)

@@ -1,6 +1,6 @@
 """
-A training that train.py's knobs describe, measured or planned: tokens/s, bytes, hours and dollars. A library for bench.py
---mode=train and --mode=memory, which prints what comes back; estimate.py beside it takes the steps.
+A training that train.py's knobs describe, measured or planned: tokens/s, bytes, hours and dollars. A library for
+bench.py --mode=train and --mode=memory, which prints what comes back; estimate.py beside it takes the steps.
 
     t = read_training(['config/train_stdlib_bpe.py'])       # train.py's knobs, resolved, as a namespace
     rows, facts = time_training(k, t)                       # k: bench.py's knobs, resolved, as a namespace
@@ -40,7 +40,7 @@ def read_training(words, plan=False):
 # --mode=train: how long a step takes
 
 def time_training(k, t):
-    """-> a row for each way of taking a step, the eager one first, then those of nanoGPT; what is true of all of them"""
+    """-> a row for each way of taking a step, eager first, then those of nanoGPT; and what is true of all of them"""
     keep_memory()
     c = shape_of_training(t, k.vocab_size)
     tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
@@ -80,7 +80,7 @@ def describe_training(t, c):
 
 
 def weigh_training(k, t, c, batches):
-    """-> a row for each batch of so many rows: bytes of its parts, and of its peak in fresh processes (None: not Linux)"""
+    """-> a row for each batch: bytes by part, and of the peak of a process that takes such steps (None: not Linux)"""
     can_measure = k.device.startswith('cuda') or os.path.exists('/proc/self/clear_refs')
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
