@@ -223,7 +223,7 @@ def compare(model, others, batches, token_bytes):
     return [difference.result() for difference in differences]
 
 # -----------------------------------------------------------------------------
-# the script, whose last functions read its knobs
+# the script, whose last functions read its knobs, and source, the checkpoint to round
 
 METHODS = ('rtn', 'clip', 'gptq', 'qat')
 
@@ -273,6 +273,37 @@ def say(result):
           f"int{result['bits']} by {result['method']} {result['val_loss_quant']:.4f} ({result['bpb_quant']:.4f})")
 
 
+def files_to_make():
+    """-> the file of integers, and the one to train on from, None if that is not asked for. Both are held from here on."""
+    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
+    start = path.removesuffix('safetensors') + 'pt' if for_training else None
+    assert start is None or os.path.realpath(start) != os.path.realpath(source), (
+        f'for_training would replace {start}, of which it is made: give another --save_dir')
+    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
+    for product in filter(None, (path, start)):
+        hold(os.path.dirname(product), os.path.basename(product))
+    return path, start
+
+
+def end_if_made(*products):
+    """In a ladder (bench.py), what this very command has made from source is not made again."""
+    done = [already(product, [source]) for product in products if product]
+    if None not in done:
+        print(json_line(done[0]))
+        sys.exit()
+
+
+def text_of(state):
+    """-> the model's tokenizer, and the folder of the text that it is measured on, None if there is no such text."""
+    gone = without_text(state, source, dataset)
+    if gone:
+        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
+              "would measure it")
+        return from_meta(state['tokenizer']), None
+    data_dir, tokenizer = data_of(state, out_dir, dataset)
+    return tokenizer, data_dir
+
+
 def calibration_batches(model, state, tokenizer, data_dir):
     """What the model reads while it is balanced and fitted, a list of (x, y). data_dir: None if its text is gone."""
     n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
@@ -285,6 +316,14 @@ def calibration_batches(model, state, tokenizer, data_dir):
         fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
         batches = calibration.from_dataset(data_dir, model, n, fold, seed)
     return calibration.in_parts(batches)
+
+
+def rounded(model, batches, state, wanted):
+    """The model on integers. GPTQ may replace the weights of the model that it is given."""
+    if method == 'gptq':
+        return gptq(model, batches, bits, group, tables_bits, for_training, aim)
+    grid = grid_in(state, wanted, source) if method == 'qat' else {}
+    return convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
 
 
 def to_train_on(path, model, quantised, state, wanted):
@@ -333,54 +372,37 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     device = pick_device(device)
     source = os.path.join(out_dir, weights)
-    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
-    start = path.removesuffix('safetensors') + 'pt'
-    products = [path, start] if for_training else [path]
-    assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
-        f'for_training would replace {start}, of which it is made: give another --save_dir')
-    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
-    for product in products:
-        hold(os.path.dirname(product), os.path.basename(product))
-    done = [already(product, [source]) for product in products]
-    if None not in done:
-        print(json_line(done[0]))
-        sys.exit()
+    path, start = files_to_make()
+    end_if_made(path, start)
 
+    # the model, how it is rounded, and what it is measured on: opened now, as the rounding may take minutes
     model, state = load_model(source, device)
     trained = trained_with(state)
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
-    gone = without_text(state, source, dataset)
-    tokenizer, data_dir = from_meta(state['tokenizer']), None
-    if gone:
-        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
-              "would measure it")
-    else:
-        data_dir, tokenizer = data_of(state, out_dir, dataset)
-        batches_to_measure = validation(data_dir, model.config.block_size, device).eval_batches()
-
     balance = balance and method != 'qat'
+    tokenizer, data_dir = text_of(state)
+    text = validation(data_dir, model.config.block_size, device) if data_dir else None
+
+    # balance, round, write
     batches = []
     if balance or method == 'gptq':
         batches = calibration_batches(model, state, tokenizer, data_dir)
-    whole = model if report and not gone else None           # kept to measure against
+    whole = model if report and text else None              # kept to measure against
     if balance:
         model = balanced(model, batches, seed)
         give_back_memory()
-    if method == 'gptq':
-        model = sharing(model)                               # whose weights gptq may replace
-        quantised = gptq(model, batches, bits, group, tables_bits, for_training, aim)
-    else:
-        grid = grid_in(state, wanted, source) if method == 'qat' else {}
-        quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
+    model = sharing(model)                                  # the weights of whole stay as they are
+    quantised = rounded(model, batches, state, wanted)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
     if for_training:
         to_train_on(start, model, quantised, state, wanted)
 
+    # what it cost: measured is the file
     n_params = model.params()['total']
-    model = None                                             # the balanced one, whose memory the measuring can use
-    quantised = load(path, device)[0]                        # what is measured is the file
+    model = None                                            # the balanced one, whose memory the measuring can use
+    quantised = load(path, device)[0]
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None,
               'tables_bits': tables_bits, 'seed': seed, 'aim': aim and method == 'gptq',
@@ -388,7 +410,7 @@ if __name__ == '__main__':
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if whole:
         keep_memory()
-        result |= compare(whole, [for_measuring(quantised)], batches_to_measure, tokenizer.token_bytes)[0]
+        result |= compare(whole, [for_measuring(quantised)], text.eval_batches(), tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))
