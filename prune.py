@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_of, dataset_of, load_meta, progress, validation, without_text
-from data.record import already, record
+from data.record import end_if_made, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
 from data.tokenizer import from_meta
@@ -478,10 +477,7 @@ if __name__ == '__main__':
         f"layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3"
     source = os.path.join(out_dir, weights)
     path = file_to_make()
-    done = already(path, [source])              # in a ladder (bench.py), by this very command
-    if done is not None:
-        print(json_line(done))
-        sys.exit()
+    end_if_made([path], [source])           # by a ladder (bench.py) that has run this very command before
 
     # the model and its text; with a smaller vocabulary both are others
     whole, state = load_model(source, device)

@@ -30,7 +30,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict
 
 import torch
@@ -274,23 +273,16 @@ def say(result):
 
 
 def files_to_make():
-    """-> the file of integers, and the one to train on from, None if that is not asked for. Both are held from here on."""
+    """-> the file of integers and, if that is asked for, the one to train on from. They are held from here on."""
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
-    start = path.removesuffix('safetensors') + 'pt' if for_training else None
-    assert start is None or os.path.realpath(start) != os.path.realpath(source), (
+    start = path.removesuffix('safetensors') + 'pt'
+    products = [path, start] if for_training else [path]
+    assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
         f'for_training would replace {start}, of which it is made: give another --save_dir')
     # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
-    for product in filter(None, (path, start)):
+    for product in products:
         hold(os.path.dirname(product), os.path.basename(product))
-    return path, start
-
-
-def end_if_made(*products):
-    """In a ladder (bench.py), what this very command has made from source is not made again."""
-    done = [already(product, [source]) for product in products if product]
-    if None not in done:
-        print(json_line(done[0]))
-        sys.exit()
+    return products
 
 
 def text_of(state):
@@ -339,7 +331,7 @@ if __name__ == '__main__':
     from data.balance import balance as balanced
     from data.files import hold, json_line
     from data.layouts import for_measuring
-    from data.record import already, record
+    from data.record import end_if_made, record
     from data.tokenizer import from_meta
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
@@ -372,8 +364,8 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     device = pick_device(device)
     source = os.path.join(out_dir, weights)
-    path, start = files_to_make()
-    end_if_made(path, start)
+    path, *to_train_from = products = files_to_make()
+    end_if_made(products, [source])             # by a ladder (bench.py) that has run this very command before
 
     # the model, how it is rounded, and what it is measured on: opened now, as the rounding may take minutes
     model, state = load_model(source, device)
@@ -396,7 +388,7 @@ if __name__ == '__main__':
     model = sharing(model)                                  # the weights of whole stay as they are
     quantised = rounded(model, batches, state, wanted)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
-    if for_training:
+    for start in to_train_from:
         to_train_on(start, model, quantised, state, wanted)
 
     # what it cost: measured is the file

@@ -31,7 +31,7 @@ from data.loader import Loader, load_meta, micro_batches
 from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard
 from data.meter import Log, Meter
 from data.optimizers import Averages, load_optimizer, make_optimizers, update
-from data.record import already, record
+from data.record import end_if_made, record
 from data.signals import on_stop
 from data.teachers import check_teachers
 from data.tokenizer import from_meta
@@ -178,10 +178,7 @@ if resumed:
 else:
     if source:
         reads.append(init_from)
-    made_before = already(best_path, reads)     # a ladder (bench.py) may have run this very command before
-    if made_before:
-        print(json_line(made_before))
-        sys.exit()
+    end_if_made([best_path], reads)             # by a ladder (bench.py) that has run this very command before
     will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
 
 # how many rows a forward has, and how many forwards a step

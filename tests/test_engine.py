@@ -334,13 +334,6 @@ def test_speculation_with_stops_samples_and_sliding(drafter, length, how):
     assert engine.complete(prompts, length, Sampling(seed=1), Speculation(drafter, 0), **how) == plain
 
 
-def test_speculation_in_a_stream():
-    engine, prompt = Engine(with_heads(CHAR, 2)), CHAR.encode('ab')
-    text = ''.join(engine.stream(CHAR, prompt, 100, sampling=Sampling(seed=2)))
-    for stops, expected in (([], text), ([text[30:33]], text[:text.index(text[30:33])])):
-        assert ''.join(engine.stream(CHAR, prompt, 100, stops, Sampling(seed=2), Speculation('random'))) == expected
-
-
 def test_heads_draft_what_they_were_trained_for():
     """Heads trained to know the next tokens of a fixed cycle have all their drafts kept."""
     torch.manual_seed(0)

@@ -46,12 +46,6 @@ def windows(loader, steps, **kw):
 # -----------------------------------------------------------------------------
 # batches
 
-def test_targets_are_inputs_one_token_on(data_dir):
-    x, y = Loader(data_dir, 'train', 4, 16).batch(3)
-    assert x.shape == y.shape == (4, 16) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(y, x + 1)
-
-
 def test_a_batch_depends_on_its_number_only(data_dir):
     there = Loader(data_dir, 'train', 4, 16, seed=5)
     back = Loader(data_dir, 'train', 4, 16, seed=5)
@@ -89,7 +83,7 @@ def test_evaluation_has_every_target_once(data_dir, world_size, batch_size, bloc
         n_batches.add(len(batches))
         for x, y in batches:
             assert x.shape == y.shape == (batch_size, block_size) and x.min() >= 0
-            assert torch.equal(y[y >= 0], x[y >= 0] + 1)
+            assert torch.equal(y[y >= 0], x[y >= 0] + 1) and x.dtype == y.dtype == torch.int64
             targets += y[y >= 0].tolist()
     assert sorted(targets) == list(range(1, 203)) and len(n_batches) == 1
 
@@ -125,15 +119,9 @@ def test_masked_tokens_are_no_targets(tmp_path):
     assert targets == list(range(5, 203, 5))
 
 
-def test_too_short_a_split_names_both_numbers(data_dir):
-    with pytest.raises(ValueError, match='203 tokens.*256'):
-        Loader(data_dir, 'val', 4, 255)
-
-
 @pytest.mark.parametrize('files, message', [
     ({}, 'no dataset in .*python data/text/prepare.py --input=FILE_OR_FOLDER --name=out, or for conversations'),
     ({'prepare.py': ''}, 'no dataset in .*run python .*/out/prepare.py'),
-    ({'meta.json': '{"kind": '}, 'damaged, it is not JSON: run python data/text'),
     ({'meta.json': '{"kind": "char", "chars": "a", "dtype": "uint16", "train_tokens": 9, "sha256": {}}',
       'train.bin': 'x' * 17},
      'train.bin has 17 bytes, and meta.json says 9 tokens of 2: run prepare.py again'),
@@ -176,7 +164,7 @@ def test_a_dataset_is_what_its_meta_says(tmp_path, changes, match):
 def test_a_meta_that_is_no_json_object_is_refused(tmp_path, content):
     (tmp_path / 'meta.json').write_text(content, encoding='latin-1')
     for read in (load_meta, load_tokenizer):
-        with pytest.raises(ValueError, match='meta.json is damaged'):
+        with pytest.raises(ValueError, match='meta.json is damaged.*: run python data/text|meta.json is damaged.*: use'):
             read(tmp_path)
 
 
