@@ -279,7 +279,8 @@ def test_streaming_equals_decoding_at_the_end(seed):
 
 @pytest.mark.parametrize('stops, pieces', [
     ([], ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', 'P', 'y', 'z', '']),
-    (['STOP'], ['a', '€', 'b', 'STx', ''])])
+    (['STOP'], ['a', '€', 'b', 'STx', '']),
+    (['y', 'Py'], ['a', '€', 'b', 'S', 'T', 'x', 'S', 'T', 'O', ''])])
 def test_streaming_whole_characters_and_stop_strings(stops, pieces):
     fake = Engine(build(BPE, 1))
     fake.generate = lambda *args, **how: iter([[(0, [b])] for b in 'a€bSTxSTOPyz'.encode()])

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data.bench.estimate import (ASSUMED_UTILISATION, GPUS, Training, micro_batches, shape_of_training, shapes_of_size,
-                                 time_steps, training_bytes, write_random)
+from data.bench.estimate import (ASSUMED_UTILISATION, GPUS, Training, forwards_a_step, shape_of_training,
+                                 shapes_of_size, time_steps, training_bytes, write_random)
 from data.bench.timing import speed, start
 from data.compiling import can_compile
 from data.machine import PEAK_FLOPS, keep_memory, peak_flops, pick_device, pick_dtype
@@ -43,7 +43,7 @@ def time_training(k, t):
     """-> a row for each way of taking a step, eager first, then those of nanoGPT; and what is true of all of them"""
     keep_memory()
     c = shape_of_training(t, k.vocab_size)
-    tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
+    tokens = forwards_a_step(t, t.batch_size) * t.batch_size * c.block_size
     with tempfile.TemporaryDirectory() as folder:
         write_random(folder, t, c.vocab_size)
         others = nanogpt_runs(k, t, c, folder) if k.nanogpt else []
@@ -89,7 +89,7 @@ def weigh_training(k, t, c, batches):
         print(f'a batch of {batch} rows', file=sys.stderr, flush=True)
         row = {'batch': batch, **training_bytes(t, c, batch), 'eager': None, 'compiled': None, 'ratio': None}
         for way in ('eager', 'compiled')[:1 + t.compile] if can_measure else ():
-            step_tokens = micro_batches(t, batch) * batch * c.block_size
+            step_tokens = forwards_a_step(t, batch) * batch * c.block_size
             knobs = vars(t) | dict(batch_size=batch, total_batch_size=step_tokens, compile=way == 'compiled')
             row[way] = start('bench.py', mode='memory', vocab_size=c.vocab_size, threads=k.threads,
                              child=json.dumps(knobs))['peak']
