@@ -12,6 +12,7 @@ make it a Llama's: mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0. The
 distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a
 draft head.
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ class GPTConfig:
     multi_token_hidden_mult: float = 0.5
     draft_n: int = 0                # how far the draft head is unrolled in training; 0: no draft head
     draft_hidden_mult: float = 0.5
+    draft_vocab: int = 0            # the draft head chooses among the first so many tokens (a BPE learns the most frequent first); 0: all
 
     def __post_init__(self):
         if self.use_mqa:
@@ -80,6 +82,8 @@ class GPTConfig:
             f"block_size ({self.block_size}): lower them")
         assert not self.hadamard or (self.hadamard & (self.hadamard - 1) == 0 and self.n_hidden % self.hadamard == 0), (
             f"hadamard ({self.hadamard}) must be a power of 2 that divides n_hidden ({self.n_hidden})")
+        assert 0 <= self.draft_vocab <= self.vocab_size, (
+            f"draft_vocab ({self.draft_vocab}) must be 0 (all tokens) to vocab_size ({self.vocab_size})")
         assert self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs"
 
 
@@ -259,7 +263,7 @@ class GPT(nn.Module):
         # one cell, applied again for each further token; it reads the state and the token just drafted
         if c.draft_n:
             self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
-            self.draft_lm_head = None   # a decoder may put a smaller head here, lm_head's first rows, to draft with
+            self.draft_lm_head = None   # a decoder puts lm_head's first rows here, if draft_vocab says so
         cos, sin = rope_tables(c)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -335,6 +339,10 @@ class GPT(nn.Module):
         """
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
+    def first_rows(self):
+        """lm_head for the first draft_vocab tokens only: (..., n_embd) -> (..., draft_vocab)."""
+        return functools.partial(F.linear, weight=self.lm_head.weight[:self.config.draft_vocab])
+
     def forward(self, idx, targets=None, return_multi_token=False, counts=None):
         """
         model(idx)                    -> logits (B, T, vocab_size) float32
@@ -382,8 +390,8 @@ class GPT(nn.Module):
                 self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
                 / or_one(counts['multi_token'][i]) for i in range(c.multi_token_n)) / c.multi_token_n
         # The draft cell is unrolled as it is in decoding, on the text's tokens, masked ones too. A draft is kept when it
-        # is what the model itself draws, so the cell learns the model's distribution: KL(model || cell). The model gets
-        # no gradient from it.
+        # is what the model itself draws, so the cell learns the model's distribution: KL(model || cell), both among the
+        # tokens that it chooses from. The model gets no gradient from it.
         if c.draft_n:
             states, state = [], x
             for i in range(c.draft_n):
@@ -392,11 +400,12 @@ class GPT(nn.Module):
                 states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
 
             def nats(x, *states):
+                first = self.first_rows() if c.draft_vocab else None
                 with torch.no_grad():
-                    own = F.log_softmax(self.logits(x), dim=-1)
-                return torch.stack([(own.exp() * (own - F.log_softmax(self.logits(state), dim=-1))).sum(dim=-1)
+                    own = F.log_softmax(self.logits(x, first), dim=-1)
+                return torch.stack([(own.exp() * (own - F.log_softmax(self.logits(state, first), dim=-1))).sum(dim=-1)
                                     for state in states], dim=-1)                # (N, draft_n)
-            loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
+            loss = chunked(nats, c.draft_vocab or c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
             step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
             keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
             losses['draft'] = ((loss * keep).sum(dim=0) / or_one(counts['draft'])).mean()
@@ -432,9 +441,10 @@ class GPT(nn.Module):
         """
         c, n = self.config, self.params()
         logits = (c.vocab_size + c.n_embd * c.out_proj) * c.n_embd
-        weights = n['trunk'] + logits * (1 + c.multi_token_n + c.draft_n) + n['multi_token'] + n['draft'] * c.draft_n
+        drafts = ((c.draft_vocab or c.vocab_size) + c.n_embd * c.out_proj) * c.n_embd
+        weights = n['trunk'] + logits * (1 + c.multi_token_n) + n['multi_token'] + (drafts + n['draft']) * c.draft_n
         forward = 2 * weights + 4 * c.n_layer * c.n_head * c.head_dim * c.block_size
-        return 3 * forward + 2 * logits * (c.draft_n > 0) if training else forward
+        return 3 * forward + 2 * drafts * (c.draft_n > 0) if training else forward
 
     def kv_bytes_per_token(self, int8=False):
         """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""

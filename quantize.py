@@ -43,6 +43,7 @@ from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
+from data.tokenizer import compact, from_meta, spread
 from model import GPT, LossTotal, NEW_HEADS, part_of, rope_tables, rows_in_a_chunk
 
 # -----------------------------------------------------------------------------
@@ -87,9 +88,9 @@ def bytes_by_group(model):
 
 def export(path, model, tokenizer_meta, dataset=None):
     """Writes a converted model with shape, tokenizer and the name of its dataset to path; returns the file's bytes."""
-    metadata = {'config': asdict(model.config), 'rounding': rounding_of(model), 'tokenizer': tokenizer_meta,
+    metadata = {'config': asdict(model.config), 'rounding': rounding_of(model), 'tokenizer': compact(tokenizer_meta),
                 'dataset': dataset}
-    metadata = {'format': FORMAT} | {key: json.dumps(value) for key, value in metadata.items()}
+    metadata = {'format': FORMAT} | {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
     return write_safetensors(path, file_state(model), metadata)
 
 
@@ -130,7 +131,7 @@ def read_metadata(metadata, path):
         known = False
     if not known:
         raise ValueError(f"{path} does not say how its weights are rounded: use another copy, or run quantize.py again")
-    return state
+    return state | {'tokenizer': spread(state['tokenizer'])}
 
 
 def grid_in(state, wanted, path):
@@ -332,7 +333,6 @@ if __name__ == '__main__':
     from data.files import hold, json_line
     from data.layouts import for_measuring
     from data.record import end_if_made, record
-    from data.tokenizer import from_meta
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir

@@ -44,7 +44,7 @@ run_on = False              # go on with another document where one ends
 seed = 1337
 drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
 draft_n = 4                 # at most so many at a time
-draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: all
+draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
                             # True: torch.compile of whole rounds, half a minute, for small models and long texts; False: no compiler
 int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality

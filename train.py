@@ -68,6 +68,7 @@ multi_token_hidden_mult = 0.5   # their hidden width, in n_embd
 draft_n = 0                 # unroll of the draft head; 0: none
 draft_weight = 0.1
 draft_hidden_mult = 0.5
+draft_vocab = 0             # it chooses among the first so many tokens: a vocabulary of 49,152 takes most of its time; 0: all
 # the batch
 batch_size = 16             # rows per forward, per device; 'auto': as many as fit, found by trying real steps
 total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
@@ -111,7 +112,8 @@ fsdp = False                # the processes of torchrun share out weights, gradi
 limits = {
     'n_layer n_head n_kv_head n_embd head_dim n_hidden block_size max_iters': (1, None),
     'batch_size': (1, None, 'auto'),
-    'multi_token_n draft_n total_batch_size warmup_iters log_interval sample_interval sample_tokens': (0, None),
+    'multi_token_n draft_n draft_vocab total_batch_size warmup_iters log_interval sample_interval '
+    'sample_tokens': (0, None),
     'eval_interval save_interval': (-1, None),
     'seed': (0, 2**63 - 1),
     'mlp': [*MLPS],

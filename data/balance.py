@@ -51,16 +51,20 @@ def scaled_stream(state, config):
     """
     Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds as little as it can: norms do
     not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place: the state's
-    tensors must be its own, each by itself. A model whose extra heads norm the stream once more stays as it is.
+    tensors must be its own, each by itself.
+    Extra heads read states that are normed, whose size stays 1, and only what they norm themselves has another eps, which
+    moves their drafts by less than 1e-4 of their size.
     """
-    if not config.out_proj or config.embed_norm or config.draft_n or config.multi_token_n:
+    if not config.out_proj or config.embed_norm:
         return state, config
     eye = torch.eye(config.n_embd).to(state[C_OUT])
     whole = eye + state[C_OUT]
     size = whole.diagonal().mean().abs().item() or 1.0
     for name, w in state.items():
-        if name.endswith(('c_proj.weight', 'wte.weight', 'lm_head.weight')):        # what writes the stream
-            w.mul_(size)
+        if name == 'lm_head.weight' or name.startswith('transformer') and name.endswith(('c_proj.weight', 'wte.weight')):
+            w.mul_(size)                        # what writes the stream
+    if config.draft_n:
+        state['draft.c_fc.weight'][:, config.n_embd:] /= size       # reads an embedding
     state[C_OUT] = whole / size - eye
     return state, replace(config, norm_eps=config.norm_eps * size ** 2)
 

@@ -302,4 +302,5 @@ def keep_layers(state, config, layers):
 def keep_vocab(state, config, ids):
     """ids: the rows of wte and lm_head to keep; cut_tokenizer chooses them, with the tokenizer that goes with them."""
     names = ('transformer.wte.weight', 'lm_head.weight')
-    return state | {name: state[name][ids] for name in names}, replace(config, vocab_size=len(ids))
+    few = min(config.draft_vocab, len(ids))
+    return state | {name: state[name][ids] for name in names}, replace(config, vocab_size=len(ids), draft_vocab=few)

@@ -19,8 +19,8 @@ import tiktoken
 
 import data.tokenizer
 from data.foreign_tokenizer import hf_tokenizer, load_nanochat_tokenizer, load_tokenizer
-from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe,
-                            vocab_size_of)
+from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, compact, fingerprint, from_meta, spread,
+                            train_bpe, vocab_size_of)
 
 # Real text that is on every machine. It differs between Python versions, so nothing below expects particular tokens.
 TEXTS = [inspect.getsource(module) for module in (textwrap, difflib, argparse)]
@@ -198,6 +198,8 @@ def test_meta_round_trip(bpe):
         assert type(again) is type(tok) and again.meta() == tok.meta() and fingerprint(again) == fingerprint(tok)
         assert (again.vocab_size, again.bos, again.token_bytes) == (tok.vocab_size, tok.bos, tok.token_bytes)
         assert again.encode(TEXTS[0]) == tok.encode(TEXTS[0])
+        # and as quantize.py's files have it, in which older versions wrote a list
+        assert spread(json.loads(json.dumps(compact(stored), ensure_ascii=False))) == spread(stored) == stored
     assert from_meta({**bpe.meta(), 'kind': 'chat'}).meta() == bpe.meta()
 
 
