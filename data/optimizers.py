@@ -5,7 +5,7 @@ train.py and whatever trains a GPT.
     optimizers = make_optimizers(model, muon_lr=0.02, adam_lr=0.003)
     loss.backward()
     update(model, optimizers, grad_clip=1.0)
-    averages.update(step)                       # averages = Averages(model, decay=0.99)
+    averages.update(step)                       # averages = Averages(model, 0.99, known={})
 """
 import contextlib
 import math
