@@ -388,7 +388,8 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
     f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
 model.train()
-log = Log(os.path.join(out_dir, 'log.csv'), step if resumed else None) if main_process else None
+if main_process:
+    log = Log(os.path.join(out_dir, 'log.csv'), until=step if resumed else None)
 if wandb_log and main_process:
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf     # where the rounding begins
