@@ -287,14 +287,13 @@ def files_to_make():
 
 
 def text_of(state):
-    """-> the model's tokenizer, and the folder of the text that it is measured on, None if there is no such text."""
+    """-> the folder of the text that the model is measured on, None if there is no such text; and its tokenizer."""
     gone = without_text(state, source, dataset)
     if gone:
         print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
               "would measure it")
-        return from_meta(state['tokenizer']), None
-    data_dir, tokenizer = data_of(state, out_dir, dataset)
-    return tokenizer, data_dir
+        return None, from_meta(state['tokenizer'])
+    return data_of(state, out_dir, dataset)
 
 
 def calibration_batches(model, state, tokenizer, data_dir):
@@ -374,7 +373,7 @@ if __name__ == '__main__':
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
     balance = balance and method != 'qat'
-    tokenizer, data_dir = text_of(state)
+    data_dir, tokenizer = text_of(state)
     text = validation(data_dir, model.config.block_size, device) if data_dir else None
 
     # balance, round, write
