@@ -53,29 +53,27 @@ import json
 import os
 import re
 import sys
-import tempfile
 from statistics import median
 from types import SimpleNamespace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.bench.curves import draw_curves
 from data.bench.decoding import (FORMATS, GGUF_KINDS, LENGTHS, SHAPES, build, check_context, decode_in_rounds,
                                  decoding_rows, make_prompts, memory_row, memory_taken, price_list, quality)
-from data.bench.estimate import (ASSUMED_UTILISATION, GPUS, USABLE, Training, batches_that_fit, bill, micro_batches,
-                                 peak_of_training, shape_of_training, shapes_of_size, time_steps, training_bytes,
-                                 write_random)
+from data.bench.estimate import GPUS, USABLE, batches_that_fit, bill, peak_of_training, shape_of_training
 from data.bench.ladder import (by_name, columns_of, compare_records, draw, read_record, read_rungs, summary,
                                with_labels, write_record)
 from data.bench.rungs import build_ladder, check_decoding, how_to_answer, measure_again, time_rungs, words_of
 from data.bench.tasks import measure
 from data.bench.timing import resident, speed, start
+from data.bench.training import (describe_training, rate_on_gpu, read_training, shapes_to_plan, time_training,
+                                 weigh_training)
 from data.compiling import can_compile
 from data.files import in_repo, json_line
 from data.foreign.export import is_block
 from data.loader import data_are_gone, data_of
-from data.machine import PEAK_FLOPS, describe_machine, keep_memory, peak_flops, pick_device, pick_dtype
+from data.machine import describe_machine, pick_device
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
 from quantize import load
@@ -107,6 +105,7 @@ num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
 texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode a trained model's prompts, others for each round
 text_bytes = 200_000        # at most so many bytes of each; 0: all
+caches = 'float32,int8'     # quality: what the cache of each format holds, one or both
 # train and memory; what is not here is a knob of train.py's
 vocab_size = 0              # 0: the dataset's, if it is prepared, or the teacher's
 steps = 10                  # training steps a round
@@ -130,7 +129,7 @@ record = ''                 # where that goes when it is whole, to be kept: conf
 columns = ''                # of the table, by their keys in that file, joined by commas; empty: all that there are
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-int8_cache = ''             # the rungs whose cache is int8, in bytes, loss and speed; they may be other rungs' files. In quality: none leaves it out
+with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; such a rung's file may be another rung's, too
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -236,9 +235,9 @@ def measure_quality():
     rows = []
     models, prices = price_list(k, wanted_formats(), data, tokenizer)
     for f, model in models.items():
-        plain_alone = f in GGUF_KINDS or int8_cache == 'none'
-        for dtype in [torch.float32] if plain_alone else [torch.float32, torch.int8]:
-            row = {'shape': shape, 'format': f, 'cache': str(dtype).removeprefix('torch.'),
+        for cache in ['float32'] if f in GGUF_KINDS else listed('caches', ['float32', 'int8']):
+            dtype = getattr(torch, cache)
+            row = {'shape': shape, 'format': f, 'cache': cache,
                    'kv_bytes_per_token': model.kv_bytes_per_token(dtype == torch.int8)}
             if dtype == torch.float32:
                 row |= prices[f]
@@ -355,53 +354,13 @@ def measure_decode():
 # -----------------------------------------------------------------------------
 # --mode=train and memory: the training that a config describes, on random tokens
 
-def read_training():
-    """-> t, the knobs of the training to measure, as train.py itself makes them out of the command line."""
-    if child:                                   # another process has asked already
-        return SimpleNamespace(**json.loads(child))
-    t = SimpleNamespace(**start('train.py', *training_words, '--knobs'))
-    assert t.batch_size != 'auto', 'batch_size (auto) must be an int here: what a number of rows takes is measured'
-    assert t.init_from == 'scratch' and not t.train_only, (
-        f'a whole training from random weights is measured: init_from ({t.init_from}) and train_only ({t.train_only}) '
-        'cannot be; give the shape, --init_from=scratch and --train_only=')
-    t.device = pick_device(t.device)
-    t.dtype = 'bfloat16' if plan and t.dtype == 'auto' else pick_dtype(t.dtype, t.device)
-    t.compile = t.compile and (plan or can_compile(t.device))
-    return t
-
-# -----------------------------------------------------------------------------
-# --mode=train
-
 def measure_train():
-    keep_memory()
-    c = shape_of_training(t, vocab_size)
-    tokens = micro_batches(t, t.batch_size) * t.batch_size * c.block_size
-    with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, t, c.vocab_size)
-        others = []
-        if nanogpt:                             # beside our train.py
-            others = start('tests/peers.py', nanogpt=nanogpt, training=json.dumps(vars(t) | {'dataset': folder}),
-                           vocab_size=c.vocab_size, steps=steps, rounds=rounds, device=device)['rows']
-        training = Training(t, c, t.batch_size, folder)
-        runs, gemm, peaks = time_steps(training, c, steps, rounds, any_length)
-    flops, params = training.trained.flops_per_token(), training.model.params()['total']
-    rows, rates = [], {way: [1000 * tokens / sum(ms.values()) for ms in run] for way, run in runs.items()}
-    for way, run in runs.items():
-        rows.append({'run': 'steps', 'way': way, 'dtype': t.dtype, **speed(rates[way], ratio=rates['eager']),
-                     'ms': {part: median(ms[part] for ms in run) for part in run[0]},
-                     'utilisation': flops * median(rates[way]) / gemm, 'peak_bytes': peaks.get(way),
-                     'mfu': peak_flops(device) and flops * median(rates[way]) / peak_flops(device)})
-    for run in others:
-        row = {key: run[key] for key in ('run', 'way', 'dtype')} | speed(run['tok_s_rounds'], ratio=run['ours'])
-        rows.append(dict.fromkeys(rows[0]) | row | {'ratio': 1 / row['ratio']})
+    rows, facts = time_training(k, t)
     parts = [(f'ms: {part}', lambda r, part=part: r['ms'] and r['ms'][part], '.1f') for part in rows[0]['ms']]
     report([('run', 'run'), ('way', 'way'), ('dtype', 'dtype'), ('tok/s', 'tok_s', ',.0f'), ('ratio', 'ratio', '.2f'),
             *parts, ('% GEMM', 'utilisation', '.0f', 0.01), ('% MFU', 'mfu', '.0f', 0.01),
-            ('GiB', 'peak_bytes', '.1f', 2**30)],
-           rows, params=params, tokens_per_step=tokens, flops_per_token=flops, gemm_tflops=gemm / 1e12)
+            ('GiB', 'peak_bytes', '.1f', 2**30)], rows, **facts)
 
-# -----------------------------------------------------------------------------
-# --mode=memory: the estimate beside what it takes
 
 def measure_memory():
     c = shape_of_training(t, vocab_size)
@@ -409,28 +368,13 @@ def measure_memory():
         return print(json.dumps({'peak': peak_of_training(t, c)}))
     if target_params:
         return plan_shapes(c)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        training = Training(t, c, 1)
-    groups = training.model.params()
+    groups, flops, teachers = describe_training(t, c)
     print('parameters: ' + ', '.join(f'{group} {n:,}' for group, n in groups.items() if n)
-          + ''.join(f'; of a teacher {n:,}' for n in training.teacher_params))
+          + ''.join(f'; of a teacher {n:,}' for n in teachers))
     if plan:
-        return plan_training(c, groups, training.trained.flops_per_token())
-    can_measure = device.startswith('cuda') or os.path.exists('/proc/self/clear_refs')
-    # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
-    os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
-    rows, n = [], t.batch_size
-    for batch in numbered('batches') or sorted({max(1, n // 4), max(1, n // 2), n}):
-        print(f'a batch of {batch} rows', file=sys.stderr, flush=True)
-        row = {'batch': batch, **training_bytes(t, c, batch), 'eager': None, 'compiled': None, 'ratio': None}
-        for way in ('eager', 'compiled')[:1 + t.compile] if can_measure else ():
-            step_tokens = micro_batches(t, batch) * batch * c.block_size
-            knobs = vars(t) | dict(batch_size=batch, total_batch_size=step_tokens, compile=way == 'compiled')
-            row[way] = start('bench.py', mode='memory', vocab_size=c.vocab_size, threads=threads,
-                             child=json.dumps(knobs))['peak']
-        if row['eager']:
-            row['ratio'] = row['peak'] / row['eager']
-        rows.append(row)
+        return plan_training(c, groups, flops)
+    n = t.batch_size
+    rows = weigh_training(k, t, c, numbered('batches') or sorted({max(1, n // 4), max(1, n // 2), n}))
     print('MiB:')
     parts = [key for key in rows[0] if key not in ('batch', 'eager', 'compiled', 'ratio')]
     report([('batch', 'batch', 'd'), *((part, part, ',.1f', 2**20) for part in parts),
@@ -438,32 +382,17 @@ def measure_memory():
             ('peak / eager', 'ratio', '.3f')],
            rows, dtype=t.dtype, params=groups)
 
-# -----------------------------------------------------------------------------
-# --mode=memory --plan=True: what a training would take on a GPU
-
-def source_of_rate():
-    """-> where a plan's FLOP/s come from, in words, and for its document"""
-    share, peak = utilisation or ASSUMED_UTILISATION, PEAK_FLOPS[GPUS[gpu][0]]
-    source = 'given' if utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='
-    return (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, {source}',
-            {'gpu': gpu, 'utilisation': share, 'assumed': not utilisation})
-
 
 def plan_shapes(c):
     """Shapes of about target_params, the nearest first, and what training them takes."""
-    found = re.fullmatch(r'(\d+(?:\.\d+)?)([KMB]?)', target_params)
-    assert found, f'target_params ({target_params}) must be a number of parameters, like 38M'
-    target = float(found[1]) * {'': 1, 'K': 1e3, 'M': 1e6, 'B': 1e9}[found[2]]
-    rows, (source, counted_on) = shapes_of_size(k, t, c, target), source_of_rate()
-    assert rows, (f'target_params ({target_params}) are too few for a vocabulary of {c.vocab_size:,}, whose tables '
-                  'alone take more, or too many for 96 layers: give another number, or a smaller --vocab_size')
+    rows, (source, counted_on) = shapes_to_plan(k, t, c), rate_on_gpu(k)
     print(f'vocabulary {c.vocab_size:,}, context {c.block_size}, {tokens_per_param:g} tokens a parameter; '
           f'{gpu}, {source}')
     report([('depth', 'n_layer', 'd'), ('width', 'n_embd', 'd'), ('heads', 'n_head', 'd'),
             ('parameters', 'params', ',d'), ('tokens', 'tokens', ',d'), ('steps', 'steps', ',d'),
             ('shards', 'shards', 'd'), ('download GB', 'download_bytes', '.1f', 1e9),
             ('disk GB', 'disk_bytes', '.1f', 1e9), ('hours', 'hours', ',.2f'), ('dollars', 'dollars', ',.2f')],
-           rows[:5], **counted_on)
+           rows, **counted_on)
 
 
 def plan_training(c, groups, flops):
@@ -471,7 +400,7 @@ def plan_training(c, groups, flops):
     memory, room = GPUS[gpu][1], USABLE * GPUS[gpu][1]
     rows, largest = batches_that_fit(t, c, room)
     cost = bill(k, t.max_iters * (t.total_batch_size or t.batch_size * t.block_size), flops)
-    source, counted_on = source_of_rate()
+    source, counted_on = rate_on_gpu(k)
     print(f"{gpu}: {memory / 1e9:.0f} GB, of which {100 * USABLE:.0f} % are counted on; "
           f"the largest batch that fits is {largest} rows of {c.block_size}, between two of these by proportion"
           if largest else f'{gpu}: not even one row fits into {room / 1e9:.0f} GB')
@@ -511,7 +440,7 @@ def measure_table():
 def measure_ladder():
     recorded, wanted = read_record(check) if check else None, [] if check else read_rungs(rungs, seeds)
     there = {row['name'] for row in recorded['rows']} if check else {name for name, *_ in wanted if name}
-    for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('int8_cache', ('',))):
+    for knob, words in (('timed', ('all', 'none')), ('compiled', ('',)), ('with_int8_cache', ('',))):
         if config[knob] not in words:
             listed(knob, there)
     if check and recorded.get('machine') != machine:
@@ -538,8 +467,9 @@ def measure_ladder():
 # -----------------------------------------------------------------------------
 # the machine, and the mode
 
-t = read_training() if mode in ('train', 'memory') else None
-if t:
+t = None
+if mode in ('train', 'memory'):                 # a process that another one has started gets what that has read
+    t = SimpleNamespace(**json.loads(child)) if child else read_training(training_words, plan)
     seed, device = t.seed, t.device
 device = pick_device(device)
 if device.startswith('cuda:'):

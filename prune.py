@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_of, dataset_of, load_meta, progress, validation, without_text
-from data.record import already, record
+from data.record import end_if_made, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
 from data.tokenizer import from_meta
@@ -282,7 +281,7 @@ def a_little_smaller(model, kind, target, batches, **how):
     return smaller
 
 # -----------------------------------------------------------------------------
-# the script, whose functions read its knobs
+# the script, whose functions read its knobs, and source, the checkpoint to prune
 
 def cut_vocabulary(model, tokenizer, keep, data_dir):
     """
@@ -331,6 +330,51 @@ def go_without_text(gone):
                          "in the same tokens, or go by the weights alone, --importance=l1 --layer_importance=l1 "
                          "--refit=False --rotate=False")
     print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would measure it')
+
+
+def file_to_make():
+    """-> where the pruned model goes, held from here on."""
+    path = os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
+    if os.path.realpath(source) == os.path.realpath(path):
+        raise ValueError(f"save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
+    hold(os.path.dirname(path))
+    return path
+
+
+def text_of(state):
+    """-> the folder of the text to calibrate and measure on, None if there is no such text; and the tokenizer."""
+    gone = without_text(state, source, dataset)
+    if gone:
+        go_without_text(gone)
+        return None, from_meta(state['tokenizer'])
+    return data_of(state, out_dir, dataset)
+
+
+def calibration_text(model, data_dir, fold):
+    """Some of the training split to measure importance on, a list of (x, y); fold: the part that it must not see."""
+    if not data_dir:
+        return []
+    loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
+    return [loader.batch(step) for step in range(calibration_batches)]
+
+
+def cut(model, batches, target):
+    """The model without all that the knobs want gone, in their order. target: how many parameters may be left."""
+    how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
+    if layers is not None:
+        model = cut_layers(model, layers, batches)
+    for kind, ratio in (('channels', channel_prune_ratio), ('neurons', neuron_prune_ratio),
+                        ('heads', head_prune_ratio)):
+        have = getattr(model.config, KINDS[kind])
+        model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
+    if kv_heads:
+        moments = measure(model, batches, 'l1')[1]
+        model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments or None, kv_merge))
+    if keep_params < 1:
+        for kind, left, loss, model in cut_to(model, target, batches, **how):
+            print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
+                  f"loss on the calibration batches {loss:.4f}", flush=True)
+    return model
 
 
 def measure_speeds(models):
@@ -432,25 +476,14 @@ if __name__ == '__main__':
     assert layers is None or re.fullmatch(r'\d+(,\d+)*,?', str(layers)), \
         f"layers ({layers}) must be how many to keep, like 2, or which, like 0,2,3"
     source = os.path.join(out_dir, weights)
-    path = os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
-    if os.path.realpath(source) == os.path.realpath(path):
-        raise ValueError(f"save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
-    hold(os.path.dirname(path))
-    done = already(path, [source])
-    if done is not None:
-        print(json_line(done))
-        sys.exit()
+    path = file_to_make()
+    end_if_made([path], [source])           # by a ladder (bench.py) that has run this very command before
 
+    # the model and its text; with a smaller vocabulary both are others
     whole, state = load_model(source, device)
-    knobs, data_name = state.get('knobs', {}), dataset or state.get('dataset')
-    gone = without_text(state, source, dataset)
-    if gone:
-        old_dir, old = None, from_meta(state['tokenizer'])
-        go_without_text(gone)
-    else:
-        old_dir, old = data_of(state, out_dir, dataset)
+    old_dir, old = text_of(state)
     will_replace([path], [source], save_dir)
-    model, data_dir, tokenizer = whole, old_dir, old
+    model, data_name, data_dir, tokenizer = whole, dataset or state.get('dataset'), old_dir, old
     if vocab_keep:
         if not dataset:
             dataset_of(state, source, to_write=True)
@@ -458,31 +491,15 @@ if __name__ == '__main__':
         data_name, data_dir = f'{data_name}_v{vocab_keep}', f'{data_dir}_v{vocab_keep}'
 
     # what the model was trained to leave out, it must not see here, either
+    knobs = state.get('knobs', {})
     fold = knobs.get('hold_out', '') if data_name == state.get('dataset') else ''
-    batches = []
-    if not gone:
-        loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
-        batches = [loader.batch(step) for step in range(calibration_batches)]
-    how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
-
-    if layers is not None:
-        model = cut_layers(model, layers, batches)
-    for kind, ratio in (('channels', channel_prune_ratio), ('neurons', neuron_prune_ratio),
-                        ('heads', head_prune_ratio)):
-        have = getattr(model.config, KINDS[kind])
-        model = shrink(model, kind, max(1, round(have * (1 - ratio))), batches, **how)
-    if kv_heads:
-        moments = measure(model, batches, 'l1')[1]
-        model = build(*merge_kv_heads(model.state_dict(), model.config, kv_heads, moments or None, kv_merge))
-    cuts = cut_to(model, keep_params * whole.params()['total'], batches, **how) if keep_params < 1 else ()
-    for kind, left, loss, model in cuts:
-        print(f"{left} {kind} left: {model.params()['total']:,} parameters, "
-              f"loss on the calibration batches {loss:.4f}", flush=True)
-
+    model = cut(model, calibration_text(model, data_dir, fold), keep_params * whole.params()['total'])
     # quant_bits 0: what is left, refitted, was not trained through the rounding
     save_checkpoint(path, model, tokenizer.meta(), step=0, dataset=data_name,
                     knobs=knobs | {'quant_bits': 0, 'hold_out': fold})
-    model = load_model(path, device)[0]     # what is measured is the file
+
+    # before and after: measured is the file
+    model = load_model(path, device)[0]
     before = after = None
     if report:
         before, after = measure_speeds([whole, model])

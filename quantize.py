@@ -30,7 +30,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict
 
 import torch
@@ -224,7 +223,7 @@ def compare(model, others, batches, token_bytes):
     return [difference.result() for difference in differences]
 
 # -----------------------------------------------------------------------------
-# the script, whose last functions read its knobs
+# the script, whose last functions read its knobs, and source, the checkpoint to round
 
 METHODS = ('rtn', 'clip', 'gptq', 'qat')
 
@@ -274,6 +273,29 @@ def say(result):
           f"int{result['bits']} by {result['method']} {result['val_loss_quant']:.4f} ({result['bpb_quant']:.4f})")
 
 
+def files_to_make():
+    """-> the file of integers and, if that is asked for, the one to train on from. They are held from here on."""
+    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
+    start = path.removesuffix('safetensors') + 'pt'
+    products = [path, start] if for_training else [path]
+    assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
+        f'for_training would replace {start}, of which it is made: give another --save_dir')
+    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
+    for product in products:
+        hold(os.path.dirname(product), os.path.basename(product))
+    return products
+
+
+def text_of(state):
+    """-> the folder of the text that the model is measured on, None if there is no such text; and its tokenizer."""
+    gone = without_text(state, source, dataset)
+    if gone:
+        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
+              "would measure it")
+        return None, from_meta(state['tokenizer'])
+    return data_of(state, out_dir, dataset)
+
+
 def calibration_batches(model, state, tokenizer, data_dir):
     """What the model reads while it is balanced and fitted, a list of (x, y). data_dir: None if its text is gone."""
     n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
@@ -286,6 +308,14 @@ def calibration_batches(model, state, tokenizer, data_dir):
         fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
         batches = calibration.from_dataset(data_dir, model, n, fold, seed)
     return calibration.in_parts(batches)
+
+
+def rounded(model, batches, state, wanted):
+    """The model on integers. GPTQ may replace the weights of the model that it is given."""
+    if method == 'gptq':
+        return gptq(model, batches, bits, group, tables_bits, for_training, aim)
+    grid = grid_in(state, wanted, source) if method == 'qat' else {}
+    return convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
 
 
 def to_train_on(path, model, quantised, state, wanted):
@@ -301,7 +331,7 @@ if __name__ == '__main__':
     from data.balance import balance as balanced
     from data.files import hold, json_line
     from data.layouts import for_measuring
-    from data.record import already, record
+    from data.record import end_if_made, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
@@ -333,54 +363,37 @@ if __name__ == '__main__':
     # -------------------------------------------------------------------------
     device = pick_device(device)
     source = os.path.join(out_dir, weights)
-    path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
-    start = path.removesuffix('safetensors') + 'pt'
-    products = [path, start] if for_training else [path]
-    assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
-        f'for_training would replace {start}, of which it is made: give another --save_dir')
-    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
-    for product in products:
-        hold(os.path.dirname(product), os.path.basename(product))
-    done = [already(product, [source]) for product in products]
-    if None not in done:
-        print(json_line(done[0]))
-        sys.exit()
+    path, *to_train_from = products = files_to_make()
+    end_if_made(products, [source])             # by a ladder (bench.py) that has run this very command before
 
+    # the model, how it is rounded, and what it is measured on: opened now, as the rounding may take minutes
     model, state = load_model(source, device)
     trained = trained_with(state)
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
-    gone = without_text(state, source, dataset)
-    tokenizer, data_dir = from_meta(state['tokenizer']), None
-    if gone:
-        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
-              "would measure it")
-    else:
-        data_dir, tokenizer = data_of(state, out_dir, dataset)
-        batches_to_measure = validation(data_dir, model.config.block_size, device).eval_batches()
-
     balance = balance and method != 'qat'
+    data_dir, tokenizer = text_of(state)
+    text = validation(data_dir, model.config.block_size, device) if data_dir else None
+
+    # balance, round, write
     batches = []
     if balance or method == 'gptq':
         batches = calibration_batches(model, state, tokenizer, data_dir)
-    whole = model if report and not gone else None           # kept to measure against
+    whole = model if report and text else None              # kept to measure against
     if balance:
         model = balanced(model, batches, seed)
         give_back_memory()
-    if method == 'gptq':
-        model = sharing(model)                               # whose weights gptq may replace
-        quantised = gptq(model, batches, bits, group, tables_bits, for_training, aim)
-    else:
-        grid = grid_in(state, wanted, source) if method == 'qat' else {}
-        quantised = convert(sharing(model), bits, group, tables_bits, search=method != 'rtn', grid=grid)
+    model = sharing(model)                                  # the weights of whole stay as they are
+    quantised = rounded(model, batches, state, wanted)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
-    if for_training:
+    for start in to_train_from:
         to_train_on(start, model, quantised, state, wanted)
 
+    # what it cost: measured is the file
     n_params = model.params()['total']
-    model = None                                             # the balanced one, whose memory the measuring can use
-    quantised = load(path, device)[0]                        # what is measured is the file
+    model = None                                            # the balanced one, whose memory the measuring can use
+    quantised = load(path, device)[0]
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None,
               'tables_bits': tables_bits, 'seed': seed, 'aim': aim and method == 'gptq',
@@ -388,7 +401,7 @@ if __name__ == '__main__':
               'bytes_by_group': bytes_by_group(quantised), **dict.fromkeys(MEASURED)}
     if whole:
         keep_memory()
-        result |= compare(whole, [for_measuring(quantised)], batches_to_measure, tokenizer.token_bytes)[0]
+        result |= compare(whole, [for_measuring(quantised)], text.eval_batches(), tokenizer.token_bytes)[0]
     say(result)
     record(path, result, [source], starts_from=source)
     print(json_line(result))

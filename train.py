@@ -12,7 +12,6 @@ SIGTERM, or closing the terminal) saves and stops. out_dir receives ckpt.pt (the
 """
 import atexit
 import contextlib
-import csv
 import functools
 import math
 import os
@@ -27,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data.batch_size import rows_that_fit
 from data.checkpoint import load_weights, save_checkpoint, shape_of_student, starting_point, will_replace
 from data.compiling import can_compile, compile_step, eager
-from data.files import atomic_write, hold, in_repo, json_line
+from data.files import hold, in_repo, json_line
 from data.loader import Loader, load_meta, micro_batches
-from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard, share
-from data.optimizers import load_optimizer, make_optimizers, update
-from data.record import already, record
+from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard
+from data.meter import Log, Meter
+from data.optimizers import Averages, load_optimizer, make_optimizers, update
+from data.record import end_if_made, record
 from data.signals import on_stop
 from data.teachers import check_teachers
 from data.tokenizer import from_meta
@@ -160,8 +160,8 @@ compile = compile and can_compile(device)
 data_dir = os.path.join(in_repo('data'), dataset)
 tokenizer = from_meta(load_meta(data_dir))
 rows = 1 if batch_size == 'auto' else batch_size
-loader = Loader(data_dir, 'train', rows, block_size, seed, rank, world_size, device, hold_out)
-val_loader = Loader(data_dir, 'val', rows, block_size, seed, rank, world_size, device)
+loader = Loader(data_dir, 'train', rows, block_size, seed, device, hold_out)
+val_loader = Loader(data_dir, 'val', rows, block_size, seed, device)
 
 # the checkpoint to start from, if there is one; resumed: the same where this run goes on with it, else empty
 if main_process:
@@ -171,22 +171,19 @@ gpt_config = config_of(config, tokenizer.vocab_size)
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
 reads = [os.path.join(data_dir, 'meta.json'), *teacher_files]
-if source and not resumed:
-    reads.append(init_from)
-if not resumed:
-    made_before = already(best_path, reads)     # a ladder (bench.py) may have run this very command before
-    if made_before:
-        print(json_line(made_before))
-        sys.exit()
-    will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
 if resumed:
     config['init_from'] = resumed['knobs']['init_from'] # where its weights are from
     total_batch_size = total_batch_size or resumed['total_batch_size']
     assert total_batch_size == resumed['total_batch_size'], (
         f"{ckpt_path} was trained with total_batch_size={resumed['total_batch_size']}, not {total_batch_size}: "
         f"resume with the same, or start from it with --init_from={shlex.quote(ckpt_path)}")
+else:
+    if source:
+        reads.append(init_from)
+    end_if_made([best_path], reads)             # by a ladder (bench.py) that has run this very command before
+    will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
 
-
+# how many rows a forward has, and how many forwards a step
 if batch_size == 'auto':
     knobs = config | {'init_from': ckpt_path if resumed else init_from, 'dtype': dtype, 'compile': compile}
     most = max(1, loader.n_windows // world_size)
@@ -218,12 +215,7 @@ model = shard(model, device_type) if fsdp else model.to(device)
 optimizers = make_optimizers(model, muon_lr, adam_lr, weight_decay, muon_steps)
 for optimizer, state in zip(optimizers, resumed.get('optimizers', ())):
     load_optimizer(optimizer, state)            # its momenta; the rates are this run's knobs
-
-# ema: the weights and their moving averages; where a checkpoint has no averages, its weights are their start
-averages = {name: (p, p.detach().clone()) for name, p in model.named_parameters() if p.requires_grad} if ema else {}
-if ema:
-    for name, average in resumed.get('ema', {}).items():
-        averages[name][1].copy_(share(average, averages[name][0]))
+averages = Averages(model, ema, resumed.get('ema', {}))
 
 # the student itself, or a Distiller around it that adds the distance from its teachers to the losses
 trained, labels = make_learner(model, teacher, loader, tokenizer, divergence=divergence, temperature=temperature,
@@ -261,64 +253,18 @@ def say(*words):
         stopping.append('nobody reads')
 
 
-class Meter:
-    """
-    Times the steps and collects their losses, without making a GPU wait: both are read only now and then. seconds: of
-    training, so far; typical: of a step, lately; rate: tokens/s.
-    """
-    def __init__(self, step, seconds):
-        self.seconds, self.timed, self.first = seconds, step, step
-        self.typical, self.rate, self.recent, self.losses = 0.0, 0.0, [], []
-        self.clock = time.perf_counter()
-
-    def tick(self, step):
-        """The steps since the last time took so long."""
-        if device_type != 'cpu':
-            torch.accelerator.synchronize()
-        took = time.perf_counter() - self.clock
-        self.seconds += took
-        self.recent = self.recent[-20:] + [took / (step - self.timed)]
-        self.typical = sorted(self.recent)[(len(self.recent) - 1) // 2]
-        self.rate, self.timed = total_batch_size / self.typical, step
-
-    def restart(self):
-        """What was done since tick is not training."""
-        self.clock = time.perf_counter()
-
-    def read_losses(self, weights_too):
-        """-> their means since the last time. ValueError, in every process, if one of them became infinite or NaN."""
-        read = [(step, {k: v.item() for k, v in parts.items()}) for step, parts in self.losses]
-        self.losses = []
-        wrong = [(step, f'the loss became {parts}') for step, parts in read
-                 if not all(map(math.isfinite, parts.values()))]
-        # the last update is in no loss yet
-        if weights_too and not all(p.isfinite().all() for p in model.parameters()):
-            wrong.append((step - 1, 'weights became infinite or NaN'))
-        first = least(min((at for at, _ in wrong), default=math.inf))
-        if first < math.inf:
-            what = wrong[0][1] if wrong else 'the loss of another process became infinite or NaN'
-            kept = 'nothing had been saved yet: start again' if saved is None else (
-                f'{ckpt_path} still holds step {saved}: resume')
-            raise ValueError(f"{what} at step {first:.0f}; {kept} with a lower muon_lr ({muon_lr}) "
-                             f"or adam_lr ({adam_lr})")
-        return {k: sum(parts[k] for _, parts in read) / len(read) for k in read[0][1]}
-
-
-@torch.no_grad()
-def swap_averages():
-    """The weights and their moving averages change places."""
-    for p, average in averages.values():
-        kept = p.clone()
-        p.copy_(average)
-        average.copy_(kept)
-    if fsdp and averages:
-        model.reshard()                         # drops the whole weights that were gathered before the change
+def way_out():
+    """What to do when losses or weights are no numbers any more, in words."""
+    again = 'nothing had been saved yet: start again'
+    if saved is not None:
+        again = f'{ckpt_path} still holds step {saved}: resume'
+    return f'{again} with a lower muon_lr ({muon_lr}) or adam_lr ({adam_lr})'
 
 
 def measure(step):
     """Loss on the whole validation split."""
     with eager(), autocast(device, dtype):
-        result = evaluate(model, val_loader.eval_batches(), tokenizer.token_bytes)
+        result = evaluate(model, val_loader.eval_batches(rank, world_size), tokenizer.token_bytes)
     say(f"step {step}: validation loss {result['loss']:.4f} nats, {result['bpb']:.4f} bits per byte"
         f"{f' (weights rounded to int{quant_bits})' if step > qat_step or qat_step == 0 else ''}")
     return result
@@ -326,13 +272,12 @@ def measure(step):
 
 def validate(step, best):
     """Measures; the best weights so far go to best.pt. -> the loss now, and the best one."""
-    swap_averages()
-    result = measure(step)
-    if result['loss'] < best['loss'] or train_only:     # with a frozen trunk the newest head counts as the best
-        best = {**result, 'step': step}
-        save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset,
-                        data=loader.meta['sha256']['train.bin'], knobs=config, grid=grid)
-    swap_averages()
+    with averages.in_place():
+        result = measure(step)
+        if result['loss'] < best['loss'] or train_only:     # with a frozen trunk the newest head counts as the best
+            best = {**result, 'step': step}
+            save_checkpoint(best_path, model, tokenizer.meta(), step=step, best=best, dataset=dataset,
+                            data=loader.meta['sha256']['train.bin'], knobs=config, grid=grid)
     return result, best
 
 
@@ -341,19 +286,17 @@ def save(step):
     save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
                     best=best, seconds=meter.seconds, val_loss_before=val_loss_before, dataset=dataset,
                     data=loader.meta['sha256']['train.bin'], total_batch_size=total_batch_size, knobs=config, grid=grid,
-                    ema={name: average for name, (_, average) in averages.items()})
+                    ema=averages.state())
 
 
 def show_sample(step):
     """Continues the validation split's first token, or answers the first question of chats."""
     asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())
     prompt = val_loader.tokens[:asked].tolist()
-    swap_averages()
     # where the model writes what ends an answer or a text, the sample is at its end
     n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
-    with eager():
+    with averages.in_place(), eager():
         ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
-    swap_averages()
     model.train()
     text = tokenizer.decode(prompt[1:] + [token for token in ids if token not in ends])
     say(f"----- sample at step {step} -----\n{text}\n-----")
@@ -365,7 +308,7 @@ def write_own_rows():
     itself has written, so it trains on some of that.
     """
     n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
-    starts = [start for step in range(64) for start in loader.starts(step)[:n]]
+    starts = [start for step in range(64) for start in loader.starts(step, rank, world_size)[:n]]
     prompts = loader.rows(starts)[0][:, :cut].tolist()
     say(f'the model writes {64 * n} rows of its own')
     with eager():
@@ -374,30 +317,13 @@ def write_own_rows():
     return torch.tensor([p + w for p, w in zip(prompts, written)], device=device)        # (64 n, block_size + 1)
 
 
-COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
-log_path = os.path.join(out_dir, 'log.csv')
-
-
-def open_log(step):
-    """log.csv, cut back to where the checkpoint is, without a line that a power cut left half written."""
-    lines = open(log_path, errors='replace').read().splitlines()[1:] if resumed and os.path.exists(log_path) else []
-    whole = [line for line in lines if line.count(',') == len(COLUMNS) - 1 and line.split(',')[0].isdigit()]
-    kept = [','.join(COLUMNS)] + [line for line in whole if int(line.split(',')[0]) <= step]
-    atomic_write(log_path, lambda f: f.write('\n'.join(kept + ['']).encode()))
-    return csv.DictWriter(open(log_path, 'a', buffering=1, newline=''), COLUMNS, lineterminator='\n')
-
-
 def write_log(step, train_loss, factor, result):
     """A row of log.csv, and to wandb if asked; result: of an evaluation, or None."""
     row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(meter.seconds, 2),
            'train_loss': train_loss, 'lr_factor': factor, 'tok_s': round(meter.rate)}
     if result:
         row |= {'val_loss': result['loss'], 'val_bpb': result['bpb']}
-    try:
-        log.writerow(row)
-    except OSError as e:
-        raise ValueError(f"could not write {log_path}: {e.strerror}; the checkpoints there are kept: "
-                         "free some disk space and resume") from e
+    log.write(row)
     if wandb_log:
         wandb.log(row, step=step)
 
@@ -418,8 +344,10 @@ def every(interval, step):
 
 def batch(step, micro):
     """-> x and y (B, T) int64, y being x shifted by one, with -1 where nothing is learnt; and labels' (B, T, ...)."""
-    x, y = loader.batch(step, micro, accumulation)
-    soft = labels.batch(loader.starts(step, micro, accumulation), block_size) if labels else ()
+    # the processes take turns at all micro-batches of the step: what is learnt does not depend on how many there are
+    number = step, micro * world_size + rank, accumulation * world_size
+    x, y = loader.batch(*number)
+    soft = labels.batch(loader.starts(*number), block_size) if labels else ()
     if own_samples:
         n = len(own_rows) // 64
         mine = own_rows[(step * accumulation + micro) % 64 * n:][:n]
@@ -460,7 +388,8 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
     f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
 model.train()
-log = open_log(step) if main_process else None
+if main_process:
+    log = Log(os.path.join(out_dir, 'log.csv'), until=step if resumed else None)
 if wandb_log and main_process:
     wandb.init(project=wandb_project, name=os.path.basename(out_dir), config=config)
 qat_step = math.ceil(qat_start * max_iters) if quant_bits else math.inf     # where the rounding begins
@@ -477,7 +406,7 @@ if step >= qat_step and step < max_iters and best.get('step', 0) <= qat_step:
 began, result = time.perf_counter(), {'loss': None, 'bpb': None}
 if source and not resumed and eval_interval > 0:
     val_loss_before = measure(0)['loss']        # what fine-tuning starts from
-meter = Meter(step, seconds)
+meter = Meter(step, seconds, total_batch_size, device)
 
 while step < max_iters:
     if step == qat_step:
@@ -496,12 +425,10 @@ while step < max_iters:
             losses = forward(*batch(step, micro), counts=counts)                 # {'ce': nats per token, ...}
             loss = sum(weight[name] * value for name, value in losses.items()) / accumulation
             loss.backward()
-        meter.losses.append((step, {name: value.detach() for name, value in losses.items()}))
+        meter.add(step, losses)
     update(model, optimizers, grad_clip)
     step += 1
-    # the decay starts at 2/11 and grows with the steps, or the first weights would be remembered for too long
-    for p, average in averages.values():
-        average.lerp_(p.detach(), 1 - min(ema, (1 + step) / (10 + step)))
+    averages.update(step)
 
     # this step is done; the rest of the loop logs, measures and saves
     last = step == max_iters
@@ -510,9 +437,9 @@ while step < max_iters:
     eval_now = every(eval_interval, step) or last and eval_interval >= 0    # SIGTERM is urgent: it asks for none
     save_now = every(save_interval, step) or stop_now and save_interval >= 0
     sample_now = every(sample_interval, step)
-    pause = log_now or eval_now or save_now or sample_now or meter.timed == meter.first     # the first step compiles
+    pause = log_now or eval_now or save_now or sample_now or not meter.recent       # the first step compiles
     if log_now or eval_now or save_now:
-        means = meter.read_losses(weights_too=eval_now or save_now)
+        means = meter.read_losses(way_out(), model if eval_now or save_now else None)
     if pause:
         meter.tick(step)
     if log_now:

@@ -17,7 +17,7 @@ texts = 'newcode=data/newcode/text.txt,general=data/shakespeare_char/input.txt'
 text_bytes = 50_000
 tasks = 'out-ladder-smol/tasks.jsonl'
 questions = 200
-int8_cache = 'quarter in 4 bits and its cache in 8'
+with_int8_cache = 'quarter in 4 bits and its cache in 8'
 timed = 'none'              # bench.py --mode=decode --peers=True has llama.cpp beside it
 
 # the teacher is corrected on every fourth file; the students read a third of every file, the quarter nearly

@@ -8,7 +8,7 @@ ladder = 'out-ladder-stdlib/ladder.json'
 record = 'config/ladder_stdlib.json'
 draft_n = 4
 compiled = 'teacher,student int8,student int4 qat,student int4 qat and cache'
-int8_cache = 'student int4 qat and cache'
+with_int8_cache = 'student int4 qat and cache'
 
 # Steps of 4,096 tokens. equal: as many FLOPs as the labels and the student's steps take.
 _teacher, _student, _equal, _int4, _draft = 900, 1300, 3500, 600, 100

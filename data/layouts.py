@@ -49,7 +49,7 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
         model.transformer.h = nn.ModuleList([KernelBlocks([KernelBlock(block) for block in blocks])])
     if not any(isinstance(module, KernelLinear) for module in model.modules()):    # these know where their weights lie
         leave_file(model)
-    return model
+    return model.eval()         # where a text is read, new modules would drop something, as in training
 
 
 def for_measuring(model):

@@ -45,19 +45,18 @@ class Loader:
 
     An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window
     starts is random too, so a token is seen at other positions in other epochs; where meta.json has a row, windows are
-    the rows. Sample number i, counted over steps, micro-batches, ranks and rows in this order, is window i % n_windows
-    of epoch i // n_windows. So two processes see, step by step, what one process sees with twice the accumulation.
+    the rows. Sample number i, counted over steps, their micro-batches and rows in this order, is window i % n_windows
+    of epoch i // n_windows. It knows nothing of processes: they take turns at a step's micro-batches (train.py), so two
+    of them see, step by step, what one sees with twice the accumulation.
     """
 
-    def __init__(self, data_dir, split, batch_size, block_size, seed=0, rank=0, world_size=1, device='cpu',
-                 hold_out=''):
+    def __init__(self, data_dir, split, batch_size, block_size, seed=0, device='cpu', hold_out=''):
         """
-        data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows a micro-batch of this process;
-        block_size: tokens a row; rank of world_size processes; device: where the batches go; hold_out: a part of the
-        split that is left out, see held_out. ValueError if the split is missing, damaged, or too short.
+        data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows a micro-batch; block_size: tokens a
+        row; device: where the batches go; hold_out: a part of the split that is left out, see held_out. ValueError if
+        the split is missing, damaged, or too short.
         """
-        self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.batch_size, self.block_size, self.seed, self.device = batch_size, block_size, seed, device
         self._open(data_dir, split, hold_out)
         self._cut(f'{data_dir}/{split}.bin')
         self._epoch = None, None, None          # of the epoch in use: number, start of its first window, their order
@@ -122,7 +121,7 @@ class Loader:
         """Where the rows of that batch start in the split: batch_size ints."""
         assert 0 <= micro < accumulation, \
             f'micro ({micro}) must be in 0..{accumulation - 1}, of accumulation ({accumulation})'
-        first = ((step * accumulation + micro) * self.world_size + self.rank) * self.batch_size
+        first = (step * accumulation + micro) * self.batch_size
         return [int(self._start(first + row)) for row in range(self.batch_size)]
 
     def _start(self, i):
@@ -136,18 +135,17 @@ class Loader:
         _, shift, order = self._epoch
         return shift + order[index] * self.block_size
 
-    def eval_batches(self, batch_size=None):
+    def eval_batches(self, rank=0, world_size=1):
         """
-        Yields x, y: (batch_size, block_size) int64 over the whole split, in order, for this rank. Over all ranks every
-        token but the first is a target exactly once. All shapes are the same and all ranks have as many batches: what
-        is beyond the end has y = -1.
+        Yields x, y: (batch_size, block_size) int64 over the whole split, in order; where processes share it, those of
+        this rank. Over all ranks every token but the first is a target exactly once. All shapes are the same and all
+        ranks have as many batches: what is beyond the end has y = -1.
         """
-        batch_size = batch_size or self.batch_size
         n_windows = math.ceil((self.n_tokens - 1) / self.block_size)
-        n_batches = math.ceil(n_windows / (batch_size * self.world_size))
-        for i in progress(range(n_batches), n_batches, 'batches measured', quiet=self.rank > 0):
-            first = (i * self.world_size + self.rank) * batch_size
-            yield self.rows([(first + row) * self.block_size for row in range(batch_size)])
+        n_batches = math.ceil(n_windows / (self.batch_size * world_size))
+        for i in progress(range(n_batches), n_batches, 'batches measured', quiet=rank > 0):
+            first = (i * world_size + rank) * self.batch_size
+            yield self.rows([(first + row) * self.block_size for row in range(self.batch_size)])
 
     def rows(self, starts):
         """The windows that start at these places -> x, y as batch gives them."""

@@ -1,11 +1,13 @@
 """
-The optimizers: Muon for the trunk's matrices, AdamW for the rest. A library for train.py
-and whatever trains a GPT.
+The optimizers: Muon for the trunk's matrices, AdamW for the rest; and moving averages of the weights. A library for
+train.py and whatever trains a GPT.
 
     optimizers = make_optimizers(model, muon_lr=0.02, adam_lr=0.003)
     loss.backward()
     update(model, optimizers, grad_clip=1.0)
+    averages.update(step)                       # averages = Averages(model, 0.99, known={})
 """
+import contextlib
 import math
 
 import torch
@@ -119,3 +121,41 @@ def load_optimizer(optimizer, state):
             f"the checkpoint's optimizer has for parameter {i} numbers of shape {shapes}: use another copy")
     state = {i: {k: share(v, params[i]) for k, v in values.items()} for i, values in state['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+class Averages:
+    """
+    Moving averages of the weights that learn: evaluated, sampled and kept instead of them, as they jump about less.
+    With decay 0 there are none. known: those of a checkpoint; without any the weights are their start.
+    """
+    def __init__(self, model, decay, known):
+        self.model, self.decay = model, decay
+        learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.pairs = {name: (p, p.detach().clone()) for name, p in learning.items()} if decay else {}
+        for name, average in known.items() if decay else ():
+            self.pairs[name][1].copy_(share(average, learning[name]))
+
+    def update(self, step):
+        """After so many steps. The decay starts at 2/11 and grows, or the first weights would be kept for too long."""
+        for p, average in self.pairs.values():
+            average.lerp_(p.detach(), 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Inside, the weights are their averages."""
+        self.swap()
+        yield
+        self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for p, average in self.pairs.values():
+            kept = p.clone()
+            p.copy_(average)
+            average.copy_(kept)
+        if self.pairs and hasattr(self.model, 'reshard'):       # of a sharded model
+            self.model.reshard()                # drops the whole weights that were gathered before the change
+
+    def state(self):
+        """What a checkpoint holds of them."""
+        return {name: average for name, (_, average) in self.pairs.items()}

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, check_types, finite, hold, in_repo, read_json
+from data.files import atomic_write, check_types, finite, hold, in_repo, json_line, read_json
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
@@ -49,6 +49,14 @@ def already(product, reads=()):
                 os.unlink(path)
     write(product, {})
     return None
+
+
+def end_if_made(products, reads=()):
+    """In a ladder, ends a script whose products this very command has made already, with the first one's document."""
+    documents = [already(product, reads) for product in products]
+    if None not in documents:
+        print(json_line(documents[0]))
+        sys.exit()
 
 
 def record(product, document, reads=(), starts_from=None, labels=None):

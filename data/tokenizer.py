@@ -331,15 +331,6 @@ class BPETokenizer:
             mask += [0] * len(opening) + [i % 2] * len(said) + [0] * len(behind)
         return ids[:max_tokens], mask[:max_tokens]
 
-    def render_prompt(self, conversation):
-        """
-        A conversation that ends with the user -> its ids and what opens the answer: the model goes on from there.
-        ValueError as above.
-        """
-        if len(_turns(conversation)[1]) % 2 == 0:
-            raise ValueError('the last message of a prompt must be the user\'s: the assistant is about to answer it')
-        return self.render_chat(conversation)[0] + self.turn('assistant', '')[0]
-
 
 def _utf8(text):
     """A text in UTF-8; surrogates as tiktoken reads them: two are one character, half of one U+FFFD."""

@@ -574,6 +574,11 @@ def flip(data):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
 
+def prompt_of(tokenizer, conversation):
+    """A conversation that ends with the user -> its ids and what opens the answer."""
+    return tokenizer.render_chat(conversation)[0] + tokenizer.turn('assistant', '')[0]
+
+
 def logits_of(model, idx):
     with torch.no_grad():
         return model.logits(model.trunk(idx))

@@ -204,7 +204,7 @@ def test_what_formats_cost_beside_llama_cpps(llama_dir, tmp_path):
     save_checkpoint(f'{tmp_path}/out/best.pt', model, meta, dataset=f'{tmp_path}/toy')
     file = f'{tmp_path}/int4.safetensors'                               # as another program or training may have made it
     size = export(file, convert(load_model(f'{llama_dir}/best.pt')[0], 4), meta)
-    how = '--mode=quality', f'--shape={tmp_path}/out', '--int8_cache=none'
+    how = '--mode=quality', f'--shape={tmp_path}/out', '--caches=float32'
     rows = bench(*how, f'--formats=f32,int8,int4,{file},q8_0,q4_1,q4_0')['rows']
     assert {row['cache'] for row in rows} == {'float32'}
     rows = {row['format']: row for row in rows}

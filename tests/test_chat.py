@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import LLAMA, TEMPLATE, TEXTS, TINY, build, refused, run
+from conftest import LLAMA, TEMPLATE, TEXTS, TINY, build, prompt_of, refused, run
 from data.checkpoint import save_checkpoint
 from data.conversation import Chat
 from data.foreign_tokenizer import hf_tokenizer
@@ -52,7 +52,7 @@ def test_chatml():
     assert said(t, ids, mask) == 2 * "Hello, it's you.<|im_end|>" and ids[0] == 1
     asked = exchange.split('<|im_start|>assistant')[0]
     assert t.decode(t.render_chat([SYSTEM, USER])[0]) == KIND.replace('kind', 'brief') + asked
-    prompt = t.render_prompt([USER])
+    prompt = prompt_of(t, [USER])
     assert t.decode(prompt) == KIND + asked + '<|im_start|>assistant\n'
     # the answer is not merged with what stands before it, so that the prompt begins every conversation about it
     shifted = t.render_chat([USER, {'role': 'assistant', 'content': '\n\n  x'}])[0]
@@ -71,7 +71,7 @@ def test_chatml_is_what_a_template_says():
     theirs = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer(t)))
     for messages in ([USER], [SYSTEM, USER], [USER, BOT, USER]):
         text = jinja2.Template(TEMPLATE).render(messages=messages, add_generation_prompt=True)
-        assert t.render_prompt(messages) == theirs.encode(text).ids
+        assert prompt_of(t, messages) == theirs.encode(text).ids
     for messages in ([USER, BOT], [SYSTEM, USER, BOT, USER, BOT]):
         assert t.render_chat(messages)[0] == theirs.encode(jinja2.Template(TEMPLATE).render(messages=messages)).ids
 
@@ -129,7 +129,7 @@ def test_a_chat_is_its_conversation(models, kind, system):
             ids = []
             for n, (asked, old) in enumerate(past + [(question, None)]):
                 first = [SYSTEM | {'content': system}] if system and not n else []
-                alone = t.render_prompt([*first, USER | {'content': asked}])
+                alone = prompt_of(t, [*first, USER | {'content': asked}])
                 start = len(t.chat_start(None, '')[0]) if n else 0       # of the first only
                 ids += alone[start:] + ([] if old is None else old + close)
             if len(ids) <= 96 - 12:

@@ -13,8 +13,8 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from conftest import (HF_LLAMA, TEXTS, TOK, V, far, llama_state, logits_of, our_llama, randomise, refused, refuses, run,
-                      train, write_gpt2_tokenizer, write_hf_gpt2, write_llama)
+from conftest import (HF_LLAMA, TEXTS, TOK, V, far, llama_state, logits_of, our_llama, prompt_of, randomise, refused,
+                      refuses, run, train, write_gpt2_tokenizer, write_hf_gpt2, write_llama)
 
 import quantize
 from data.bench.decoding import open_model, quality
@@ -454,7 +454,7 @@ def test_chat_templates_say_what_the_tokenizer_says(chat, system, names):
     tok = BPETokenizer(bytes_alone, special_tokens=names, system=system) if names else BPETokenizer(bytes_alone)
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)        # as transformers has it
     text = jinja.from_string(chat_template(tok)).render(messages=chat, add_generation_prompt=True)
-    assert text == tok.decode(tok.render_prompt(chat))
+    assert text == tok.decode(prompt_of(tok, chat))
 
 
 # -----------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
 
     # with another cache it is another loss; nothing is built twice
-    again = rows_of(climb('--int8_cache=in 4 bits'))
+    again = rows_of(climb('--with_int8_cache=in 4 bits'))
     model = load(f'{at}/w4/int4.safetensors')[0]
     batches = Loader(f'{at}/toy', 'val', 16, 32).eval_batches()
     loss = evaluate(model, batches, make_cache=lambda n: KVCache(model.config, n, dtype=torch.int8))['loss']
@@ -328,7 +328,7 @@ def test_ladders_that_cannot_stand(climb):
                            (f'--check={at}/torn.json', 'torn.json is damaged'),
                            ('--timed=wide,thin', "timed.*'thin' is not"),
                            ('--compiled=thin', "compiled.*'thin' is not"),
-                           ('--int8_cache=thin', "int8_cache.*'thin' is not")):
+                           ('--with_int8_cache=thin', "int8_cache.*'thin' is not")):
         refused(climb(flags), pattern)
     whole = (at / 'out' / 'ladder.json').read_text()
     (at / 'out' / 'ladder.json').write_text('{"rows": [{"name": "wide", "file": ["x"]}]}')

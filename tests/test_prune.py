@@ -98,11 +98,6 @@ def test_parts_of_zeros_are_the_first_to_go_and_are_not_missed(shape, importance
             assert (outputs(smaller) - outputs(model)).abs().max() > 0.01
 
 
-def test_a_whole_group_of_heads_may_go():
-    smaller = cut(make(n_kv_head=2), P.keep_heads, [[[2, 3]], [[0, 1]]])
-    assert (smaller.config.n_head, smaller.config.n_kv_head) == (2, 1)
-
-
 def test_scores_by_hand():
     model, data = make(n_kv_head=2), batches()
     scores = {how: P.measure(model, data, how)[0] for how in P.IMPORTANCE}

@@ -26,7 +26,7 @@ BAD = {                                             # script -> [(flags, what th
         ('--dataset={}/nothing', 'run python data/text/prepare.py .*nothing'),
         ('--dataset=nothing', 'data/text/prepare.py .*--name=nothing'),
         ('--dataset=shakespeare_char_', 'run python data/text/prepare.py'),
-        ('--dataset={}/short', 'val.bin has 12 tokens, fewer than block_size'),
+        ('--dataset={}/short', r'val.bin has 12 tokens, fewer than block_size \+ 1 \(17\)'),
         ('--init_from=resume', 'no checkpoint at'),
         ('--init_from=resume --out_dir={}/torn', 'not a whole'),
         ('--init_from=resume --out_dir={}/weights', 'weights alone'),

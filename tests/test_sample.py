@@ -266,23 +266,15 @@ def reference(out_dir, weights, lines, seed=1337, temperature=0.8, cut={}):
 LINES = ['the cat', 'sat on', '/undo', 'a mat and', 'ran', '/reset', '/undo', 'the cat', 'a']
 
 
-@pytest.mark.parametrize('weights', ['float', 'int8', 'int4'])
-def test_chat_equals_decoding_from_scratch(chat_dir, weights):
-    said, notes = chat(chat_dir, *LINES, weights=weights, max_new_tokens=20)
-    assert said == reference(chat_dir, weights, LINES)
-    assert '<|' not in said
-    assert not notes
-    assert len(set(said.splitlines())) > 3
-    assert min(map(len, said.splitlines())) < 15                # not everything was cut by max_new_tokens
-    assert said != reference(chat_dir, weights, [line for line in LINES if line[0] != '/'])
-
-
 @pytest.mark.parametrize('temperature', [0, 1])
-def test_no_drafter_changes_a_chat(chat_dir, temperature):
-    """Nor what is kept of an answer that a stop string ends, and with it the answers to come."""
+def test_a_chat_is_decoded_from_scratch_with_any_drafter(chat_dir, temperature):
+    """So is what follows an answer that a stop string has ended."""
     how = dict(temperature=temperature, max_new_tokens=20)
-    plain = chat(chat_dir, *LINES, **how)
-    assert plain[0] == reference(chat_dir, 'int8', LINES, temperature=temperature)
+    said, notes = plain = chat(chat_dir, *LINES, **how)
+    assert said == reference(chat_dir, 'int8', LINES, temperature=temperature)
+    if temperature:
+        assert not notes and len(set(said.splitlines())) > 3
+        assert min(map(len, said.splitlines())) < 15            # not everything was cut by max_new_tokens
     stopped = chat(chat_dir, *LINES, **how, stop='n')
     assert stopped != plain
     assert 'n' not in stopped[0]

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import prompt_of
 
 from data.foreign.export import export_gguf
 from data.foreign.llama import load_gguf
@@ -35,7 +36,7 @@ TEXTS = ['def fibonacci(n):\n', 'The reasons for the fall of the Roman Empire ar
 def ours():
     """The model, its tokenizer, and of each prompt its tokens and the N that are most probable behind it."""
     model, tokenizer = load_gguf(FILE)
-    prompts = [tokenizer.render_prompt([{'role': 'user', 'content': text}]) for text in CHATS]
+    prompts = [prompt_of(tokenizer, [{'role': 'user', 'content': text}]) for text in CHATS]
     prompts += [[tokenizer.bos, *tokenizer.encode(text)] for text in TEXTS]
     return model, tokenizer, prompts, greedy(model, tokenizer, prompts)
 

@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 
 import pytest
-from conftest import TOK, Evil, python, refuses
+from conftest import TOK, Evil, prompt_of, python, refuses
 import regex
 import tiktoken
 
@@ -353,7 +353,7 @@ def test_render_chat(bpe):
     assert bpe.render_chat({'messages': [USER, BOT, USER, BOT], 'id': 7}) == (ids, mask)
     for n in (0, 1, 9, len(ids), 10_000):
         assert bpe.render_chat([USER, BOT, USER, BOT], max_tokens=n) == (ids[:n], mask[:n])
-    assert bpe.render_prompt([USER, BOT, USER]) == [bos, *exchange, u0, *user, u1, a0]
+    assert prompt_of(bpe, [USER, BOT, USER]) == [bos, *exchange, u0, *user, u1, a0]
     assert bpe.render_chat([USER]) == ([bos, u0, *user, u1], [0] * (len(user) + 3))
 
     conversation = [SYSTEM, USER, BOT]
@@ -361,7 +361,7 @@ def test_render_chat(bpe):
     merged = bpe.encode('Be brief.\n\nWhy?\n')
     assert ids == [bos, u0, *merged, u1, a0, *bot, a1] and mask == [0] * (len(merged) + 4) + [1] * (len(bot) + 1)
     assert conversation == [SYSTEM, USER, BOT] and USER['content'] == 'Why?\n'  # the input is left alone
-    assert bpe.render_prompt([SYSTEM, USER]) == ids[:len(merged) + 4]
+    assert prompt_of(bpe, [SYSTEM, USER]) == ids[:len(merged) + 4]
 
 
 @pytest.mark.parametrize('conversation, match', [
@@ -377,8 +377,3 @@ def test_render_chat(bpe):
 ])
 def test_render_chat_errors(bpe, conversation, match):
     refuses(match, bpe.render_chat, conversation)
-    refuses(match, bpe.render_prompt, conversation)
-
-
-def test_render_prompt_needs_a_question(bpe):
-    refuses('must be the user', bpe.render_prompt, [USER, BOT])

@@ -320,7 +320,7 @@ def memory_taken(k, path):
     keep_memory()                               # as sample.py does
     small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
     Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
-    before, dtype = resident(), torch.int8 if k.int8_cache == path else torch.float32
+    before, dtype = resident(), getattr(torch, k.caches)
     engine = Engine(for_decoding(load(path, k.device)[0]), cache_dtype=dtype)
     for _ in engine.generate([[1] * k.prompt_tokens], k.new_tokens, Sampling(k.temperature, seed=k.seed)):
         grown = resident() - before
@@ -330,7 +330,8 @@ def memory_taken(k, path):
 
 def memory_alone(k, path, int8=False):
     """The same of a fresh process."""
-    knobs = vars(k) | dict(mode='decode', child=path, int8_cache=path if int8 else '', threads=torch.get_num_threads())
+    cache = 'int8' if int8 else 'float32'
+    knobs = vars(k) | dict(mode='decode', child=path, caches=cache, threads=torch.get_num_threads())
     return start('bench.py', **knobs)
 
 

@@ -31,7 +31,7 @@ from data.compiling import compile_step
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
 from data.machine import PEAK_FLOPS, autocast
-from data.optimizers import make_optimizers, update
+from data.optimizers import Averages, make_optimizers, update
 from data.rounding import prepare
 from data.teachers import in_bfloat16, load_teacher, teacher_names
 from data.tokenizer import CharTokenizer
@@ -40,7 +40,7 @@ from distill import Distiller
 from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, rows_in_a_chunk
 
 
-def micro_batches(t, rows):
+def forwards_a_step(t, rows):
     """-> how many forwards of so many rows make a step"""
     return max(1, round((t.total_batch_size or t.batch_size * t.block_size) / (rows * t.block_size)))
 
@@ -89,7 +89,7 @@ class Training:
         self.trained = (Distiller(self.model, self.teachers, t.divergence, t.temperature) if t.teacher
                         else self.model)
         self.loader = folder and Loader(folder, 'train', rows, c.block_size, t.seed, device=t.device)
-        self.averages = [p.detach().clone() for p in self.model.parameters()] if t.ema else []
+        self.averages = Averages(self.model, t.ema, {})
         self.t, self.rows, self.number = t, rows, 0
 
     def batch(self, T):
@@ -118,8 +118,7 @@ class Training:
                 loss.backward()
             clock.lap('backward')
         update(self.model, self.optimizers, self.t.grad_clip)
-        for p, average in zip(self.model.parameters(), self.averages):
-            average.lerp_(p.detach(), 1 - self.t.ema)
+        self.averages.update(1)
         clock.lap('optimizer')
         return clock.took
 
@@ -182,7 +181,7 @@ def time_steps(training, c, steps, rounds, any_length):
         forwards['compiled'] = compile_step(training.trained, tokens, c.vocab_size)
     if t.compile and any_length:
         forwards['dynamic'] = compile_step(training.trained, tokens, c.vocab_size, dynamic=True)
-    runs, gemm, peaks, accumulation = {way: [] for way in forwards}, 0.0, {}, micro_batches(t, t.batch_size)
+    runs, gemm, peaks, accumulation = {way: [] for way in forwards}, 0.0, {}, forwards_a_step(t, t.batch_size)
     for r in in_rounds(rounds):
         for way, forward in forwards.items():
             if way == 'dynamic' and not r:
@@ -205,7 +204,7 @@ def peak_of_training(t, c):
         if t.compile:
             forward = compile_step(forward, t.batch_size * c.block_size, c.vocab_size)
         for _ in range(3):
-            training.step(forward, c.block_size, min(micro_batches(t, t.batch_size), 2))
+            training.step(forward, c.block_size, min(forwards_a_step(t, t.batch_size), 2))
     cuda = t.device.startswith('cuda')
     with tempfile.TemporaryDirectory() as folder:
         write_random(folder, t, c.vocab_size)
@@ -263,7 +262,7 @@ def training_bytes(t, c, rows, fake=True):
         for _ in range(2):                      # the first one makes the optimizers' states
             living.peak = 0
             # further forwards take no more memory
-            training.step(forward, c.block_size, min(2, micro_batches(t, rows)))
+            training.step(forward, c.block_size, min(2, forwards_a_step(t, rows)))
         weights = nbytes(training.model.parameters())
         states = [state for optimizer in training.optimizers for state in optimizer.state.values()]
         return {'weights': weights + nbytes(training.model.buffers()), 'gradients': weights,

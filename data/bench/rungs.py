@@ -68,7 +68,7 @@ def build_ladder(k, wanted, machine):
     for name, seed, command in wanted:
         row = build_rung(k.ladder, name, seed, command)
         if row:
-            row['int8_cache'] = name in words_of(k.int8_cache)
+            row['int8_cache'] = name in words_of(k.with_int8_cache)
             row['beside'] = asked(k.texts, k.text_bytes, **how_to_answer(k)) or None
             before = known.get(same(row)) if row['made'] else None
             measured_now = untimed(before) if before else measure_rung(k, row['file'], row['int8_cache'])

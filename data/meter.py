@@ -1,0 +1,88 @@
+"""
+How a training goes, in numbers: what its steps took and lost, and log.csv, the record of it. A library for train.py.
+
+    meter = Meter(step=0, seconds=0.0, step_tokens=4096, device='cpu')
+    meter.add(0, losses)                        # after each forward: {'ce': a tensor, ...}
+    means = meter.read_losses('start again')    # now and then: {'ce': their mean, ...}
+    meter.tick(10)                              # ... and meter.seconds, .typical and .rate are those of step 10
+    Log('out/log.csv').write({'step': 10, 'train_loss': means['ce']})
+"""
+import csv
+import math
+import os
+import time
+
+import torch
+
+from data.files import atomic_write
+from data.machine import least
+
+COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
+
+
+class Meter:
+    """
+    Times the steps and collects their losses, without making a GPU wait: both are read only now and then. seconds: of
+    training, so far; typical: of a step, lately; rate: tokens/s.
+    """
+    def __init__(self, step, seconds, step_tokens, device):
+        self.timed, self.seconds, self.step_tokens, self.device = step, seconds, step_tokens, device
+        self.typical, self.rate, self.recent, self.losses = 0.0, 0.0, [], []
+        self.restart()
+
+    def restart(self):
+        """What was done since tick is not training."""
+        self.clock = time.perf_counter()
+
+    def tick(self, step):
+        """The steps since the last time took so long."""
+        if self.device.split(':')[0] != 'cpu':
+            torch.accelerator.synchronize()
+        took = time.perf_counter() - self.clock
+        self.seconds += took
+        self.recent = self.recent[-20:] + [took / (step - self.timed)]
+        self.typical = sorted(self.recent)[(len(self.recent) - 1) // 2]
+        self.rate, self.timed = self.step_tokens / self.typical, step
+
+    def add(self, step, losses):
+        """The losses of a forward."""
+        self.losses.append((step, {name: value.detach() for name, value in losses.items()}))
+
+    def read_losses(self, remedy, model=None):
+        """
+        -> their means since the last time. ValueError, in every process and with the remedy, if one of them became
+        infinite or NaN, or a weight of the model.
+        """
+        read = [(step, {name: value.item() for name, value in parts.items()}) for step, parts in self.losses]
+        self.losses = []
+        wrong = [(step, f'the loss became {parts}') for step, parts in read
+                 if not all(map(math.isfinite, parts.values()))]
+        # the last update is in no loss yet
+        if model is not None and not all(p.isfinite().all() for p in model.parameters()):
+            wrong.append((read[-1][0], 'weights became infinite or NaN'))
+        first = least(min((at for at, _ in wrong), default=math.inf))
+        if first < math.inf:
+            what = wrong[0][1] if wrong else 'the loss of another process became infinite or NaN'
+            raise ValueError(f'{what} at step {first:.0f}; {remedy}')
+        return {name: sum(parts[name] for _, parts in read) / len(read) for name in read[0][1]}
+
+
+class Log:
+    """log.csv, a row a line. until: the step from which a resumed run goes on; None: the log is new."""
+    def __init__(self, path, until=None):
+        lines = []
+        if until is not None and os.path.exists(path):
+            lines = open(path, errors='replace').read().splitlines()[1:]
+        # a power cut may have left the last line half written, and the run may have gone on behind its checkpoint
+        whole = [line for line in lines if line.count(',') == len(COLUMNS) - 1 and line.split(',')[0].isdigit()]
+        kept = [','.join(COLUMNS)] + [line for line in whole if int(line.split(',')[0]) <= until]
+        atomic_write(path, lambda f: f.write('\n'.join(kept + ['']).encode()))
+        self.path = path
+        self.rows = csv.DictWriter(open(path, 'a', buffering=1, newline=''), COLUMNS, lineterminator='\n')
+
+    def write(self, row):
+        try:
+            self.rows.writerow(row)
+        except OSError as e:
+            raise ValueError(f"could not write {self.path}: {e.strerror}; the checkpoints there are kept: "
+                             "free some disk space and resume") from e
