@@ -343,9 +343,12 @@ class GPT(nn.Module):
         """
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
-    def first_rows(self):
-        """lm_head for the first draft_vocab tokens only: (..., n_embd) -> (..., draft_vocab)."""
-        return functools.partial(F.linear, weight=self.lm_head.weight[:self.config.draft_vocab])
+    def draft_logits(self, state):
+        """The logits of the tokens that the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
+        n = self.config.draft_vocab or self.config.vocab_size
+        if type(self.lm_head) is nn.Linear:     # nothing else is multiplied; a matrix that rounds does it as a whole
+            return self.logits(state, functools.partial(F.linear, weight=self.lm_head.weight[:n]))
+        return self.logits(state)[..., :n]
 
     def forward(self, idx, targets=None, return_multi_token=False, counts=None):
         """
@@ -403,13 +406,15 @@ class GPT(nn.Module):
                 # moved 1+i places on, to the model's state that it must predict like: one set of logits serves all steps
                 states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
 
+            def log_p(state):
+                return F.log_softmax(self.draft_logits(state), dim=-1)
+
             def nats(x, *states):
-                first = self.first_rows() if c.draft_vocab else None
                 with torch.no_grad():
-                    own = F.log_softmax(self.logits(x, first), dim=-1)
-                return torch.stack([(own.exp() * (own - F.log_softmax(self.logits(state, first), dim=-1))).sum(dim=-1)
-                                    for state in states], dim=-1)                # (N, draft_n)
-            loss = chunked(nats, c.draft_vocab or c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
+                    own = log_p(x)
+                return torch.stack([(own.exp() * (own - log_p(state))).sum(dim=-1) for state in states],
+                                   dim=-1)                                       # (N, draft_n)
+            loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
             step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
             keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
             losses['draft'] = ((loss * keep).sum(dim=0) / or_one(counts['draft'])).mean()

@@ -27,7 +27,7 @@ from model import GPT, GPTConfig, evaluate
 
 # every format, and every group of those that have groups
 FORMATS = [(bits, group) for bits, form in Q.BITS.items() for group in (R.GROUPS if form.steps > 1 else [R.GROUP])]
-HEADS = dict(multi_token_n=2, draft_n=2)
+HEADS = dict(multi_token_n=2, draft_n=2, draft_vocab=20)
 
 
 def layer(rows, cols, bits, group=32):
