@@ -345,6 +345,8 @@ class GPT(nn.Module):
 
     def draft_logits(self, state):
         """The logits of the tokens that the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
+        if self.draft_lm_head is not None:
+            return self.logits(state, self.draft_lm_head)
         n = self.config.draft_vocab or self.config.vocab_size
         if type(self.lm_head) is nn.Linear:     # nothing else is multiplied; a matrix that rounds does it as a whole
             return self.logits(state, functools.partial(F.linear, weight=self.lm_head.weight[:n]))
@@ -446,7 +448,7 @@ class GPT(nn.Module):
         """
         FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
         costs twice forward (PaLM, arXiv 2204.02311, appendix B). To train a draft head, the model's own logits, its
-        target, are computed once more, forward only.
+        target, are computed once more, forward only (through rounding those of all tokens, which is not counted).
         """
         c, n = self.config, self.params()
         logits = (c.vocab_size + c.n_embd * c.out_proj) * c.n_embd

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from model import sees
 from data.rounding import round_rows
 
-FEW = 16                # up to so many tokens of a row in a pass are attended one by one, see attend_each
+FEW = 16                # up to so many tokens of a row in a pass are those of a step: PyTorch attends them one by one
+                        # (attend_each), and data/kernels.py takes them through all layers in one call
 BUCKET = 64             # attention reads the cache's length rounded up to a multiple of this, see attend_each
 
 

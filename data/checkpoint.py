@@ -249,11 +249,12 @@ def shape_of_student(config, source):
     """
     The shape of a model that starts from the weights of a checkpoint. config: what the knobs ask for; source: the
     checkpoint's dict. The checkpoint decides, but for block_size and dropout, on which no weight depends, for how often
-    the draft cell is applied, and for heads that it does not have: they may be added.
+    the draft cell is applied and what it chooses from, and for heads that it does not have: they may be added.
     """
     theirs = source['config']
     shape = theirs | {'block_size': config.block_size, 'dropout': config.dropout,
-                      'draft_n': config.draft_n or theirs['draft_n']}
+                      'draft_n': config.draft_n or theirs['draft_n'],
+                      'draft_vocab': config.draft_vocab or theirs.get('draft_vocab', 0)}
     for head in NEW_HEADS:
         if not theirs[f'{head}_n']:
             shape |= {k: v for k, v in vars(config).items() if k.startswith(head)}

@@ -17,7 +17,7 @@ def draft_head(model, x, last, texts, noise, pick):
     out = [last]
     for n in range(noise.size(1)):
         x = model.draft_state(x, out[-1])
-        logits = model.logits(x, model.draft_lm_head)
+        logits = model.draft_logits(x)
         out.append(pick(logits, noise[:, n:n + 1, :logits.size(-1)]))       # (B, 1)
     return torch.cat(out[1:], dim=1)
 

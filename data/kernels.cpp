@@ -1,7 +1,7 @@
 // What data/kernels.py calls for a model of integers. run_blocks, the last function, is the whole step of a pass that
-// reads a few tokens: read it first. Of a prompt the products are PyTorch's. Most are plain loops, of which a compiler
-// makes vector instructions; dots and four_scores say their own (vpdpbusd multiplies and adds up 64 bytes). What comes
-// out for one token does not depend on the tokens beside it.
+// reads a few tokens, with a cache of floats: read it first. A prompt's products are PyTorch's. Most are plain loops, of
+// which a compiler makes vector instructions; dots and four_scores say their own (vpdpbusd multiplies and adds up 64
+// bytes). What comes out for one token does not depend on the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -307,8 +307,10 @@ extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, f
   }
 }
 
-// The products of Q queries q (Q, D), which lie apart, with four keys k (4, D) -> scores (Q, 4), which lie width apart:
-// sixteen sums side by side, which then are added up in pairs.
+// In what follows apart, width and y_apart say how many floats from the numbers of one query to those of the next one.
+
+// The products of Q queries q (Q, D) with four keys k (4, D) -> scores (Q, 4): sixteen sums side by side, which then
+// are added up in pairs.
 #ifdef __AVX512F__
 const int TOGETHER = 4;                                             // queries that attention reads keys and values for
 
@@ -352,8 +354,8 @@ template <int Q> static inline void four_scores(const float* q, size_t, const fl
 }
 #endif
 
-// The sums of n values of N numbers, which lie D apart, times their shares, for Q queries whose shares lie width apart,
-// are added to y (Q, N), which lie y_apart. N and Q are known beforehand, so that sums stay in registers.
+// The sum of n values, each N numbers of D, times the shares that each of Q queries has of them (Q, n), is added to
+// y (Q, N). N and Q are known beforehand, so that sums stay in registers.
 template <int Q, int N> static inline void mix(const float* shares, size_t width, const float* v, float* y,
                                                size_t y_apart, int n, int D) {
   float sum[Q][N];
@@ -400,9 +402,9 @@ static void turn(float* x, const float* cos, const float* sin, int D, int normed
   for (int i = 0; i < D; i++) x[i] *= factor;
 }
 
-// One head of R tokens in a row: queries q (R, D), which lie apart, over keys and values k and v, of which the first
-// query sees n, the next one more, and so on -> y (R, D), which lie y_apart. What is read of k and v serves several
-// queries at once, and a piece of them that stays near the processor all R.
+// One head of R tokens in a row: queries q (R, D) over keys and values k and v, of which the first query sees n, the
+// next one more, and so on -> y (R, D). What is read of k and v serves several queries at once, and a piece of them
+// that stays near the processor serves all R.
 static void attend_some(const float* q, size_t apart, const float* k, const float* v, float* y, size_t y_apart, int n,
                         int R, int D) {
   static thread_local std::vector<float> room;
@@ -411,7 +413,7 @@ static void attend_some(const float* q, size_t apart, const float* k, const floa
   room.resize(R * width);
   float* scores = room.data();                                      // (R, width)
   for (int s = 0; s < all; s += 4) {
-    const float* keys = k + (size_t)s * D;                          // beyond the last there is room, see data/cache.py
+    const float* keys = k + (size_t)s * D;                          // up to 3 beyond the last: there is room
     float* at = scores + s;
     int r = std::max(0, s - n + 1) / TOGETHER * TOGETHER;           // the first query that sees one of them
     for (; r < quads; r += TOGETHER) four_scores<TOGETHER>(q + r * apart, apart, keys, D, at + r * width, width);
@@ -450,8 +452,8 @@ extern "C" void scale_sums(const int32_t* sums, const float* scale, const float*
     }
 }
 
-// Where the few tokens of a step stand: B rows of T tokens; row b has starts[b] tokens before them. cos and sin are
-// (T, D), or (B, T, D) where rows are ragged.
+// Where the tokens of a step or a prompt stand: B rows of T tokens; row b has starts[b] tokens before them. cos and sin
+// are (T, D), or (B, T, D) where rows are ragged.
 struct Tokens {
   const float *cos, *sin;
   const int64_t* starts;

@@ -1,7 +1,7 @@
 """
 The few tokens of a decoding step through all blocks of a model of integers, in one call of C++ (kernels.cpp) instead of
-some seventy of PyTorch for every block. for_decoding (layouts.py) puts it in where there is a C++ compiler; prompts go
-through PyTorch's products as ever.
+some seventy of PyTorch for every block. for_decoding (layouts.py) puts it in where there is a C++ compiler. A prompt's
+products are PyTorch's as ever; how it attends is kernels.cpp's, as is attention with a cache of integers.
 
 The compiler takes a second, once: its result is kept for other processes, and serves all shapes. Products are the same
 integers as everywhere. Norms, softmaxes and silu are floats in an order of their own: they differ from PyTorch's in the
@@ -147,8 +147,8 @@ class KernelLinear(nn.Module):
 
 class KernelBlock(Block):
     """
-    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). Behind a
-    cache a token's result is the bits of run_blocks in kernels.cpp, however many are read with it.
+    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). With a cache
+    a token's result is the same bits, however many are read with it; with one of floats, those of run_blocks.
     """
     def __init__(self, block):
         nn.Module.__init__(self)
@@ -171,13 +171,14 @@ class KernelBlock(Block):
         """As Block.forward, x (B, T, n_embd)."""
         if cache is None:
             return super().forward(x, cos, sin, cache)
-        attn, eps = self.attn, self.eps or EPS
+        x, attn, eps = x.contiguous(), self.attn, self.eps or EPS
         y = x.new_empty(*x.shape[:2], attn.n_head * attn.head_dim)
         tokens = tokens_of(x, cos, sin, cache)
         if cache.int8:
             q, k, v = attn.queries_keys_values(norm(x, self.eps), cos, sin)
-            keys, values = cache.put_both(attn.layer, k, v)                     # (B, n_kv_head, S, head_dim) float32
-            heads, q = heads_of(self, keys.size(2)), q.contiguous()
+            # (B, n_kv_head, S, head_dim) float32, both
+            q, keys, values = (t.contiguous() for t in (q, *cache.put_both(attn.layer, k, v)))
+            heads = heads_of(self, keys.size(2))
             library().attend(ctypes.byref(heads), ctypes.byref(tokens), q.data_ptr(), keys.data_ptr(),
                              values.data_ptr(), y.data_ptr())
         else:
@@ -185,7 +186,7 @@ class KernelBlock(Block):
             heads, keys, values = heads_of(self, cache.size), cache.store['k'][attn.layer], cache.store['v'][attn.layer]
             library().keep_and_attend(ctypes.byref(heads), ctypes.byref(tokens), qkv.data_ptr(), keys.data_ptr(),
                                       values.data_ptr(), y.data_ptr())
-        x = attn.c_proj.read(y, rest=x.contiguous())
+        x = attn.c_proj.read(y, rest=x)
         hidden = self.reader.read(x, NORM, eps)
         return self.mlp.c_proj.read(hidden, self.what, rest=x, turned=self.mlp.turned)
 
@@ -202,7 +203,7 @@ class KernelBlocks(nn.Module):
         self.layers = (Layer * len(blocks))(*(block.layer() for block in blocks))
 
     def forward(self, x, cos, sin, cache):
-        """As Block.forward. The few tokens of a step, behind floats, go through all blocks in one call."""
+        """As Block.forward. With a cache of floats the few tokens of a step go through all blocks in one call."""
         if cache is None or cache.int8 or x.size(1) > FEW:
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
@@ -217,12 +218,15 @@ class KernelBlocks(nn.Module):
 
 
 def heads_of(block, size):
-    """A block's Heads, and the room of the cache that they look at."""
+    """A block's Heads. size: for how many tokens there is room where its keys lie, which come in fours."""
+    assert size % 4 == 0
     attn = block.attn
     return Heads(attn.n_head, attn.n_kv_head, attn.head_dim, size, attn.qk_norm, block.eps or EPS)
 
 
 def tokens_of(x, cos, sin, cache):
     """Where the tokens x (B, T, n_embd) stand that a cache was advanced for."""
+    assert cache.store['k'][0].dtype in (torch.float32, torch.int8), \
+        f"a cache of {cache.store['k'][0].dtype} is none for kernels.cpp: float32 or int8"
     B, T, _ = x.shape
     return Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)

@@ -90,14 +90,17 @@ class Noise:
 
     def of_row(self, row, start, n):
         """-> (n, V)"""
-        first, made = self.made.get(row, (0, ()))
-        if not first <= start <= start + n <= first + len(made):
+        first, made = self.made.get(row, (start, torch.empty(0, self.vocab_size, device=self.device)))
+        # what was made for drafts that were wrong is used by those that come in their places
+        made = made[start - first:] if first <= start else made[:0]
+        if len(made) < n:
             # for many positions in one go if the vocabulary is small
-            positions = torch.arange(start, start + max(n, min(64, 8192 // self.vocab_size)), device=self.device)
+            many = max(n - len(made), min(64, 8192 // self.vocab_size))
+            positions = torch.arange(start + len(made), start + len(made) + many, device=self.device)
             key = mix(self.seed + row & 0xffffffff)
-            first, made = start, gumbel(mix(positions + key & 0xffffffff), self.vocab_size)
-            self.made[row] = first, made
-        return made[start - first:start - first + n]
+            made = torch.cat((made, gumbel(mix(positions + key & 0xffffffff), self.vocab_size)))
+        self.made[row] = start, made
+        return made[:n]
 
 
 def common_length(rows):

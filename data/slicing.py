@@ -302,5 +302,8 @@ def keep_layers(state, config, layers):
 def keep_vocab(state, config, ids):
     """ids: the rows of wte and lm_head to keep; cut_tokenizer chooses them, with the tokenizer that goes with them."""
     names = ('transformer.wte.weight', 'lm_head.weight')
-    few = min(config.draft_vocab, len(ids))
+    # a draft head goes on choosing from those tokens that it knows
+    few = sum(i < config.draft_vocab for i in ids)
+    assert few or not config.draft_vocab, (
+        f"none of the {len(ids)} tokens is among the first {config.draft_vocab}, which the draft head knows: keep more")
     return state | {name: state[name][ids] for name in names}, replace(config, vocab_size=len(ids), draft_vocab=few)

@@ -74,7 +74,8 @@ def test_what_a_matrix_reads(what, reads):
 
 
 @needs_kernels
-@pytest.mark.parametrize('bits, cache', [(8, torch.float32), (4, torch.float32), (8, torch.int8)])
+@pytest.mark.parametrize('cache', [torch.float32, torch.int8])
+@pytest.mark.parametrize('bits', [8, 4])
 @pytest.mark.parametrize('shape', SHAPES)
 @torch.inference_mode()
 def test_it_is_the_same_block(shape, bits, cache):
@@ -96,12 +97,20 @@ def test_it_is_the_same_block(shape, bits, cache):
     for widths in ([100], [40, 5, 16, 15, 9, 1, 14], [17, 83]):
         assert torch.equal(states(fast, widths, size=10), one_by_one)
     assert torch.equal(states(fast, [40, 7, 53], slice(1, 2)), one_by_one[1:2])
+    kept = KVCache(fast.config, 3, None, cache)                     # rows of different lengths go on by many tokens
+    fast.trunk(ids[:, :40], kept)
+    kept.rewind([3, 40, 17])
+    longer = torch.stack([row[n:n + 60] for row, n in zip(ids, kept.lengths)])
+    expected = torch.stack([row[n:n + 60] for row, n in zip(one_by_one, (3, 40, 17))])
+    assert torch.equal(fast.trunk(longer, kept), expected)
+    # ids that lie otherwise in memory
+    assert torch.equal(fast.trunk(ids.t().contiguous().t(), KVCache(fast.config, 3, None, cache)), one_by_one)
 
 
 @needs_kernels
 @pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
 def test_text_of_many_rows_and_of_an_int8_cache(shape, bits):
-    """Of more rows lm_head's products are PyTorch's."""
+    """Of more rows lm_head's products are PyTorch's; and with a cache of integers drafts change nothing, either."""
     fast, prompt = two(shape, bits)[1], [CHAR.encode('to be')]
     many = Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3), num_samples=K.ROWS + 4)
     assert many[:1] == Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3))

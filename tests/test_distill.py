@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from conftest import TINY, altered, largest_difference, refused, result_of, run, train, write_nanogpt
 
 import model as model_file
-from data.checkpoint import load_checkpoint
+from data.checkpoint import load_checkpoint, shape_of_student
 from data.foreign.gpt2 import GPT2, GPT2Config
 from data.judge import check_reading, loss_on_text
 from data.labels import Labels, Recipe, choose_labels, fit_temperature, write_labels
@@ -438,7 +438,7 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     how = (*TINY, toy, f'--train_only={head}', f'--{head}_n=2', '--own_samples=0.5',
            '--quant_bits=8', '--muon_lr=0.05', '--max_iters=30', '--eval_interval=15')
     start = f'--init_from={teacher}/best.pt'
-    how += ('--draft_vocab=8',)                # the most frequent ones only
+    how += ('--draft_vocab=8',)                 # the most frequent ones only
     got = run('train.py', *how, f'--out_dir={tmp_path}/once', start)
     losses = [float(loss) for loss in re.findall(rf'\+ {head} ([\d.]+)', got.out)]
     assert got.status == 0 and len(losses) == 30 and losses[-1] < 0.9 * losses[0], (got.err, losses)
@@ -452,6 +452,9 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     assert run('train.py', *how, f'--out_dir={tmp_path}/twice', '--init_from=resume').status == 0
     once, twice = (load_checkpoint(tmp_path / name / 'ckpt.pt') for name in ('once', 'twice'))
     assert largest_difference(*({k: c[k] for k in ('model', 'optimizers')} for c in (once, twice))) == 0
+    # no weight depends on what it chooses from, nor on how far it is unrolled: the knobs decide
+    wider = shape_of_student(GPTConfig(**once['config'] | {'draft_n': 1, 'draft_vocab': 9}), once)
+    assert wider.draft_vocab == 9 and (head == 'multi_token' or wider.draft_n == 1)
 
 
 # -----------------------------------------------------------------------------

@@ -219,6 +219,11 @@ def test_gumbel_is_gumbel():
     g = Noise(1, 20)(range(100), [7] * 100, 50)                                     # (rows, positions, ids)
     # a function of seed, row and position
     assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))
+    # ... and not of what was asked for before: rows for drafts that were wrong are used again
+    again = Noise(1, 20)
+    for start, n in ((7, 5), (8, 5), (13, 9), (13, 2), (7, 3), (30, 70)):
+        assert torch.equal(again([4], [start], n)[0, :50], Noise(1, 20)([4], [start], n)[0, :50])
+        assert torch.equal(again([4], [start], 1)[0, 0], g[4, start - 7])
     g = g.flatten(0, 1)
     assert len(g[:, 0].unique()) > 4990
     assert g.isfinite().all()
@@ -428,9 +433,12 @@ def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     ids, close = torch.randint(259, (2, 30)), 0 if bits else 1e-4
     states = model.trunk(ids)
     assert torch.allclose(model(ids), fused(ids), rtol=0, atol=close)
-    assert torch.allclose(model.logits(states)[..., :64], fused.logits(states, fused.draft_lm_head), rtol=0, atol=close)
+    assert torch.allclose(model.logits(states)[..., :64], fused.draft_logits(states), rtol=0, atol=close)
     plain = Engine(model).complete([[1, 2]], 50)
     assert max(plain[0]) >= 64
+    model.config.draft_vocab = 50               # what a head was trained to choose from is what it chooses from
+    assert model.draft_logits(states).size(-1) == 50
+    assert for_decoding(copy.deepcopy(model), kernels=kernels).draft_lm_head(states).size(-1) == 50
     assert Engine(fused).complete([[1, 2]], 50) == plain
     assert Engine(fused).complete([[1, 2]], 50, speculation=Speculation('head')) == plain
 

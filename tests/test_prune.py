@@ -365,6 +365,11 @@ def test_kept_rows_answer_as_before():
         smaller = cut(model, P.keep_vocab, keep)
         x = torch.randint(5, (2, 20))
         assert torch.allclose(outputs(smaller, x), outputs(model, torch.tensor(keep)[x])[:, keep], atol=1e-5)
+    # a draft head goes on choosing from those that it has learnt
+    model = make(draft_n=1, draft_vocab=6)
+    assert cut(model, P.keep_vocab, keep).config.draft_vocab == 3
+    with pytest.raises(AssertionError, match='keep more'):
+        cut(model, P.keep_vocab, [6, 7])
 
 
 def test_impossible_requests_are_refused_in_one_line():
