@@ -110,7 +110,8 @@ def weights_behind(w, rounded):
 
 def steps_of(step, group, cols):
     """step (rows, groups) -> that of each column (rows, cols); 1 where a format has no steps."""
-    return 1 if step is None else step.repeat_interleave(group, dim=-1)[..., :cols]
+    # looked up, since inductor of torch 2.13 reads beyond what repeat_interleave gives where it is cut to cols
+    return 1 if step is None else step[..., torch.arange(cols, device=step.device) // group]
 
 
 def choose_step(x, form, search=True):

@@ -30,7 +30,9 @@ out_dir = ''                # a trained model; empty: random weights
 tokens = 50000              # per format, at least
 batch = 8                   # ragged rows decoded together
 formats = 'float32,int8,int4'
+cache = 'float32'          # or int8: what the cache holds
 seed = 1
+limits = {'cache': ['float32', 'int8']}
 # -----------------------------------------------------------------------------
 exec(open(in_repo('configurator.py')).read())
 
@@ -81,7 +83,7 @@ for kind in formats.split(','):
     done, run, gaps = 0, 0, []
     while done < tokens:
         for name, model in models(kind):
-            engine = Engine(for_decoding(model))
+            engine = Engine(for_decoding(model), cache_dtype=getattr(torch, cache))
             for temperature in (0, 0.7, 1, 1.3):
                 run += 1
                 seen, differ = compare(engine, temperature, run)

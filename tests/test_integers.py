@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LLAMA, SMALL, TINY, batches, make_dataset, outputs, randomise, refused, result_of, run, train
+from conftest import (LLAMA, SMALL, TINY, batches, make_dataset, needs_compiler, outputs, randomise, refused, result_of,
+                      run, train)
 
 from data import calibration
 from data.balance import balance, peaks
@@ -224,3 +225,13 @@ def test_what_does_not_fit_is_refused(start, tmp_path):
     refused(got, 'for_training would replace .*int4.pt')
     # without rounding they are weights like any other
     assert go('c', '--quant_bits=0').status == 0 and not load_checkpoint(tmp_path / 'c' / 'best.pt')['grid']
+
+
+@needs_compiler
+def test_compiled_steps_are_the_steps():
+    """Where groups do not divide the columns, what inductor made of this read beyond the steps, and losses were NaN."""
+    step = torch.randint(1, 18, (64, 2), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+
+    def sizes(step):
+        return 0.01 * steps_of(step, 128, 192)
+    assert torch.equal(torch.compile(sizes)(step), sizes(step))
