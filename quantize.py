@@ -43,13 +43,25 @@ from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
-from data.tokenizer import compact, from_meta, spread
+from data.tokenizer import from_meta
 from model import GPT, LossTotal, NEW_HEADS, part_of, rope_tables, rows_in_a_chunk
 
 # -----------------------------------------------------------------------------
 # the file: an integer checkpoint, its shape, rounding and tokenizer in the metadata
 
 FORMAT = 'picochat-int'
+BETWEEN = '\u0100'          # stands between tokens: no byte, as a Latin-1 character, is this one
+
+
+def compact(meta):
+    """A tokenizer's meta with its tokens as one string: in JSON they take two thirds of the bytes of a list."""
+    return meta | {'ranks': BETWEEN.join(meta['ranks'])} if 'ranks' in meta else meta
+
+
+def spread(meta):
+    """compact undone. What was a list already stays one: older files."""
+    joined = isinstance(meta, dict) and isinstance(meta.get('ranks'), str)
+    return meta | {'ranks': meta['ranks'].split(BETWEEN)} if joined else meta
 
 
 def stored_modules(model):

@@ -487,20 +487,6 @@ class _Pairs:
 # -----------------------------------------------------------------------------
 # To and from files
 
-BETWEEN = '\u0100'          # stands between tokens: no byte, as a Latin-1 character, is this one
-
-
-def compact(meta):
-    """What .meta() returned, with its tokens as one string: in JSON they take two thirds of the bytes of a list."""
-    return meta | {'ranks': BETWEEN.join(meta['ranks'])} if 'ranks' in meta else meta
-
-
-def spread(meta):
-    """compact undone; anything else, from_meta sees what it is."""
-    joined = isinstance(meta, dict) and isinstance(meta.get('ranks'), str)
-    return meta | {'ranks': meta['ranks'].split(BETWEEN)} if joined else meta
-
-
 def kind_of(meta):
     """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError unless it has what that kind is made of."""
     bpe = {'ranks': list, 'pattern': str, 'special_tokens': list}

@@ -19,8 +19,9 @@ import tiktoken
 
 import data.tokenizer
 from data.foreign_tokenizer import hf_tokenizer, load_nanochat_tokenizer, load_tokenizer
-from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, compact, fingerprint, from_meta, spread,
-                            train_bpe, vocab_size_of)
+from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe,
+                            vocab_size_of)
+from quantize import compact, spread
 
 # Real text that is on every machine. It differs between Python versions, so nothing below expects particular tokens.
 TEXTS = [inspect.getsource(module) for module in (textwrap, difflib, argparse)]
