@@ -4,6 +4,7 @@ network. `from conftest import run, refused`: helpers live here or in the one fi
 """
 import contextlib
 import csv
+import faulthandler
 import http.server
 import io
 import json
@@ -173,10 +174,11 @@ def poisoned(at):
     return nan_once
 
 
-def one_of_two(rank, port, stop_in, nan_at, args, answers):
+def one_of_two(rank, port, stop_in, nan_at, args, answer):
     """A process of two."""
     os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
                    'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    faulthandler.enable()                                                 # a crash says where
     import data.optimizers
     data.optimizers.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
     GPT.forward = poisoned(nan_at if rank == 1 else None)
@@ -188,7 +190,18 @@ def one_of_two(rank, port, stop_in, nan_at, args, answers):
         return batch(self, step, *rest)
     data.loader.Loader.batch = batch_and_signal
     got = run('train.py', *args)
-    answers.put((rank, got.status, got.out, got.err))
+    answer.send((got.status, got.out, got.err))
+
+
+def answer_of(child, answer):
+    """What a process has sent; of one that died without, its exit code. Those that disagree wait for each other."""
+    try:
+        assert answer.poll(300), 'the processes wait for each other'
+        status, out, err = answer.recv()
+    except EOFError:
+        status, out, err = None, '', 'it died'
+    child.join()
+    return SimpleNamespace(status=child.exitcode if status is None else status, out=out, err=err)
 
 
 def two(*args, stop_in=None, nan_at=None):
@@ -201,16 +214,16 @@ def two(*args, stop_in=None, nan_at=None):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    answers = context.Queue()
-    children = [context.Process(target=one_of_two, args=(rank, port, stop_in, nan_at,
-                                                         [*TINY, *map(str, args)], answers), daemon=True)
-                for rank in (0, 1)]
-    for child in children:
+    children, answers = [], []
+    for rank in (0, 1):
+        reader, writer = context.Pipe(duplex=False)
+        child = context.Process(target=one_of_two, daemon=True,
+                                args=(rank, port, stop_in, nan_at, [*TINY, *map(str, args)], writer))
         child.start()
-    said = sorted(answers.get(timeout=300) for _ in children)   # processes that disagree wait for each other
-    for child in children:
-        child.join()
-    return [SimpleNamespace(status=status, out=out, err=err) for _, status, out, err in said]
+        writer.close()          # only the child has it now: when that ends, the reader is told
+        children.append(child)
+        answers.append(reader)
+    return [answer_of(child, answer) for child, answer in zip(children, answers)]
 
 
 def refused(got, pattern):
