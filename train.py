@@ -31,7 +31,7 @@ from data.loader import Loader, load_meta, micro_batches
 from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard
 from data.meter import Log, Meter
 from data.optimizers import Averages, load_optimizer, make_optimizers, update
-from data.record import end_if_made, record
+from data.record import end_if_made, record, stopped_on_the_way
 from data.signals import on_stop
 from data.teachers import check_teachers
 from data.tokenizer import from_meta
@@ -168,9 +168,13 @@ if main_process:
     hold(out_dir)                               # another training in it must be over before its checkpoint is read
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
+reads = [os.path.join(data_dir, 'meta.json'), *teacher_files]
+if init_from not in ('scratch', 'resume'):
+    reads.append(init_from)
+if stopped_on_the_way(best_path, reads):        # a ladder's run of this very command
+    init_from = 'resume'
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
-reads = [os.path.join(data_dir, 'meta.json'), *teacher_files]
 if resumed:
     config['init_from'] = resumed['knobs']['init_from'] # where its weights are from
     total_batch_size = total_batch_size or resumed['total_batch_size']
@@ -178,8 +182,6 @@ if resumed:
         f"{ckpt_path} was trained with total_batch_size={resumed['total_batch_size']}, not {total_batch_size}: "
         f"resume with the same, or start from it with --init_from={shlex.quote(ckpt_path)}")
 else:
-    if source:
-        reads.append(init_from)
     end_if_made([best_path], reads)             # by a ladder (bench.py) that has run this very command before
     will_replace((ckpt_path, best_path), reads, out_dir, quiet=not main_process)
 

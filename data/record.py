@@ -47,7 +47,7 @@ def already(product, reads=()):
             path = os.path.join(os.path.dirname(product), name)
             if os.path.exists(path):
                 os.unlink(path)
-    write(product, {})
+    write(product, {'found': times(product)})
     return None
 
 
@@ -57,6 +57,22 @@ def end_if_made(products, reads=()):
     if None not in documents:
         print(json_line(documents[0]))
         sys.exit()
+
+
+def stopped_on_the_way(product, reads=()):
+    """
+    Whether in a ladder this very command began to train the product and was stopped, but has saved a checkpoint since,
+    and nothing it reads is newer than that: then it goes on from there.
+    """
+    entry, saved = made(product), os.path.join(os.path.dirname(product), 'ckpt.pt')
+    if 'PICOCHAT_LADDER' not in os.environ or not os.path.exists(saved) or 'found' not in entry:
+        return False
+    newest = max((os.path.getmtime(path) for path in reads if os.path.exists(path)), default=0)
+    changed = os.path.getmtime(saved)
+    ours = entry['command'] == command() and entry['found'].get('ckpt.pt') != changed and newest <= changed
+    if ours:
+        print(f'{product} {BEGUN}: it goes on from {saved}', file=sys.stderr)
+    return ours
 
 
 def record(product, document, reads=(), starts_from=None, labels=None):
@@ -135,7 +151,7 @@ def read(folder):
 
 
 def write(product, result):
-    """The entry of this command; without a document in result it says that the command has begun."""
+    """The entry of this command. result: what came of it, or, when it begins, the files that it found there."""
     folder, name = os.path.split(product)
     entry = {'command': command(), 'ladder': os.environ.get('PICOCHAT_LADDER'),
              'date': time.strftime('%Y-%m-%d %H:%M:%S')} | result

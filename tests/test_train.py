@@ -29,6 +29,7 @@ from data.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.compiling import DEEP
 from data.loader import load_meta
 from data.machine import fast_bf16
+from data.record import made
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
@@ -102,6 +103,36 @@ def test_resumed_equals_uninterrupted(toy, tmp_path, interrupt, args):
     assert [int(row['step']) for row in log(tmp_path / 'parts')] == list(range(1, 9))
     again = train(tmp_path / 'parts', toy, *args, '--init_from=resume')                # nothing left to do
     assert {k: again[k] for k in same} == {k: whole[k] for k in same} and again['seconds'] == resumed['seconds']
+
+
+def test_in_a_ladder_the_same_command_goes_on(toy, tmp_path, interrupt, monkeypatch):
+    """
+    Stopped at step 5, the training of a rung is then as if it had not been, with what it cost. What another command
+    began, and what was begun before a file it reads changed, starts again.
+    """
+    source = train(tmp_path / 'start', toy)
+    args = [toy, f"--init_from={tmp_path}/start/best.pt", '--save_interval=4']
+    whole = train(tmp_path / 'whole', *args)
+    monkeypatch.setenv('PICOCHAT_LADDER', 'ladder.json')
+    rung = lambda: result_of(run('train.py', *TINY, f'--out_dir={tmp_path}/rung', *args, *other))
+    for case in ('the same', 'another', 'newer'):
+        other = []
+        interrupt(4, signal.SIGTERM)
+        assert rung()['iters'] == 5
+        saved = os.path.getmtime(tmp_path / 'rung' / 'ckpt.pt')
+        interrupt(3, signal.SIGTERM)            # a run that goes on does not come by step 3 again
+        if case == 'another':
+            other = ['--seed=1']
+        if case == 'newer':
+            os.utime(tmp_path / 'start' / 'best.pt', (saved + 9, saved + 9))
+        done = rung()
+        assert done['iters'] == (8 if case == 'the same' else 4)
+        if case == 'the same':
+            assert (done['val_loss'], done['best_step']) == (whole['val_loss'], whole['best_step'])
+            cost = made(f'{tmp_path}/rung/best.pt')['cost']
+            assert cost['train_tokens'] == source['tokens'] + whole['tokens']
+            assert rung() == done              # which says that it is there
+        shutil.rmtree(tmp_path / 'rung')
 
 
 def test_the_switches_of_the_block_reach_the_model(toy, tmp_path):
