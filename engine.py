@@ -22,6 +22,7 @@ import torch
 
 from data.cache import FEW, KVCache, StaticCache
 from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
+from data.kernels import KernelRound
 from data.layouts import step_of
 from data.sampling import COLD, Noise, Sampling, common_length, draw
 
@@ -178,7 +179,9 @@ class Rounds:
         self.pick = functools.partial(draw, sampling=sampling)
         self.device, self.cold = engine.device, sampling.temperature < COLD
         self.random = Noise(sampling.seed, engine.config.vocab_size, engine.device)
-        self.compiled = None
+        self.kernel = self.compiled = None
+        if len(rows.numbers) == 1 and self.draft is None and engine.cache_dtype == torch.float32:
+            self.kernel = KernelRound(self.model, sampling) if KernelRound.pays(self.model, sampling) else None
         if engine.compile and len(rows.numbers) == 1 and self.draft in (None, draft_head, draft_multi_token):
             self.compiled = engine.compiled_step(self.draft, sampling)
 
@@ -190,7 +193,9 @@ class Rounds:
         room -= 1                                   # a round gives one token more than it has drafts
         if x is None:
             return 0
-        if self.draft is None:                      # compiled, several tokens are decoded in a round, if they fit
+        if self.kernel:                             # several tokens are decoded in a round
+            return min(room, self.n)
+        if self.draft is None:                      # compiled, too, if they fit
             return self.n if self.compiled and room >= self.n else 0
         if self.adapt and not self.compiled:
             return min(room, self.depth.choose())
@@ -206,6 +211,8 @@ class Rounds:
         """-> tokens read (B, k+1), tokens drawn (B, k+1), states (B, k+1, n_embd)"""
         noise = self.noise(rows, k + 1)
         last = torch.tensor([text[-1:] for text in rows.texts], device=self.device)
+        if self.kernel:
+            return self.kernel(cache, last, noise)
         if self.compiled and k == self.n and x is not None:
             start = torch.tensor(cache.lengths[0], device=self.device)
             result = self.compiled(cache.store, start, x, last, noise)

@@ -100,6 +100,11 @@ def norm(x, eps=0.0):
     return F.rms_norm(x, (x.size(-1),), eps=eps or None)
 
 
+def softcap(y, cap):
+    """Logits y within (-cap, cap): nearly themselves where they are small (Gemma 2, arXiv 2408.00118); cap 0: all are."""
+    return cap * torch.tanh(y / cap) if cap else y
+
+
 def hadamard(x, n):
     """
     Every n neighbours of x (..., K) times the Hadamard matrix of size n, a power of 2. Each output is a sum of all n
@@ -268,6 +273,7 @@ class GPT(nn.Module):
         if c.draft_n:
             self.draft = MLP(2 * c.n_embd, round(c.draft_hidden_mult * c.n_embd), c.n_embd)
             self.draft_lm_head = None   # a decoder puts lm_head's first rows here, if draft_vocab says so
+        self.norm, self.softcap = norm, softcap     # a decoder may have others (layouts.for_decoding)
         cos, sin = rope_tables(c)
         self.register_buffer('cos', cos, persistent=False)
         self.register_buffer('sin', sin, persistent=False)
@@ -294,7 +300,7 @@ class GPT(nn.Module):
     def embed(self, idx):
         """(B, T) ids -> (B, T, n_embd): what the trunk and the draft cell read of a token."""
         x = self.transformer.wte(idx)
-        return norm(x, self.config.norm_eps) if self.config.embed_norm else x
+        return self.norm(x, self.config.norm_eps) if self.config.embed_norm else x
 
     def trunk(self, idx, cache=None):
         """
@@ -312,7 +318,7 @@ class GPT(nn.Module):
         x = F.dropout(self.embed(idx), self.config.dropout, self.training)
         for block in self.transformer.h:
             x = block(x, cos, sin, cache)
-        return norm(x, self.config.norm_eps)
+        return self.norm(x, self.config.norm_eps)
 
     # -------------------------------------------------------------------------
     # the heads
@@ -323,9 +329,7 @@ class GPT(nn.Module):
         the last dimension is then its number of rows.
         """
         y = (head or self.lm_head)(self.before_head(x))
-        y = y.to(torch.promote_types(y.dtype, torch.float32))
-        cap = self.config.softcap
-        return cap * torch.tanh(y / cap) if cap else y
+        return self.softcap(y.to(torch.promote_types(y.dtype, torch.float32)), self.config.softcap)
 
     def before_head(self, x):
         """What lm_head reads of states (..., n_embd), of the same shape."""

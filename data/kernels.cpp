@@ -1,11 +1,13 @@
-// What data/kernels.py calls for a model of integers. run_blocks, the last function, is the whole step of a pass that
-// reads a few tokens, with a cache of floats: read it first. A prompt's products are PyTorch's. Most are plain loops, of
+// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens, with
+// a cache of floats: read it first. Behind it run_round decodes a few, one after the other. A prompt's products are
+// PyTorch's. Most are plain loops, of
 // which a compiler makes vector instructions; dots and four_scores say their own (vpdpbusd multiplies and adds up 64
 // bytes). What comes out for one token does not depend on the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -28,6 +30,17 @@ static inline float exp_of(float x) {
   bits += (int32_t)n << 23;
   std::memcpy(&p, &bits, 4);
   return p;
+}
+
+// tanh(x) to the last digits of a float (Cephes).
+static inline float tanh_of(float x) {
+  float z = x * x, far = 1 - 2 / (exp_of(2 * std::fabs(x)) + 1);
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  return std::fabs(x) < 0.625f ? x + x * z * p : x < 0 ? -far : far;
 }
 
 #ifdef __AVX512F__
@@ -57,6 +70,22 @@ static float norm_factor(const float* x, int n, float eps) {
   #pragma omp simd reduction(+:sum)
   for (int i = 0; i < n; i++) sum += x[i] * x[i];
   return 1 / std::sqrt(sum / n + eps);
+}
+
+// model.norm of the rows of x (M, n).
+extern "C" void norm_rows(const float* x, float* y, int M, int n, float eps) {
+  #pragma omp parallel for schedule(static) if (M > 1)
+  for (int m = 0; m < M; m++) {
+    const float* row = x + (size_t)m * n;
+    float factor = norm_factor(row, n, eps);
+    for (int i = 0; i < n; i++) y[(size_t)m * n + i] = row[i] * factor;
+  }
+}
+
+// model.softcap of y (n,), in place.
+extern "C" void cap_all(float* y, int64_t n, float cap) {
+  #pragma omp parallel for simd schedule(static) if (n > 10000)
+  for (int64_t i = 0; i < n; i++) y[i] = cap * tanh_of(y[i] / cap);
 }
 
 // One step of hadamard on sixteen numbers, which stay in a register: each number and the one half further on, or back,
@@ -539,5 +568,78 @@ extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys,
     product(l.attn_c_proj, y.data(), AS_IT_IS, 0, x, x);
     product(l.c_fc, x, NORM, 0, nullptr, hidden.data());
     product(l.mlp_c_proj, hidden.data(), input, turned, x, x);
+  }
+}
+
+// What is before the blocks and behind them: c_out has no rows where there is none; embed_norm says whether embeddings
+// are normed, and logits are capped if softcap is not 0.
+struct Ends {
+  Matrix wte, c_out, lm_head;
+  int embed_norm;
+  float softcap;
+};
+
+// A row of a table -> x (cols,), as data/rounding.IntEmbedding has it.
+static void embed(const Matrix& table, int64_t row, float* x) {
+  static thread_local std::vector<int8_t> unpacked;
+  const int K = table.cols;
+  const int8_t* v = (const int8_t*)table.weights + (size_t)row * K;
+  if (table.group) {
+    unpacked.resize(K);
+    unpack_row(table.weights + (size_t)row * (K / 2), table.step + (size_t)row * (K / table.group), unpacked.data(), K,
+               table.group);
+    v = unpacked.data();
+  }
+  for (int k = 0; k < K; k++) x[k] = (float)v[k] * table.scale[row];
+}
+
+// data/sampling.draw of logits (V,), which are changed: the argmax of logits / temperature + noise, among the top_k
+// largest if that is not 0; of the logits alone where there is no noise.
+static int64_t draw(float* logits, const float* noise, int V, float temperature, int top_k) {
+  float least = -INFINITY;
+  if (noise) {
+    for (int i = 0; i < V; i++) logits[i] /= temperature;
+    if (top_k && top_k < V) {
+      std::vector<float> sorted(logits, logits + V);
+      std::nth_element(sorted.begin(), sorted.begin() + top_k - 1, sorted.end(), std::greater<float>());
+      least = sorted[top_k - 1];
+    }
+  }
+  int64_t best = 0;
+  float most = -INFINITY;
+  for (int i = 0; i < V; i++) {
+    float score = noise ? logits[i] + noise[i] : logits[i];
+    if (logits[i] >= least && score > most) {
+      most = score;
+      best = i;
+    }
+  }
+  return best;
+}
+
+// Reads a token, draws the next one, reads that, and so on, n times, of one text that has start tokens before: engine's
+// step_plain in one call. cos and sin are those of all positions, noise is (n, V) or nothing at temperature 0
+// -> tokens (n + 1,), of which the first is given, and states (n, n_embd).
+extern "C" void run_round(const Layer* layers, int n_layer, float* const* keys, float* const* values,
+                          const Heads* heads, const float* cos, const float* sin, int64_t start, int input, int turned,
+                          const Ends* ends, const float* noise, float temperature, int top_k, int n, int64_t* tokens,
+                          float* states) {
+  const int width = ends->wte.cols, V = ends->lm_head.rows, D = heads->D;
+  std::vector<float> x(width), read(width), logits(V);
+  for (int t = 0; t < n; t++, start++) {
+    embed(ends->wte, tokens[t], x.data());
+    if (ends->embed_norm) norm_rows(x.data(), x.data(), 1, width, heads->eps);
+    Tokens at = {cos + start * D, sin + start * D, &start, 1, 1, 0};
+    run_blocks(layers, n_layer, keys, values, heads, &at, x.data(), input, turned);
+    float* state = states + (size_t)t * width;
+    norm_rows(x.data(), state, 1, width, heads->eps);
+    const float* last = state;
+    if (ends->c_out.rows) {                                         // model.before_head
+      int_linear(&ends->c_out, state, state, read.data(), 1, AS_IT_IS, 0, heads->eps);
+      last = read.data();
+    }
+    int_linear(&ends->lm_head, last, nullptr, logits.data(), 1, AS_IT_IS, 0, heads->eps);
+    if (ends->softcap) cap_all(logits.data(), V, ends->softcap);
+    tokens[t + 1] = draw(logits.data(), noise ? noise + (size_t)t * V : nullptr, V, temperature, top_k);
   }
 }

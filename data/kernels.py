@@ -22,7 +22,8 @@ from data.cache import FEW
 from data.compiling import cpp_compiler
 from data.files import in_repo, private_folder
 from data.rounding import BITS, GROUPS, int_matmul
-from model import Block, norm
+from data.sampling import COLD
+from model import Block
 
 AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what a matrix reads of x, see kernels.cpp
 ROWS = 16               # products of more rows than so many are PyTorch's, which is the faster one there
@@ -34,11 +35,14 @@ EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is
 # no sum and product in one rounding, where a compiler sees fit: the bits would depend on how it arranges a loop
 FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared',
          '-fPIC']
-POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
               'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT], 'scale_sums': [POINTER] * 5 + [INT] * 2,
               'attend': [POINTER] * 6, 'keep_and_attend': [POINTER] * 6,
-              'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2}
+              'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2,
+              'norm_rows': [POINTER] * 2 + [INT] * 2 + [FLOAT], 'cap_all': [POINTER, LONG, FLOAT],
+              'run_round': ([POINTER, INT] + [POINTER] * 5 + [LONG] + [INT] * 2 + [POINTER] * 2 + [FLOAT] + [INT] * 2
+                            + [POINTER] * 2)}
 
 
 def struct(**fields):
@@ -50,6 +54,7 @@ Matrix = struct(weights=POINTER, step=POINTER, sums=POINTER, scale=POINTER, rows
 Layer = struct(c_qkv=Matrix, attn_c_proj=Matrix, c_fc=Matrix, mlp_c_proj=Matrix)
 Tokens = struct(cos=POINTER, sin=POINTER, starts=POINTER, B=INT, T=INT, ragged=INT)
 Heads = struct(H=INT, KV=INT, D=INT, size=INT, normed=INT, eps=FLOAT)
+Ends = struct(wte=Matrix, c_out=Matrix, lm_head=Matrix, embed_norm=INT, softcap=FLOAT)
 
 
 @functools.lru_cache(maxsize=None)
@@ -209,12 +214,19 @@ class KernelBlocks(nn.Module):
                 x = block(x, cos, sin, cache)
             return x
         x, block = x.clone(memory_format=torch.contiguous_format), self.blocks[0]       # x is changed in place
-        heads, tokens = heads_of(block, cache.size), tokens_of(x, cos, sin, cache)
+        tokens = tokens_of(x, cos, sin, cache)
+        library().run_blocks(*self.at_work(cache), ctypes.byref(tokens), x.data_ptr(), block.what, block.mlp.turned)
+        return x
+
+    def weights(self):
+        matrices = [getattr(layer, name) for layer in self.layers for name, _ in Layer._fields_]
+        return sum(m.rows * m.cols for m in matrices)
+
+    def at_work(self, cache):
+        """The first arguments of run_blocks and run_round: the layers, and where their keys and values lie."""
         pointers = POINTER * len(self.blocks)
         keys, values = (pointers(*(t.data_ptr() for t in cache.store[name])) for name in 'kv')
-        library().run_blocks(self.layers, len(self.blocks), keys, values, ctypes.byref(heads), ctypes.byref(tokens),
-                             x.data_ptr(), block.what, block.mlp.turned)
-        return x
+        return self.layers, len(self.blocks), keys, values, ctypes.byref(heads_of(self.blocks[0], cache.size))
 
 
 def heads_of(block, size):
@@ -230,3 +242,67 @@ def tokens_of(x, cos, sin, cache):
         f"a cache of {cache.store['k'][0].dtype} is none for kernels.cpp: float32 or int8"
     B, T, _ = x.shape
     return Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)
+
+# -----------------------------------------------------------------------------
+# before the blocks and behind them: what run_round does for one token, for any number of them
+
+def norm(x, eps=0.0):
+    """model.norm."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    library().norm_rows(x.data_ptr(), y.data_ptr(), x.numel() // x.size(-1), x.size(-1), eps or EPS)
+    return y
+
+
+def softcap(y, cap):
+    """model.softcap, in place."""
+    if cap:
+        library().cap_all(y.data_ptr(), y.numel(), cap)
+    return y
+
+
+def table_of(linear):
+    """The Matrix of an IntEmbedding, which no product reads."""
+    return Matrix(linear.weight.data_ptr(), pointer(linear.step), None, linear.scale.data_ptr(), len(linear.scale),
+                  linear.cols, 0 if linear.step is None else linear.group)
+
+
+class KernelRound:
+    """
+    Some tokens of one text, drawn one after the other in one call: the tokens and states of engine.step_plain, the same
+    bits. A small model takes less time for a token than Python takes to ask for it.
+    """
+    MOST = 50_000_000       # weights; in a larger model asking costs little, and what is drawn beyond a text's end a lot
+
+    def __init__(self, model, sampling):
+        c, self.model, self.sampling = model.config, model, sampling
+        table, self.blocks = model.transformer.wte, model.transformer.h[0]
+        # no product reads the table, so its rows' sums are missing
+        wte = Matrix(table.weight.data_ptr(), pointer(table.step), None, table.scale.data_ptr(), c.vocab_size, c.n_embd,
+                     model.lm_head.group)
+        c_out = model.transformer.c_out.matrix if c.out_proj else Matrix()
+        self.ends = Ends(wte, c_out, model.lm_head.matrix, c.embed_norm, c.softcap)
+
+    @staticmethod
+    def pays(model, sampling):
+        """Whether model is arranged for kernels.cpp and small, and draws by no filter that kernels.cpp does not know."""
+        blocks, table = model.transformer.h[0], model.transformer.wte
+        if not isinstance(blocks, KernelBlocks) or (sampling.top_p, sampling.min_p) != (None, None):
+            return False
+        if table.step is not None and not model.lm_head.group:          # 4 bits that KernelLinear.fits refused
+            return False
+        return blocks.weights() < KernelRound.MOST
+
+    def __call__(self, cache, last, noise):
+        """As step_plain: last (1, 1), noise (1, n, V) -> tokens read (1, n), tokens drawn (1, n), states (1, n, n_embd)"""
+        start, n, block = cache.lengths[0], noise.size(1), self.blocks.blocks[0]
+        cache.advance(n)
+        tokens, states = torch.empty(1, n + 1, dtype=torch.long), torch.empty(1, n, self.model.config.n_embd)
+        tokens[:, 0] = last[:, 0]
+        cold = self.sampling.temperature < COLD
+        noise = noise if cold else noise.contiguous()
+        library().run_round(
+            *self.blocks.at_work(cache), self.model.cos.data_ptr(), self.model.sin.data_ptr(), start, block.what,
+            block.mlp.turned, ctypes.byref(self.ends), None if cold else noise.data_ptr(), self.sampling.temperature,
+            self.sampling.top_k or 0, n, tokens.data_ptr(), states.data_ptr())
+        return tokens[:, :-1], tokens[:, 1:], states

@@ -9,15 +9,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data.kernels
 from data.kernels import KernelBlock, KernelBlocks, KernelLinear
 from data.rounding import IntLinear, Rounded, round_rows, rounding_of
+from model import norm, softcap
 
 
 def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     """
     Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
     input, c_q, c_k and c_v, and c_gate and c_fc, become one: fewer, larger calls.
-    kernels: a model of integers on a CPU with a C++ compiler decodes by kernels.py, and 4 bits stay 4 bits in memory.
+    kernels: a model of integers on a CPU with a C++ compiler decodes by kernels.py, and 4 bits stay 4 bits in memory;
+    it sums up norms and attention in an order of its own, so that logits differ from PyTorch's in the last digits.
     Otherwise 4 bits become the int8 matrices that they stand for, a byte a weight in memory, the same bits in every
     result, and an int8 vocabulary is packed.
     pack packs the other matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there
@@ -47,6 +50,7 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     blocks = list(model.transformer.h)
     if all(map(KernelBlock.fits, blocks)):
         model.transformer.h = nn.ModuleList([KernelBlocks([KernelBlock(block) for block in blocks])])
+        model.norm, model.softcap = data.kernels.norm, data.kernels.softcap
     if not any(isinstance(module, KernelLinear) for module in model.modules()):    # these know where their weights lie
         leave_file(model)
     return model.eval()         # where a text is read, new modules would drop something, as in training
@@ -54,7 +58,10 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
 
 def for_measuring(model):
     """A model of integers arranged for_decoding, which reads a text faster with the same results; floats stay."""
-    return for_decoding(model) if rounding_of(model) else model
+    if rounding_of(model):
+        for_decoding(model)
+        model.norm, model.softcap = norm, softcap       # PyTorch's, whose last digits are another's
+    return model
 
 
 def leave_file(model):

@@ -15,7 +15,8 @@ from data.cache import KVCache
 from data.drafters import Index
 from data.layouts import for_decoding, for_measuring, step_of
 from data.rounding import IntLinear, convert, round_weight
-from engine import Engine, Sampling, Speculation, rounds_pay
+from data.sampling import draw
+from engine import Engine, Sampling, Speculation, decode, rounds_pay, step_plain
 from model import GPT, GPTConfig, evaluate
 from quantize import compare, export, load
 
@@ -27,11 +28,11 @@ SHAPES = {
                     n_kv_head=2, hadamard=32)}
 
 
-def two(shape, bits):
+def two(shape, bits, tables_bits=8):
     """The same model of integers, as it is and arranged for kernels."""
     model = randomise(GPT(GPTConfig(block_size=120, vocab_size=96, n_layer=2, n_head=4, n_embd=64, n_hidden=128,
                                     multi_token_n=2, draft_n=2, **SHAPES[shape])), std=0.12)
-    plain = convert(model, bits)
+    plain = convert(model, bits, tables_bits=tables_bits)
     return plain, for_decoding(copy.deepcopy(plain))
 
 
@@ -138,6 +139,45 @@ def test_measuring_gives_the_same_loss(shape, bits):
     assert evaluate(fast, batches, sizes) == evaluate(plain, batches, sizes)
     floats = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16))
     assert for_measuring(floats) is floats
+
+
+@needs_kernels
+@pytest.mark.parametrize('shape, bits, tables_bits', [('ours', 8, 8), ('a Llama', 4, 4)])
+@pytest.mark.parametrize('sampling', [Sampling(0), Sampling(0.7, seed=2), Sampling(0.9, top_k=3)])
+def test_a_round_is_its_steps(shape, bits, tables_bits, sampling, monkeypatch):
+    """Tokens drawn in one call are those of the plain decoder, whatever the rounds; so are the states, to the bit."""
+    model = two(shape, bits, tables_bits)[1]
+    expected = decode(model, [1, 2, 3], 100, sampling)
+    rounds, usual = [], K.KernelRound.__call__
+
+    def step_by_step(self, cache, last, noise):
+        """The same round by steps of the same model, on a cache of its own."""
+        rounds.append(noise.size(1))
+        other = copy.deepcopy(cache)
+        got = usual(self, cache, last, noise)
+        steps = step_plain(model, other, last, noise, lambda *args: draw(*args, sampling))
+        assert all(torch.equal(a, b) for a, b in zip(got, steps)) and other.lengths == cache.lengths
+        return got
+    monkeypatch.setattr(K.KernelRound, '__call__', step_by_step)
+    for n in (0, 4, 8):
+        assert Engine(model).complete([[1, 2, 3]], 100, sampling, Speculation('none', n=n)) == [expected]
+        stopped = Engine(model).complete([[1, 2, 3]], 100, sampling, stop=[expected[20]])[0]
+        assert stopped == expected[:expected.index(expected[20]) + 1]
+    assert {1, 5, 9} <= set(rounds)
+
+
+@needs_kernels
+def test_what_a_round_does_not_know_is_decoded_by_steps(monkeypatch):
+    model = two('ours', 8)[1]
+    assert K.KernelRound.pays(model, Sampling(top_k=5))
+    assert not K.KernelRound.pays(model, Sampling(top_p=0.9)) and not K.KernelRound.pays(model, Sampling(min_p=0.1))
+    assert not K.KernelRound.pays(two('ours', 8)[0], Sampling())
+    monkeypatch.setattr(K.KernelRound, '__call__', None)        # whoever calls it fails
+    for engine, prompts in ((Engine(model, cache_dtype=torch.int8), 1), (Engine(model), 2)):
+        engine.complete([[1, 2, 3]] * prompts, 10)
+    Engine(model).complete([[1, 2, 3]], 10, speculation=Speculation('head'))
+    monkeypatch.setattr(K.KernelRound, 'MOST', 1000)
+    assert not K.KernelRound.pays(model, Sampling())
 
 
 @needs_kernels

@@ -17,7 +17,7 @@ import quantize as Q
 from conftest import BPE, CHAR, LLAMA, build, needs_compiler, randomise, with_heads
 from data import cache as C
 from data.cache import KVCache, StaticCache
-from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding
+from data.layouts import PackedInt4Linear, PackedInt8Linear, for_decoding, step_of
 from data.sampling import Noise, draw, gumbel, mix
 from engine import Engine, Sampling, Speculation, decode
 from model import GPT, GPTConfig
@@ -421,7 +421,7 @@ def test_rounds_are_one_graph_that_gives_the_same_text(drafter, monkeypatch):
 @pytest.mark.parametrize('bits', [0, 8, 4])
 def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     """
-    The same logits and text; of integers bit for bit: the joint product, the vocabulary that is packed, 4 bits that are
+    The same logits and text; of integers bit for bit (but for kernels.cpp's norms): the joint product, the vocabulary that is packed, 4 bits that are
     unpacked once. Its drafts are chosen among the first 64 tokens, and the text is still the same.
     """
     monkeypatch.setattr(PackedInt8Linear, 'ROWS', 50)
@@ -430,7 +430,7 @@ def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
         Q.convert(model, bits, tables_bits=bits)
     fused = for_decoding(copy.deepcopy(model), draft_vocab=64, kernels=kernels)
     assert not any('c_q' in name.split('.') for name, _ in fused.named_modules())
-    ids, close = torch.randint(259, (2, 30)), 0 if bits else 1e-4
+    ids, close = torch.randint(259, (2, 30)), 1e-4 if not bits else 1e-5 if step_of(fused) == 'kernels' else 0
     states = model.trunk(ids)
     assert torch.allclose(model(ids), fused(ids), rtol=0, atol=close)
     assert torch.allclose(model.logits(states)[..., :64], fused.draft_logits(states), rtol=0, atol=close)

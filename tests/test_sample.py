@@ -16,6 +16,7 @@ import torch
 
 import engine
 from conftest import TINY, make_dataset, refused, run, toy_text
+from data.kernels import KernelRound, library
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats, write_texts
 from engine import Engine, Sampling
@@ -283,25 +284,31 @@ def test_a_chat_is_decoded_from_scratch_with_any_drafter(chat_dir, temperature):
         assert chat(chat_dir, *LINES, **how, drafter=drafter, draft_n=5, stop='n') == stopped, drafter
 
 
-def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch):
+@pytest.mark.parametrize('place, nth, said_by_then', [((engine, 'draw'), 3, 3), ((KernelRound, '__call__'), 1, 5)])
+def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch, place, nth, said_by_then):
     """
-    In the middle of a pass: what was said until then stays, and the conversation goes on from it with the cache
-    it has.
+    In the middle of a pass, or of a round of kernels.cpp: what was said until then stays, and the conversation goes on
+    from it with the cache it has.
     """
+    if place[0] is engine:
+        monkeypatch.setattr(KernelRound, 'pays', staticmethod(lambda *args: False))
+    elif library() is None:
+        pytest.skip('no C++ compiler')
     # in the background a shell has it ignored: here it must arrive
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = next(seed for seed in range(100) if len(reference(chat_dir, 'int8', ['the cat'], seed=seed)) > 12)
-    draw, count = engine.draw, iter(range(1000))
-    def draw_and_signal(*args, **how):
-        if next(count) == 3:
+    usual, count = getattr(*place), iter(range(1000))
+
+    def with_signal(*args, **how):
+        if next(count) == nth:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(*args, **how)
-    monkeypatch.setattr(engine, 'draw', draw_and_signal)
+        return usual(*args, **how)
+    monkeypatch.setattr(*place, with_signal)
     lines = ['the cat', 'sat on', 'a']
     said, _ = chat(chat_dir, *lines, max_new_tokens=20, seed=seed)
     monkeypatch.undo()
     signal.signal(signal.SIGINT, before)
-    assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: 3})
+    assert said == reference(chat_dir, 'int8', lines, seed=seed, cut={0: said_by_then})
     assert len(said.splitlines()) == 3
     assert said.splitlines()[0] != reference(chat_dir, 'int8', lines[:1], seed=seed)[:-1]
 
