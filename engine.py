@@ -165,8 +165,9 @@ class Rows:
 class Rounds:
     """
     How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, as one compiled call with exactly n drafts. A compiled round without
-    a drafter decodes n + 1 tokens one after the other, of which the first n count as drafts that were all kept.
+    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with exactly n
+    drafts). Such a call without a drafter decodes k + 1 tokens one after the other, of which the first k count as drafts
+    that were all kept.
     """
     def __init__(self, engine, rows, sampling, speculation):
         self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n
@@ -193,10 +194,9 @@ class Rounds:
         room -= 1                                   # a round gives one token more than it has drafts
         if x is None:
             return 0
-        if self.kernel:                             # several tokens are decoded in a round
-            return min(room, self.n)
-        if self.draft is None:                      # compiled, too, if they fit
-            return self.n if self.compiled and room >= self.n else 0
+        if self.draft is None:                      # several tokens are decoded in one call; compiled, if all n fit
+            most = min(room, self.n)
+            return most if self.kernel or self.compiled and most == self.n else 0
         if self.adapt and not self.compiled:
             return min(room, self.depth.choose())
         return min(room, self.n)

@@ -63,9 +63,9 @@ def library():
     compiler, why = cpp_compiler()
     if why or platform.system() == 'Windows':
         return None
-    source = in_repo('data/kernels.cpp')
+    source, header = in_repo('data/kernels.cpp'), in_repo('data/products.h')
     # another source, machine or compiler is another file
-    about = [open(source).read(), *FLAGS, compiler, platform.node(), cpu_flags()]
+    about = [open(source).read(), open(header).read(), *FLAGS, compiler, platform.node(), cpu_flags()]
     try:
         folder = private_folder('picochat-kernels')
     except OSError:                             # there is no temporary folder

@@ -421,8 +421,8 @@ def test_rounds_are_one_graph_that_gives_the_same_text(drafter, monkeypatch):
 @pytest.mark.parametrize('bits', [0, 8, 4])
 def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     """
-    The same logits and text; of integers bit for bit (but for kernels.cpp's norms): the joint product, the vocabulary that is packed, 4 bits that are
-    unpacked once. Its drafts are chosen among the first 64 tokens, and the text is still the same.
+    The same logits and text; of integers bit for bit (but for kernels.cpp's norms): the joint product, the vocabulary
+    that is packed, 4 bits that are unpacked once. Its drafts are chosen among the first 64 tokens, and the text is still the same.
     """
     monkeypatch.setattr(PackedInt8Linear, 'ROWS', 50)
     model = with_heads(BPE, 2)
