@@ -299,7 +299,6 @@ def show_sample(step):
     n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
     with averages.in_place(), eager():
         ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
-    model.train()
     text = tokenizer.decode(prompt[1:] + [token for token in ids if token not in ends])
     say(f"----- sample at step {step} -----\n{text}\n-----")
 
@@ -315,7 +314,6 @@ def write_own_rows():
     say(f'the model writes {64 * n} rows of its own')
     with eager():
         written = Engine(model).complete(prompts, block_size + 1 - cut, Sampling(seed=seed))
-    model.train()
     return torch.tensor([p + w for p, w in zip(prompts, written)], device=device)        # (64 n, block_size + 1)
 
 
@@ -389,7 +387,6 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
     f"vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, "
     f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
-model.train()
 if main_process:
     log = Log(os.path.join(out_dir, 'log.csv'), until=step if resumed else None)
 if wandb_log and main_process:
@@ -409,6 +406,7 @@ began, result = time.perf_counter(), {'loss': None, 'bpb': None}
 if source and not resumed and eval_interval > 0:
     val_loss_before = measure(0)['loss']        # what fine-tuning starts from
 meter = Meter(step, seconds, total_batch_size, device)
+model.train()
 
 while step < max_iters:
     if step == qat_step:
@@ -459,6 +457,7 @@ while step < max_iters:
         say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * save_now)
         break
     if pause:
+        model.train()                           # out of eval mode, where measuring and sampling have left it
         meter.restart()
 
 # -----------------------------------------------------------------------------
