@@ -17,7 +17,7 @@ from model import NEW_HEADS, norm
 
 
 @torch.no_grad()
-def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False, lack=None):
+def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
     """
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
@@ -26,7 +26,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False
     the products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
     were when each was rounded, else None.
     """
-    form, inverse = format_of(bits), inverse_cholesky(hessian, damping).to(w.device)
+    form, inverse = format_of(bits), inverse_cholesky(hessian).to(w.device)
     if lack is not None:
         w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
     peak = w.abs().amax(dim=1)
@@ -85,14 +85,14 @@ def signed_step(x, importance, form):
     return best
 
 
-def inverse_cholesky(hessian, damping):
+def inverse_cholesky(hessian):
     """
     hessian (cols, cols) -> U (cols, cols) float32, upper triangular, the Cholesky factor of the inverse, computed in
     float64: row j says by how much each later column changes to make up for an error in column j.
     """
     hessian = hessian.cpu().to(torch.float64, copy=True)         # on the CPU: some GPUs have no float64
-    # without the damping, inputs that are always zero would stop the decomposition
-    hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-12)
+    # without this damping, inputs that are always zero would stop the decomposition
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
