@@ -72,7 +72,7 @@ from data.bench.training import (describe_training, rate_on_gpu, read_training, 
 from data.compiling import can_compile
 from data.files import in_repo, json_line
 from data.foreign.export import is_block
-from data.loader import data_are_gone, data_of
+from data.loader import data_of, without_text
 from data.machine import describe_machine, pick_device
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
@@ -230,7 +230,7 @@ def measure_quality():
     file = os.path.join(shape, 'best.pt')
     state, data = load(file, device)[1], None
     tokenizer = from_meta(state['tokenizer'])
-    if not texts or not data_are_gone(state):           # a model of somebody else's has no dataset here
+    if not texts or not without_text(state, file):      # a model of somebody else's has no dataset here
         data, _ = data_of(state, file)
     rows = []
     models, prices = price_list(k, wanted_formats(), data, tokenizer)

@@ -245,19 +245,15 @@ def dataset_of(state, source, to_write=False):
     return name
 
 
-def data_are_gone(state, dataset=''):
-    """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
-    return not dataset and not os.path.exists(
-        os.path.join(in_repo('data'), dataset_of(state, 'the checkpoint'), 'meta.json'))
-
-
 def without_text(state, source, dataset=''):
-    """Why there is no text to measure the checkpoint at source on, in words; None if there is one."""
-    if not data_are_gone(state, dataset):
+    """Why there is no text to measure the checkpoint at source on, in words; None if there is one, or dataset is one."""
+    if dataset:
         return None
-    if not state.get('dataset'):
+    name = dataset_of(state, source)
+    folder = os.path.join(in_repo('data'), name)
+    if not name:
         return f'{source} does not say what it was trained on'
-    return f"{os.path.join(in_repo('data'), state['dataset'])}, which {source} was trained on, is gone"
+    return None if os.path.exists(f'{folder}/meta.json') else f'{folder}, which {source} was trained on, is gone'
 
 
 def data_of(state, source, dataset=''):
