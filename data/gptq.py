@@ -68,7 +68,7 @@ def signed_step(x, importance, form):
     importance (group,) -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values,
     -8, ..., 7, one more on one side than on the other: with a negative step it is on the side of the largest weight.
     """
-    best = error = None
+    steps, errors = [], []
     for sign in (1, -1):
         y = sign * x
         # a smaller step would clip something
@@ -76,13 +76,10 @@ def signed_step(x, importance, form):
         for less in range(form.tries):
             step = (unclipped.ceil() - less).clamp(1, most_steps(form))
             e = ((y / step).round().clamp(form.least, form.edge) * step - y).square()
-            e = (importance[:, None] * e).sum(dim=0)
-            if best is None:
-                best, error = sign * step, e
-            else:
-                best = torch.where(e < error, sign * step, best)
-                error = torch.minimum(e, error)
-    return best
+            steps.append(sign * step)
+            errors.append((importance[:, None] * e).sum(dim=0))
+    least = torch.stack(errors).argmin(dim=0, keepdim=True)                      # the first of equals
+    return torch.stack(steps).gather(0, least)[0]
 
 
 def inverse_cholesky(hessian):
@@ -201,9 +198,9 @@ def fit_heads(fitted, model, states, floats, batches, how):
              if name.startswith(NEW_HEADS) and name.endswith('.c_fc')]
     for head in heads:
         names = f'{head}.c_fc', f'{head}.c_proj'
-        # of both, before the first may be replaced
-        wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] if floats else None
-                  for name in names]
+        wanted = [None, None]
+        if floats:                              # of both, before the first may be replaced
+            wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] for name in names]
         for name, outputs in zip(names, wanted):
             fit(fitted, model, (name,), read(fitted, name, states), *how, wanted=outputs)
 
