@@ -26,6 +26,7 @@ import torch
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_of, dataset_of, load_meta, progress, validation, without_text
+from data.machine import autocast, keep_memory, pick_device, pick_dtype
 from data.record import end_if_made, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
@@ -33,7 +34,6 @@ from data.tokenizer import from_meta
 from data.vocabulary import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
-from data.machine import autocast, keep_memory, pick_device, pick_dtype
 from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')

@@ -96,9 +96,7 @@ def typed(text):
 
 
 def encode(text):
-    """
-    text -> its token ids, and how many may follow. ValueError or AssertionError if the model cannot go on from them.
-    """
+    """text -> its token ids, and how many may follow. ValueError or AssertionError where the model cannot go on."""
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos] + ids

@@ -117,8 +117,10 @@ def smooth(model, batches):
 
 
 def scales(read, weights):
-    """The largest of what is read and of the weights that read it, (K,) both -> by what to divide the one and multiply
-    the other (K,). What never fires stays as it is."""
+    """
+    The largest of what is read and of the weights that read it, (K,) both -> by what to divide the one and multiply
+    the other (K,). What never fires stays as it is.
+    """
     scale = (read / weights).pow(EXPONENT)
     return torch.where((read > 0) & (weights > 0), scale, 1.0)
 

@@ -60,9 +60,7 @@ def fetch_nanochat(name, folder, host='https://huggingface.co'):
 
 
 def find_nanochat(path):
-    """
-    A folder -> the file of its weights, model_XXXXXX.pt, of the last step. ValueError says where to get one.
-    """
+    """A folder -> the file of its weights, model_XXXXXX.pt, of the last step. ValueError says where to get one."""
     files = os.listdir(path) if os.path.isdir(path) else []
     steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
     if not steps:
