@@ -111,7 +111,6 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=
     tokenizer: one that is there already, of either kind; level and vocab_size then say nothing.
     ValueError: too little text, a vocabulary too small or too large for it, or without its characters.
     """
-    assert level in ('char', 'bpe'), f'level ({level}) must be char or bpe'
     if not any(train) or not any(val):
         raise ValueError(f'there is too little text: {sum(map(len, train)):,} characters for training, '
                          f'{sum(map(len, val)):,} for validation')
