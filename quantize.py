@@ -35,12 +35,16 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
+from data import calibration
+from data.balance import balance as balanced
 from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors, save_checkpoint,
                              without_memory, write_safetensors)
-from data.files import in_repo
+from data.files import hold, in_repo, json_line
 from data.gptq import gptq
+from data.layouts import for_measuring
 from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
+from data.record import end_if_made, record
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
 from data.tokenizer import from_meta
@@ -339,11 +343,6 @@ def to_train_on(path, model, quantised, state, wanted):
 
 
 if __name__ == '__main__':
-    from data import calibration
-    from data.balance import balance as balanced
-    from data.files import hold, json_line
-    from data.layouts import for_measuring
-    from data.record import end_if_made, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir

@@ -19,6 +19,7 @@ import sys
 
 import torch
 
+from data.checkpoint import without_memory
 from data.compiling import can_compile
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
@@ -257,8 +258,7 @@ assert not chat or tokenizer.chat, (
 stops = [typed(stop)] if stop else []
 speculation = Speculation(drafter, draft_n)
 speculation.check(model)
-with torch.device('meta'):
-    n_params = GPT(model.config).params()['total']
+n_params = without_memory(GPT, model.config).params()['total']
 share = 0.0 if kind == 'float' else int_share(model)
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.bench.timing import in_rounds, resident, timed_call
-from data.checkpoint import config_from
+from data.checkpoint import config_from, without_memory
 from data.compiling import compile_step
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
@@ -305,9 +305,8 @@ def shape_of_size(t, c, depth, target):
     width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
     if not 32 * depth <= width <= 192 * depth:
         return None
-    with torch.device('meta'):
-        model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights))
-    return model
+    shape = GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights)
+    return without_memory(GPT, shape)
 
 
 def shapes_of_size(k, t, c, target):

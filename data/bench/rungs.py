@@ -17,6 +17,7 @@ from data.bench.decoding import check_context, decode, memory_alone, open_model,
 from data.bench.ladder import build_rung, read_record, untimed, write_record
 from data.bench.tasks import asked, measure
 from data.bench.timing import in_rounds, resident
+from data.checkpoint import without_memory
 from data.compiling import can_compile
 from data.files import hold
 from data.layouts import for_decoding, for_measuring
@@ -49,8 +50,7 @@ def measure_rung(k, file, int8):
     if k.timed == 'none':                       # else it would be another decoding that is timed
         keep_memory()
     model, data, tokenizer = open_model(k, file)
-    with torch.device('meta'):
-        params = GPT(model.config).params()
+    params = without_memory(GPT, model.config).params()
     dtype, model = torch.int8 if int8 else None, for_measuring(model)
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
             **quality(model, data, tokenizer, dtype),
