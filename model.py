@@ -292,7 +292,7 @@ class GPT(nn.Module):
     def trunk(self, idx, cache=None):
         """
         idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at
-        position 0; with one (data/cache.py) they continue each row at its own length, and it keeps their keys and values.
+        position 0; with one (data/cache.py) they continue each row at its length, and it keeps their keys and values.
         """
         if cache is None:
             assert idx.size(1) <= self.config.block_size, \
@@ -347,8 +347,8 @@ class GPT(nn.Module):
     def draft_loss(self, x, targets, idx, count):
         """
         As head_losses, the draft cell's part; count (draft_n,). A draft is kept when it is what the model itself draws,
-        so the cell learns the model's distribution: KL(model || cell), both among the tokens that the cell chooses from.
-        The model gets no gradient from it.
+        so the cell learns the model's distribution: KL(model || cell), both among the tokens that it chooses from. The
+        model gets no gradient from it.
         """
         c, states, state = self.config, [], x
         for i in range(c.draft_n):              # as in decoding, on the text's tokens, masked ones too
