@@ -244,7 +244,7 @@ def dataset_of(state, source, to_write=False):
 
 
 def without_text(state, source, dataset=''):
-    """Why there is no text to measure the checkpoint at source on, in words; None if it is there, or dataset is given."""
+    """Why there is no text to measure the checkpoint at source on, in words; None if it is there or not needed."""
     if dataset:
         return None
     name = dataset_of(state, source)
