@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.bench.timing import in_rounds, resident, timed_call
-from data.checkpoint import config_from, without_memory
+from data.checkpoint import without_memory
 from data.compiling import compile_step
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
@@ -37,7 +37,7 @@ from data.teachers import in_bfloat16, load_teacher, teacher_names
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
 from distill import Distiller
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, rows_in_a_chunk
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, config_of, rows_in_a_chunk
 
 
 def forwards_a_step(t, rows):
@@ -150,8 +150,7 @@ def shape_of_training(t, vocab_size=0):
     if not size and t.teacher.startswith(('nanochat:', 'random:')):
         size = 65536
     assert size, f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'
-    shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
-    return config_from(shape | {'vocab_size': size}, 'the config')
+    return config_of(vars(t), size)
 
 
 def write_random(folder, t, vocab_size):
