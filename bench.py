@@ -82,7 +82,7 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # see FORMATS in data/bench/decoding.py; in quality also q8_0, q4_0, q4_1, q4_k_m of llama.cpp, and files of integers
+formats = 'f32,int8,int8-packed'    # FORMATS of data/bench/decoding.py; in quality its GGUF_KINDS and files, too
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -103,7 +103,7 @@ tasks = ''                  # a .jsonl file of questions, see data/bench/tasks.p
 questions = 0               # so many of them, drawn; 0: all
 num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
-texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode a trained model's prompts, others for each round
+texts = ''                  # new=FILE,general=FILE: further texts, for bits per byte; in decode for prompts
 text_bytes = 200_000        # at most so many bytes of each; 0: all
 caches = 'float32,int8'     # quality: what the cache of each format holds, one or both
 # train and memory; what is not here is a knob of train.py's
@@ -129,7 +129,7 @@ record = ''                 # where that goes when it is whole, to be kept: conf
 columns = ''                # of the table, by their keys in that file, joined by commas; empty: all that there are
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; such a rung's file may be another rung's, too
+with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; files may be other rungs', too
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337

@@ -25,7 +25,7 @@ from data.drafters import DRAFTERS, HEADS, Depth, draft_head, draft_multi_token
 from data.layouts import step_of
 from data.sampling import COLD, Noise, Sampling, common_length, draw
 
-PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes, and is
+PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes; and
                         # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
 
 # -----------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Rounds:
 # -----------------------------------------------------------------------------
 # the engine
 
-MOST_LAYERS = 12        # a round unrolls its layers and tokens, and at 30 layers compiling it did not end in nine minutes
+MOST_LAYERS = 12        # a round unrolls its layers and tokens: compiling 30 layers did not end in nine minutes
 
 
 def rounds_pay(model):

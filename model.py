@@ -24,7 +24,7 @@ import data.attention
 
 MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
 LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
-GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to compile and launch
+GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to launch
 
 
 @dataclass
@@ -45,17 +45,17 @@ class GPTConfig:
     mlp: str = 'relu2'              # one of MLPS
     qk_norm: bool = True            # q and k are normed after they are turned
     embed_norm: bool = True         # embeddings are normed before the first block
-    softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: they are as they are
-    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: PyTorch's own, the machine epsilon of the dtype
-    out_proj: bool = False          # adds c_out(x) to the state x that lm_head reads: for a tied Llama's last gain, which no table takes
-    hadamard: int = 0               # hidden units are rotated by Hadamard matrices of this size, see data/balance.py; 0: they are not
+    softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: off
+    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the machine epsilon
+    out_proj: bool = False          # adds c_out(x) to what lm_head reads: a tied Llama's last gain
+    hadamard: int = 0               # hidden units are turned by Hadamard matrices of this size (data/balance.py)
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
     multi_token_hidden_mult: float = 0.5
     draft_n: int = 0                # how far the draft head is unrolled in training; 0: no draft head
     draft_hidden_mult: float = 0.5
-    draft_vocab: int = 0            # the draft head chooses among the first so many tokens (a BPE learns the most frequent first); 0: all
+    draft_vocab: int = 0            # the draft head chooses among the first so many tokens, in a BPE the frequent ones
 
     def __post_init__(self):
         if self.use_mqa:
@@ -102,8 +102,8 @@ def norm(x, eps=0.0):
 def hadamard(x, n):
     """
     Every n neighbours of x (..., K) times the Hadamard matrix of size n, a power of 2. Each output is a sum of all n
-    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Done twice
-    it gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
+    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Twice it
+    gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
     """
     half = 1
     while half < n:
@@ -128,7 +128,7 @@ def rotate(x, cos, sin):
 
 def sees(query, key):
     """
-    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in this repo
+    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in the repo
     is made of it. query and key: positions, ints or tensors that broadcast -> bool of the same shape.
     """
     return key <= query
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder joins the three that read x into one matrix (layouts.for_decoding); training keeps them apart, for Muon
+        # a decoder joins the three that read x (layouts.for_decoding); training keeps them apart, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
     def draft_logits(self, state):
-        """The logits of the tokens that the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
+        """Logits of what the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
         if self.draft_lm_head is not None:
             return self.logits(state, self.draft_lm_head)
         n = self.config.draft_vocab or self.config.vocab_size
@@ -353,7 +353,7 @@ class GPT(nn.Module):
         c, states, state = self.config, [], x
         for i in range(c.draft_n):              # as in decoding, on the text's tokens, masked ones too
             state = self.draft_state(state, shift(idx, 1 + i, 0))
-            # moved 1+i places on, to the model's state that it must predict like: one set of logits serves all steps
+            # moved 1+i places on, beside the model's state that it must predict like
             states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
 
         def log_p(state):
@@ -376,8 +376,8 @@ class GPT(nn.Module):
         model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
                                          the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
-        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, what the sums of nats
-        are divided by; by default the targets of this very batch.
+        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, by which the sums are
+        divided; by default those of this very batch.
         """
         x = self.trunk(idx)
         if return_multi_token:
@@ -392,7 +392,7 @@ class GPT(nn.Module):
 
     def target_counts(self, targets):
         """
-        targets (B, T) -> how many of them each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
+        targets (B, T) -> how many each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
         (draft_n,)}, for the heads that exist. A step of several batches whose masks differ divides all of them by their
         mean counts: then it does not matter how the step is cut into batches.
         """

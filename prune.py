@@ -263,7 +263,7 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
 
 
 def a_little_smaller(model, kind, target, batches, **how):
-    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None where none is left."""
+    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None if none is left."""
     have, kv = getattr(model.config, KINDS[kind]), model.config.n_kv_head
     step = max(1, have // 8)
     if kind == 'layers':
@@ -442,7 +442,7 @@ if __name__ == '__main__':
     save_dir = ''                   # empty: out_dir with -pruned behind it
     dataset = ''                    # a folder under data/ to measure on; empty: the one the model was trained on
     # what goes; the order is this one
-    vocab_keep = 0                  # tokens to keep, the most frequent ones; 0: all. Writes the dataset again in them, data/NAME_vN
+    vocab_keep = 0                  # most frequent tokens to keep; 0: all. Writes the dataset again in them, data/NAME_vN
     layers = None                   # how many to keep, or which: 0,1,3
     channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     neuron_prune_ratio = 0.0        # share of each MLP's hidden units
@@ -451,12 +451,12 @@ if __name__ == '__main__':
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'obs'              # obs, taylor, activation, l1, random
-    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (averaged as they are) or first (a group's first head serves it)
-    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each layer out in turn, as keep_params always does
+    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (as they are) or first (of a group)
+    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each out in turn, as keep_params always does
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split
-    report = True                   # loss and speed before and after; False: in a chain of commands, whose end is measured
+    report = True                   # loss and speed before and after; False: in a chain whose end is measured
     seed = 1337
     device = 'auto'
     limits = {

@@ -32,7 +32,7 @@ from quantize import BITS, int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
-weights = 'auto'            # float (best.pt), int8 (int8.safetensors), int4 (int4.safetensors), auto: the newest of them
+weights = 'auto'            # float (best.pt), int8 or int4 (their .safetensors), auto: the newest of them
 start = '\n'                # the prompt, in which \n is a new line, \t a tab, \\ a backslash; or FILE:path: what a file holds, but for its last line end
 num_samples = 1
 max_new_tokens = None       # None: 200, or what the context has room for
@@ -43,12 +43,12 @@ min_p = None                # only tokens at least this share as probable as the
 stop = ''                   # text to stop before; \n, \t and \\ as in start
 run_on = False              # go on with another document where one ends
 seed = 1337
-drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
+drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads of the model), ngram, random
 draft_n = 4                 # at most so many at a time
-draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: as it was trained
+draft_vocab = 0             # the draft head chooses among the first so many tokens: cheaper; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
                             # True: torch.compile of whole rounds, half a minute, for small models and long texts; False: no compiler
-int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality
+int8_cache = False          # keys and values as integers: a little over a quarter of the cache's memory, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
@@ -235,7 +235,8 @@ def print_stats():
         'kv_bytes_per_token': model.kv_bytes_per_token(int8_cache),
         'device': device}
     print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
-          f"{numbers['tok_s']:,} tok/s by {numbers['step']}; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
+          f"{numbers['tok_s']:,} tok/s by {numbers['step']}; {numbers['kv_bytes_per_token']:,} bytes of cache a token",
+          file=sys.stderr)
     print(json_line(numbers), file=sys.stderr)
 
 # -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
         w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
-    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
+    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column is in one piece
     v, step = torch.empty_like(x), None
     before = torch.empty_like(x) if keep_before else None
     if form.steps > 1:
@@ -108,7 +108,7 @@ def what_it_needs(w, inputs, wanted=None):
     lack = torch.zeros_like(w) if wanted else None
     for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
-        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
+        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will
         hessian.addmm_(x.T, x)
         if wanted:
             short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)

@@ -199,7 +199,7 @@ def welch(a, b):
         return float(mean(a) == mean(b))
     t = (mean(a) - mean(b)) / math.sqrt(va + vb)
     df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
-    # The density of Student's t, summed up after the substitution t = sqrt(df) * tan(angle), which makes both ends finite.
+    # The density of Student's t, summed up after the substitution t = sqrt(df) * tan(angle): both ends are finite.
 
     def area(end):
         return end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
