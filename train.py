@@ -456,8 +456,9 @@ while step < max_iters:
     if stop_now and not last:
         say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * save_now)
         break
+    if eval_now or sample_now:
+        model.train()                           # they have left it in eval mode
     if pause:
-        model.train()                           # out of eval mode, where measuring and sampling have left it
         meter.restart()
 
 # -----------------------------------------------------------------------------
