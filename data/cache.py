@@ -76,7 +76,7 @@ class KVCache:
             f"{longest} tokens do not fit the context of {self.block_size}: "
             "shorten the prompt or ask for fewer new tokens")
         self.grow(longest)
-        self.starts = torch.tensor(self.lengths)                                # (B,), on the CPU: data/kernels.py's
+        self.starts = torch.tensor(self.lengths)                                # (B,), on the CPU, for data/kernels.py
         if len(set(self.lengths)) == 1:
             self.position = slice(self.lengths[0], longest)
         else:
