@@ -311,20 +311,15 @@ def cut_layers(model, layers, batches):
 
 def go_without_text(gone):
     """Says that nothing is measured. ValueError names the knobs that ask for what only a text can tell."""
-    need = []
-    if vocab_keep:
-        need.append(f'vocab_keep ({vocab_keep})')
-    if keep_params < 1:
-        need.append(f'keep_params ({keep_params})')
-    if layers is not None and ',' not in str(layers) and layer_importance not in BY_WEIGHTS:
-        need.append(f'layer_importance ({layer_importance})')
-    if channel_prune_ratio or neuron_prune_ratio or head_prune_ratio:
-        if importance not in BY_WEIGHTS:
-            need.append(f'importance ({importance})')
-        if refit:
-            need.append('refit (True)')
-    if channel_prune_ratio and rotate:
-        need.append('rotate (True)')
+    by_score = channel_prune_ratio or neuron_prune_ratio or head_prune_ratio
+    some_layers = layers is not None and ',' not in str(layers)
+    asked = [(vocab_keep, f'vocab_keep ({vocab_keep})'),
+             (keep_params < 1, f'keep_params ({keep_params})'),
+             (some_layers and layer_importance not in BY_WEIGHTS, f'layer_importance ({layer_importance})'),
+             (by_score and importance not in BY_WEIGHTS, f'importance ({importance})'),
+             (by_score and refit, 'refit (True)'),
+             (channel_prune_ratio and rotate, 'rotate (True)')]
+    need = [what for is_asked, what in asked if is_asked]
     if need:
         raise ValueError(f"{gone}, and there is no {', '.join(need)} without a text: give --dataset= with another text "
                          "in the same tokens, or go by the weights alone, --importance=l1 --layer_importance=l1 "
