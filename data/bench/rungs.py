@@ -142,8 +142,9 @@ def time_rungs(k, rows):
             row[key.replace('tok_s', 'same_texts')] = mean(part is None for part in parts)
             gaps = [part[1] for part in parts if part]
             row['same_texts_gap'] = max([row.get('same_texts_gap', 0), *gaps])
-    for row in rows if k.memory and k.device == 'cpu' and resident() else ():
-        row['memory_bytes'] = memory_alone(k, row['file'], row['int8_cache'])['memory_bytes']
+    if k.memory and k.device == 'cpu' and resident():
+        for row in rows:
+            row['memory_bytes'] = memory_alone(k, row['file'], row['int8_cache'])['memory_bytes']
 
 
 def check_decoding(rows):
