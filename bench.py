@@ -37,12 +37,12 @@ train and memory measure the training that train.py's knobs and configs describe
 tokens; our own knobs are flags there. Without prepared data, give --vocab_size=.
 quality: bytes of the file; KL: the mean, and the largest at one place, of KL(float || format) in nats; % flips: places
 where another token is the most probable one. llama.cpp's formats are read back as floats.
-train: steps as train.py takes them. dynamic: compiled for any length, as a first step on shorter rows shows (in bfloat16
+train: steps as train.py takes them. dynamic: compiled for any length, as a step on shorter rows shows (in bfloat16
 on a CPU for each length anew: data/attention.py). % GEMM: FLOPs that the step needs, over those of the fastest matrix
 product of the same run in the same dtype; on a GPU MFU, over those of its data sheet. On a CPU nanoGPT trains in
 float32: give --dtype=float32 for like and like.
-memory: peak is the estimate for an eager step, see data/bench/estimate.py. Measured is what a fresh process takes beyond
-what libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), glibc giving back at once what
+memory: peak is the estimate for an eager step, see data/bench/estimate.py. Measured is what a new process takes beyond
+what libraries and compiler took in a first pass (Linux; torch.cuda's count on a GPU), glibc giving back at once what
 is freed. cache: of as many sequences that decode.
 ladder: a list of commands, see data/bench/ladder.py. One that was stopped goes on where it was. Two ladders share what
 the same commands make, and files that no ladder has made are not replaced.

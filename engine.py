@@ -164,7 +164,7 @@ class Rows:
 class Rounds:
     """
     How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, as one compiled call with exactly n drafts. A compiled round without
+    (k = 0), speculative, or, for a single sequence, as one compiled call with just n drafts. A compiled round without
     a drafter decodes n + 1 tokens one after the other, of which the first n count as drafts that were all kept.
     """
     def __init__(self, engine, rows, sampling, speculation):
@@ -184,7 +184,7 @@ class Rounds:
 
     def drafts(self, x, room):
         """
-        How many tokens the next round drafts, where there is room for so many more. None before the first pass: drafters
+        How many tokens the next round drafts, with room for so many more. None before the first pass: drafters
         read the state x of the token before the last, and there is none yet.
         """
         room -= 1                                   # a round gives one token more than it has drafts
@@ -256,7 +256,7 @@ class Engine:
         r // num_samples. Yields, for every pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a
         token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
         max_new_tokens exceed block_size + 1 (the last token that is drawn is not read); with slide=True a row that has
-        filled the context goes on from the later half of it instead. speculation (a Speculation) never changes the text;
+        filled the context goes on from its later half instead. speculation (a Speculation) never changes the text;
         compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one prompt, one
         sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in a chat.
         """

@@ -376,7 +376,7 @@ class GPT(nn.Module):
         model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
                                          the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
-        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, by which the sums are
+        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, by which sums are
         divided; by default those of this very batch.
         """
         x = self.trunk(idx)

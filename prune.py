@@ -183,7 +183,7 @@ def leave_one_out(model, batches):
 
 def pick_heads(scores, config, keep):
     """
-    scores (n_layer, n_head), keep query heads -> keep_heads' argument. All key/value heads must serve equally many query
+    scores (n_layer, n_head), keep query heads -> keep_heads' argument. Key/value heads must serve equally many query
     heads, so the number is rounded down if need be.
     """
     kv = min(config.n_kv_head, keep)                # as long as every key/value head can keep a query head, it stays
@@ -324,7 +324,8 @@ def go_without_text(gone):
         raise ValueError(f"{gone}, and there is no {', '.join(need)} without a text: give --dataset= with another text "
                          "in the same tokens, or go by the weights alone, --importance=l1 --layer_importance=l1 "
                          "--refit=False --rotate=False")
-    print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would measure it')
+    print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would '
+          'measure it')
 
 
 def file_to_make():
@@ -437,7 +438,7 @@ if __name__ == '__main__':
     save_dir = ''                   # empty: out_dir with -pruned behind it
     dataset = ''                    # a folder under data/ to measure on; empty: the one the model was trained on
     # what goes; the order is this one
-    vocab_keep = 0                  # most frequent tokens to keep; 0: all. Writes the dataset again in them, data/NAME_vN
+    vocab_keep = 0                  # frequent tokens to keep; 0: all. Writes the dataset again in them, data/NAME_vN
     layers = None                   # how many to keep, or which: 0,1,3
     channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     neuron_prune_ratio = 0.0        # share of each MLP's hidden units
@@ -446,8 +447,8 @@ if __name__ == '__main__':
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'obs'              # obs, taylor, activation, l1, random
-    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (as they are) or first (of a group)
-    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each out in turn, as keep_params always does
+    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (as they are), first (of a group)
+    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each out in turn, as keep_params does
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split

@@ -348,7 +348,7 @@ if __name__ == '__main__':
     weights = 'best.pt'             # the float checkpoint in out_dir
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
-    method = 'auto'                 # qat, if the weights were trained with quant_bits=bits; else gptq, fitted to calibration data
+    method = 'auto'                 # qat, if they were trained with quant_bits=bits; else gptq, fitted to a text
                                     # or rtn, to nearest; clip, with the steps of 4 bits searched for the least error
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
@@ -356,8 +356,8 @@ if __name__ == '__main__':
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
-    aim = False                     # gptq: matrices aim at the float model's own results: better on such text, worse on other
-    for_training = False            # also int4.pt, floats that round to these integers, for train.py --init_from= --quant_bits=4
+    aim = False                     # gptq: aim at the float model's results: better on such text, worse on other
+    for_training = False            # also int4.pt, floats that round to these integers, to train on from
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
     calib_batches = 0               # of 16 rows of at most 512 tokens; 0: 16, or 3 for models from 20M weights on
     seed = 0                        # of the turns, and of which rows of the dataset, or what the model writes

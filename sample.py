@@ -33,7 +33,7 @@ from quantize import BITS, int_share, load
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
 weights = 'auto'            # float (best.pt), int8 or int4 (their .safetensors), auto: the newest of them
-start = '\n'                # the prompt, in which \n is a new line, \t a tab, \\ a backslash; or FILE:path: what a file holds, but for its last line end
+start = '\n'                # the prompt; \n is a new line, \t a tab, \\ a backslash; or FILE:path, less its line end
 num_samples = 1
 max_new_tokens = None       # None: 200, or what the context has room for
 temperature = 0.8           # 0: always the most probable token; 1: the model's own distribution
@@ -43,11 +43,11 @@ min_p = None                # only tokens at least this share as probable as the
 stop = ''                   # text to stop before; \n, \t and \\ as in start
 run_on = False              # go on with another document where one ends
 seed = 1337
-drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads of the model), ngram, random
+drafter = 'none'            # guesses tokens ahead, the text stays the same: head, mtp (the model's), ngram, random
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens: cheaper; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
-                            # True: torch.compile of whole rounds, half a minute, for small models and long texts; False: no compiler
+                            # True: torch.compile of whole rounds, for small models and long texts; False: no compiler
 int8_cache = False          # keys and values as integers: a little over a quarter of the cache's memory, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
@@ -167,8 +167,8 @@ def respond(prompt):
 def converse():
     """Answers one line after another; several lines between quotes are one question."""
     global seed
-    print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets all, '
-          '/quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
+    print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets '
+          'all, /quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
     talk, at_terminal = Chat(engine, tokenizer, typed(system) or None), sys.stdin.isatty()
     while True:
         if at_terminal:

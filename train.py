@@ -46,7 +46,7 @@ out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
 hold_out = ''               # '1/4': leave out the first quarter of the text, so as to label it for others (distill.py)
 init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or a checkpoint's path: its weights, its shape
-# the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (8/3 of swiglu)
+# the model; None: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (swiglu: 8/3 of it)
 n_layer = 4
 n_head = 4
 n_kv_head = None            # 1 is multi-query attention: the cache shrinks n_head times

@@ -23,7 +23,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
     from its columns as they are by then, and may be negative: see signed_step. lack (rows, cols): the sum of d x^T, if
-    the products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
+    products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
     were when each was rounded, else None.
     """
     form, inverse = format_of(bits), inverse_cholesky(hessian).to(w.device)
@@ -31,7 +31,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
         w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
-    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column is in one piece
+    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): columns in one piece
     v, step = torch.empty_like(x), None
     before = torch.empty_like(x) if keep_before else None
     if form.steps > 1:
@@ -64,7 +64,7 @@ def most_steps(form):
 
 def signed_step(x, importance, form):
     """
-    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each of them matters,
+    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each matters,
     importance (group,) -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values,
     -8, ..., 7, one more on one side than on the other: with a negative step it is on the side of the largest weight.
     """
@@ -153,7 +153,7 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables of 8
+    aim: what shall come of them is what the float model, which then reads the text, too, makes of its own. Tables of 8
     bits are rounded as by convert, which costs nothing; of those of 4, lm_head (which a tied wte shares) and c_out by
     fit_tables. keep_before: the float matrices become what they were when each of their weights was rounded to its
     nearest integer, see rounding.behind; else they stay.
@@ -208,8 +208,8 @@ def fit_heads(fitted, model, states, floats, batches, how):
 def fit_block(model, block, source, states, floats, how):
     """
     Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
-    those before it, rounded, give it. states: what the blocks before give, a list of (B, T, n_embd); floats: the same of
-    the float model, and then both c_proj make up for what the stream has lost so far; or None -> both behind this block.
+    those before it, rounded, give it. states: what the blocks before give, list of (B, T, n_embd); floats: the same of
+    the float model, and then both c_proj make up for what the stream has lost; or None -> both behind this block.
     """
     eps = model.config.norm_eps
 

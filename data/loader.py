@@ -188,7 +188,7 @@ def copy_to(device, *tensors):
 
 def micro_batches(total_batch_size, rows, block_size, processes=1):
     """
-    How many forward passes over so many rows, on each process, make an optimizer step of total_batch_size tokens (0: one
+    How many forward passes over so many rows, on each process, make a step of total_batch_size tokens (0: one
     pass). AssertionError if they do not come out even.
     """
     tokens = rows * block_size * processes

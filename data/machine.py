@@ -162,7 +162,7 @@ def least(x):
     return x.item()
 
 # -----------------------------------------------------------------------------
-# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
+# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors: each process holds some
 # of the rows
 
 def shard(model, device_type):

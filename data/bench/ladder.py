@@ -2,7 +2,7 @@
 A ladder of models: the commands that build its rungs, and its record, a JSON document that tables and pictures are
 made from. A library for bench.py --mode=ladder and --mode=table; without torch.
 
-    for name, seed, command in read_rungs(text, '1337'): ...    # "student | python train.py config/quickstart.py && ..."
+    for name, seed, command in read_rungs(text, '1337'): ...    # "name | python train.py config/quickstart.py && ..."
     row = build_rung('out-ladder/ladder.json', name, seed, command)
     write_record('config/ladder_quick.json', rows, machine)
     for line in summary(read_record('config/ladder_quick.json')['rows']): ...
@@ -214,7 +214,7 @@ def mean_of(rows, key):
 
 def summary(rows):
     """
-    -> a line for each rung: of losses and tasks the means over its seeds, of losses the deviation, and Welch's p against
+    -> a line for each rung: of losses and tasks the means over its seeds, of losses deviation and Welch's p against
     the first control; bytes, speed and cost are those of the first seed.
     """
     names, lines, first = by_name(rows), [], rows[0]

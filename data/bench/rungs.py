@@ -109,7 +109,7 @@ def timed_runs(k, rows):
 
 
 def run_in_turns(k, runs):
-    """Lets each of timed_runs decode in every round another piece of text, as sample.py would, and keeps what it saw."""
+    """Lets each of timed_runs decode another piece of text in every round, as sample.py would; keeps what it saw."""
     usual = torch.get_num_threads()
     for r in in_rounds(k.rounds, 'timing, '):
         for row, _, engine, text, drafter, seen in runs:
