@@ -37,12 +37,12 @@ train and memory measure the training that train.py's knobs and configs describe
 tokens; our own knobs are flags there. Without prepared data, give --vocab_size=.
 quality: bytes of the file; KL: the mean, and the largest at one place, of KL(float || format) in nats; % flips: places
 where another token is the most probable one. llama.cpp's formats are read back as floats.
-train: steps as train.py takes them. dynamic: compiled for any length, as a first step on shorter rows shows (in bfloat16
+train: steps as train.py takes them. dynamic: compiled for any length, as a step on shorter rows shows (in bfloat16
 on a CPU for each length anew: data/attention.py). % GEMM: FLOPs that the step needs, over those of the fastest matrix
 product of the same run in the same dtype; on a GPU MFU, over those of its data sheet. On a CPU nanoGPT trains in
 float32: give --dtype=float32 for like and like.
-memory: peak is the estimate for an eager step, see data/bench/estimate.py. Measured is what a fresh process takes beyond
-what libraries and compiler took in a first pass (Linux; torch.cuda's own count on a GPU), glibc giving back at once what
+memory: peak is the estimate for an eager step, see data/bench/estimate.py. Measured is what a new process takes beyond
+what libraries and compiler took in a first pass (Linux; torch.cuda's count on a GPU), glibc giving back at once what
 is freed. cache: of as many sequences that decode.
 ladder: a list of commands, see data/bench/ladder.py. One that was stopped goes on where it was. Two ladders share what
 the same commands make, and files that no ladder has made are not replaced.
@@ -72,7 +72,7 @@ from data.bench.training import (describe_training, rate_on_gpu, read_training, 
 from data.compiling import can_compile
 from data.files import in_repo, json_line
 from data.foreign.export import is_block
-from data.loader import data_are_gone, data_of
+from data.loader import data_of, without_text
 from data.machine import describe_machine, pick_device
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Speculation
@@ -82,7 +82,7 @@ from quantize import load
 mode = 'decode'             # decode, quality, tasks, train, memory, plot, ladder, table
 # decode and quality: the model
 shape = 'tiny'              # tiny or d12, with random weights; or the out_dir of a trained model
-formats = 'f32,int8,int8-packed'    # see FORMATS in data/bench/decoding.py; in quality also q8_0, q4_0, q4_1, q4_k_m of llama.cpp, and files of integers
+formats = 'f32,int8,int8-packed'    # FORMATS of data/bench/decoding.py; in quality its GGUF_KINDS and files, too
 # decode
 drafters = 'none'           # none, head, mtp, ngram, random; none is always measured
 batches = ''                # sequences together, like 1,4,16; empty: 1, in mode=memory batch_size, a half and a quarter
@@ -103,7 +103,7 @@ tasks = ''                  # a .jsonl file of questions, see data/bench/tasks.p
 questions = 0               # so many of them, drawn; 0: all
 num_fewshot = 0             # answered examples before each
 delimiter = ' '             # between question and answer; \n is a new line
-texts = ''                  # new=FILE,general=FILE: bits per byte of further texts, in quality and ladder; in decode a trained model's prompts, others for each round
+texts = ''                  # new=FILE,general=FILE: further texts, for bits per byte; in decode for prompts
 text_bytes = 200_000        # at most so many bytes of each; 0: all
 caches = 'float32,int8'     # quality: what the cache of each format holds, one or both
 # train and memory; what is not here is a knob of train.py's
@@ -129,7 +129,7 @@ record = ''                 # where that goes when it is whole, to be kept: conf
 columns = ''                # of the table, by their keys in that file, joined by commas; empty: all that there are
 timed = 'all'               # the rungs whose decoding is timed, by name, joined by commas; all or none
 compiled = ''               # those of them that are timed in compiled rounds, too, half a minute for each
-with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; such a rung's file may be another rung's, too
+with_int8_cache = ''        # the rungs whose cache is int8, in bytes, loss and speed; files may be other rungs', too
 check = ''                  # such a record: measure its files again, build nothing, and say what has changed
 # the machine
 seed = 1337
@@ -230,7 +230,7 @@ def measure_quality():
     file = os.path.join(shape, 'best.pt')
     state, data = load(file, device)[1], None
     tokenizer = from_meta(state['tokenizer'])
-    if not texts or not data_are_gone(state):           # a model of somebody else's has no dataset here
+    if not texts or not without_text(state, file):      # a model of somebody else's has no dataset here
         data, _ = data_of(state, file)
     rows = []
     models, prices = price_list(k, wanted_formats(), data, tokenizer)

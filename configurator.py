@@ -9,7 +9,7 @@
 # $ python train.py --help                                  the script's docstring, every knob and its default
 # $ python train.py config/tiny.py --n_layer=4              what the file says, then what the flags say
 # $ python train.py --dropout=0 config/a.py config/b.py     flags win wherever they stand; files apply in order
-# $ python train.py config/tiny.py --knobs                  every knob's final value as one line of JSON, for other tools
+# $ python train.py config/tiny.py --knobs                  every knob's final value as a line of JSON, for other tools
 #
 # A config file is plain Python that sets knobs and can compute with them: max_iters = 2 * 1000, total = 4 * batch_size.
 # (There batch_size is the script's or an earlier file's: flags come after all files.) A name of its own starts with _.

@@ -272,16 +272,16 @@ if __name__ == '__main__':
     to_hf = ''                  # a folder: write the teacher there as Hugging Face's Llama or NanoChat, as its block is
     to_gguf = ''                # a file: write the teacher there for llama.cpp, if its block is a Llama's
     gguf_type = 'f16'           # f16, q8_0, q4_0, q4_1 or f32: of the matrices in that file
-    dataset = ''                # a folder under data/; empty: the one the teacher was trained on; to_gguf writes its name into the file
-    method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is the vocabulary
+    dataset = ''                # a folder under data/; empty: the teacher's own; to_gguf writes its name into the file
+    method = 'sample'           # sample: k draws a token, unbiased; topk: the k most probable, biased unless k is all
     k = 12
     temperature = 1.0           # of the distributions; the student must be trained at the same
-    calibrate = False           # first fit a temperature on text that the teachers have not seen (hold_out): overconfident ones need it (fit_temperature)
+    calibrate = False           # first fit a temperature on text that the teachers have not seen (hold_out)
     block_size = 0              # context of the teacher; 0: its own
     batch_size = 16             # windows a pass
     seed = 1337
     device = 'auto'             # cuda, mps, cpu
-    dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster, as train.py runs a teacher
+    dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where it is faster, as train.py does
     compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
     limits = {                  # what they may be
         'k batch_size': (1, None),

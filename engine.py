@@ -26,7 +26,7 @@ from data.kernels import KernelRound
 from data.layouts import step_of
 from data.sampling import COLD, Noise, Sampling, common_length, draw
 
-PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes, and is
+PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes; and
                         # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
 
 # -----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Rows:
 class Rounds:
     """
     How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with exactly n
+    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with just n
     drafts). Such a call without a drafter decodes k + 1 tokens one after the other, of which the first k count as drafts
     that were all kept.
     """
@@ -188,7 +188,7 @@ class Rounds:
 
     def drafts(self, x, room):
         """
-        How many tokens the next round drafts, where there is room for so many more. None before the first pass: drafters
+        How many tokens the next round drafts, with room for so many more. None before the first pass: drafters
         read the state x of the token before the last, and there is none yet.
         """
         room -= 1                                   # a round gives one token more than it has drafts
@@ -225,7 +225,7 @@ class Rounds:
 # -----------------------------------------------------------------------------
 # the engine
 
-MOST_LAYERS = 12        # a round unrolls its layers and tokens, and at 30 layers compiling it did not end in nine minutes
+MOST_LAYERS = 12        # a round unrolls its layers and tokens: compiling 30 layers did not end in nine minutes
 
 
 def rounds_pay(model):
@@ -263,7 +263,7 @@ class Engine:
         r // num_samples. Yields, for every pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a
         token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
         max_new_tokens exceed block_size + 1 (the last token that is drawn is not read); with slide=True a row that has
-        filled the context goes on from the later half of it instead. speculation (a Speculation) never changes the text;
+        filled the context goes on from its later half instead. speculation (a Speculation) never changes the text;
         compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one prompt, one
         sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in a chat.
         """

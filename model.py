@@ -12,7 +12,6 @@ make it a Llama's: mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0. The
 distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a
 draft head.
 """
-import functools
 import math
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ import data.attention
 
 MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
 LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
-GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to compile and launch
+GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to launch
 
 
 @dataclass
@@ -46,17 +45,17 @@ class GPTConfig:
     mlp: str = 'relu2'              # one of MLPS
     qk_norm: bool = True            # q and k are normed after they are turned
     embed_norm: bool = True         # embeddings are normed before the first block
-    softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: they are as they are
-    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: PyTorch's own, the machine epsilon of the dtype
-    out_proj: bool = False          # adds c_out(x) to the state x that lm_head reads: for a tied Llama's last gain, which no table takes
-    hadamard: int = 0               # hidden units are rotated by Hadamard matrices of this size, see data/balance.py; 0: they are not
+    softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: off
+    norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the machine epsilon
+    out_proj: bool = False          # adds c_out(x) to what lm_head reads: a tied Llama's last gain
+    hadamard: int = 0               # hidden units are turned by Hadamard matrices of this size (data/balance.py)
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
     multi_token_n: int = 0          # heads for t+2, t+3, ...
     multi_token_hidden_mult: float = 0.5
     draft_n: int = 0                # how far the draft head is unrolled in training; 0: no draft head
     draft_hidden_mult: float = 0.5
-    draft_vocab: int = 0            # the draft head chooses among the first so many tokens (a BPE learns the most frequent first); 0: all
+    draft_vocab: int = 0            # the draft head chooses among the first so many tokens, in a BPE the frequent ones
 
     def __post_init__(self):
         if self.use_mqa:
@@ -108,8 +107,8 @@ def softcap(y, cap):
 def hadamard(x, n):
     """
     Every n neighbours of x (..., K) times the Hadamard matrix of size n, a power of 2. Each output is a sum of all n
-    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Done twice
-    it gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
+    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Twice it
+    gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
     """
     half = 1
     while half < n:
@@ -120,9 +119,7 @@ def hadamard(x, n):
 
 
 def rope_tables(config):
-    """
-    (cos, cos) and (sin, -sin) of every position, each (block_size, head_dim) float32 (RoFormer, arXiv 2104.09864).
-    """
+    """(cos, cos) and (sin, -sin) of every position, (block_size, head_dim) float32 both (arXiv 2104.09864)."""
     freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size, dtype=torch.float32), freq)
     cos, sin = (t.bfloat16().float() if config.rope_bf16 else t for t in (angle.cos(), angle.sin()))
@@ -130,15 +127,13 @@ def rope_tables(config):
 
 
 def rotate(x, cos, sin):
-    """
-    Turns the pairs (i, i + head_dim/2) of x (..., heads, head_dim) by minus the position's angle, as nanochat does.
-    """
+    """Turns the pairs (i, i + head_dim/2) of x (..., heads, head_dim) by minus the position's angle."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def sees(query, key):
     """
-    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in this repo
+    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in the repo
     is made of it. query and key: positions, ints or tensors that broadcast -> bool of the same shape.
     """
     return key <= query
@@ -163,7 +158,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder joins the three that read x into one matrix (layouts.for_decoding); training keeps them apart, for Muon
+        # a decoder joins the three that read x (layouts.for_decoding); training keeps them apart, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
@@ -288,11 +283,9 @@ class GPT(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out, fan_in = module.weight.shape
-                zero = name.endswith('c_proj') or (name == 'lm_head' and not self.config.tie_weights)
-                nn.init.normal_(module.weight,
-                                std=0.0 if zero else min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in))
-        if self.config.out_proj:
-            nn.init.zeros_(self.transformer.c_out.weight)
+                std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+                zero = name.endswith(('c_proj', 'c_out')) or (name == 'lm_head' and not self.config.tie_weights)
+                nn.init.normal_(module.weight, std=0.0 if zero else std)
         # embed() norms each row, so its length does not change the output. It sets how far one step of AdamW turns the
         # row: with entries of size 1 the steps would hardly turn it at all.
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
@@ -305,8 +298,7 @@ class GPT(nn.Module):
     def trunk(self, idx, cache=None):
         """
         idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at
-        position 0; with one (data/cache.py) they continue each row at its own length, and their keys and values are
-        kept.
+        position 0; with one (data/cache.py) they continue each row at its length, and it keeps their keys and values.
         """
         if cache is None:
             assert idx.size(1) <= self.config.block_size, \
@@ -348,13 +340,39 @@ class GPT(nn.Module):
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
     def draft_logits(self, state):
-        """The logits of the tokens that the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
+        """Logits of what the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
         if self.draft_lm_head is not None:
             return self.logits(state, self.draft_lm_head)
         n = self.config.draft_vocab or self.config.vocab_size
-        if type(self.lm_head) is nn.Linear:     # nothing else is multiplied; a matrix that rounds does it as a whole
-            return self.logits(state, functools.partial(F.linear, weight=self.lm_head.weight[:n]))
+        if type(self.lm_head) is nn.Linear:     # no other rows are multiplied; a matrix that rounds does it as a whole
+            return self.logits(state, lambda x: F.linear(x, self.lm_head.weight[:n]))
         return self.logits(state)[..., :n]
+
+    def draft_loss(self, x, targets, idx, count):
+        """
+        As head_losses, the draft cell's part; count (draft_n,). A draft is kept when it is what the model itself draws,
+        so the cell learns the model's distribution: KL(model || cell), both among the tokens that it chooses from. The
+        model gets no gradient from it.
+        """
+        c, states, state = self.config, [], x
+        for i in range(c.draft_n):              # as in decoding, on the text's tokens, masked ones too
+            state = self.draft_state(state, shift(idx, 1 + i, 0))
+            # moved 1+i places on, beside the model's state that it must predict like
+            states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
+
+        def log_p(state):
+            return F.log_softmax(self.draft_logits(state), dim=-1)
+
+        def nats(x, *states):
+            with torch.no_grad():
+                own = log_p(x)
+            kl = [(own.exp() * (own - log_p(state))).sum(dim=-1) for state in states]
+            return torch.stack(kl, dim=-1)                                       # (N, draft_n)
+
+        loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
+        step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
+        keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)        # (N, draft_n)
+        return ((loss * keep).sum(dim=0) / or_one(count)).mean()
 
     def forward(self, idx, targets=None, return_multi_token=False, counts=None):
         """
@@ -362,8 +380,8 @@ class GPT(nn.Module):
         model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
                                          the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
-        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, what the sums of nats
-        are divided by; by default the targets of this very batch.
+        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, by which sums are
+        divided; by default those of this very batch.
         """
         x = self.trunk(idx)
         if return_multi_token:
@@ -378,7 +396,7 @@ class GPT(nn.Module):
 
     def target_counts(self, targets):
         """
-        targets (B, T) -> how many of them each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
+        targets (B, T) -> how many each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
         (draft_n,)}, for the heads that exist. A step of several batches whose masks differ divides all of them by their
         mean counts: then it does not matter how the step is cut into batches.
         """
@@ -395,35 +413,14 @@ class GPT(nn.Module):
         The trunk's states x (B, T, n_embd), targets and the trunk's input, (B, T) both, counts of target_counts ->
         {'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist.
         """
-        losses, c = {}, self.config
+        losses, n = {}, self.config.multi_token_n
         counts = counts or self.target_counts(targets)
-        # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
-        if c.multi_token_n:
-            losses['multi_token'] = sum(
-                self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
-                / or_one(counts['multi_token'][i]) for i in range(c.multi_token_n)) / c.multi_token_n
-        # The draft cell is unrolled as it is in decoding, on the text's tokens, masked ones too. A draft is kept when it
-        # is what the model itself draws, so the cell learns the model's distribution: KL(model || cell), both among the
-        # tokens that it chooses from. The model gets no gradient from it.
-        if c.draft_n:
-            states, state = [], x
-            for i in range(c.draft_n):
-                state = self.draft_state(state, shift(idx, 1 + i, 0))
-                # moved 1+i places on, to the model's state that it must predict like: one set of logits serves all steps
-                states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
-
-            def log_p(state):
-                return F.log_softmax(self.draft_logits(state), dim=-1)
-
-            def nats(x, *states):
-                with torch.no_grad():
-                    own = log_p(x)
-                return torch.stack([(own.exp() * (own - log_p(state))).sum(dim=-1) for state in states],
-                                   dim=-1)                                       # (N, draft_n)
-            loss = chunked(nats, c.vocab_size, x.detach().flatten(0, 1), *states, times=1 + c.draft_n)
-            step, place = torch.arange(c.draft_n, device=x.device), torch.arange(x.size(1), device=x.device)[:, None]
-            keep = ((targets >= 0)[..., None] & (place > step)).flatten(0, 1)    # (N, draft_n)
-            losses['draft'] = ((loss * keep).sum(dim=0) / or_one(counts['draft'])).mean()
+        if n:       # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
+            sums = [self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
+                    for i in range(n)]
+            losses['multi_token'] = sum(s / or_one(count) for s, count in zip(sums, counts['multi_token'])) / n
+        if self.config.draft_n:
+            losses['draft'] = self.draft_loss(x, targets, idx, counts['draft'])
         return losses
 
     def cross_entropy(self, x, targets, reduction='mean'):
@@ -484,10 +481,8 @@ def or_one(count):
 
 
 def shift(x, n, fill=-1):
-    """
-    x (B, T) or (B, T, C) moved n places to the left along T; what comes in at the end is fill, which masks a target.
-    """
-    return F.pad(x[:, n:], (0, n) if x.ndim == 2 else (0, 0, 0, n), value=fill)
+    """x (B, T) moved n places to the left; what comes in at the end is fill, which masks a target."""
+    return F.pad(x[:, n:], (0, n), value=fill)
 
 
 def chunked(f, vocab_size, *rows, times=1):
@@ -545,9 +540,8 @@ class LossTotal:
 def evaluate(model, batches, token_bytes=None, make_cache=None):
     """
     The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has
-    it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}.
+    it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}. The model stays in eval mode.
     """
-    was_training = model.training
     model.eval()
     device = model.cos.device
     total = LossTotal(token_bytes, device)
@@ -556,5 +550,4 @@ def evaluate(model, batches, token_bytes=None, make_cache=None):
         cache = make_cache(len(x)) if make_cache else None
         states = model.trunk(x, cache)
         total.add(model.cross_entropy(states, y, reduction='none'), y.flatten())
-    model.train(was_training)
     return total.result()

@@ -26,6 +26,7 @@ import torch
 from data.checkpoint import load_model, save_checkpoint, will_replace
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, data_of, dataset_of, load_meta, progress, validation, without_text
+from data.machine import autocast, keep_memory, pick_device, pick_dtype
 from data.record import end_if_made, record
 from data.slicing import (MERGE, build, damped, keep_channels, keep_heads, keep_layers, keep_neurons, keep_vocab,
                           merge_kv_heads, over_channels, rotate_channels)
@@ -33,7 +34,6 @@ from data.tokenizer import from_meta
 from data.vocabulary import cut_tokenizer, recode
 from data.writer import write_dataset
 from engine import Engine, Sampling
-from data.machine import autocast, keep_memory, pick_device, pick_dtype
 from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
@@ -183,7 +183,7 @@ def leave_one_out(model, batches):
 
 def pick_heads(scores, config, keep):
     """
-    scores (n_layer, n_head), keep query heads -> keep_heads' argument. All key/value heads must serve equally many query
+    scores (n_layer, n_head), keep query heads -> keep_heads' argument. Key/value heads must serve equally many query
     heads, so the number is rounded down if need be.
     """
     kv = min(config.n_kv_head, keep)                # as long as every key/value head can keep a query head, it stays
@@ -263,7 +263,7 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
 
 
 def a_little_smaller(model, kind, target, batches, **how):
-    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None where none is left."""
+    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None if none is left."""
     have, kv = getattr(model.config, KINDS[kind]), model.config.n_kv_head
     step = max(1, have // 8)
     if kind == 'layers':
@@ -311,25 +311,21 @@ def cut_layers(model, layers, batches):
 
 def go_without_text(gone):
     """Says that nothing is measured. ValueError names the knobs that ask for what only a text can tell."""
-    need = []
-    if vocab_keep:
-        need.append(f'vocab_keep ({vocab_keep})')
-    if keep_params < 1:
-        need.append(f'keep_params ({keep_params})')
-    if layers is not None and ',' not in str(layers) and layer_importance not in BY_WEIGHTS:
-        need.append(f'layer_importance ({layer_importance})')
-    if channel_prune_ratio or neuron_prune_ratio or head_prune_ratio:
-        if importance not in BY_WEIGHTS:
-            need.append(f'importance ({importance})')
-        if refit:
-            need.append('refit (True)')
-    if channel_prune_ratio and rotate:
-        need.append('rotate (True)')
+    by_score = channel_prune_ratio or neuron_prune_ratio or head_prune_ratio
+    some_layers = layers is not None and ',' not in str(layers)
+    asked = [(vocab_keep, f'vocab_keep ({vocab_keep})'),
+             (keep_params < 1, f'keep_params ({keep_params})'),
+             (some_layers and layer_importance not in BY_WEIGHTS, f'layer_importance ({layer_importance})'),
+             (by_score and importance not in BY_WEIGHTS, f'importance ({importance})'),
+             (by_score and refit, 'refit (True)'),
+             (channel_prune_ratio and rotate, 'rotate (True)')]
+    need = [what for is_asked, what in asked if is_asked]
     if need:
         raise ValueError(f"{gone}, and there is no {', '.join(need)} without a text: give --dataset= with another text "
                          "in the same tokens, or go by the weights alone, --importance=l1 --layer_importance=l1 "
                          "--refit=False --rotate=False")
-    print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would measure it')
+    print(f'note: {gone}: what is left is not measured; --dataset= with another text in the same tokens would '
+          'measure it')
 
 
 def file_to_make():
@@ -442,7 +438,7 @@ if __name__ == '__main__':
     save_dir = ''                   # empty: out_dir with -pruned behind it
     dataset = ''                    # a folder under data/ to measure on; empty: the one the model was trained on
     # what goes; the order is this one
-    vocab_keep = 0                  # tokens to keep, the most frequent ones; 0: all. Writes the dataset again in them, data/NAME_vN
+    vocab_keep = 0                  # frequent tokens to keep; 0: all. Writes the dataset again in them, data/NAME_vN
     layers = None                   # how many to keep, or which: 0,1,3
     channel_prune_ratio = 0.0       # share of the residual stream, n_embd
     neuron_prune_ratio = 0.0        # share of each MLP's hidden units
@@ -451,12 +447,12 @@ if __name__ == '__main__':
     keep_params = 1.0               # go on until this share of the parameters is left, cutting whatever costs least
     # how
     importance = 'obs'              # obs, taylor, activation, l1, random
-    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (averaged as they are) or first (a group's first head serves it)
-    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each layer out in turn, as keep_params always does
+    kv_merge = 'aligned'            # how kv_heads merges: aligned; to compare, plain (as they are), first (of a group)
+    layer_importance = 'loss'       # for layers=N: as above, or loss: leave each out in turn, as keep_params does
     refit = True                    # fit what is left by least squares to what the whole gave
     rotate = True                   # principal axes before channels are cut
     calibration_batches = 8         # of 16 windows from the training split
-    report = True                   # loss and speed before and after; False: in a chain of commands, whose end is measured
+    report = True                   # loss and speed before and after; False: in a chain whose end is measured
     seed = 1337
     device = 'auto'
     limits = {

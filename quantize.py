@@ -35,12 +35,16 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 
+from data import calibration
+from data.balance import balance as balanced
 from data.checkpoint import (check_size, check_tensors, config_from, load_model, read_safetensors, save_checkpoint,
                              without_memory, write_safetensors)
-from data.files import in_repo
+from data.files import hold, in_repo, json_line
 from data.gptq import gptq
+from data.layouts import for_measuring
 from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
+from data.record import end_if_made, record
 from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
                            round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
 from data.tokenizer import from_meta
@@ -339,29 +343,24 @@ def to_train_on(path, model, quantised, state, wanted):
 
 
 if __name__ == '__main__':
-    from data import calibration
-    from data.balance import balance as balanced
-    from data.files import hold, json_line
-    from data.layouts import for_measuring
-    from data.record import end_if_made, record
     # -------------------------------------------------------------------------
     out_dir = 'out-quickstart'      # where train.py left best.pt
     weights = 'best.pt'             # the float checkpoint in out_dir
     save_dir = ''                   # where the file goes; empty: into out_dir
     bits = 8                        # 8 or 4
-    method = 'auto'                 # qat, as the weights were trained, if that was with quant_bits=bits; else gptq, fitted to calibration data
+    method = 'auto'                 # qat, if they were trained with quant_bits=bits; else gptq, fitted to a text
                                     # or rtn, to nearest; clip, with the steps of 4 bits searched for the least error
     group = 0                       # 4 bits: columns that share a step, 32, 64 or 128; 0: as trained, or 32
     tables_bits = 0                 # of the vocabularies, 8 or 4; 0: as trained, or 8
-    balance = True                  # turn and scale the float network into an equal one that rounds better (not for qat)
+    balance = True                  # turn and scale the network into an equal one that rounds better (not for qat)
     # the text that it is balanced and fitted with
     dataset = ''                    # a folder under data/; empty: the one the model was trained on
     calibrate = ''                  # a text file instead of the training split; itself: what the model writes
-    aim = False                     # gptq: each matrix shall give what the float model computes: better on a text like the one it is fitted with, worse on others
-    for_training = False            # also int4.pt, float weights that round to these integers, from which train.py --init_from= --quant_bits=4 goes on
+    aim = False                     # gptq: aim at the float model's results: better on such text, worse on other
+    for_training = False            # also int4.pt, floats that round to these integers, to train on from
     report = True                   # the loss before and after; False: the file alone, in a chain whose end is measured
-    calib_batches = 0               # of 16 rows of at most 512 tokens; 0: 16 of them, or 3 for models from 20M weights on
-    seed = 0                        # of the turns, and of which rows of the dataset, or what the model writes; a file's rows are spread evenly
+    calib_batches = 0               # of 16 rows of at most 512 tokens; 0: 16, or 3 for models from 20M weights on
+    seed = 0                        # of the turns, and of which rows of the dataset, or what the model writes
     device = 'auto'
     limits = {
         'bits': [*BITS],

@@ -19,6 +19,7 @@ import sys
 
 import torch
 
+from data.checkpoint import without_memory
 from data.compiling import can_compile
 from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
@@ -31,8 +32,8 @@ from quantize import BITS, int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'
-weights = 'auto'            # float (best.pt), int8 (int8.safetensors), int4 (int4.safetensors), auto: the newest of them
-start = '\n'                # the prompt, in which \n is a new line, \t a tab, \\ a backslash; or FILE:path: what a file holds, but for its last line end
+weights = 'auto'            # float (best.pt), int8 or int4 (their .safetensors), auto: the newest of them
+start = '\n'                # the prompt; \n is a new line, \t a tab, \\ a backslash; or FILE:path, less its line end
 num_samples = 1
 max_new_tokens = None       # None: 200, or what the context has room for
 temperature = 0.8           # 0: always the most probable token; 1: the model's own distribution
@@ -42,12 +43,12 @@ min_p = None                # only tokens at least this share as probable as the
 stop = ''                   # text to stop before; \n, \t and \\ as in start
 run_on = False              # go on with another document where one ends
 seed = 1337
-drafter = 'none'            # guesses tokens ahead, never changes the text: head, mtp (heads the model must have), ngram, random
+drafter = 'none'            # guesses tokens ahead, the text stays the same: head, mtp (the model's), ngram, random
 draft_n = 4                 # at most so many at a time
-draft_vocab = 0             # the draft head chooses among the first so many tokens only: cheaper for a large vocabulary; 0: as it was trained
+draft_vocab = 0             # the draft head chooses among the first so many tokens: cheaper; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
-                            # True: torch.compile of whole rounds, half a minute, for small models and long texts; False: no compiler
-int8_cache = False          # keys and values as integers: a quarter of the cache's memory and a little more, some quality
+                            # True: torch.compile of whole rounds, for small models and long texts; False: no compiler
+int8_cache = False          # keys and values as integers: a little over a quarter of the cache's memory, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
 chat = False                # a conversation with a model that was fine-tuned for it: every line is a question
@@ -96,9 +97,7 @@ def typed(text):
 
 
 def encode(text):
-    """
-    text -> its token ids, and how many may follow. ValueError or AssertionError if the model cannot go on from them.
-    """
+    """text -> its token ids, and how many may follow. ValueError or AssertionError where the model cannot go on."""
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos] + ids
@@ -168,8 +167,8 @@ def respond(prompt):
 def converse():
     """Answers one line after another; several lines between quotes are one question."""
     global seed
-    print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets all, '
-          '/quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
+    print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets '
+          'all, /quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
     talk, at_terminal = Chat(engine, tokenizer, typed(system) or None), sys.stdin.isatty()
     while True:
         if at_terminal:
@@ -236,7 +235,8 @@ def print_stats():
         'kv_bytes_per_token': model.kv_bytes_per_token(int8_cache),
         'device': device}
     print(f"{path}: {n_params:,} parameters in {numbers['bytes']:,} bytes, {100 * share:.1f} % of them integers; "
-          f"{numbers['tok_s']:,} tok/s by {numbers['step']}; {numbers['kv_bytes_per_token']:,} bytes of cache a token", file=sys.stderr)
+          f"{numbers['tok_s']:,} tok/s by {numbers['step']}; {numbers['kv_bytes_per_token']:,} bytes of cache a token",
+          file=sys.stderr)
     print(json_line(numbers), file=sys.stderr)
 
 # -----------------------------------------------------------------------------
@@ -259,8 +259,7 @@ assert not chat or tokenizer.chat, (
 stops = [typed(stop)] if stop else []
 speculation = Speculation(drafter, draft_n)
 speculation.check(model)
-with torch.device('meta'):
-    n_params = GPT(model.config).params()['total']
+n_params = without_memory(GPT, model.config).params()['total']
 share = 0.0 if kind == 'float' else int_share(model)
 if threads or n_params < 4e6:
     torch.set_num_threads(threads or 1)

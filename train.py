@@ -44,9 +44,9 @@ from quantize import BITS, GROUPS, grid_in, prepare
 # where things are
 out_dir = 'out'
 dataset = 'stdlib_char'     # a folder under data/, made by its prepare.py
-hold_out = ''               # '1/4': do not train on the first quarter of the text; this model can then label it for others (distill.py)
-init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or the path of a checkpoint to start from, whose shape is then taken
-# the model; None takes the usual value: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (8/3 of swiglu)
+hold_out = ''               # '1/4': leave out the first quarter of the text, so as to label it for others (distill.py)
+init_from = 'scratch'       # 'scratch', 'resume' (out_dir/ckpt.pt), or a checkpoint's path: its weights, its shape
+# the model; None: n_kv_head = n_head, head_dim = n_embd / n_head, n_hidden = 4 * n_embd (swiglu: 8/3 of it)
 n_layer = 4
 n_head = 4
 n_kv_head = None            # 1 is multi-query attention: the cache shrinks n_head times
@@ -68,20 +68,20 @@ multi_token_hidden_mult = 0.5   # their hidden width, in n_embd
 draft_n = 0                 # unroll of the draft head; 0: none
 draft_weight = 0.1
 draft_hidden_mult = 0.5
-draft_vocab = 0             # it chooses among the first so many tokens: a vocabulary of 49,152 takes most of its time; 0: all
+draft_vocab = 0             # it chooses among the first so many tokens: a large vocabulary takes its time; 0: all
 # the batch
 batch_size = 16             # rows per forward, per device; 'auto': as many as fit, found by trying real steps
-total_batch_size = 0        # tokens per optimizer step over all devices, reached by accumulation; 0: one forward on each device
+total_batch_size = 0        # tokens per step over all devices, reached by accumulation; 0: a forward on each
 # the optimizers: Muon for all matrices but the vocabulary's, AdamW for those
 max_iters = 1000
 muon_lr = 0.02
-muon_steps = 5              # 3: two fifths less of Muon's work; where the batch is small and the epochs few the loss is the same
+muon_steps = 5              # 3: two fifths less of Muon's work; for a small batch and few epochs as good
 adam_lr = 0.003
 weight_decay = 0.0          # Muon's; helps when data repeats
 warmup_iters = 0            # steps of linear warm-up
 decay_frac = 1.0            # the last share of the steps over which the rates fall linearly to zero
 grad_clip = 1.0             # largest gradient norm; 0: no clipping
-ema = 0.0                   # 0.99 to 0.999: a moving average of the weights is evaluated, sampled and written to best.pt; 0: the weights themselves
+ema = 0.0                   # 0.99 to 0.999: a moving average of the weights is measured and kept in best.pt; 0: none
 seed = 1337
 # what it learns from; the text alone unless there is a teacher
 teacher = ''                # the out_dir of a trained model, several joined by +, or a folder of labels (distill.py)
@@ -107,7 +107,7 @@ wandb_project = 'picochat'
 device = 'auto'             # cuda, mps, cpu
 dtype = 'auto'              # float32 or bfloat16 (autocast); auto: bfloat16 where the device multiplies it faster
 compile = True              # torch.compile; needs a C++ compiler on a CPU, goes on without one
-fsdp = False                # the processes of torchrun share out weights, gradients, optimizer states and teachers, instead of each holding all
+fsdp = False                # torchrun's processes share out weights, gradients, optimizer states and teachers
 # what they may be: (least, most), or a list of all that is allowed
 limits = {
     'n_layer n_head n_kv_head n_embd head_dim n_hidden block_size max_iters': (1, None),
@@ -299,7 +299,6 @@ def show_sample(step):
     n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
     with averages.in_place(), eager():
         ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
-    model.train()
     text = tokenizer.decode(prompt[1:] + [token for token in ids if token not in ends])
     say(f"----- sample at step {step} -----\n{text}\n-----")
 
@@ -315,7 +314,6 @@ def write_own_rows():
     say(f'the model writes {64 * n} rows of its own')
     with eager():
         written = Engine(model).complete(prompts, block_size + 1 - cut, Sampling(seed=seed))
-    model.train()
     return torch.tensor([p + w for p, w in zip(prompts, written)], device=device)        # (64 n, block_size + 1)
 
 
@@ -389,7 +387,6 @@ say(f"data: {dataset}, {loader.n_tokens:,} training and {val_loader.n_tokens:,} 
     f"vocabulary {tokenizer.vocab_size}; a step is {total_batch_size:,} tokens, "
     f"the run {max_iters * total_batch_size / loader.n_tokens:.1f} epochs")
 
-model.train()
 if main_process:
     log = Log(os.path.join(out_dir, 'log.csv'), until=step if resumed else None)
 if wandb_log and main_process:
@@ -404,11 +401,12 @@ own_rows = write_own_rows() if own_samples else None
 if 0 < qat_step <= step:
     round_from_now()
 if step >= qat_step and step < max_iters and best.get('step', 0) <= qat_step:
-    best = {'loss': math.inf}                   # of weights that were not rounded yet: fewer max_iters have moved qat_step
+    best = {'loss': math.inf}   # of weights not rounded yet: fewer max_iters have moved qat_step
 began, result = time.perf_counter(), {'loss': None, 'bpb': None}
 if source and not resumed and eval_interval > 0:
     val_loss_before = measure(0)['loss']        # what fine-tuning starts from
 meter = Meter(step, seconds, total_batch_size, device)
+model.train()
 
 while step < max_iters:
     if step == qat_step:
@@ -458,6 +456,8 @@ while step < max_iters:
     if stop_now and not last:
         say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * save_now)
         break
+    if eval_now or sample_now:
+        model.train()                           # they have left it in eval mode
     if pause:
         meter.restart()
 

@@ -1,1 +1,1 @@
-# With this file the folder is a package, and no other one named data, installed or in the current folder, goes before it.
+# This file makes the folder a package: none of that name elsewhere, installed or where one stands, goes before it.

@@ -28,7 +28,7 @@ from data.slicing import C_OUT, build, rotate_channels
 from model import hadamard
 
 EXPONENT = 0.5          # how much of a neuron's size moves from its activations into its weights: 0 nothing, 1 all
-TURN = 32               # hidden units that are turned together, if n_hidden can be divided so, else a smaller power of 2
+TURN = 32               # hidden units that are turned together, or a smaller power of 2 that divides n_hidden
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def balance(model, batches, seed=0):
 
 def scaled_stream(state, config):
     """
-    Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds as little as it can: norms do
+    Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds the least it can: norms do
     not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place: the state's
     tensors must be its own, each by itself.
     Extra heads read states that are normed, whose size stays 1; only what they norm themselves has another eps, which
@@ -117,8 +117,10 @@ def smooth(model, batches):
 
 
 def scales(read, weights):
-    """The largest of what is read and of the weights that read it, (K,) both -> by what to divide the one and multiply
-    the other (K,). What never fires stays as it is."""
+    """
+    The largest of what is read and of the weights that read it, (K,) both -> by what to divide the one and multiply
+    the other (K,). What never fires stays as it is.
+    """
     scale = (read / weights).pow(EXPONENT)
     return torch.where((read > 0) & (weights > 0), scale, 1.0)
 

@@ -22,11 +22,11 @@ OUT_OF_MEMORY = (3, -9, 137)
 AGAIN = 'remove it, and the rows are looked for again'
 
 
-def rows_that_fit(knobs, most, divide, device, path, agree=min):
+def rows_that_fit(knobs, most, divide, device, path, agree):
     """
     The largest number of rows, at most so many, with which two steps run. knobs: train.py's; divide: only divisors of
-    most count; path: a JSON file that keeps answers, each beside all that it depends on; agree: of several numbers, one
-    a process, the least. -> rows, and in words how they were found.
+    most count; path: a JSON file that keeps answers, each beside all that it depends on; agree(n): the least n of all
+    processes. -> rows, and in words how they were found.
     """
     sizes = [n for n in range(1, most + 1) if not divide or most % n == 0]
     knobs = knobs | {'max_iters': 2, 'eval_interval': -1, 'save_interval': -1, 'sample_interval': 0, 'qat_start': 0.0,

@@ -76,14 +76,12 @@ class KVCache:
             f"{longest} tokens do not fit the context of {self.block_size}: "
             "shorten the prompt or ask for fewer new tokens")
         self.grow(longest)
+        self.starts = torch.tensor(self.lengths)                                # (B,), on the CPU, for data/kernels.py
         if len(set(self.lengths)) == 1:
-            start = self.lengths[0]
-            self.position = slice(start, start + T)
+            self.position = slice(self.lengths[0], longest)
         else:
-            starts = torch.tensor(self.lengths, device=self.numbers.device)
-            self.position = starts[:, None] + self.numbers[:T]                  # (B, T)
+            self.position = self.starts.to(self.numbers.device)[:, None] + self.numbers[:T]     # (B, T)
         self.reach, self.mask = round_up(longest), None
-        self.starts = torch.tensor(self.lengths)                                # (B,), for data/kernels.py
         self.lengths = [n + T for n in self.lengths]
         return self.position
 

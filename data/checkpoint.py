@@ -77,9 +77,9 @@ def load_tensors(path, device='cpu'):
         (check_old_file if legacy else check_archive)(path)
         with ThreadPoolExecutor(1) as pool:
             # torch.load does not check the sums that torch.save writes: another thread does, at the same time
-            damaged = None if legacy else pool.submit(damage, path)
+            sums = pool.submit(lambda: None if legacy else damage(path))
             state = torch.load(path, map_location=device, weights_only=True)
-        damaged = damaged and damaged.result()
+        damaged = sums.result()
         if not damaged:
             check_contents(state, os.path.getsize(path))
     except Exception as e:      # damaged zips and refused pickles raise a dozen types; all mean: do not use this file

@@ -220,6 +220,6 @@ def _mismatch(path, sha256, size):
     """What differs between the file and what it should be, in words; '' if nothing does."""
     if size is not None and os.path.getsize(path) != size:
         return f'{os.path.getsize(path):,} bytes instead of {size:,}'
-    if sha256 is not None and sha256_of(path) != sha256.lower():
-        return f'sha256 {sha256_of(path)} instead of {sha256.lower()}'
+    if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
+        return f'sha256 {found} instead of {sha256.lower()}'
     return ''

@@ -252,12 +252,9 @@ def sync_folder(folder):
     """A rename reaches the disk with its folder. Shares of networks and of virtual machines refuse that: so be it."""
     if os.name == 'posix':
         handle = os.open(folder or '.', os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):
             os.fsync(handle)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 # -----------------------------------------------------------------------------

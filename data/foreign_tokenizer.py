@@ -243,9 +243,7 @@ def hf_folder_tokenizer(folder):
 
 
 def _read_tokenizer_json(path):
-    """
-    tokenizer.json -> what it says, as byte_level_bpe takes it, a dict. ValueError for what is not byte-level BPE.
-    """
+    """tokenizer.json -> what it says, as byte_level_bpe takes it, a dict. ValueError for what is no byte-level BPE."""
     content = read_json(path, AGAIN, {'model': dict})
     model = content['model']
     kind = model.get('type', 'BPE')
@@ -289,10 +287,12 @@ def _pattern_of(cutter, path):
              (PATTERNS['smollm'], [{'type': 'Digits', 'individual_digits': True}, BY_BYTES])]
     known += [(pattern, by_pattern(pattern)) for pattern in (*PATTERNS.values(), PATTERN)]
     steps = cutter.get('pretokenizers') if isinstance(cutter, dict) and 'pretokenizers' in cutter else [cutter]
-    plain = [{'use_regex': True} | step if isinstance(step, dict) and step.get('type') == 'ByteLevel' else step
-             for step in (steps if isinstance(steps, list) else [steps])]
-    plain = [{key: step[key] for key in step if key != 'trim_offsets'} if isinstance(step, dict) else step
-             for step in plain]
+    plain = []
+    for step in steps if isinstance(steps, list) else [steps]:
+        if isinstance(step, dict):
+            usual = {'use_regex': True} if step.get('type') == 'ByteLevel' else {}
+            step = {key: value for key, value in (usual | step).items() if key != 'trim_offsets'}
+        plain.append(step)
     for pattern, expected in known:
         if plain == expected:
             return pattern

@@ -17,21 +17,21 @@ from model import NEW_HEADS, norm
 
 
 @torch.no_grad()
-def gptq_weight(w, hessian, bits=4, group=GROUP, damping=0.01, keep_before=False, lack=None):
+def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
     """
     round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
     (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
     columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
     from its columns as they are by then, and may be negative: see signed_step. lack (rows, cols): the sum of d x^T, if
-    the products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
+    products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
     were when each was rounded, else None.
     """
-    form, inverse = format_of(bits), inverse_cholesky(hessian, damping).to(w.device)
+    form, inverse = format_of(bits), inverse_cholesky(hessian).to(w.device)
     if lack is not None:
         w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
-    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): a column lies in one piece
+    x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): columns in one piece
     v, step = torch.empty_like(x), None
     before = torch.empty_like(x) if keep_before else None
     if form.steps > 1:
@@ -64,11 +64,11 @@ def most_steps(form):
 
 def signed_step(x, importance, form):
     """
-    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each of them matters,
+    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each matters,
     importance (group,) -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values,
     -8, ..., 7, one more on one side than on the other: with a negative step it is on the side of the largest weight.
     """
-    best = error = None
+    steps, errors = [], []
     for sign in (1, -1):
         y = sign * x
         # a smaller step would clip something
@@ -76,23 +76,20 @@ def signed_step(x, importance, form):
         for less in range(form.tries):
             step = (unclipped.ceil() - less).clamp(1, most_steps(form))
             e = ((y / step).round().clamp(form.least, form.edge) * step - y).square()
-            e = (importance[:, None] * e).sum(dim=0)
-            if best is None:
-                best, error = sign * step, e
-            else:
-                best = torch.where(e < error, sign * step, best)
-                error = torch.minimum(e, error)
-    return best
+            steps.append(sign * step)
+            errors.append((importance[:, None] * e).sum(dim=0))
+    least = torch.stack(errors).argmin(dim=0, keepdim=True)                      # the first of equals
+    return torch.stack(steps).gather(0, least)[0]
 
 
-def inverse_cholesky(hessian, damping):
+def inverse_cholesky(hessian):
     """
     hessian (cols, cols) -> U (cols, cols) float32, upper triangular, the Cholesky factor of the inverse, computed in
     float64: row j says by how much each later column changes to make up for an error in column j.
     """
     hessian = hessian.cpu().to(torch.float64, copy=True)         # on the CPU: some GPUs have no float64
-    # without the damping, inputs that are always zero would stop the decomposition
-    hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-12)
+    # without this damping, inputs that are always zero would stop the decomposition
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     return torch.linalg.cholesky(inverse, upper=True).float()
 
@@ -111,7 +108,7 @@ def what_it_needs(w, inputs, wanted=None):
     lack = torch.zeros_like(w) if wanted else None
     for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
-        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will round it
+        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will
         hessian.addmm_(x.T, x)
         if wanted:
             short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)
@@ -156,7 +153,7 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     """
     A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
     (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    aim: what shall come of them is what the float model, which then reads the text besides, makes of its own. Tables of 8
+    aim: what shall come of them is what the float model, which then reads the text, too, makes of its own. Tables of 8
     bits are rounded as by convert, which costs nothing; of those of 4, lm_head (which a tied wte shares) and c_out by
     fit_tables. keep_before: the float matrices become what they were when each of their weights was rounded to its
     nearest integer, see rounding.behind; else they stay.
@@ -201,9 +198,9 @@ def fit_heads(fitted, model, states, floats, batches, how):
              if name.startswith(NEW_HEADS) and name.endswith('.c_fc')]
     for head in heads:
         names = f'{head}.c_fc', f'{head}.c_proj'
-        # of both, before the first may be replaced
-        wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] if floats else None
-                  for name in names]
+        wanted = [None, None]
+        if floats:                              # of both, before the first may be replaced
+            wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] for name in names]
         for name, outputs in zip(names, wanted):
             fit(fitted, model, (name,), read(fitted, name, states), *how, wanted=outputs)
 
@@ -211,8 +208,8 @@ def fit_heads(fitted, model, states, floats, batches, how):
 def fit_block(model, block, source, states, floats, how):
     """
     Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
-    those before it, rounded, give it. states: what the blocks before give, a list of (B, T, n_embd); floats: the same of
-    the float model, and then both c_proj make up for what the stream has lost so far; or None -> both behind this block.
+    those before it, rounded, give it. states: what the blocks before give, list of (B, T, n_embd); floats: the same of
+    the float model, and then both c_proj make up for what the stream has lost; or None -> both behind this block.
     """
     eps = model.config.norm_eps
 

@@ -119,8 +119,6 @@ class Loader:
 
     def starts(self, step, micro=0, accumulation=1):
         """Where the rows of that batch start in the split: batch_size ints."""
-        assert 0 <= micro < accumulation, \
-            f'micro ({micro}) must be in 0..{accumulation - 1}, of accumulation ({accumulation})'
         first = (step * accumulation + micro) * self.batch_size
         return [int(self._start(first + row)) for row in range(self.batch_size)]
 
@@ -190,7 +188,7 @@ def copy_to(device, *tensors):
 
 def micro_batches(total_batch_size, rows, block_size, processes=1):
     """
-    How many forward passes over so many rows, on each process, make an optimizer step of total_batch_size tokens (0: one
+    How many forward passes over so many rows, on each process, make a step of total_batch_size tokens (0: one
     pass). AssertionError if they do not come out even.
     """
     tokens = rows * block_size * processes
@@ -245,19 +243,15 @@ def dataset_of(state, source, to_write=False):
     return name
 
 
-def data_are_gone(state, dataset=''):
-    """Whether the text that a checkpoint's dict says it was trained on is not there, and no other dataset is named."""
-    return not dataset and not os.path.exists(
-        os.path.join(in_repo('data'), dataset_of(state, 'the checkpoint'), 'meta.json'))
-
-
 def without_text(state, source, dataset=''):
-    """Why there is no text to measure the checkpoint at source on, in words; None if there is one."""
-    if not data_are_gone(state, dataset):
+    """Why there is no text to measure the checkpoint at source on, in words; None if it is there or not needed."""
+    if dataset:
         return None
-    if not state.get('dataset'):
+    name = dataset_of(state, source)
+    folder = os.path.join(in_repo('data'), name)
+    if not name:
         return f'{source} does not say what it was trained on'
-    return f"{os.path.join(in_repo('data'), state['dataset'])}, which {source} was trained on, is gone"
+    return None if os.path.exists(f'{folder}/meta.json') else f'{folder}, which {source} was trained on, is gone'
 
 
 def data_of(state, source, dataset=''):

@@ -34,7 +34,7 @@ def peak_flops(device):
 
 
 def pick_device(device):
-    """'auto' -> 'cuda', 'mps' or 'cpu', whichever is best here; any other name stays. ValueError if it cannot be used."""
+    """'auto' -> 'cuda', 'mps' or 'cpu', whichever is best here; other names stay. ValueError if it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -162,7 +162,7 @@ def least(x):
     return x.item()
 
 # -----------------------------------------------------------------------------
-# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors, each process holding some
+# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors: each process holds some
 # of the rows
 
 def shard(model, device_type):

@@ -80,17 +80,18 @@ def orthogonalize(g, steps=5):
     return x
 
 
-def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_steps=5, betas=(0.8, 0.95)):
+def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_steps=5):
     """
     [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW:
     an orthogonal update means nothing where a row is a token. weight_decay is Muon's.
     """
     matrices, rest, optimizers = [], [], []
     for name, p in model.named_parameters():
+        is_table = 'wte' in name or 'lm_head' in name
         if p.requires_grad:
-            (rest if p.ndim != 2 or 'wte' in name or 'lm_head' in name else matrices).append(p)
+            (matrices if p.ndim == 2 and not is_table else rest).append(p)
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=betas, eps=1e-10, weight_decay=0.0,
+        optimizers.append(torch.optim.AdamW(rest, lr=adam_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
                                             fused=rest[0].device.type in ('cpu', 'cuda')))
     if matrices:
         optimizers.append(Muon(matrices, lr=muon_lr, weight_decay=weight_decay, steps=muon_steps))

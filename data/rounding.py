@@ -227,9 +227,7 @@ def behind(model, quantised):
 
 
 def grid_of(model):
-    """
-    A converted model -> {'lm_head.scale': (rows,), ...}: its scales and steps, with which others can be rounded.
-    """
+    """A converted model -> {'lm_head.scale': (rows,), ...}: its scales and steps, with which others can be rounded."""
     return {name: t for name, t in model.state_dict().items() if name.endswith(('.scale', '.step'))}
 
 # -----------------------------------------------------------------------------

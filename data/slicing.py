@@ -1,5 +1,5 @@
 """
-A smaller or a turned shape, by indices: pure functions from a state dict and its GPTConfig to new ones, and build, which
+A smaller or a turned shape, by indices: functions from a state dict and its GPTConfig to new ones, and build, which
 makes the model of them. A library: prune.py chooses what to keep, data/balance.py turns models before they are rounded.
 
     state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep

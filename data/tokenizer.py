@@ -355,9 +355,7 @@ def _checked(ids, vocab_size):
 
 
 def _turns(conversation):
-    """
-    A conversation -> its system line or None, and a list of what user and assistant say in turn; or a ValueError.
-    """
+    """A conversation -> its system line or None, and a list of what user and assistant say in turn. ValueError."""
     messages = conversation.get('messages') if isinstance(conversation, dict) else conversation
     if not isinstance(messages, (list, tuple)):
         raise ValueError('a conversation is a list of {role, content} or an object with messages, '

@@ -13,13 +13,13 @@ import json
 import os
 import platform
 import sysconfig
-import time
 import zlib
 
 import numpy as np
 
 from data.files import hold, in_repo, saving, sha256_of, sync_folder, write_temporary
 from data.foreign_tokenizer import load_tokenizer
+from data.loader import progress
 from data.tokenizer import CharTokenizer, train_bpe
 
 
@@ -111,7 +111,6 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=
     tokenizer: one that is there already, of either kind; level and vocab_size then say nothing.
     ValueError: too little text, a vocabulary too small or too large for it, or without its characters.
     """
-    assert level in ('char', 'bpe'), f'level ({level}) must be char or bpe'
     if not any(train) or not any(val):
         raise ValueError(f'there is too little text: {sum(map(len, train)):,} characters for training, '
                          f'{sum(map(len, val)):,} for validation')
@@ -130,13 +129,10 @@ def text_ids(tokenizer, texts):
     if tokenizer.kind == 'char':
         return char_ids(tokenizer, ''.join(texts))
     start = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids, told = [], time.monotonic()
-    for i in range(0, len(texts), 100):
+    ids, hundreds = [], range(0, len(texts), 100)
+    for i in progress(hundreds, len(hundreds), 'hundreds of texts encoded', every=10):
         for tokens in tokenizer.encode_batch(texts[i:i + 100]):
             ids.append(np.array(start + tokens, dtype=np.uint32))
-        if time.monotonic() - told > 10:
-            print(f'{len(ids):,} of {len(texts):,} texts encoded', flush=True)
-            told = time.monotonic()
     return np.concatenate(ids)
 
 

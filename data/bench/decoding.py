@@ -161,7 +161,7 @@ def check_context(k, config, whose):
 
 def make_prompts(k, plain, n):
     """
-    -> n prompts: random ids, or what a trained model writes from the token that stands before any text. With texts n for
+    -> n prompts: random ids, or what a trained model writes from the token that begins a text. With texts n for
     every round, spread over them.
     """
     if k.shape in SHAPES:

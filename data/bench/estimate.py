@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.bench.timing import in_rounds, resident, timed_call
-from data.checkpoint import config_from
+from data.checkpoint import without_memory
 from data.compiling import compile_step
 from data.files import in_repo, read_json
 from data.loader import Loader, load_meta
@@ -37,7 +37,7 @@ from data.teachers import in_bfloat16, load_teacher, teacher_names
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
 from distill import Distiller
-from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, rows_in_a_chunk
+from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, config_of, rows_in_a_chunk
 
 
 def forwards_a_step(t, rows):
@@ -150,8 +150,7 @@ def shape_of_training(t, vocab_size=0):
     if not size and t.teacher.startswith(('nanochat:', 'random:')):
         size = 65536
     assert size, f'{folder} is not prepared, so the vocabulary is not known: give it, as in --vocab_size=4096'
-    shape = {k: v for k, v in vars(t).items() if k in GPTConfig.__dataclass_fields__}
-    return config_from(shape | {'vocab_size': size}, 'the config')
+    return config_of(vars(t), size)
 
 
 def write_random(folder, t, vocab_size):
@@ -305,9 +304,8 @@ def shape_of_size(t, c, depth, target):
     width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
     if not 32 * depth <= width <= 192 * depth:
         return None
-    with torch.device('meta'):
-        model = GPT(GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights))
-    return model
+    shape = GPTConfig(c.block_size, c.vocab_size, depth, width // 64, None, width, tie_weights=t.tie_weights)
+    return without_memory(GPT, shape)
 
 
 def shapes_of_size(k, t, c, target):

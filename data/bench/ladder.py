@@ -2,7 +2,7 @@
 A ladder of models: the commands that build its rungs, and its record, a JSON document that tables and pictures are
 made from. A library for bench.py --mode=ladder and --mode=table; without torch.
 
-    for name, seed, command in read_rungs(text, '1337'): ...    # "student | python train.py config/quickstart.py && ..."
+    for name, seed, command in read_rungs(text, '1337'): ...    # "name | python train.py config/quickstart.py && ..."
     row = build_rung('out-ladder/ladder.json', name, seed, command)
     write_record('config/ladder_quick.json', rows, machine)
     for line in summary(read_record('config/ladder_quick.json')['rows']): ...
@@ -199,7 +199,7 @@ def welch(a, b):
         return float(mean(a) == mean(b))
     t = (mean(a) - mean(b)) / math.sqrt(va + vb)
     df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
-    # The density of Student's t, summed up after the substitution t = sqrt(df) * tan(angle), which makes both ends finite.
+    # The density of Student's t, summed up after the substitution t = sqrt(df) * tan(angle): both ends are finite.
 
     def area(end):
         return end * sum(math.cos(end * (i + 0.5) / 10000) ** (df - 1) for i in range(10000))
@@ -214,7 +214,7 @@ def mean_of(rows, key):
 
 def summary(rows):
     """
-    -> a line for each rung: of losses and tasks the means over its seeds, of losses the deviation, and Welch's p against
+    -> a line for each rung: of losses and tasks the means over its seeds, of losses deviation and Welch's p against
     the first control; bytes, speed and cost are those of the first seed.
     """
     names, lines, first = by_name(rows), [], rows[0]

@@ -17,6 +17,7 @@ from data.bench.decoding import check_context, decode, memory_alone, open_model,
 from data.bench.ladder import build_rung, read_record, untimed, write_record
 from data.bench.tasks import asked, measure
 from data.bench.timing import in_rounds, resident
+from data.checkpoint import without_memory
 from data.compiling import can_compile
 from data.files import hold
 from data.layouts import for_decoding, for_measuring
@@ -49,8 +50,7 @@ def measure_rung(k, file, int8):
     if k.timed == 'none':                       # else it would be another decoding that is timed
         keep_memory()
     model, data, tokenizer = open_model(k, file)
-    with torch.device('meta'):
-        params = GPT(model.config).params()
+    params = without_memory(GPT, model.config).params()
     dtype, model = torch.int8 if int8 else None, for_measuring(model)
     return {'params': params['total'], 'params_by_group': params, 'bytes': os.path.getsize(file), 'int8_cache': int8,
             **quality(model, data, tokenizer, dtype),
@@ -109,7 +109,7 @@ def timed_runs(k, rows):
 
 
 def run_in_turns(k, runs):
-    """Lets each of timed_runs decode in every round another piece of text, as sample.py would, and keeps what it saw."""
+    """Lets each of timed_runs decode another piece of text in every round, as sample.py would; keeps what it saw."""
     usual = torch.get_num_threads()
     for r in in_rounds(k.rounds, 'timing, '):
         for row, _, engine, text, drafter, seen in runs:
@@ -142,8 +142,9 @@ def time_rungs(k, rows):
             row[key.replace('tok_s', 'same_texts')] = mean(part is None for part in parts)
             gaps = [part[1] for part in parts if part]
             row['same_texts_gap'] = max([row.get('same_texts_gap', 0), *gaps])
-    for row in rows if k.memory and k.device == 'cpu' and resident() else ():
-        row['memory_bytes'] = memory_alone(k, row['file'], row['int8_cache'])['memory_bytes']
+    if k.memory and k.device == 'cpu' and resident():
+        for row in rows:
+            row['memory_bytes'] = memory_alone(k, row['file'], row['int8_cache'])['memory_bytes']
 
 
 def check_decoding(rows):

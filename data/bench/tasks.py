@@ -214,11 +214,6 @@ def answer_all(model, tokenizer, items, questions=0, num_fewshot=0, delimiter=' 
 # -----------------------------------------------------------------------------
 # counting
 
-def chance_of(item):
-    """The share of right answers by guessing."""
-    return 1 / len(options_of(item)) if options_of(item) else 0.0
-
-
 def p_by_chance(n_right, chances):
     """The probability that guessing gives so many right answers or more, exact; each question has its own chance."""
     probability = np.ones(1)                    # of 0, 1, 2, ... right answers to the questions so far
@@ -232,7 +227,7 @@ def count(items, right):
     Questions and whether each was answered rightly -> 'questions', 'accuracy' and its standard 'error', 'chance'
     (guessing's accuracy), 'centred' (0: guessing, 1: all right) and 'centred_error', and 'p' of guessing so well.
     """
-    chances = [chance_of(item) for item in items]
+    chances = [1 / len(options_of(item)) if options_of(item) else 0.0 for item in items]    # of answering it rightly
     n, accuracy, chance = len(items), sum(right) / len(items), sum(chances) / len(items)
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     return {'questions': n, 'accuracy': accuracy, 'error': error, 'chance': chance,

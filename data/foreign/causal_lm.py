@@ -78,6 +78,11 @@ class InOne(nn.Module):
         return flops_of(self.model, self.config.block_size, training)
 
 
+def number_in(c, names, usual):
+    """What a model's settings have under the first of these names that is a whole number there; else the usual one."""
+    return next((getattr(c, name) for name in names if isinstance(getattr(c, name, None), int)), usual)
+
+
 def flops_of(model, block_size, training):
     """
     FLOPs of a token: 2 for each weight of a matrix that is multiplied, and those of attention where the model says how
@@ -86,8 +91,7 @@ def flops_of(model, block_size, training):
     if not isinstance(model, nn.Module):
         return 0
     c = getattr(model, 'config', None)
-    layers, width = (next((getattr(c, name) for name in names if isinstance(getattr(c, name, None), int)), 0)
-                     for names in (('num_hidden_layers', 'n_layer'), ('hidden_size', 'n_embd')))
+    layers, width = number_in(c, ('num_hidden_layers', 'n_layer'), 0), number_in(c, ('hidden_size', 'n_embd'), 0)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     weights = sum(p.numel() for p in model.parameters() if p not in tables or p in heads)
@@ -138,8 +142,7 @@ def load_causal_lm(folder, device='cpu'):
     check_finite(model.state_dict(), file)
     model = model.to(device).eval()
     c = model.config.get_text_config()
-    block_size = next((getattr(c, name) for name in CONTEXT if isinstance(getattr(c, name, None), int)), 2**20)
-    tokenizer = hf_folder_tokenizer(folder)
+    block_size, tokenizer = number_in(c, CONTEXT, 2**20), hf_folder_tokenizer(folder)
     n = c.vocab_size
     if tokenizer is not None:
         if n not in padded_sizes(tokenizer.vocab_size):

@@ -79,15 +79,13 @@ def shape_of(c, path):
         rope = {'rope_theta': c.get('rope_theta', 10000.0)} | (c.get('rope_parameters') or {})
         shape = {'n_kv_head': c['num_attention_heads'], 'tie_weights': c.get('tie_word_embeddings', False),
                  'norm_eps': float(c.get('rms_norm_eps', 1e-6)), 'rope_base': float(rope['rope_theta'])}
-        shape |= shape_in(c)
-    return llama_config(shape, path)
+        return llama_config(shape | shape_in(c), path)
 
 
 def llama_config(shape, path):
     """What differs from Llama to Llama, as a dict -> GPTConfig."""
-    with expecting(f"{path} does not say a Llama's shape"):
-        assert shape['rope_base'] > 0, f"the base of its positions is {shape['rope_base']}"
-        return config_from(shape | LLAMA, path)
+    assert shape['rope_base'] > 0, f"the base of its positions is {shape['rope_base']}"
+    return config_from(shape | LLAMA, path)
 
 
 def load_llama(folder, device='cpu'):
@@ -185,7 +183,7 @@ def gguf_shape(said, rows, path):
         for key in ('attention.value_length', 'rope.dimension_count'):
             if said.get(key, shape['head_dim']) != shape['head_dim']:
                 odd.append(f"{key} is {said[key]}, and a head has {shape['head_dim']}")
-    return llama_config(shape, path), odd
+        return llama_config(shape, path), odd
 
 
 def hf_name(name):

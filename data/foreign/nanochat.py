@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 
 from data.checkpoint import config_from, load_tensors, plain_names
-from data.checks import check_size
 from data.download import download
 from data.files import hold, read_text
 from data.foreign.weights import (cut_padding, expecting, hf_file, load_weights, make, read_config, read_weights,
@@ -61,9 +60,7 @@ def fetch_nanochat(name, folder, host='https://huggingface.co'):
 
 
 def find_nanochat(path):
-    """
-    A folder -> the file of its weights, model_XXXXXX.pt, of the last step. ValueError says where to get one.
-    """
+    """A folder -> the file of its weights, model_XXXXXX.pt, of the last step. ValueError says where to get one."""
     files = os.listdir(path) if os.path.isdir(path) else []
     steps = {int(file[6:-3]): file for file in sorted(files) if re.fullmatch(r'model_\d+\.pt', file)}
     if not steps:
@@ -129,7 +126,6 @@ def load_hf_nanochat(folder, device='cpu'):
             state[name] = tensor
         if config.tie_weights:
             state['lm_head.weight'] = state['transformer.wte.weight']
-        check_size(config, state, file)
     tokenizer = hf_folder_tokenizer(folder)
     config.vocab_size = cut_padding(state, config.vocab_size, tokenizer)
     return make(GPT, config, state, file, device), tokenizer

@@ -32,8 +32,8 @@ def expecting(what, remedy='use another copy'):
 
 def make(kind, config, state, path, device, tied=False):
     """
-    kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode.
-    tied: of a kind that is not ours, lm_head is the embedding's table. path: where they are from, for the message of a ValueError.
+    kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode. tied:
+    of a kind that is not ours, lm_head is the embedding's table. path: where they are from, for a ValueError's message.
     """
     with expecting(f"{path} does not have the tensors of its own settings"):
         if config.n_layer > len(state):         # to make a million layers takes long, even without memory
