@@ -181,7 +181,7 @@ class Rounds:
         self.device, self.cold = engine.device, sampling.temperature < COLD
         self.random = Noise(sampling.seed, engine.config.vocab_size, engine.device)
         self.kernel = self.compiled = None
-        if len(rows.numbers) == 1 and self.draft is None and engine.cache_dtype == torch.float32:
+        if len(rows.numbers) == 1 and self.draft is None:
             self.kernel = KernelRound(self.model, sampling) if KernelRound.pays(self.model, sampling) else None
         if engine.compile and len(rows.numbers) == 1 and self.draft in (None, draft_head, draft_multi_token):
             self.compiled = engine.compiled_step(self.draft, sampling)

@@ -1,6 +1,6 @@
-// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens, with
-// a cache of floats: read it first. run_round, the last function, decodes a few of them, one after the other. products.h
-// has the products; a prompt's are PyTorch's. Here is attention (four_scores says its own vector instructions), and what
+// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens: read
+// it first. run_round, the last function, decodes a few of them, one after the other. products.h has the products; a
+// prompt's are PyTorch's. Here is attention (four_scores says its own vector instructions), and what
 // is before the blocks and behind them. What comes out for one token does not depend on the tokens beside it.
 #include "products.h"
 #include <functional>
@@ -164,49 +164,69 @@ struct Heads {
   float eps;
 };
 
-// For the threads of a parallel region together: turns q and k of qkv (B, T, H + 2 KV, D), and writes k and v into the
-// cache, keys and values (B, KV, size, D), behind the tokens before.
-static void turn_and_keep(const Heads& h, const Tokens& at, float* qkv, float* keys, float* values) {
+// What a layer has read: keys and values (B, KV, size, D), floats, or integers with a scale for each, (B, KV, size).
+struct Store {
+  void *keys, *values;
+  float *key_scales, *value_scales;                                 // nothing where there are floats
+};
+
+// Writes x (D,) in place number at.
+static void keep(const float* x, void* store, float* scales, size_t at, int D) {
+  if (scales) scales[at] = round_row(x, (uint8_t*)store + at * D, D, 0);
+  else std::memcpy((float*)store + at * D, x, D * sizeof(float));
+}
+
+// n keys or values from place number first on, as floats; those of integers are made in room.
+static const float* floats(const void* store, const float* scales, size_t first, int n, int D,
+                           std::vector<float>& room) {
+  if (!scales) return (const float*)store + first * D;
+  room.resize((size_t)(n + 3) * D);                                 // keys come in fours
+  const int8_t* q = (const int8_t*)store + first * D;
+  for (int s = 0; s < n; s++)
+    for (int i = 0; i < D; i++) room[(size_t)s * D + i] = (float)q[(size_t)s * D + i] * scales[first + s];
+  return room.data();
+}
+
+// For the threads of a parallel region together: turns q and k of qkv (B, T, H + 2 KV, D), and keeps k and v behind the
+// tokens before.
+static void turn_and_keep(const Heads& h, const Tokens& at, float* qkv, const Store& store) {
   const int heads = h.H + 2 * h.KV, D = h.D, T = at.T;
   #pragma omp for schedule(static)
   for (int i = 0; i < at.B * T * heads; i++) {
     int b = i / heads / T, t = i / heads % T, head = i % heads;
-    size_t place = at.starts[b] + t, row = (at.ragged ? b * T : 0) + t;
+    size_t row = (at.ragged ? b * T : 0) + t;
+    size_t place = ((size_t)b * h.KV + (head - h.H) % h.KV) * h.size + at.starts[b] + t;
     float* x = qkv + (size_t)i * D;
     if (head < h.H + h.KV) turn(x, at.cos + row * D, at.sin + row * D, D, h.normed, h.eps);
-    if (head >= h.H) {
-      float* store = head < h.H + h.KV ? keys : values;
-      std::memcpy(store + (((size_t)b * h.KV + (head - h.H) % h.KV) * h.size + place) * D, x, D * sizeof(float));
-    }
+    if (head >= h.H + h.KV) keep(x, store.values, store.value_scales, place, D);
+    else if (head >= h.H) keep(x, store.keys, store.key_scales, place, D);
   }
 }
 
-// For the threads of a parallel region together: every query attends to the tokens up to its own, which is the rule of
-// model.sees. q (B, T, heads, D), of which the first H are queries, and the cache -> y (B, T, H, D).
-static void attend_together(const Heads& h, const Tokens& at, const float* q, int heads, const float* keys,
-                            const float* values, float* y) {
+// For the threads of a parallel region together: every query of qkv attends to the tokens up to its own, which is the
+// rule of model.sees -> y (B, T, H, D).
+static void attend_together(const Heads& h, const Tokens& at, const float* qkv, const Store& store, float* y) {
+  static thread_local std::vector<float> key_room, value_room;
   const int R = 16, parts = (at.T + R - 1) / R, D = h.D;            // of so many tokens, one head each
+  const size_t apart = (size_t)(h.H + 2 * h.KV) * D;
   #pragma omp for schedule(static)
   for (int i = 0; i < at.B * h.H * parts; i++) {
-    int b = i / parts / h.H, head = i / parts % h.H, t = i % parts * R;
-    size_t first = ((size_t)b * h.KV + head / (h.H / h.KV)) * h.size * D, row = (size_t)b * at.T + t;
-    attend_some(q + (row * heads + head) * D, (size_t)heads * D, keys + first, values + first,
-                y + (row * h.H + head) * D, (size_t)h.H * D, (int)at.starts[b] + t + 1, std::min(R, at.T - t), D);
+    int b = i / parts / h.H, head = i / parts % h.H, t = i % parts * R, rows = std::min(R, at.T - t);
+    size_t first = ((size_t)b * h.KV + head / (h.H / h.KV)) * h.size, row = (size_t)b * at.T + t;
+    int n = (int)at.starts[b] + t + 1;                              // what the first of the queries sees
+    const float* k = floats(store.keys, store.key_scales, first, n + rows - 1, D, key_room);
+    const float* v = floats(store.values, store.value_scales, first, n + rows - 1, D, value_room);
+    attend_some(qkv + row * apart + (size_t)head * D, apart, k, v, y + (row * h.H + head) * D, (size_t)h.H * D, n, rows,
+                D);
   }
 }
 
-extern "C" void keep_and_attend(const Heads* h, const Tokens* at, float* qkv, float* keys, float* values, float* y) {
+extern "C" void keep_and_attend(const Heads* h, const Tokens* at, float* qkv, const Store* store, float* y) {
   #pragma omp parallel
   {
-    turn_and_keep(*h, *at, qkv, keys, values);
-    attend_together(*h, *at, qkv, h->H + 2 * h->KV, keys, values, y);
+    turn_and_keep(*h, *at, qkv, *store);
+    attend_together(*h, *at, qkv, *store, y);
   }
-}
-
-extern "C" void attend(const Heads* h, const Tokens* at, const float* q, const float* keys, const float* values,
-                       float* y) {
-  #pragma omp parallel
-  attend_together(*h, *at, q, h->H, keys, values, y);
 }
 
 // The matrices of a block. input: what the MLP does between its two.
@@ -214,11 +234,10 @@ struct Layer {
   Matrix c_qkv, attn_c_proj, c_fc, mlp_c_proj;
 };
 
-// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. keys and values: those of each
-// layer. One parallel region, whose threads wait for each other between the products: starting them anew for every
+// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. One parallel region, whose threads wait for each other between the products: starting them anew for every
 // product would take as long as the products of a small model.
-extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys, float* const* values,
-                           const Heads* heads, const Tokens* at, float* x, int input, int turned) {
+extern "C" void run_blocks(const Layer* layers, const Store* stores, int n_layer, const Heads* heads, const Tokens* at,
+                           float* x, int input, int turned) {
   const Layer& first = *layers;
   const int M = at->B * at->T, widest = std::max({first.c_qkv.cols, first.attn_c_proj.cols, first.mlp_c_proj.cols});
   std::vector<uint8_t> xq((size_t)M * widest);
@@ -232,8 +251,8 @@ extern "C" void run_blocks(const Layer* layers, int n_layer, float* const* keys,
       multiply(m, xq.data(), xs.data(), rest, out, M);
     };
     product(l.c_qkv, x, NORM, 0, nullptr, qkv.data());
-    turn_and_keep(*heads, *at, qkv.data(), keys[i], values[i]);
-    attend_together(*heads, *at, qkv.data(), heads->H + 2 * heads->KV, keys[i], values[i], y.data());
+    turn_and_keep(*heads, *at, qkv.data(), stores[i]);
+    attend_together(*heads, *at, qkv.data(), stores[i], y.data());
     product(l.attn_c_proj, y.data(), AS_IT_IS, 0, x, x);
     product(l.c_fc, x, NORM, 0, nullptr, hidden.data());
     product(l.mlp_c_proj, hidden.data(), input, turned, x, x);
@@ -316,17 +335,16 @@ static int64_t draw(float* logits, const float* noise, int V, float temperature,
 // Reads a token, draws the next one, reads that, and so on, n times, of one text that has start tokens before: engine's
 // step_plain in one call. cos and sin are those of all positions, noise is (n, V) or nothing at temperature 0
 // -> tokens (n + 1,), of which the first is given, and states (n, n_embd).
-extern "C" void run_round(const Layer* layers, int n_layer, float* const* keys, float* const* values,
-                          const Heads* heads, const float* cos, const float* sin, int64_t start, int input, int turned,
-                          const Ends* ends, const float* noise, float temperature, int top_k, int n, int64_t* tokens,
-                          float* states) {
+extern "C" void run_round(const Layer* layers, const Store* stores, int n_layer, const Heads* heads, const float* cos,
+                          const float* sin, int64_t start, int input, int turned, const Ends* ends, const float* noise,
+                          float temperature, int top_k, int n, int64_t* tokens, float* states) {
   const int width = ends->wte.cols, V = ends->lm_head.rows, D = heads->D;
   std::vector<float> x(width), read(width), logits(V);
   for (int t = 0; t < n; t++, start++) {
     embed(ends->wte, tokens[t], x.data());
     if (ends->embed_norm) norm_rows(x.data(), x.data(), 1, width, heads->eps);
     Tokens at = {cos + start * D, sin + start * D, &start, 1, 1, 0};
-    run_blocks(layers, n_layer, keys, values, heads, &at, x.data(), input, turned);
+    run_blocks(layers, stores, n_layer, heads, &at, x.data(), input, turned);
     float* state = states + (size_t)t * width;
     norm_rows(x.data(), state, 1, width, heads->eps);
     const float* last = state;

@@ -38,10 +38,9 @@ FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-t
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POINTER] * 3 + [INT] * 3,
               'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT], 'scale_sums': [POINTER] * 5 + [INT] * 2,
-              'attend': [POINTER] * 6, 'keep_and_attend': [POINTER] * 6,
-              'run_blocks': [POINTER, INT] + [POINTER] * 5 + [INT] * 2,
+              'keep_and_attend': [POINTER] * 5, 'run_blocks': [POINTER] * 2 + [INT] + [POINTER] * 3 + [INT] * 2,
               'norm_rows': [POINTER] * 2 + [INT] * 2 + [FLOAT], 'cap_all': [POINTER, LONG, FLOAT],
-              'run_round': ([POINTER, INT] + [POINTER] * 5 + [LONG] + [INT] * 2 + [POINTER] * 2 + [FLOAT] + [INT] * 2
+              'run_round': ([POINTER] * 2 + [INT] + [POINTER] * 3 + [LONG] + [INT] * 2 + [POINTER] * 2 + [FLOAT] + [INT] * 2
                             + [POINTER] * 2)}
 
 
@@ -54,6 +53,7 @@ Matrix = struct(weights=POINTER, step=POINTER, sums=POINTER, scale=POINTER, rows
 Layer = struct(c_qkv=Matrix, attn_c_proj=Matrix, c_fc=Matrix, mlp_c_proj=Matrix)
 Tokens = struct(cos=POINTER, sin=POINTER, starts=POINTER, B=INT, T=INT, ragged=INT)
 Heads = struct(H=INT, KV=INT, D=INT, size=INT, normed=INT, eps=FLOAT)
+Store = struct(keys=POINTER, values=POINTER, key_scales=POINTER, value_scales=POINTER)
 Ends = struct(wte=Matrix, c_out=Matrix, lm_head=Matrix, embed_norm=INT, softcap=FLOAT)
 
 
@@ -153,7 +153,7 @@ class KernelLinear(nn.Module):
 class KernelBlock(Block):
     """
     A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). With a cache
-    a token's result is the same bits, however many are read with it; with one of floats, those of run_blocks.
+    a token's result is the same bits, however many are read with it: those of run_blocks.
     """
     def __init__(self, block):
         nn.Module.__init__(self)
@@ -179,18 +179,10 @@ class KernelBlock(Block):
         x, attn, eps = x.contiguous(), self.attn, self.eps or EPS
         y = x.new_empty(*x.shape[:2], attn.n_head * attn.head_dim)
         tokens = tokens_of(x, cos, sin, cache)
-        if cache.int8:
-            q, k, v = attn.queries_keys_values(norm(x, self.eps), cos, sin)
-            # (B, n_kv_head, S, head_dim) float32, both
-            q, keys, values = (t.contiguous() for t in (q, *cache.put_both(attn.layer, k, v)))
-            heads = heads_of(self, keys.size(2))
-            library().attend(ctypes.byref(heads), ctypes.byref(tokens), q.data_ptr(), keys.data_ptr(),
-                             values.data_ptr(), y.data_ptr())
-        else:
-            qkv = attn.c_qkv.read(x, NORM, eps)                                 # (B, T, all heads * head_dim)
-            heads, keys, values = heads_of(self, cache.size), cache.store['k'][attn.layer], cache.store['v'][attn.layer]
-            library().keep_and_attend(ctypes.byref(heads), ctypes.byref(tokens), qkv.data_ptr(), keys.data_ptr(),
-                                      values.data_ptr(), y.data_ptr())
+        qkv = attn.c_qkv.read(x, NORM, eps)                                 # (B, T, all heads * head_dim)
+        heads, store = heads_of(self, cache.size), store_of(cache, attn.layer)
+        library().keep_and_attend(ctypes.byref(heads), ctypes.byref(tokens), qkv.data_ptr(), ctypes.byref(store),
+                                  y.data_ptr())
         x = attn.c_proj.read(y, rest=x)
         hidden = self.reader.read(x, NORM, eps)
         return self.mlp.c_proj.read(hidden, self.what, rest=x, turned=self.mlp.turned)
@@ -208,8 +200,8 @@ class KernelBlocks(nn.Module):
         self.layers = (Layer * len(blocks))(*(block.layer() for block in blocks))
 
     def forward(self, x, cos, sin, cache):
-        """As Block.forward. With a cache of floats the few tokens of a step go through all blocks in one call."""
-        if cache is None or cache.int8 or x.size(1) > FEW:
+        """As Block.forward. With a cache the few tokens of a step go through all blocks in one call."""
+        if cache is None or x.size(1) > FEW:
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
             return x
@@ -224,9 +216,8 @@ class KernelBlocks(nn.Module):
 
     def at_work(self, cache):
         """The first arguments of run_blocks and run_round: the layers, and where their keys and values lie."""
-        pointers = POINTER * len(self.blocks)
-        keys, values = (pointers(*(t.data_ptr() for t in cache.store[name])) for name in 'kv')
-        return self.layers, len(self.blocks), keys, values, ctypes.byref(heads_of(self.blocks[0], cache.size))
+        stores = (Store * len(self.blocks))(*(store_of(cache, i) for i in range(len(self.blocks))))
+        return self.layers, stores, len(self.blocks), ctypes.byref(heads_of(self.blocks[0], cache.size))
 
 
 def heads_of(block, size):
@@ -234,6 +225,12 @@ def heads_of(block, size):
     assert size % 4 == 0
     attn = block.attn
     return Heads(attn.n_head, attn.n_kv_head, attn.head_dim, size, attn.qk_norm, block.eps or EPS)
+
+
+def store_of(cache, layer):
+    """The Store of a layer's keys and values."""
+    return Store(*(cache.store[name][layer].data_ptr() if name in cache.store else None
+                   for name in ('k', 'v', 'k_scale', 'v_scale')))
 
 
 def tokens_of(x, cos, sin, cache):

@@ -104,7 +104,17 @@ static void prepare(const float* x, float* z, int K, int input, int turned, floa
   hadamard(z, K, turned);
 }
 
-// data/rounding.round_rows of what a matrix reads of x (M, K or 2 K), for the threads of a parallel region together:
+// data/rounding.round_rows of z (K,): out (K,), the integers plus zero -> their scale.
+static float round_row(const float* z, uint8_t* out, int K, int zero) {
+  float peak = 1e-12f;
+  #pragma omp simd reduction(max:peak)
+  for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
+  float up = 1 / peak * 127;                                        // PyTorch's 127 / peak, to the bit
+  for (int k = 0; k < K; k++) out[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + zero);
+  return peak / 127;
+}
+
+// round_row of what a matrix reads of x (M, K or 2 K), for the threads of a parallel region together:
 // xq (M, K), the integers plus zero, and xs (M,).
 static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps,
                            int zero = 128) {
@@ -114,13 +124,7 @@ static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K,
   #pragma omp for schedule(static)
   for (int m = 0; m < M; m++) {
     prepare(x + (size_t)m * (input == SWIGLU ? 2 * K : K), z, K, input, turned, eps);
-    float peak = 1e-12f;
-    #pragma omp simd reduction(max:peak)
-    for (int k = 0; k < K; k++) peak = std::fabs(z[k]) > peak ? std::fabs(z[k]) : peak;
-    float up = 1 / peak * 127;                                      // PyTorch's 127 / peak, to the bit
-    uint8_t* row = xq + (size_t)m * K;
-    for (int k = 0; k < K; k++) row[k] = (uint8_t)((int32_t)std::nearbyint(z[k] * up) + zero);
-    xs[m] = peak / 127;
+    xs[m] = round_row(z, xq + (size_t)m * K, K, zero);
   }
 }
 
