@@ -73,7 +73,7 @@ def leave_file(model):
     for module in model.modules():
         for name, t in module._buffers.items():
             if t is not None and t.untyped_storage().nbytes() > 2 * t.nbytes:
-                module._buffers[name] = own.setdefault(t.data_ptr(), t.clone())
+                module._buffers[name] = own.setdefault((t.data_ptr(), t.shape), t.clone())
 
 
 def step_of(model):

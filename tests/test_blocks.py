@@ -208,6 +208,15 @@ def test_without_a_compiler_it_is_pytorch(monkeypatch):
     assert Engine(fast).complete([[1, 2]], 30) == Engine(plain).complete([[1, 2]], 30)
 
 
+def test_a_file_drafts_among_the_first_tokens_without_a_compiler(tmp_path):
+    """Of lm_head and of its first rows, whose scales begin at one place in memory, each keeps its own."""
+    plain, path = two('ours', 8)[0], f'{tmp_path}/m.safetensors'
+    export(path, plain, CHAR.meta())
+    fast = for_decoding(load(path)[0], draft_vocab=30, kernels=False)
+    drafting = Engine(fast).complete([[1, 2]], 30, speculation=Speculation('head'))
+    assert drafting == Engine(plain).complete([[1, 2]], 30)
+
+
 @needs_kernels
 def test_whole_rounds_are_compiled_of_few_layers_only(capsys):
     with pytest.raises(AssertionError, match='kernels=False'):
