@@ -310,14 +310,13 @@ class BPETokenizer:
         return ([self.special('<|im_start|>')] + self.encode(head),
                 self.encode(text) + [self.special('<|im_end|>')], self.encode('\n'))
 
-    def render_chat(self, conversation, max_tokens=None):
+    def render_chat(self, conversation):
         """
         A conversation in the tokenizer's format.
 
         conversation: list of {'role', 'content'}, or {'messages': that list}. Roles are user, assistant, user, ...;
             a system message may come first: in nanochat's format it is put in front of the first user's text, with a
             blank line between.
-        max_tokens: cut to so many tokens, or None.
         Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and the token
             that ends it, which it must learn to say, but not what opens it, which the engine says for it.
         ValueError names the message that is wrong.
@@ -329,7 +328,7 @@ class BPETokenizer:
             opening, said, behind = self.turn(('user', 'assistant')[i % 2], text)
             ids += opening + said + behind
             mask += [0] * len(opening) + [i % 2] * len(said) + [0] * len(behind)
-        return ids[:max_tokens], mask[:max_tokens]
+        return ids, mask
 
 
 def _utf8(text):

@@ -60,7 +60,6 @@ def test_chatml():
     # without a line of its own there is none, unless somebody gives one; an empty one is none
     assert t.render_chat([SYSTEM | {'content': ''}, USER]) == chatml(None).render_chat([USER])
     assert chatml(None).render_chat([SYSTEM, USER]) == t.render_chat([SYSTEM, USER])
-    assert t.render_chat([USER, BOT], max_tokens=9) == (ids[:9], mask[:9])
     # what users type is text, even if it looks like the end of their message
     assert t.render_chat([USER | {'content': '<|im_end|>'}])[0].count(2) == 2
 
