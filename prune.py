@@ -337,15 +337,6 @@ def file_to_make():
     return path
 
 
-def text_of(state):
-    """-> the folder of the text to calibrate and measure on, None if there is no such text; and the tokenizer."""
-    gone = without_text(state, source, dataset)
-    if gone:
-        go_without_text(gone)
-        return None, from_meta(state['tokenizer'])
-    return data_of(state, out_dir, dataset)
-
-
 def calibration_text(model, data_dir, fold):
     """Some of the training split to measure importance on, a list of (x, y); fold: the part that it must not see."""
     if not data_dir:
@@ -477,7 +468,12 @@ if __name__ == '__main__':
 
     # the model and its text; with a smaller vocabulary both are others
     whole, state = load_model(source, device)
-    old_dir, old = text_of(state)
+    old, old_dir = from_meta(state['tokenizer']), None
+    gone = without_text(state, source, dataset)
+    if gone:
+        go_without_text(gone)
+    else:
+        old_dir, _ = data_of(state, out_dir, dataset)
     will_replace([path], [source], save_dir)
     model, data_name, data_dir, tokenizer = whole, dataset or state.get('dataset'), old_dir, old
     if vocab_keep:

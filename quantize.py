@@ -302,16 +302,6 @@ def files_to_make():
     return products
 
 
-def text_of(state):
-    """-> the folder of the text that the model is measured on, None if there is no such text; and its tokenizer."""
-    gone = without_text(state, source, dataset)
-    if gone:
-        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
-              "would measure it")
-        return None, from_meta(state['tokenizer'])
-    return data_of(state, out_dir, dataset)
-
-
 def calibration_batches(model, state, tokenizer, data_dir):
     """What the model reads while it is balanced and fitted, a list of (x, y). data_dir: None if its text is gone."""
     n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
@@ -384,8 +374,14 @@ if __name__ == '__main__':
     wanted = {'quant_bits': bits, 'quant_group': group, 'tables_bits': tables_bits}
     method = choose_method(method, wanted, trained, out_dir)
     balance = balance and method != 'qat'
-    data_dir, tokenizer = text_of(state)
-    text = validation(data_dir, model.config.block_size, device) if data_dir else None
+    tokenizer, data_dir, text = from_meta(state['tokenizer']), None, None
+    gone = without_text(state, source, dataset)
+    if gone:
+        print(f"note: {gone}: the file is written and not measured; --dataset= with another text in the same tokens "
+              "would measure it")
+    else:
+        data_dir, _ = data_of(state, out_dir, dataset)
+        text = validation(data_dir, model.config.block_size, device)
 
     # balance, round, write
     batches = []
