@@ -14,7 +14,7 @@ import tempfile
 
 import torch
 
-from data.files import atomic_write, in_repo, read_json
+from data.files import in_repo, read_json, write_text
 from data.signals import passed_on
 
 PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
@@ -51,8 +51,7 @@ def rows_that_fit(knobs, most, divide, device, path, agree):
     rows = sizes[index - 1]
     if device.startswith('cuda'):               # a trial may take all that is free: some rows fewer leave a margin
         rows = max(n for n in sizes if n <= max(1, PORTION * rows))
-    text = json.dumps(known | {key: (rows, memory)}, indent=0)
-    atomic_write(path, lambda f: f.write(text.encode()))
+    write_text(path, json.dumps(known | {key: (rows, memory)}, indent=0))
     return rows, f'the most of 1 to {most} that fit {memory / 2**20:,.0f} MiB, nine tenths of what is free'
 
 

@@ -3,7 +3,6 @@ Downloads that go on where they stopped, and leave either a right file or the ol
 
     download('https://.../input.txt', 'data/x/input.txt', sha256='86c4e6...')       # -> the path, if the file is right
 """
-import contextlib
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from data.files import atomic_write, hold, read_text, sha256_of
+from data.files import hold, read_text, remove, sha256_of, write_text
 
 UNANNOUNCED = 2**30  # bytes that a file may have if its server does not say how many
 SLOWEST = 10_000  # bytes a second on average
@@ -52,10 +51,10 @@ def download(url, path, sha256=None, size=None, pause=0.0):
                                     f'{path} is as it was', ALTERED)
         except DownloadError as e:
             if e.reason == ALTERED:
-                _remove(part, _version_path(path))
+                remove(part, _version_path(path))
             raise
         os.replace(part, path)
-        _remove(_version_path(path))
+        remove(_version_path(path))
     return path
 
 
@@ -200,15 +199,9 @@ def _version_path(path):
 
 def _keep_version(path, version):
     """Beside the .part stands of which version of the file it is a part."""
-    _remove(_version_path(path))
+    remove(_version_path(path))
     if version:
-        atomic_write(_version_path(path), lambda f: f.write(version.encode()))
-
-
-def _remove(*paths):
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+        write_text(_version_path(path), version)
 
 
 def _short(error):

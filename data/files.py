@@ -159,7 +159,7 @@ def check_once(path, question, check):
         check()
         known = {other: what for other, what in known.items() if os.path.exists(other)} | {place: now}
         with contextlib.suppress(ValueError):  # a repo that cannot be written to: checked each time
-            atomic_write(MEMORY, lambda f: f.write(json.dumps(known).encode()))
+            write_text(MEMORY, json.dumps(known))
 
 
 def private_folder(name):
@@ -193,7 +193,7 @@ def finite(document):
 
 def json_line(document):
     """A document as one line of JSON that every reader takes, which knows no NaN and no Infinity: they are null."""
-    return json.dumps(finite(document), allow_nan=False)
+    return json.dumps(finite(document))
 
 
 # -----------------------------------------------------------------------------
@@ -214,6 +214,11 @@ def atomic_write(path, write):
             os.remove(temporary)
             raise
         sync_folder(os.path.dirname(path))
+
+
+def write_text(path, text):
+    """atomic_write of a text, in UTF-8."""
+    atomic_write(path, lambda f: f.write(text.encode()))
 
 
 @contextlib.contextmanager
@@ -255,6 +260,13 @@ def sync_folder(folder):
         with contextlib.suppress(OSError):
             os.fsync(handle)
         os.close(handle)
+
+
+def remove(*paths):
+    """Removes those of the files that are there."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 # -----------------------------------------------------------------------------

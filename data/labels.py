@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from data.files import atomic_write, check_once, check_types, hold, read_json, sync_folder
+from data.files import check_once, check_types, hold, read_json, remove, sync_folder, write_text
 from data.judge import may_label, tokens_each_may_label
 from data.loader import copy_to
 from data.teachers import teacher_log_probs
@@ -174,10 +174,8 @@ def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
     with hold(folder):
         refuse_labels(folder)
         if not os.path.exists(begun):
-            for path in (whole, part):          # without a meta.json they are no labels
-                if os.path.exists(path):
-                    os.remove(path)
-            atomic_write(begun, lambda f: f.write(json.dumps(meta).encode()))
+            remove(whole, part)                 # without a meta.json they are no labels
+            write_text(begun, json.dumps(meta))
         elif read_json(begun, 'remove the folder, or give another --out_dir') != meta:
             raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
                              "remove the folder, or give another --out_dir")

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from data.files import atomic_write
+from data.files import write_text
 from data.machine import least
 
 COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr_factor', 'tok_s']
@@ -76,7 +76,7 @@ class Log:
         # a power cut may have left the last line half written, and the run may have gone on behind its checkpoint
         whole = [line for line in lines if line.count(',') == len(COLUMNS) - 1 and line.split(',')[0].isdigit()]
         kept = [','.join(COLUMNS)] + [line for line in whole if int(line.split(',')[0]) <= until]
-        atomic_write(path, lambda f: f.write('\n'.join(kept + ['']).encode()))
+        write_text(path, '\n'.join(kept + ['']))
         self.path = path
         self.rows = csv.DictWriter(open(path, 'a', buffering=1, newline=''), COLUMNS, lineterminator='\n')
 

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from data.files import atomic_write, check_types, finite, hold, in_repo, json_line, read_json
+from data.files import check_types, finite, hold, in_repo, json_line, read_json, remove, write_text
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
@@ -43,10 +43,7 @@ def already(product, reads=()):
                              'as a ladder made it: move that away, or give the rung another folder')
     print(f'{product} {why}: it is made now', file=sys.stderr)
     if product.endswith('labels.bin') and why != BEGUN:                    # labels that were begun are gone on with
-        for name in LABELS:
-            path = os.path.join(os.path.dirname(product), name)
-            if os.path.exists(path):
-                os.unlink(path)
+        remove(*(os.path.join(os.path.dirname(product), name) for name in LABELS))
     write(product, {'found': times(product)})
     return None
 
@@ -156,5 +153,5 @@ def write(product, result):
     entry = {'command': command(), 'ladder': os.environ.get('PICOCHAT_LADDER'),
              'date': time.strftime('%Y-%m-%d %H:%M:%S')} | result
     with hold(folder, 'made.json', wait=True):      # a training and quantize.py may write in one folder
-        text = json.dumps(finite(read(folder) | {name: entry}), indent=1, allow_nan=False)
-        atomic_write(os.path.join(folder, 'made.json'), lambda f: f.write(text.encode()))
+        entries = finite(read(folder) | {name: entry})
+        write_text(os.path.join(folder, 'made.json'), json.dumps(entries, indent=1))

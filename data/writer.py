@@ -17,7 +17,7 @@ import zlib
 
 import numpy as np
 
-from data.files import hold, in_repo, saving, sha256_of, sync_folder, write_temporary
+from data.files import hold, in_repo, remove, saving, sha256_of, sync_folder, write_temporary
 from data.foreign_tokenizer import load_tokenizer
 from data.loader import progress
 from data.tokenizer import CharTokenizer, train_bpe
@@ -290,9 +290,7 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
             replace_dataset(data_dir, new)
             sync_folder(data_dir)  # from here on its sources may go
     finally:
-        for path in new.values():
-            if os.path.exists(path):
-                os.remove(path)
+        remove(*new.values())
     print(f'{data_dir}: {len(train_ids):,} training and {len(val_ids):,} validation tokens, '
           f'vocabulary of {tokenizer.vocab_size:,} ({meta["kind"]}), '
           f'sha256 {digests["train.bin"][:8]} {digests["val.bin"][:8]}')
@@ -319,8 +317,6 @@ def replace_dataset(data_dir, new):
         return
     # An older meta.json goes before its files do: if we are killed in between, there is no dataset, rather than one of
     # new tokens with an old vocabulary.
-    for name in ('meta.json', *gone):
-        if os.path.exists(here(name)):
-            os.remove(here(name))
+    remove(*map(here, ('meta.json', *gone)))
     for name in [name for name in changed if name != 'meta.json'] + ['meta.json']:
         os.replace(new[name], here(name))

@@ -21,7 +21,7 @@ import sys
 import time
 from statistics import mean, median, stdev, variance
 
-from data.files import atomic_write, check_types, finite, in_repo, read_json
+from data.files import atomic_write, check_types, finite, in_repo, read_json, write_text
 from data.record import made
 from data.signals import passed_on
 
@@ -114,7 +114,7 @@ def build_rung(ladder, name, seed, command):
 
 def write_record(path, rows, machine):
     document = {'mode': 'ladder', 'machine': machine, 'date': time.strftime('%Y-%m-%d'), 'rows': rows}
-    atomic_write(path, lambda f: f.write((json.dumps(finite(document), indent=1, allow_nan=False) + '\n').encode()))
+    write_text(path, json.dumps(finite(document), indent=1) + '\n')
 
 
 def read_record(path, remedy=FIRST):

@@ -16,7 +16,7 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import atomic_write, hold, in_repo, read_text
+from data.files import hold, in_repo, read_text, write_text
 
 # -----------------------------------------------------------------------------
 out_dir = in_repo('data/newcode')
@@ -53,6 +53,6 @@ for name in names:
     print(f"torch/{name}{'' if name in found else ': is not in this torch, left out'}")
 text = '\n'.join(read_text(os.path.join(folder, name)) for name in found)
 path = os.path.join(out_dir, 'text.txt')
-atomic_write(path, lambda f: f.write(text.encode()))
+write_text(path, text)
 print(f'{path}: {len(found)} files of torch {torch.__version__}, {len(text.encode()):,} bytes, '
       f'sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]}')

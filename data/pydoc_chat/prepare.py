@@ -33,7 +33,7 @@ import warnings
 from collections import Counter
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..', '..'))  # the repo: its code is two folders up
-from data.files import atomic_write, in_repo
+from data.files import in_repo, write_text
 from data.writer import chat_tokenizer, dataset_dir, stdlib_files, stdlib_held_out, stdlib_source, write_chats
 
 # -----------------------------------------------------------------------------
@@ -279,8 +279,7 @@ def write_tasks(path, modules):
     if not lines:
         raise ValueError('there is nothing to ask about: four modules with names and docstrings of their own are '
                          f'needed; root ({root}) must be a folder with more Python files')
-    text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    atomic_write(path, lambda f: f.write(text.encode()))
+    write_text(path, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
 
 
 # -----------------------------------------------------------------------------
