@@ -1,17 +1,11 @@
 """
-Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate,
-llama2.c, and nanochat's.
+Other decoders on a shape, in turn with ours: transformers' generate, llama2.c, and nanochat's. How: tests/README.md.
 
     python tests/peers.py                                   # the tiny shape of bench.py; pip install transformers first
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
-    python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
-    python bench.py --mode=train --nanogpt=FOLDER           # our train.py beside nanoGPT's, in FOLDER
 
-A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
-nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
-without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first token, which flatters
-it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of ours beside it.
+nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. The last line is JSON.
 """
 import importlib.util
 import json
@@ -85,10 +79,7 @@ def flags(knobs):
 
 
 def training_rows(t):
-    """
-    t: train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT's, in turn. nanoGPT's are by the times that
-    it prints, the first five left out; it runs in a folder of its own, where it looks for two files.
-    """
+    """train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT, in a folder of its own, in turn."""
     forwards = max(1, round((t['total_batch_size'] or t['batch_size'] * t['block_size'])
                             / (t['batch_size'] * t['block_size'])))
     both = dict(log_interval=1, device=t['device'], dtype=t['dtype'])
@@ -199,10 +190,7 @@ if peer:
 # llama2.c
 
 def llama2c_files(folder):
-    """
-    Writes random weights in llama2.c's formats, version 0 (float32) and version 2 (int8, a scale per 64), and a
-    tokenizer. -> parameters
-    """
+    """Random weights in llama2.c's formats 0 (float32) and 2 (int8, a scale per 64), a tokenizer -> parameters"""
     noise = np.random.default_rng(seed)
     L, D, H, V, KV, tied = c.n_layer, c.n_embd, hidden, c.vocab_size, c.n_kv_head * c.head_dim, c.tie_weights
     # wq wk wv wo; w1 w2 w3; the classifier

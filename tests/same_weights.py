@@ -1,23 +1,14 @@
 """
-llama.cpp and transformers beside picochat, on the same weights and prompts: a trained model with a Llama's block is
-written as they read it (data/foreign/export.py), and each decodes in a process of its own, in turn in every round.
+llama.cpp and transformers beside picochat, on the same weights and prompts, in turn. How: tests/README.md.
 
     pip install gguf safetensors transformers xllamacpp
     python tests/same_weights.py --shape=out-smollm --formats=int8-packed,int4-packed
     python tests/same_weights.py --shape=out-smollm --gguf=FILE         # and a GGUF file of yours, of whatever model
     python tests/same_weights.py --shape=out-smollm --llamacpp=FOLDER   # and a llama.cpp of yours: its llama-bench
-    python bench.py --mode=decode --shape=out-smollm --peers=True       # the same as rows of bench.py's table
 
-All decode greedily, on as many threads, as they come: llama.cpp keeps its cache in 16 bits, we in 32. A turn is the
-first token behind a prompt of 512 tokens (or what the context holds), which tells how fast prompts are read, and then
-new_tokens behind prompt_tokens, whose clock starts when those are read. llama-bench takes prompts of its own, and
-decodes from an empty context, which flatters it a little.
-
-same: so many of its first tokens are those of our float32 row. Rounded weights, and ties, give other texts.
-memory: what the process has at the end beyond what it had before it read the model (Linux); of llama-bench all. Ours
-reads int8.safetensors where quantize.py has written it; rounding here, it has had the float model in memory as well.
 The last line is JSON. Each row has the rates of every round, and by how much each of our formats is faster in the same
-round: ours_over_it of decoding, prompt_ours_over_it of prompts.
+round: ours_over_it of decoding, prompt_ours_over_it of prompts; same: so many tokens are those of our float32 row.
+memory: what the process took once it read the model (Linux; where it is rounded here, the float model, too).
 """
 import contextlib
 import importlib.util
@@ -145,10 +136,7 @@ def installed(program, *packages):
 
 
 def write_for_others(folder):
-    """
-    Writes the model as others read it -> [(decoder, format, file or folder)]; its parameters; its context; and a
-    prompt, which it has written itself.
-    """
+    """The model as others read it -> [(decoder, format, path)]; parameters, context; a prompt that it has written"""
     from data.checkpoint import load_checkpoint
     from data.bench.decoding import SHAPES, build, check_context, make_prompts
     from data.foreign.export import export_gguf, export_hf, is_block
