@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.checkpoint import load_model
 from data.files import in_repo
 from data.layouts import for_decoding
@@ -47,7 +47,7 @@ def random_model(kv, vocab_size):
 def models(kind):
     if out_dir:
         found = [(out_dir, load_model(os.path.join(out_dir, 'best.pt'))[0])]
-    else:                                                   # the last one's lm_head is packed
+    else:  # the last one's lm_head is packed
         found = [(f'{kv} key heads, {vocab_size} tokens', random_model(kv, vocab_size))
                  for kv, vocab_size in ((4, 97), (1, 97), (2, 8192))]
     for name, model in found:

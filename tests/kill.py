@@ -167,7 +167,7 @@ def uninterrupted(args, folder, until):
 
 
 rng = random.Random(seed)
-for device in ('cpu', torch.device('cpu')):     # measured once: on a busy machine trainings might find other answers
+for device in ('cpu', torch.device('cpu')):  # measured once: on a busy machine trainings might find other answers
     fast_bf16(device)
 with tempfile.TemporaryDirectory() as folder:
     text = 'the cat sat on the mat and went on sitting there\n' * 40
@@ -179,7 +179,7 @@ with tempfile.TemporaryDirectory() as folder:
     saved, mid_save, early = kill(args, f'{folder}/out')
     saved = hang_up(args, f'{folder}/out', saved)
     assert saved or not trials + hups, 'every signal came before the first save'
-    if saved:                                   # an uninterrupted run has seen the same data: its losses are the same
+    if saved:  # an uninterrupted run has seen the same data: its losses are the same
         losses, whole = losses_of(f'{folder}/out'), uninterrupted(args, f'{folder}/whole', saved)
         assert all(losses[step] == whole[step] for step in range(1, saved + 1)), 'a resumed run saw other data'
     first = sum(race(args, f'{folder}/race{i}') == 0 for i in range(races))

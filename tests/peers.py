@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.bench.timing import TokenClock
 from data.files import atomic_write, in_repo
 from engine import Engine, Sampling
@@ -141,7 +141,7 @@ def picochat_rate():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     engine = Engine(model)
-    for _ in range(2):                                               # the first run warms up
+    for _ in range(2):  # the first run warms up
         engine.complete([prompt], new_tokens, Sampling(temperature=0))
     return {'tok_s': engine.stats['tok_s'], 'params': model.params()['total']}
 
@@ -175,7 +175,7 @@ def nanochat_rate():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     nothing_ends = SimpleNamespace(encode_special=lambda name: -1, get_bos_token_id=lambda: -1)
-    for _ in range(2):                                               # the first run warms up
+    for _ in range(2):  # the first run warms up
         times = [time.perf_counter()
                  for _ in Engine(model, nothing_ends).generate(prompt, max_tokens=new_tokens, temperature=0)]
     return {'tok_s': (new_tokens - 1) / (times[-1] - times[0]), 'params': sum(p.numel() for p in model.parameters())}
@@ -195,11 +195,11 @@ def llama2c_files(folder):
     L, D, H, V, KV, tied = c.n_layer, c.n_embd, hidden, c.vocab_size, c.n_kv_head * c.head_dim, c.tie_weights
     # wq wk wv wo; w1 w2 w3; the classifier
     attention, mlp, head = [D * D, KV * D, KV * D, D * D], [H * D] * 3, [V * D] * (not tied)
-    ones = np.ones((2 * L + 1) * D, np.float32)                      # the norms
+    ones = np.ones((2 * L + 1) * D, np.float32)  # the norms
 
     def write(f, values):
         if values.size == V * D:
-            values[D:2 * D] = 0                         # token 1 would end the text; at score 0 it is never the best
+            values[D:2 * D] = 0  # token 1 would end the text; at score 0 it is never the best
         values.tofile(f)
 
     with open(f'{folder}/f32.bin', 'wb') as f:
@@ -208,7 +208,7 @@ def llama2c_files(folder):
             write(f, ones[:L * D] if n == 'norm'
                   else noise.standard_normal(n if n == V * D else L * n, np.float32) * np.float32(0.05))
         write(f, ones[:D])
-        write(f, np.zeros(c.block_size * c.head_dim, np.float32))    # rotary tables, once
+        write(f, np.zeros(c.block_size * c.head_dim, np.float32))  # rotary tables, once
         for n in head:
             write(f, noise.standard_normal(n, np.float32))
     with open(f'{folder}/int8.bin', 'wb') as f:
@@ -217,7 +217,7 @@ def llama2c_files(folder):
         write(f, ones)
         for n in (V * D, *(n for n in attention + mlp for _ in range(L)), *head):
             write(f, noise.integers(-127, 128, n, np.int8))
-            write(f, np.full(n // 64, 0.05 / 73, np.float32))        # 73 is the deviation of such integers
+            write(f, np.full(n // 64, 0.05 / 73, np.float32))  # 73 is the deviation of such integers
     with open(f'{folder}/tokenizer.bin', 'wb') as f:
         f.write(struct.pack('<i', 1) + struct.pack('<fi1s', 0.0, 1, b'a') * V)
     return V * D + sum(head) + L * sum(attention + mlp) + ones.size

@@ -21,7 +21,7 @@ import time
 from statistics import median
 from types import SimpleNamespace
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.bench.timing import TokenClock, in_rounds, resident, speed
 from data.files import in_repo
 from data.signals import interrupt_on_stop
@@ -55,7 +55,7 @@ def picochat(format, path):
     from data.machine import keep_memory
     from engine import Sampling
     torch.set_num_threads(threads)
-    keep_memory()                                       # as sample.py does
+    keep_memory()  # as sample.py does
     before = resident()
     engine = build(k, format)
 
@@ -72,7 +72,7 @@ def transformers(format, folder):
     before = resident()
     dtype = torch.bfloat16 if format == 'bf16' else torch.float32
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None         # nothing ends a text early
+    model.generation_config.eos_token_id = None  # nothing ends a text early
 
     def decode(prompt, n, text):
         ids, clock, began = torch.tensor([prompt], device=device), TokenClock(), time.perf_counter()
@@ -91,7 +91,7 @@ def llama_cpp(format, path):
     p.model.path, p.n_parallel, p.verbosity = path, 1, -1
     p.n_ctx = LONG_PROMPT + prompt_tokens + new_tokens
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-    p.cache_ram_mib = 0                                 # it would keep old prompts
+    p.cache_ram_mib = 0  # it would keep old prompts
     server = xllamacpp.Server(p)
 
     def decode(prompt, n, text):
@@ -118,11 +118,11 @@ if program:
     serve(*json.loads(program))
     sys.exit()
 
-import torch                # no earlier, as llama.cpp's processes need none of it
+import torch  # no earlier, as llama.cpp's processes need none of it
 if threads:
     torch.set_num_threads(threads)
 threads = torch.get_num_threads()
-interrupt_on_stop()         # so that the files that were written for others go away
+interrupt_on_stop()  # so that the files that were written for others go away
 
 # -----------------------------------------------------------------------------
 # what will run
@@ -181,10 +181,10 @@ class Child:
 
     def decode(self, prompt, n, text=False):
         request = json.dumps({'prompt': prompt, 'n': n, 'text': text}) + '\n'
-        with contextlib.suppress(BrokenPipeError):              # it has ended: its last line says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its last line says why
             self.process.stdin.write(request.encode())
         for line in self.process.stdout:
-            if line.startswith(b'{'):                           # whatever else it may say
+            if line.startswith(b'{'):  # whatever else it may say
                 return json.loads(line)
         self.told.seek(0)
         raise ValueError(f"{self.name}: {(self.told.read().splitlines() or ['no word'])[-1].removeprefix('error: ')}")
@@ -203,14 +203,14 @@ class LlamaBench:
                         '-r', 1, '-o', 'json', '-p']
 
     def decode(self, prompt, n, text=False):
-        return {'text': None}                   # it shows none
+        return {'text': None}  # it shows none
 
     def turn(self, prompt, long):
         with tempfile.TemporaryFile('w+') as told:
             process = subprocess.Popen([*map(str, self.command), str(len(long))], text=True, stdout=subprocess.PIPE,
                                        stderr=told)
             said = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)         # which says how much memory it took
+            _, status, usage = os.wait4(process.pid, 0)  # which says how much memory it took
             process.returncode = os.waitstatus_to_exitcode(status)
             told.seek(0)
             if process.returncode:
