@@ -1,36 +1,31 @@
 """
-What several test files share. Tests run from the repo root, on one thread (their models are tiny), and never from the
-network. `from conftest import run, refused`: helpers live here or in the one file that uses them.
+What several test files share. Tests run from the repo root, on one thread, and never from the network.
+`from conftest import run, refused`: helpers live here or in the one file that uses them.
 """
 import contextlib
 import csv
-import faulthandler
 import http.server
 import io
 import json
 import math
-import multiprocessing
 import os
-import pickle
 import random
 import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')       # for the processes they start, too
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # for the processes they start, too
 os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, '.')
 for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    signal.signal(signum, handler)                  # nohup, or the background of a shell, has them ignored
+    signal.signal(signum, handler)  # nohup, or the background of a shell, has them ignored
 
 import torch
 
@@ -45,8 +40,7 @@ from model import GPT, GPTConfig
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ('g++', 'c++', 'clang++'))),
                                     reason='torch.compile needs a C++ compiler on a CPU')
 
-# -----------------------------------------------------------------------------
-# running the scripts
+# ----- running the scripts
 
 TINY = ['--device=cpu', '--compile=False', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16',
         '--block_size=16', '--batch_size=4', '--max_iters=8', '--log_interval=1', '--eval_interval=2',
@@ -66,10 +60,7 @@ def make_dataset(folder, text=toy_text(), val=700, level='char', vocab_size=275)
 
 
 def run(script, *args, stdin=''):
-    """
-    The script with these arguments, in this process -> status, out, err, and the knobs and names it ended with. What
-    the excepthook of data/knobs.py tells in a line comes back as a status and that line; a traceback is raised here.
-    """
+    """The script with these arguments, in this process -> status, out, err (tracebacks are raised), its names"""
     argv, hook = sys.argv, sys.excepthook
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     out, err, status, names = io.StringIO(), io.StringIO(), 0, {}
@@ -83,7 +74,7 @@ def run(script, *args, stdin=''):
                 told = sys.excepthook is not sys.__excepthook__ and sys.excepthook(type(e), e, e.__traceback__)
                 if not told:
                     raise
-    except SystemExit as e:             # as the interpreter does: a text goes to stderr and makes the status 1
+    except SystemExit as e:  # as the interpreter does: a text goes to stderr and makes the status 1
         status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
         err.write(f'{e.code}\n' if isinstance(e.code, str) else '')
     finally:
@@ -92,6 +83,13 @@ def run(script, *args, stdin=''):
         for s, handler in before.items():
             signal.signal(s, handler)
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), names=names)
+
+
+def ran(script, *args, **how):
+    """A run that must succeed -> what run gives."""
+    got = run(script, *args, **how)
+    assert got.status == 0, got.err
+    return got
 
 
 def result_of(got):
@@ -164,68 +162,6 @@ def in_process(monkeypatch):
     monkeypatch.setattr(subprocess, 'Popen', Here)
 
 
-def poisoned(at):
-    """A GPT.forward whose losses are NaN in call number at."""
-    forward, calls = GPT.forward, []
-
-    def nan_once(self, *batch, **how):
-        calls.append(batch)
-        return {k: v * (math.nan if len(calls) == at else 1.0) for k, v in forward(self, *batch, **how).items()}
-    return nan_once
-
-
-def one_of_two(rank, port, stop_in, nan_at, args, answer):
-    """A process of two."""
-    os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2',
-                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
-    faulthandler.enable()                                                 # a crash says where
-    import data.optimizers
-    data.optimizers.fast_bf16 = lambda device: False                      # Muon's bfloat16 would hide mistakes
-    GPT.forward = poisoned(nan_at if rank == 1 else None)
-    batch = data.loader.Loader.batch
-
-    def batch_and_signal(self, step, *rest):
-        if step == stop_in and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(self, step, *rest)
-    data.loader.Loader.batch = batch_and_signal
-    got = run('train.py', *args)
-    answer.send((got.status, got.out, got.err))
-
-
-def answer_of(child, answer):
-    """What a process has sent; of one that died without, its exit code. Those that disagree wait for each other."""
-    try:
-        assert answer.poll(300), 'the processes wait for each other'
-        status, out, err = answer.recv()
-    except EOFError:
-        status, out, err = None, '', 'it died'
-    child.join()
-    return SimpleNamespace(status=child.exitcode if status is None else status, out=out, err=err)
-
-
-def two(*args, stop_in=None, nan_at=None):
-    """
-    train.py in two processes on gloo, forked where torch has been imported already; the second one
-    gets SIGTERM in step stop_in, and NaN from its forward number nan_at. -> what each of them said.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'distill', 'engine', 'conftest'])
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    children, answers = [], []
-    for rank in (0, 1):
-        reader, writer = context.Pipe(duplex=False)
-        child = context.Process(target=one_of_two, daemon=True,
-                                args=(rank, port, stop_in, nan_at, [*TINY, *map(str, args)], writer))
-        child.start()
-        writer.close()          # only the child has it now: when that ends, the reader is told
-        children.append(child)
-        answers.append(reader)
-    return [answer_of(child, answer) for child, answer in zip(children, answers)]
-
-
 def refused(got, pattern):
     """One line on stderr that matches, nothing else, status 1."""
     assert got.status == 1 and re.fullmatch(f'error: .*(?:{pattern}).*\n', got.err), got.err
@@ -281,17 +217,14 @@ def interrupt(monkeypatch):
     return at
 
 
-# -----------------------------------------------------------------------------
-# a web server
+# ----- a web server
 
 class Server(http.server.ThreadingHTTPServer):
     """
-    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, location
-    (a redirect), ranges=False (Range is ignored, as SimpleHTTPRequestHandler does), cuts (a list: this many bytes are
-    sent of the first answer, the second, ..., and then the line goes dead; later answers are whole), length=False
-    (no Content-Length), headers (further ones; with an ETag, If-Range is obeyed), reason, drip (seconds before
-    each byte), more (what follows a range beyond its end).
-    asked: list of (path, value of Range or None), in the order of the requests.
+    A web server on this machine. pages: path -> dict of body (bytes), and of what is odd about it: status, reason,
+    location (a redirect), ranges=False (Range is ignored), cuts (so many bytes are sent of the first answer, the
+    second, ..., then the line goes dead), length=False (no Content-Length), headers (with an ETag, If-Range is obeyed),
+    more (what follows a range beyond its end). asked: [(path, value of Range or None)], in the order of the requests.
     """
 
     def __init__(self):
@@ -332,10 +265,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if page.get('cuts'):
             body = body[:page['cuts'].pop(0)]
-        step = 1 if 'drip' in page else max(1, len(body))
-        for i in range(0, len(body), step):
-            time.sleep(page.get('drip', 0))
-            self.wfile.write(body[i:i + step])
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -354,8 +284,7 @@ def server(monkeypatch):
     thread.join()
 
 
-# -----------------------------------------------------------------------------
-# small models and tokenizers
+# ----- small models and tokenizers
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
@@ -387,13 +316,10 @@ def with_heads(tokenizer, kv, block_size=160, **shape):
 
 
 def reference_forward(c, state, idx):
-    """
-    The network of a shape and its tensors written out token by token from the papers' formulas, in float64 and without
-    any of model.py's functions: ids (T,) -> logits (T, vocab_size).
-    """
+    """The papers' formulas, a token at a time and in float64, without model.py: ids (T,) -> logits (T, vocab_size)."""
     w = {k: v.double() for k, v in state.items()}
     rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-    x = rms(w['transformer.wte.weight'][idx])                                      # (T, n_embd)
+    x = rms(w['transformer.wte.weight'][idx])  # (T, n_embd)
     for i in range(c.n_layer):
         a = {k: w[f'transformer.h.{i}.attn.{k}.weight'] for k in ('c_q', 'c_k', 'c_v', 'c_proj')}
         h = rms(x)
@@ -443,55 +369,20 @@ TEMPLATE = ("{% for message in messages %}{% if loop.first and messages[0]['role
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-# -----------------------------------------------------------------------------
-# other people's models
+# ----- other people's models
 
 TEXTS = ['The inner theatre, the other thing: 42 zebras & 1234 more.\n\n' * 9,
          "def f(x):\n    return x  # naïve 日本語 it's we'll\n" * 9]
 
 V = 300
 
-E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
-
-
 @pytest.fixture(scope='module')
 def bpe():
     return train_bpe(TEXTS, V)
 
 
-TOK = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])       # in GPT-2's manner
+TOK = train_bpe(TEXTS, V, GPT2_PATTERN, ['<|endoftext|>'])  # in GPT-2's manner
 
-
-def our_llama(turned=False, **shape):
-    """A model of ours that is a Llama. turned: c_out is no diagonal, as after a rotation of the residual stream."""
-    config = GPTConfig(block_size=40, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **SWITCHES | shape)
-    model = randomise(GPT(config), 0.4)
-    if model.config.out_proj and not turned:
-        model.transformer.c_out.weight.data = torch.diag(torch.randn(32))
-    return model
-
-
-def e0_state(rows=V, prefix=''):
-    """Random weights under nanochat's names; rows beyond V are padding."""
-    torch.manual_seed(0)
-    state = {'transformer.wte.weight': torch.randn(rows, 32).bfloat16(), 'lm_head.weight': torch.randn(rows, 32)}
-    for i in range(2):
-        for name, shape in (
-                ('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)),
-                ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
-            state[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
-    return {prefix + k: v for k, v in state.items()}
-
-
-def write_nanochat(folder, bpe, state=None, step=7, home=None, **meta):
-    home = home or folder
-    for path in (folder, home):
-        os.makedirs(path, exist_ok=True)
-    torch.save(e0_state() if state is None else state, f'{folder}/model_{step:06d}.pt')
-    json.dump({'model_config': E0 | meta}, open(f'{folder}/meta_{step:06d}.json', 'w'))
-    pickle.dump(bpe._encoding, open(f'{home}/tokenizer.pkl', 'wb'))
-    torch.save(torch.tensor(bpe.token_bytes, dtype=torch.int32), f'{home}/token_bytes.pt')
-    return str(folder)
 
 ARGS = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, bias=True, vocab_size=50, dropout=0.0)
 
@@ -582,11 +473,6 @@ class Evil:
         return os.mkdir, (self.folder,)
 
 
-def flip(data):
-    at = len(data) // 2
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
-
-
 def prompt_of(tokenizer, conversation):
     """A conversation that ends with the user -> its ids and what opens the answer."""
     return tokenizer.render_chat(conversation)[0] + tokenizer.turn('assistant', '')[0]
@@ -601,10 +487,10 @@ def far(a, b):
     return (a - b).abs().max()
 
 
-def refuses(match, f, *args):
-    """f(*args) says no in one line that matches, which is returned."""
+def refuses(match, f, *args, **how):
+    """f(*args, **how) says no in one line that matches, which is returned."""
     with pytest.raises((ValueError, AssertionError), match=match) as e:
-        f(*args)
+        f(*args, **how)
     message = str(e.value)
     assert '\n' not in message and len(message) < 1000
     return message

@@ -1,11 +1,8 @@
 """
-Peak memory of a distillation step's losses, chunked and recomputed as distill.py does it (in eager mode, and compiled),
-against whole tensors of logits. Linux or macOS.
+Peak memory of a distillation step's losses in chunks, eager and compiled, against whole tensors of logits
+(tests/README.md).
 
-    python tests/memory.py                  # 4 x 1,024 tokens, a vocabulary of 65,536: a minute
-
-Each in a process of its own, forward and backward; what the process took before is subtracted, but the compiler's own
-memory is not. The last line is JSON.
+    python tests/memory.py                  # 4 x 1,024 tokens, a vocabulary of 65,536: a minute; the last line is JSON
 """
 import json
 import os
@@ -13,7 +10,7 @@ import resource
 import subprocess
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 import torch
 import torch.nn.functional as F
 

@@ -1,17 +1,11 @@
 """
-Other decoders on a shape, each in a process of its own right after a fresh one of ours: transformers' generate,
-llama2.c, and nanochat's.
+Other decoders on a shape, in turn with ours: transformers' generate, llama2.c, and nanochat's. How: tests/README.md.
 
     python tests/peers.py                                   # the tiny shape of bench.py; pip install transformers first
     python tests/peers.py --llama2c=FOLDER                  # with llama2.c's binaries run and runq, too
     python tests/peers.py --nanochat=FOLDER                 # with a copy of nanochat, of 2025: git checkout 790f3be
-    python bench.py --mode=decode --peers=True              # the same as rows of bench.py's table
-    python bench.py --mode=train --nanogpt=FOLDER           # our train.py beside nanoGPT's, in FOLDER
 
-A peer is a Llama of as many parameters, with random weights: its gated MLP has three matrices where ours has two.
-nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. All decode greedily and
-without compiling; the clock starts when the prompt has been read. llama2.c's starts at the first token, which flatters
-it a little. The last line is JSON: for each decoder and format the tokens/s of each round, and of ours beside it.
+nanochat's GPT of that time is our very shape, if the MLP is four times as wide as the stream. The last line is JSON.
 """
 import importlib.util
 import json
@@ -30,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.bench.timing import TokenClock
 from data.files import atomic_write, in_repo
 from engine import Engine, Sampling
@@ -85,10 +79,7 @@ def flags(knobs):
 
 
 def training_rows(t):
-    """
-    t: train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT's, in turn. nanoGPT's are by the times that
-    it prints, the first five left out; it runs in a folder of its own, where it looks for two files.
-    """
+    """train.py's knobs -> rows of tokens/s of our train.py and of nanoGPT, in a folder of its own, in turn."""
     forwards = max(1, round((t['total_batch_size'] or t['batch_size'] * t['block_size'])
                             / (t['batch_size'] * t['block_size'])))
     both = dict(log_interval=1, device=t['device'], dtype=t['dtype'])
@@ -150,7 +141,7 @@ def picochat_rate():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     engine = Engine(model)
-    for _ in range(2):                                               # the first run warms up
+    for _ in range(2):  # the first run warms up
         engine.complete([prompt], new_tokens, Sampling(temperature=0))
     return {'tok_s': engine.stats['tok_s'], 'params': model.params()['total']}
 
@@ -184,7 +175,7 @@ def nanochat_rate():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.05)
     nothing_ends = SimpleNamespace(encode_special=lambda name: -1, get_bos_token_id=lambda: -1)
-    for _ in range(2):                                               # the first run warms up
+    for _ in range(2):  # the first run warms up
         times = [time.perf_counter()
                  for _ in Engine(model, nothing_ends).generate(prompt, max_tokens=new_tokens, temperature=0)]
     return {'tok_s': (new_tokens - 1) / (times[-1] - times[0]), 'params': sum(p.numel() for p in model.parameters())}
@@ -199,19 +190,16 @@ if peer:
 # llama2.c
 
 def llama2c_files(folder):
-    """
-    Writes random weights in llama2.c's formats, version 0 (float32) and version 2 (int8, a scale per 64), and a
-    tokenizer. -> parameters
-    """
+    """Random weights in llama2.c's formats 0 (float32) and 2 (int8, a scale per 64), a tokenizer -> parameters"""
     noise = np.random.default_rng(seed)
     L, D, H, V, KV, tied = c.n_layer, c.n_embd, hidden, c.vocab_size, c.n_kv_head * c.head_dim, c.tie_weights
     # wq wk wv wo; w1 w2 w3; the classifier
     attention, mlp, head = [D * D, KV * D, KV * D, D * D], [H * D] * 3, [V * D] * (not tied)
-    ones = np.ones((2 * L + 1) * D, np.float32)                      # the norms
+    ones = np.ones((2 * L + 1) * D, np.float32)  # the norms
 
     def write(f, values):
         if values.size == V * D:
-            values[D:2 * D] = 0                         # token 1 would end the text; at score 0 it is never the best
+            values[D:2 * D] = 0  # token 1 would end the text; at score 0 it is never the best
         values.tofile(f)
 
     with open(f'{folder}/f32.bin', 'wb') as f:
@@ -220,7 +208,7 @@ def llama2c_files(folder):
             write(f, ones[:L * D] if n == 'norm'
                   else noise.standard_normal(n if n == V * D else L * n, np.float32) * np.float32(0.05))
         write(f, ones[:D])
-        write(f, np.zeros(c.block_size * c.head_dim, np.float32))    # rotary tables, once
+        write(f, np.zeros(c.block_size * c.head_dim, np.float32))  # rotary tables, once
         for n in head:
             write(f, noise.standard_normal(n, np.float32))
     with open(f'{folder}/int8.bin', 'wb') as f:
@@ -229,7 +217,7 @@ def llama2c_files(folder):
         write(f, ones)
         for n in (V * D, *(n for n in attention + mlp for _ in range(L)), *head):
             write(f, noise.integers(-127, 128, n, np.int8))
-            write(f, np.full(n // 64, 0.05 / 73, np.float32))        # 73 is the deviation of such integers
+            write(f, np.full(n // 64, 0.05 / 73, np.float32))  # 73 is the deviation of such integers
     with open(f'{folder}/tokenizer.bin', 'wb') as f:
         f.write(struct.pack('<i', 1) + struct.pack('<fi1s', 0.0, 1, b'a') * V)
     return V * D + sum(head) + L * sum(attention + mlp) + ones.size

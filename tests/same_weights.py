@@ -1,23 +1,14 @@
 """
-llama.cpp and transformers beside picochat, on the same weights and prompts: a trained model with a Llama's block is
-written as they read it (data/foreign/export.py), and each decodes in a process of its own, in turn in every round.
+llama.cpp and transformers beside picochat, on the same weights and prompts, in turn. How: tests/README.md.
 
     pip install gguf safetensors transformers xllamacpp
     python tests/same_weights.py --shape=out-smollm --formats=int8-packed,int4-packed
     python tests/same_weights.py --shape=out-smollm --gguf=FILE         # and a GGUF file of yours, of whatever model
     python tests/same_weights.py --shape=out-smollm --llamacpp=FOLDER   # and a llama.cpp of yours: its llama-bench
-    python bench.py --mode=decode --shape=out-smollm --peers=True       # the same as rows of bench.py's table
 
-All decode greedily, on as many threads, as they come: llama.cpp keeps its cache in 16 bits, we in 32. A turn is the
-first token behind a prompt of 512 tokens (or what the context holds), which tells how fast prompts are read, and then
-new_tokens behind prompt_tokens, whose clock starts when those are read. llama-bench takes prompts of its own, and
-decodes from an empty context, which flatters it a little.
-
-same: so many of its first tokens are those of our float32 row. Rounded weights, and ties, give other texts.
-memory: what the process has at the end beyond what it had before it read the model (Linux); of llama-bench all. Ours
-reads int8.safetensors where quantize.py has written it; rounding here, it has had the float model in memory as well.
 The last line is JSON. Each row has the rates of every round, and by how much each of our formats is faster in the same
-round: ours_over_it of decoding, prompt_ours_over_it of prompts.
+round: ours_over_it of decoding, prompt_ours_over_it of prompts; same: so many tokens are those of our float32 row.
+memory: what the process took once it read the model (Linux; where it is rounded here, the float model, too).
 """
 import contextlib
 import importlib.util
@@ -30,7 +21,7 @@ import time
 from statistics import median
 from types import SimpleNamespace
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))      # the repo
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.bench.timing import TokenClock, in_rounds, resident, speed
 from data.files import in_repo
 from data.signals import interrupt_on_stop
@@ -64,7 +55,7 @@ def picochat(format, path):
     from data.machine import keep_memory
     from engine import Sampling
     torch.set_num_threads(threads)
-    keep_memory()                                       # as sample.py does
+    keep_memory()  # as sample.py does
     before = resident()
     engine = build(k, format)
 
@@ -81,7 +72,7 @@ def transformers(format, folder):
     before = resident()
     dtype = torch.bfloat16 if format == 'bf16' else torch.float32
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    model.generation_config.eos_token_id = None         # nothing ends a text early
+    model.generation_config.eos_token_id = None  # nothing ends a text early
 
     def decode(prompt, n, text):
         ids, clock, began = torch.tensor([prompt], device=device), TokenClock(), time.perf_counter()
@@ -100,7 +91,7 @@ def llama_cpp(format, path):
     p.model.path, p.n_parallel, p.verbosity = path, 1, -1
     p.n_ctx = LONG_PROMPT + prompt_tokens + new_tokens
     p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
-    p.cache_ram_mib = 0                                 # it would keep old prompts
+    p.cache_ram_mib = 0  # it would keep old prompts
     server = xllamacpp.Server(p)
 
     def decode(prompt, n, text):
@@ -127,11 +118,11 @@ if program:
     serve(*json.loads(program))
     sys.exit()
 
-import torch                # no earlier, as llama.cpp's processes need none of it
+import torch  # no earlier, as llama.cpp's processes need none of it
 if threads:
     torch.set_num_threads(threads)
 threads = torch.get_num_threads()
-interrupt_on_stop()         # so that the files that were written for others go away
+interrupt_on_stop()  # so that the files that were written for others go away
 
 # -----------------------------------------------------------------------------
 # what will run
@@ -145,10 +136,7 @@ def installed(program, *packages):
 
 
 def write_for_others(folder):
-    """
-    Writes the model as others read it -> [(decoder, format, file or folder)]; its parameters; its context; and a
-    prompt, which it has written itself.
-    """
+    """The model as others read it -> [(decoder, format, path)]; parameters, context; a prompt that it has written"""
     from data.checkpoint import load_checkpoint
     from data.bench.decoding import SHAPES, build, check_context, make_prompts
     from data.foreign.export import export_gguf, export_hf, is_block
@@ -193,10 +181,10 @@ class Child:
 
     def decode(self, prompt, n, text=False):
         request = json.dumps({'prompt': prompt, 'n': n, 'text': text}) + '\n'
-        with contextlib.suppress(BrokenPipeError):              # it has ended: its last line says why
+        with contextlib.suppress(BrokenPipeError):  # it has ended: its last line says why
             self.process.stdin.write(request.encode())
         for line in self.process.stdout:
-            if line.startswith(b'{'):                           # whatever else it may say
+            if line.startswith(b'{'):  # whatever else it may say
                 return json.loads(line)
         self.told.seek(0)
         raise ValueError(f"{self.name}: {(self.told.read().splitlines() or ['no word'])[-1].removeprefix('error: ')}")
@@ -215,14 +203,14 @@ class LlamaBench:
                         '-r', 1, '-o', 'json', '-p']
 
     def decode(self, prompt, n, text=False):
-        return {'text': None}                   # it shows none
+        return {'text': None}  # it shows none
 
     def turn(self, prompt, long):
         with tempfile.TemporaryFile('w+') as told:
             process = subprocess.Popen([*map(str, self.command), str(len(long))], text=True, stdout=subprocess.PIPE,
                                        stderr=told)
             said = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)         # which says how much memory it took
+            _, status, usage = os.wait4(process.pid, 0)  # which says how much memory it took
             process.returncode = os.waitstatus_to_exitcode(status)
             told.seek(0)
             if process.returncode:

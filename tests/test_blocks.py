@@ -1,6 +1,5 @@
 """
-data/kernels.py: a block of integers in C++ is the block that PyTorch computes: its products to the bit, the rest to the
-last digits of a float; and a token's result is the same bits whatever is read with it. Prompt lookup by an index.
+data/kernels.py: integers in C++ give PyTorch's products to the bit, whatever is read with them; and prompt lookup.
 """
 import copy
 import random
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import data.kernels as K
-from conftest import CHAR, build, randomise
+from conftest import CHAR, build, randomise, refuses
 from data.cache import KVCache
 from data.drafters import Index
 from data.layouts import for_decoding, for_measuring, step_of
@@ -29,7 +28,6 @@ SHAPES = {
 
 
 def two(shape, bits, tables_bits=8):
-    """The same model of integers, as it is and arranged for kernels."""
     model = randomise(GPT(GPTConfig(block_size=120, vocab_size=96, n_layer=2, n_head=4, n_embd=64, n_hidden=128,
                                     multi_token_n=2, draft_n=2, **SHAPES[shape])), std=0.12)
     plain = convert(model, bits, tables_bits=tables_bits)
@@ -53,7 +51,6 @@ def test_a_product_is_the_same_bits(bits, group, cols):
 @needs_kernels
 @pytest.mark.parametrize('name, value', [('bits', 3), ('group', 16), ('step', -19), ('step', 19)])
 def test_integers_that_the_kernels_do_not_know_are_left_to_pytorch(name, value):
-    """Another format, or what a file of somebody else's may say: they would read beside their table."""
     linear = IntLinear.holding(round_weight(torch.randn(8, 128), 4))
     assert K.KernelLinear.fits(linear)
     setattr(linear, name, torch.full_like(linear.step, value) if name == 'step' else value)
@@ -65,7 +62,6 @@ def test_integers_that_the_kernels_do_not_know_are_left_to_pytorch(name, value):
     (K.NORM, lambda x: torch.nn.functional.rms_norm(x, (96,), eps=1e-5)), (K.RELU2, lambda x: x.relu().square()),
     (K.SWIGLU, lambda x: torch.nn.functional.silu(x[..., :96]) * x[..., 96:])])
 def test_what_a_matrix_reads(what, reads):
-    """Next to no activation falls to the other side, and both ways for few and many rows are one."""
     x = 5 * torch.randn(200, 192 if what == K.SWIGLU else 96)
     linear = IntLinear.holding(round_weight(torch.eye(96)))
     fast = K.KernelLinear(linear)
@@ -80,10 +76,6 @@ def test_what_a_matrix_reads(what, reads):
 @pytest.mark.parametrize('shape', SHAPES)
 @torch.inference_mode()
 def test_it_is_the_same_block(shape, bits, cache):
-    """
-    Close to PyTorch's; and to the bit, whatever rows, and tokens of a row, are read together: a prompt, too, is what its
-    tokens are one by one.
-    """
     plain, fast = two(shape, bits)
     assert step_of(plain) == 'PyTorch' and step_of(fast) == 'kernels'
     ids = torch.randint(96, (3, 100))
@@ -94,11 +86,11 @@ def test_it_is_the_same_block(shape, bits, cache):
         return torch.cat([model.trunk(part, kept) for part in parts], dim=1)
     one_by_one = states(fast, [1] * 100)
     near = (one_by_one - states(plain, [1] * 100)).abs().amax(dim=-1) < 1e-4
-    assert near.float().mean() > 0.5            # where an activation fell to the other side, it is not
+    assert near.float().mean() > 0.5  # where an activation fell to the other side, it is not
     for widths in ([100], [40, 5, 16, 15, 9, 1, 14], [17, 83]):
         assert torch.equal(states(fast, widths, size=10), one_by_one)
     assert torch.equal(states(fast, [40, 7, 53], slice(1, 2)), one_by_one[1:2])
-    kept = KVCache(fast.config, 3, None, cache)                     # rows of different lengths go on by many tokens
+    kept = KVCache(fast.config, 3, None, cache)  # rows of different lengths go on by many tokens
     fast.trunk(ids[:, :40], kept)
     kept.rewind([3, 40, 17])
     longer = torch.stack([row[n:n + 60] for row, n in zip(ids, kept.lengths)])
@@ -111,7 +103,6 @@ def test_it_is_the_same_block(shape, bits, cache):
 @needs_kernels
 @pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
 def test_text_of_many_rows_and_of_an_int8_cache(shape, bits):
-    """Of more rows lm_head's products are PyTorch's; and with a cache of integers drafts change nothing, either."""
     fast, prompt = two(shape, bits)[1], [CHAR.encode('to be')]
     many = Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3), num_samples=K.ROWS + 4)
     assert many[:1] == Engine(fast).complete(prompt, 20, Sampling(0.8, seed=3))
@@ -135,7 +126,7 @@ def test_measuring_gives_the_same_loss(shape, bits):
     plain, x = two(shape, bits)[0], torch.randint(20, (3, 4, 101), generator=torch.Generator().manual_seed(0))
     batches, sizes = [(rows[:, :-1], rows[:, 1:]) for rows in x], [1] * plain.config.vocab_size
     fast = for_measuring(copy.deepcopy(plain))
-    assert compare(plain, [fast], batches, sizes)[0]['max_kl'] == 0          # first: evaluate ends what drops things
+    assert compare(plain, [fast], batches, sizes)[0]['max_kl'] == 0  # first: evaluate ends what drops things
     assert evaluate(fast, batches, sizes) == evaluate(plain, batches, sizes)
     floats = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16))
     assert for_measuring(floats) is floats
@@ -188,7 +179,6 @@ def test_what_a_round_does_not_know_is_decoded_by_steps(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize('shape, bits', [('ours', 8), ('a Llama', 4)])
 def test_a_file_is_in_memory_once(shape, bits, tmp_path):
-    """What is read together lies together in the file: nothing is copied to decode from it."""
     plain, path = two(shape, bits)[0], f'{tmp_path}/m.safetensors'
     export(path, plain, CHAR.meta())
     loaded = load(path)[0]
@@ -220,13 +210,10 @@ def test_a_file_drafts_among_the_first_tokens_without_a_compiler(tmp_path):
 
 @needs_kernels
 def test_whole_rounds_are_compiled_of_few_layers_only(capsys):
-    with pytest.raises(AssertionError, match='kernels=False'):
-        Engine(two('ours', 8)[1], compile=True)
+    refuses('kernels=False', Engine, two('ours', 8)[1], compile=True)
     assert not rounds_pay(SimpleNamespace(config=GPTConfig(n_layer=30)))
     assert rounds_pay(build()) and 'whole rounds of 30 layers' in capsys.readouterr().err
 
-# -----------------------------------------------------------------------------
-# prompt lookup
 
 def look_up(text, k, longest=8):
     """What Index.look_up gives, by going through the whole text."""

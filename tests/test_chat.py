@@ -1,7 +1,4 @@
-"""
-python -m pytest tests/test_chat.py      seconds; conversations as nanochat and as ChatML write them. `pip install jinja2
-                                         tokenizers` switches on the comparison with a template as the hub has it
-"""
+"""Conversations as nanochat and as ChatML write them. With tokenizers beside a template as the hub has it."""
 import contextlib
 import io
 import json
@@ -9,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from conftest import LLAMA, TEMPLATE, TEXTS, TINY, build, prompt_of, refused, run
+from conftest import LLAMA, TEMPLATE, TEXTS, TINY, build, prompt_of, ran, refused, refuses, run
 from data.checkpoint import save_checkpoint
 from data.conversation import Chat
 from data.foreign_tokenizer import hf_tokenizer
 from data.loader import load_meta
-from data.tokenizer import SPECIAL_TOKENS, BPETokenizer, from_meta, train_bpe
+from data.tokenizer import BPETokenizer, from_meta, train_bpe
 from data.writer import cut_chats, write_chats
 from engine import Engine, Sampling
 from model import GPT, GPTConfig
@@ -25,7 +22,6 @@ KIND = '<|im_start|>system\nBe kind.<|im_end|>\n'
 
 
 def chatml(system='Be kind.'):
-    """In SmolLM2's manner: special tokens first, a system line of its own."""
     tokens = train_bpe(TEXTS, 300, special_tokens=[]).meta()['ranks']
     ranks = {token.encode('latin-1'): i for i, token in enumerate(tokens)}
     return BPETokenizer(ranks, special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>'], special_ids=[0, 1, 2],
@@ -36,20 +32,13 @@ NANO = train_bpe(TEXTS, 300)
 PLAIN = train_bpe(TEXTS, 300, special_tokens=['<|bos|>'])
 
 
-def said(tokenizer, ids, mask):
-    return tokenizer.decode([i for i, m in zip(ids, mask) if m])
-
-
-# -----------------------------------------------------------------------------
-# conversations as tokens
-
 def test_chatml():
     t = chatml()
     ids, mask = t.render_chat([USER, BOT, USER, BOT])
     exchange = ("<|im_start|>user\n Hi,\n it is me.<|im_end|>\n"
                 "<|im_start|>assistant\nHello, it's you.<|im_end|>\n")
     assert t.decode(ids) == KIND + 2 * exchange and len(mask) == len(ids)
-    assert said(t, ids, mask) == 2 * "Hello, it's you.<|im_end|>" and ids[0] == 1
+    assert t.decode([i for i, m in zip(ids, mask) if m]) == 2 * "Hello, it's you.<|im_end|>" and ids[0] == 1
     asked = exchange.split('<|im_start|>assistant')[0]
     assert t.decode(t.render_chat([SYSTEM, USER])[0]) == KIND.replace('kind', 'brief') + asked
     prompt = prompt_of(t, [USER])
@@ -77,18 +66,8 @@ def test_chatml_is_what_a_template_says():
 
 def test_formats_are_known_by_their_special_tokens():
     assert (NANO.chat, PLAIN.chat, chatml().chat) == ('nanochat', None, 'chatml')
-    names = [*SPECIAL_TOKENS, '<|im_start|>', '<|im_end|>']
-    both = BPETokenizer({bytes([b]): b for b in range(256)}, special_tokens=names)
-    assert both.chat == 'nanochat' and 'chat' not in both.meta()
-    as_chatml = from_meta(both.meta() | {'chat': 'chatml'})
-    assert as_chatml.chat == 'chatml' == as_chatml.meta()['chat']
-    assert as_chatml.decode(as_chatml.render_chat([USER])[0]).startswith('<|im_start|>user\n')
-    with pytest.raises(ValueError, match='no special tokens for conversations'):
-        PLAIN.render_chat([USER])
+    refuses('no special tokens for conversations', PLAIN.render_chat, [USER])
 
-
-# -----------------------------------------------------------------------------
-# datasets of them
 
 def test_rows_end_with_answers_not_with_questions(tmp_path):
     t = chatml()
@@ -102,12 +81,9 @@ def test_rows_end_with_answers_not_with_questions(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         meta = write_chats(tmp_path, t, [(ids, mask)] * 3, [(ids, mask)], len(ids), 'toy')
     assert '3 and 1 conversations with 8 answers' in out.getvalue() and meta['special_ids'] == [0, 1, 2]
-    assert np.fromfile(tmp_path / 'val.bin', np.uint16).tolist() == ids[:-1] + [0]     # padded with what ends a text
+    assert np.fromfile(tmp_path / 'val.bin', np.uint16).tolist() == ids[:-1] + [0]  # padded with what ends a text
     assert from_meta(load_meta(tmp_path)).meta() == t.meta()
 
-
-# -----------------------------------------------------------------------------
-# talking
 
 @pytest.fixture(scope='module')
 def models():
@@ -129,7 +105,7 @@ def test_a_chat_is_its_conversation(models, kind, system):
             for n, (asked, old) in enumerate(past + [(question, None)]):
                 first = [SYSTEM | {'content': system}] if system and not n else []
                 alone = prompt_of(t, [*first, USER | {'content': asked}])
-                start = len(t.chat_start(None, '')[0]) if n else 0       # of the first only
+                start = len(t.chat_start(None, '')[0]) if n else 0  # of the first only
                 ids += alone[start:] + ([] if old is None else old + close)
             if len(ids) <= 96 - 12:
                 break
@@ -139,31 +115,24 @@ def test_a_chat_is_its_conversation(models, kind, system):
         assert answer == t.decode(new)
         past.append((question, new))
     assert talk.exchanges == past and dropped > 0
-    with pytest.raises(ValueError, match='tokens do not fit the context of 96 with an answer of 12'):
-        list(talk.ask('zebras' * 30, 12))
+    refuses('tokens do not fit the context of 96 with an answer of 12', list, talk.ask('zebras' * 30, 12))
     assert talk.exchanges == past
-    with pytest.raises(ValueError, match='no special tokens for conversations'):
-        Chat(Engine(model), PLAIN)
+    refuses('no special tokens for conversations', Chat, Engine(model), PLAIN)
 
-
-# -----------------------------------------------------------------------------
-# the scripts
 
 LIBRARY = {'zoo': '"""Animals."""\ndef feed(*animals):\n    """Give them what they eat."""\n',
-           'optparse': 'def parse(options):\n    """Read the options given."""\n'}      # held out
+           'optparse': 'def parse(options):\n    """Read the options given."""\n'}  # held out
 
 
 def test_fine_tuning_and_talking_in_chatml(tmp_path):
-    """A model in SmolLM2's manner, whose data are gone: its own format is trained, and is what it answers in."""
     t = chatml()
     config = GPTConfig(block_size=128, vocab_size=t.vocab_size, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, **LLAMA)
     save_checkpoint(str(tmp_path / 'smol' / 'best.pt'), GPT(config), t.meta(), step=0, dataset='gone')
     (tmp_path / 'lib').mkdir()
     for name, text in LIBRARY.items():
         (tmp_path / 'lib' / f'{name}.py').write_text(text)
-    got = run('data/pydoc_chat/prepare.py', f'--tokenizer={tmp_path}/smol', f'--root={tmp_path}/lib', '--row=128',
+    got = ran('data/pydoc_chat/prepare.py', f'--tokenizer={tmp_path}/smol', f'--root={tmp_path}/lib', '--row=128',
               f'--out_dir={tmp_path}/data')
-    assert got.status == 0, got.err
     text = t.decode(np.fromfile(tmp_path / 'data' / 'val.bin', np.uint16))
     assert text.startswith(KIND + '<|im_start|>user\n') and 'Read the options given.<|im_end|>' in text
     got = run('train.py', 'config/sft_pydoc.py', *TINY[:3], f'--init_from={tmp_path}/smol/best.pt', '--max_iters=2',

@@ -1,9 +1,4 @@
-"""
-configurator.py, tested as its users meet it: a small script with a knob of every kind is run with a command line,
-and prints its config.
-
-$ python -m pytest tests/test_configurator.py
-"""
+"""configurator.py, as its users meet it: a small script with a knob of every kind is run with a command line."""
 import ast
 import functools
 import glob
@@ -55,35 +50,26 @@ DEFAULTS = dict(n_layer=6, batch_size=12, total=48, top_k=200, learning_rate=1e-
 FILES = {
     'a.py': 'n_layer = 2\ndropout = 0\nout_dir = "a"\n',
     'b.py': 'n_layer = 3\nbatch_size = "auto"\ntop_k = None\ncompile = False\n',
-    'lr=1.py': 'learning_rate = 1\n',
     'expr.py': 'import math as _math\n_n = 5\ndef _twice(x): return 2 * x\nn_layer = _twice(_n) + int(_math.sqrt(9))\n'
                'batch_size = 8\ntotal = batch_size * n_layer\nlearning_rate = learning_rate / 2\n',
     'more.py': 'total = n_layer * 10\n',
     'stop.py': 'stop = "END"\n',
-    'dunder.py': '__name__ = "x"\n__doc__ = "y"\n_private = 4\n',
     'typo.py': 'n_layr = 3\n',
-    'far.py': 'zzzz = 3\n',
     'imports.py': 'import math\nn_layer = math.ceil(2.5)\n',
     'wrong.py': 'n_layer = 1.5\n',
     'wrong_str.py': 'out_dir = None\n',
-    'wrong_kind.py': 'stop = [1]\n',
-    'wrong_lines.py': 'n_layer = type("T", (), {"__repr__": lambda self: "two\\nlines"})()\n',
     'syntax.py': 'n_layer = 3\nn_layer = = 4\n',
     'raises.py': 'n_layer = 3\ndef _f():\n    return 1 / 0\n\ntotal = _f()\n',
-    'raises_elsewhere.py': 'import json as _json\n\ntotal = _json.loads("{")\n',
-    'not_utf8.py': b'n_layer = 3\nout_dir = "\xff"\n',
     'notes.txt': 'n_layer = 3\n',
-    'says.py': 'print("ran")\n',
-}
+    'says.py': 'print("ran")\n'}
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('configurator')
     for name, text in FILES.items():
-        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / name).write_text(text)
     (folder / 'script.py').write_text(SCRIPT)
-    (folder / 'folder.py').mkdir()
     return folder
 
 
@@ -105,41 +91,22 @@ def test_a_process_says_the_same(folder, args):
     (['@a.py'], dict(n_layer=2, dropout=0.0, out_dir='a')),
     (['--n_layer=9', '@a.py'], dict(n_layer=9, dropout=0.0, out_dir='a')),
     (['@a.py', '@b.py'], dict(n_layer=3, dropout=0.0, out_dir='a', batch_size='auto', top_k=None, compile=False)),
-    (['--n_layer=1', '--n_layer=2'], dict(n_layer=2)),
     # the default's type holds whatever a file has set
     (['@b.py', '--top_k=5', '--batch_size=4'], dict(n_layer=3, batch_size=4, top_k=5, compile=False)),
     (['@stop.py', '--stop=7'], dict(stop=7)),
-    (['@lr=1.py'], dict(learning_rate=1.0)),
     (['@expr.py'], dict(n_layer=13, batch_size=8, total=104, learning_rate=5e-4)),
     (['@expr.py', '@more.py'], dict(n_layer=13, batch_size=8, total=130, learning_rate=5e-4)),
     (['@more.py', '--n_layer=1'], dict(n_layer=1, total=60)),  # a file sees no flag
-    (['@dunder.py'], {}),
-    # int
-    (['--n_layer=-3'], dict(n_layer=-3)),
     (['--n_layer=1_000'], dict(n_layer=1000)),
     (['--batch_size=auto'], dict(batch_size='auto')),
-    (['--top_k=None'], dict(top_k=None)),
-    # float
     (['--learning_rate=1'], dict(learning_rate=1.0)),
-    (['--dropout=NONE'], dict(dropout=None)),
-    # bool
-    (['--compile=false'], dict(compile=False)),
     (['--compile=False', '--compile=tRUE'], dict(compile=True)),
     # str: the text, literally
     (['--out_dir=123'], dict(out_dir='123')),
-    (['--out_dir=x.py'], dict(out_dir='x.py')),
     (['--start=a=b'], dict(start='a=b')),
-    (['--start='], dict(start='')),
-    (['--start=two\nlines é'], dict(start='two\nlines é')),
-    # None: what the text spells, else the text
+    # None: what the text spells
     (['--stop=none'], dict(stop=None)),
-    (['--stop=True'], dict(stop=True)),
-    (['--stop=0.5'], dict(stop=0.5)),
-    (['--stop=END'], dict(stop='END')),
-    (['--stop=[1]'], dict(stop='[1]')),
-    (['--stop={[]}'], dict(stop='{[]}')),
-    (['--stop=nan'], dict(stop='nan')),
-])
+    (['--stop=0.5'], dict(stop=0.5))])
 def test_config(folder, args, changed):
     status, out, err = run(folder, args)
     assert (status, err) == (0, '')
@@ -149,62 +116,38 @@ def test_config(folder, args, changed):
 
 
 @pytest.mark.parametrize('args, parts', [
-    # keys
     (['--n_layr=3'], ['unknown key', "'n_layr'", '--n_layer=3']),
-    (['--N_LAYER=3'], ['unknown key', '--n_layer=3']),
     (['--zzzz=3'], ['unknown key', "'zzzz'", '--help']),
-    (['--__name__=x'], ['unknown key', "'__name__'"]),
     (['--_private=4'], ['unknown key']),
-    (['--SEED=4'], ['unknown key']),
-    (['--=3'], ['unknown key']),
     (['@typo.py'], ['typo.py', 'unknown key', "'n_layr'", 'n_layer?']),
-    (['@far.py'], ['far.py', 'unknown key', "'zzzz'", 'starts with _']),
     (['@imports.py'], ['imports.py', 'unknown key', "'math'", 'import math as _math']),
     # spellings, each answered by the right one
     (['--n_layer', '3'], ["'--n_layer'", '--n_layer=3']),
     (['--n-layer=3'], ['--n_layer=3']),
-    (['-n_layer=3'], ['--n_layer=3']),
-    (['n_layer=3'], ['--n_layer=3']),
     (['--n_layer'], ['--n_layer=VALUE']),
-    (['--n_layer', '--compile=True'], ['--n_layer=VALUE']),
     (['--learning_rate', '-1'], ['--learning_rate=-1']),
     (['--compile'], ['--compile=True']),
-    (['--compile', '@a.py'], ['--compile=True']),
     (['--start', 'two words'], ["'--start=two words'"]),
-    (['--'], ['error: ']),
     # types: the value, what is expected, and where
     (['--n_layer=1.5'], ['--n_layer=1.5', 'an int', '1.5']),
     (['--n_layer=true'], ['an int', 'True']),
     (['--learning_rate=fast'], ['--learning_rate=fast', 'a float', "'fast'"]),
-    (['--learning_rate=auto'], ['a float', "'auto'"]),
-    (['--learning_rate=True'], ['a float', 'True']),
     (['--compile=1'], ['--compile=1', 'a bool', '1']),
-    (['--compile=None'], ['a bool', 'None']),
     (['--n_layer=two\nlines'], ['an int', "'two\\nlines'"]),
     (['@wrong.py'], ['wrong.py', 'n_layer', 'an int', '1.5']),
     (['@wrong_str.py'], ['wrong_str.py', 'out_dir', 'a str', 'None']),
-    (['@wrong_kind.py'], ['wrong_kind.py', 'stop', '[1]']),
-    (['@wrong_lines.py'], ['wrong_lines.py', 'an int', 'two lines']),
     (['@wrong.py', '--n_layer=3'], ['wrong.py', 'an int']),  # a flag does not hide what is wrong in a file
-    # limits
     (['--width=0'], ['width (0) must be an int of at least 1, or auto']),
     (['--width=none'], ['width (None)']),
     (['--share=2'], ['share (2.0) must be a number of at least 0 and at most 1']),
     (['--mode=c'], ['mode (c) must be one of a, b']),
     # files
     (['config/missing.py'], ["'config/missing.py'", 'no config file']),
-    (['@folder.py'], ['folder.py', 'no config file']),
-    (['tests'], ["'tests'", '.py']),
     (['@notes.txt'], ['notes.txt', '.py']),
-    (['3'], ["'3'", '--key=value']),
     (['@syntax.py'], ['syntax.py, line 2', 'SyntaxError']),
     (['@raises.py'], ['raises.py, line 3', 'ZeroDivisionError']),
-    (['@raises_elsewhere.py'], ['raises_elsewhere.py, line 3', 'JSONDecodeError']),
-    (['@not_utf8.py'], ['not_utf8.py', 'utf-8']),
     # nothing else happens: no file runs when a later word is wrong
-    (['@says.py', '--n_layr=3'], ['n_layr']),
-    (['@says.py', 'missing.py'], ['missing.py']),
-])
+    (['@says.py', '--n_layr=3'], ['n_layr'])])
 def test_error(folder, args, parts):
     status, out, err = run(folder, args)
     assert (status, out) == (1, '')
@@ -227,41 +170,10 @@ def test_help(folder, args):
     assert 'stop = None text that ends a sample' in knobs
 
 
-def test_main_block(folder):
-    """A module with functions on top: its knobs stand in the main block, and its constants are none."""
-    (folder / 'module.py').write_text('''
-import json
-GROUP = 32
-def quantize(bits=4):
-    group = 64                          # not this one
-    scale = 2.0                         # nor this
-    return bits, group, GROUP
-if __name__ == '__main__':
-    bits = 8                            # 8 or 4
-    group = GROUP                       # columns that share a scale
-    scale = 1.0
-    exec(open('configurator.py').read())
-    print(json.dumps([config, quantize(bits)]))
-    bits = 0                            # nor this
-''')
-    assert run(folder, ['--bits=4'], 'module.py') == (0, '[{"bits": 4, "group": 32, "scale": 1.0}, [4, 64, 32]]\n', '')
-    status, out, err = run(folder, ['--help'], 'module.py')
-    assert (status, err) == (0, '')
-    lines = [' '.join(line.split()) for line in out.splitlines()]
-    assert lines[-3:] == ['bits = 8 8 or 4', 'group = 32 columns that share a scale', 'scale = 1.0']
-
-
-def test_a_dash_means_the_underscore(folder):
-    """... even where difflib alone would find another knob nearer."""
-    (folder / 'dash.py').write_text("n_layer = 6\nnlayer = 6\nexec(open('configurator.py').read())\n")
-    assert '--n_layer=3' in run(folder, ['--n-layer=3'], 'dash.py')[2]
-
-
-# -----------------------------------------------------------------------------
-# commands that are told: in the READMEs, in docstrings and comments, and in the lines of ladders
+# ----- commands that are told: in the READMEs, in docstrings and comments, and in the lines of ladders
 
 FILE = r'(?:\w+/)*\w+\.py'
-VALUE = r'(?:"[^"]*"|\$\([^)]*\)+|[^\s"`])*'            # of a knob: words, text in quotes, $(another command)
+VALUE = r'(?:"[^"]*"|\$\([^)]*\)+|[^\s"`])*'  # of a knob: words, text in quotes, $(another command)
 COMMAND = re.compile(rf'(?:python3? |torchrun [^\n`]*?|`(?=\w+\.py --))({FILE})((?: +(?:{FILE}|--\w+={VALUE}))*)')
 
 
@@ -294,7 +206,7 @@ def not_there(script, words, knobs):
     for key, value, file in re.findall(rf' --(\w+)=({VALUE})| ({FILE})', words):
         files += [file] if file else []
         keys += [key] if key else []
-    known = knobs.get(script, keys)                     # what is not in knobs takes other words
+    known = knobs.get(script, keys)  # what is not in knobs takes other words
     if script == 'bench.py' and re.search('--mode=(train|memory)', words):
         known = known | knobs['train.py']
     return [file for file in files if not os.path.exists(file)] + [key for key in keys if key not in known]
@@ -312,7 +224,7 @@ def test_commands_that_are_told_can_be_given():
              *glob.glob('data/**/*.py', recursive=True), *glob.glob('tests/[!t]*.py')]
     texts = {path: open(path).read() for path in paths}
     for path in glob.glob('config/*.py'):
-        texts[path] += runpy.run_path(path).get('rungs', '')            # as they are run, {_names} filled in
+        texts[path] += runpy.run_path(path).get('rungs', '')  # as they are run, {_names} filled in
     told = [(path, *command) for path, text in texts.items() for command in commands_in(text)]
     assert [(*command, gone) for command in told if (gone := not_there(*command[1:], knobs))] == []
     assert len(told) > 300
@@ -326,7 +238,6 @@ def test_a_config_sets_knobs_of_a_script_and_stands_in_the_notebook(path):
 
 
 def test_words_in_backticks_are_there():
-    """Knobs that READMEs name alone, and files of ours."""
     names = set().union(*all_knobs().values())
     for path in ('README.md', 'config/README.md', 'tests/README.md'):
         text = open(path).read()

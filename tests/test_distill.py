@@ -1,13 +1,9 @@
-"""
-distill.py: losses that mean the same at any size, gradients of the plain formulas, labels that are unbiased, and the
-whole path.
-"""
+"""distill.py: gradients of the plain formulas, labels that are unbiased, and the whole path."""
 import copy
 import json
 import math
 import os
 import re
-import shutil
 import signal
 from dataclasses import replace
 
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, altered, largest_difference, refused, result_of, run, train, write_nanogpt
+from conftest import TINY, altered, largest_difference, refused, refuses, result_of, run, train, write_nanogpt
 
 import model as model_file
 from data.checkpoint import load_checkpoint, shape_of_student
@@ -23,9 +19,9 @@ from data.foreign.gpt2 import GPT2, GPT2Config
 from data.judge import check_reading, loss_on_text
 from data.labels import Labels, Recipe, choose_labels, fit_temperature, write_labels
 from data.loader import Loader, held_out
-from data.teachers import Teacher, check_teachers, in_bfloat16, load_teacher, load_teachers, teacher_names
+from data.teachers import Teacher, in_bfloat16, load_teacher, load_teachers
 from data.tokenizer import from_meta
-from distill import DIVERGENCES, Distiller, make_learner
+from distill import DIVERGENCES, Distiller
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=16, vocab_size=23, n_layer=2, n_head=2, n_embd=16, n_hidden=24)
@@ -47,7 +43,6 @@ def batch(B=3, T=16, seed=1):
 
 
 def taught(model, ids, steps=40):
-    """The model after some steps on this text: better than guessing by frequencies."""
     torch.manual_seed(0)
     optimizer, ids = torch.optim.Adam(model.parameters(), 0.01), torch.as_tensor(ids)
     for _ in range(steps):
@@ -65,19 +60,14 @@ def close(a, b, rtol=1e-5, atol=0):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(model_file, 'LOSS_CHUNK_BYTES', 4 * 23 * 5)              # five tokens at a time
+    monkeypatch.setattr(model_file, 'LOSS_CHUNK_BYTES', 4 * 23 * 5)  # five tokens at a time
 
 
-# -----------------------------------------------------------------------------
-# losses
+# ----- losses
 
 @pytest.mark.parametrize('kind', DIVERGENCES)
 @pytest.mark.parametrize('temperature', [1.0, 2.5])
 def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature, small_chunks):
-    """
-    In float64, chunked and recomputed, with two teachers and all heads, against the textbook's sums over whole
-    tensors.
-    """
     student = random_model(multi_token_n=2, draft_n=2).double()
     teachers = [random_model(s, n_layer=s).double().requires_grad_(False) for s in (1, 3)]
     idx, y = batch()
@@ -105,7 +95,6 @@ def test_losses_and_gradients_are_those_of_the_plain_formulas(kind, temperature,
 
 
 def test_labels_that_say_all_teach_what_the_teacher_teaches(small_chunks):
-    """Every id with its probability instead of the running teacher: the same losses and gradients, in float64."""
     student, teacher = random_model(draft_n=2).double(), random_model(1).double()
     idx, y = batch()
     log_p = (teacher(idx).detach() / 1.5).log_softmax(-1)
@@ -138,24 +127,20 @@ def test_a_teacher_whose_matrices_are_in_bfloat16_teaches_the_same(tied):
     assert teacher.transformer.wte.weight.dtype == torch.float32
 
 
-# -----------------------------------------------------------------------------
-# labels
+# ----- labels
 
 def test_sampled_labels_are_unbiased_and_top_k_is_not():
-    """
-    The gradient of the loss on labels, averaged over many draws of 4, against the full KL's; five standard errors
-    wide.
-    """
+    """The gradient on labels, averaged over many draws of 4, against the full KL's, within five standard errors."""
     torch.manual_seed(0)
     s, log_p = torch.randn(9), (2 * torch.randn(9)).log_softmax(-1)
-    full = s.softmax(-1) - log_p.exp()                                           # d KL / d logits
+    full = s.softmax(-1) - log_p.exp()  # d KL / d logits
     n = 50000
     generator = torch.Generator().manual_seed(3)
     gradient = {}
     for method in ('sample', 'topk'):
         ids, p = choose_labels(log_p.expand(n, 9), method, 4, generator)
         p = torch.full(ids.shape, 0.25) if p is None else p
-        gradient[method] = s.softmax(-1) - torch.zeros(n, 9).scatter_add_(1, ids, p)     # (n, 9)
+        gradient[method] = s.softmax(-1) - torch.zeros(n, 9).scatter_add_(1, ids, p)  # (n, 9)
     error = 5 * gradient['sample'].std(dim=0) / math.sqrt(n)
     off = {method: (g.mean(0) - full).abs() for method, g in gradient.items()}
     assert (error > 0).all() and (off['sample'] < error).all()
@@ -169,7 +154,6 @@ def data(toy):
 
 @pytest.fixture
 def loader(data):
-    """The first 33 1/3 batches of windows."""
     loader = Loader(data, 'train', 4, 16)
     loader.tokens, loader.n_tokens = loader.tokens[:1600], 1600
     return loader
@@ -187,10 +171,6 @@ def all_of_it(teachers, **how):
 
 @pytest.mark.parametrize('row', [None, 16])
 def test_labels_of_the_whole_vocabulary_are_the_teacher(loader, teachers, tmp_path, row):
-    """
-    Records of every token, in place: the KL from labels equals that from the running teachers wherever both have the
-    same context; rows have no other than their own.
-    """
     loader.row = row
     write_labels(tmp_path, teachers, loader, all_of_it(teachers, temperature=1.5))
     student = random_model(5, vocab_size=teachers[0].model.config.vocab_size)
@@ -208,13 +188,9 @@ def test_labels_of_the_whole_vocabulary_are_the_teacher(loader, teachers, tmp_pa
 
 
 def test_teachers_label_only_what_they_have_not_seen(loader, teachers, tmp_path):
-    """
-    Two held-out halves: each record is that of the one teacher that left its token out, and of all teachers that left
-    it out where there are more.
-    """
     one, two = teachers
     recipe, n = all_of_it(teachers), loader.n_tokens
-    first = held_out('1/2', np.arange(n), n)                                     # one's half
+    first = held_out('1/2', np.arange(n), n)  # one's half
     fold_one, fold_two = Teacher('', one.model, hold_out='1/2'), Teacher('', two.model, hold_out='2/2')
     with pytest.raises(ValueError, match=f'nobody can label token {first.argmin():,} of {n:,}.*hold_out'):
         write_labels(tmp_path / 'x', [fold_one], loader, recipe)
@@ -223,17 +199,13 @@ def test_teachers_label_only_what_they_have_not_seen(loader, teachers, tmp_path)
                       ('more', [one, fold_two])):
         write_labels(tmp_path / name, who, loader, recipe)
         at[name] = Labels(tmp_path / name, loader).table
-    ones = np.append(first[1:], first[-1])                                       # record i is of token i + 1
+    ones = np.append(first[1:], first[-1])  # record i is of token i + 1
     assert (at['halves'][ones] == at['one'][ones]).all() and (at['halves'][~ones] == at['two'][~ones]).all()
     assert (at['more'][ones] == at['one'][ones]).all() and (at['more'][~ones] == at['both'][~ones]).all()
     assert (at['one'] != at['two']).mean() > 0.99
 
 
 def test_calibration_finds_how_sure_a_teacher_may_be(loader, tmp_path):
-    """
-    Teachers that say the text's own frequencies to the power c are right at temperature c; the labels then are those
-    frequencies.
-    """
     n_ids = len(loader.meta['chars'])
     p = torch.bincount(torch.from_numpy(loader.tokens.astype('int64')), minlength=n_ids) / loader.n_tokens
     teachers = [Teacher('', random_model(vocab_size=n_ids), hold_out=fold) for fold in ('1/2', '2/2')]
@@ -245,14 +217,13 @@ def test_calibration_finds_how_sure_a_teacher_may_be(loader, tmp_path):
     assert meta['calibration'] == calibration
     record = Labels(tmp_path, loader).table[7]
     assert close(torch.from_numpy(record['p'].astype('float32')), p[record['ids'].astype('int64')], atol=1e-3)
-    loader.mask = loader.tokens == p.argmax().item()        # of chats what is not learnt does not count
+    loader.mask = loader.tokens == p.argmax().item()  # of chats what is not learnt does not count
     assert fit_temperature(teachers, loader, batches=10**6) == 0.8
 
 
 @pytest.mark.parametrize('method', ['sample', 'topk'])
 @pytest.mark.parametrize('stop', [0, 1, 30, 'labels.bin', 'meta.json'])
 def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_path, monkeypatch):
-    """Killed after so many batches, or before a file gets its name: the bytes are the same, and none is made twice."""
     folder, whole, recipe = tmp_path / 'labels', tmp_path / 'whole', Recipe(method, 3)
     write_labels(whole, teachers, loader, recipe)
     rows, replace, seen = loader.rows, os.replace, []
@@ -275,10 +246,9 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
         made = os.stat(folder / 'labels.bin')
     if stop == 1:
         part.write_bytes(part.read_bytes() + b'a torn record')
-    if stop == 30:                              # the last records of a batch did not reach the disk
+    if stop == 30:  # the last records of a batch did not reach the disk
         part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(ValueError, match='of another kind'):
-        write_labels(folder, teachers, loader, Recipe(method, 4))
+    refuses('of another kind', write_labels, folder, teachers, loader, Recipe(method, 4))
     write_labels(folder, teachers, loader, recipe)
     assert (folder / 'labels.bin').read_bytes() == (whole / 'labels.bin').read_bytes()
     assert sorted(os.listdir(folder)) == ['labels.bin', 'meta.json']
@@ -286,8 +256,7 @@ def test_labels_go_on_where_they_stopped(method, stop, loader, teachers, tmp_pat
     assert not made or (made.st_ino, made.st_mtime_ns) == (again.st_ino, again.st_mtime_ns)
 
 
-# -----------------------------------------------------------------------------
-# the whole path
+# ----- the whole path
 
 @pytest.fixture(scope='module')
 def teacher(toy, tmp_path_factory):
@@ -298,7 +267,6 @@ def teacher(toy, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def folds(toy, tmp_path_factory):
-    """Two teachers, each of which has not seen half of the text."""
     folders = [str(tmp_path_factory.mktemp(f'fold{i}')) for i in (1, 2)]
     for i, folder in enumerate(folders):
         train(folder, toy, f'--hold_out={i + 1}/2', '--max_iters=30', '--eval_interval=30')
@@ -312,10 +280,6 @@ def script(*args):
 
 
 def test_teacher_labels_student(toy, data, teacher, tmp_path):
-    """
-    Beside the teacher, or from its labels, a student learns the same from the same data; and the labels' cost is
-    counted.
-    """
     n_ids = len(Loader(data, 'val', 4, 16).meta['chars'])
     labels = tmp_path / 'labels'
     written = script(f'--teacher={teacher}+{teacher}', f'--out_dir={labels}', toy, '--method=topk', f'--k={n_ids}')
@@ -333,7 +297,6 @@ def test_teacher_labels_student(toy, data, teacher, tmp_path):
 
 
 def test_a_student_learns_through_the_rounding(toy, data, teacher, tmp_path, interrupt):
-    """From labels, over more than one pass of the text; stopped and resumed it is the same; its file says the same."""
     script(f'--teacher={teacher}', f'--out_dir={tmp_path}/labels', '--k=4')
     n = Loader(data, 'train', 4, 16).n_windows // 4 + 3
     how = (toy, f'--teacher={tmp_path}/labels', '--quant_bits=8', f'--max_iters={n}', f'--eval_interval={n}',
@@ -349,7 +312,6 @@ def test_a_student_learns_through_the_rounding(toy, data, teacher, tmp_path, int
 
 
 def test_folds_go_the_whole_way(toy, folds, tmp_path):
-    """Two teachers, each without half of the text, label all of it, calibrated or not, and a student learns from it."""
     both = '+'.join(folds)
     written = script(f'--teacher={both}', f'--out_dir={tmp_path}/labels')
     # each teacher labels half of the text, and windows overlap by a quarter
@@ -381,64 +343,38 @@ def test_nobody_is_taught_by_who_has_seen_the_text(command, pattern, toy, folds,
     assert os.listdir(tmp_path) == ['best.pt']
 
 
-def test_what_a_student_cannot_learn_from(data, loader, teachers, tmp_path):
-    """make_learner, which train.py calls: the message names what does not fit."""
-    student, tokenizer = random_model(vocab_size=len(loader.meta['chars'])), from_meta(loader.meta)
-    write_labels(tmp_path, teachers, loader, Recipe(k=2))
-    trained, labels = make_learner(student, str(tmp_path), loader, tokenizer)
-    assert trained.student is student and trained.teachers == [] and len(labels.table) == loader.n_tokens
-    assert make_learner(student, '', loader, tokenizer) == (student, None)
-    for spec, how, pattern in (
-            (tmp_path, dict(temperature=2.0), r'forward_kl at temperature 1.0, not for forward_kl at 2.0'),
-            (tmp_path, dict(divergence='jsd'), 'not for jsd at 1.0'),
-            (data, {}, 'holds no whole labels'),
-            (f'{tmp_path}/none', {}, 'no teacher at .*none: train one'),
-            ('random:d2', {}, 'a vocabulary of 65,536 and a context of 2048, which must be')):
-        with pytest.raises(ValueError, match=pattern):
-            make_learner(student, str(spec), loader, tokenizer, **how)
-    with open(tmp_path / 'labels.bin', 'ab') as f:
-        f.write(b'more')
-    with pytest.raises(ValueError, match='labels.bin has .* bytes, expected'):
-        Labels(tmp_path, loader)
-
-
 def test_labels_that_are_not_as_they_should_be(loader, teachers, tmp_path):
     folder = tmp_path / 'a b;c'
     write_labels(folder, teachers, loader, Recipe('topk', 2))
     meta, table = (folder / 'meta.json').read_text(), (folder / 'labels.bin').read_bytes()
-    again = r'.*write them again, python distill.py --teacher=... --out_dir=.[^ ]*/a b;c.$'     # in quotes
+    again = r'.*write them again, python distill.py --teacher=... --out_dir=.[^ ]*/a b;c.$'  # in quotes
     for change, match in (
             ({'vocab_size': 10**4}, 'are of 10,000 tokens, and this dataset has'),
             ({'method': 'none'}, "method 'none'"), ({'k': 10**12}, 'are 1000000000000 of'), ({'k': 0}, 'are 0 of'),
             ({'k': '2'}, "says that k is '2', not int"), ({'data': None}, 'says that data is None'),
             ({'temperature': []}, 'says that temperature is')):
         (folder / 'meta.json').write_text(json.dumps(json.loads(meta) | change))
-        with pytest.raises(ValueError, match=match + again):
-            Labels(folder, loader)
+        refuses(match + again, Labels, folder, loader)
     for text in ('{"k": ', '[' * 10**5, '[]'):
         (folder / 'meta.json').write_text(text)
-        with pytest.raises(ValueError, match='meta.json is damaged.*write them again'):
-            Labels(folder, loader)
+        refuses('meta.json is damaged.*write them again', Labels, folder, loader)
     (folder / 'meta.json').write_text(meta)
     for name, value in (('entropy', math.nan), ('entropy', -1), ('p', math.nan), ('ids', 10**4)):
         records = np.frombuffer(table, Labels(folder, loader).table.dtype).copy()
         records[name][7] = value
         (folder / 'labels.bin').write_bytes(records.tobytes())
-        with pytest.raises(ValueError, match=f'labels.bin has {name} that cannot be' + again):
-            Labels(folder, loader)
+        refuses(f'labels.bin has {name} that cannot be' + again, Labels, folder, loader)
         (folder / 'labels.bin').write_bytes(table)
+    (folder / 'labels.bin').write_bytes(table + b'more')
+    refuses('labels.bin has .* bytes, expected', Labels, folder, loader)
 
 
 @pytest.mark.parametrize('head', ['draft', 'multi_token'])
 def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, interrupt):
-    """
-    Everything else keeps its bits, in float and through the rounding; stopped and resumed it is the same; and the
-    head's loss falls.
-    """
     how = (*TINY, toy, f'--train_only={head}', f'--{head}_n=2', '--own_samples=0.5',
            '--quant_bits=8', '--muon_lr=0.05', '--max_iters=30', '--eval_interval=15')
     start = f'--init_from={teacher}/best.pt'
-    how += ('--draft_vocab=8',)                 # the most frequent ones only
+    how += ('--draft_vocab=8',)  # the most frequent ones only
     got = run('train.py', *how, f'--out_dir={tmp_path}/once', start)
     losses = [float(loss) for loss in re.findall(rf'\+ {head} ([\d.]+)', got.out)]
     assert got.status == 0 and len(losses) == 30 and losses[-1] < 0.9 * losses[0], (got.err, losses)
@@ -457,15 +393,11 @@ def test_a_head_is_trained_on_a_frozen_trunk(head, toy, teacher, tmp_path, inter
     assert wider.draft_vocab == 9 and (head == 'multi_token' or wider.draft_n == 1)
 
 
-# -----------------------------------------------------------------------------
-# teachers that know the text, and those that do not
+# ----- teachers that know the text, and those that do not
 
 @pytest.fixture(scope='module')
 def nanogpts(data, tmp_path_factory):
-    """
-    Three of nanoGPT's files, which do not say what their tokens mean: right has learnt this text, wrong the same one
-    in another alphabet of as many characters, padded is right with as many rows as the next multiple of 64.
-    """
+    """nanoGPT files: right has learnt this text, wrong another alphabet of the size, padded is right with 64 rows."""
     root, loader = tmp_path_factory.mktemp('nanogpts'), Loader(data, 'train', 4, 16)
     n, ids = len(loader.meta['chars']), torch.from_numpy(loader.tokens.astype('int64'))
     shape = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, bias=False)
@@ -489,7 +421,6 @@ def test_a_learnt_teacher_of_another_alphabet_is_refused(toy, nanogpts, tmp_path
 
 @pytest.mark.parametrize('fold', ['', '2/3'])
 def test_a_teachers_loss_on_the_text(data, teachers, fold):
-    """On a short text all windows are read, of what it may label; the same as plain cross-entropy over them."""
     loader = Loader(data, 'train', 3, 16)
     teacher = replace(teachers[0], hold_out=fold)
     n_windows, n_ids = loader.n_tokens // 16, len(loader.meta['chars'])
@@ -518,16 +449,3 @@ def test_looking_at_a_teacher_changes_nothing(data, teacher):
     check_reading([found], loader)
     assert torch.equal(torch.get_rng_state(), state) and loader.batch_size == 4 and not found.model.training
     assert all(torch.equal(t, weights[name]) for name, t in found.model.state_dict().items())
-
-
-def test_a_plus_in_a_path(data, teacher, nanogpts, tmp_path):
-    """A path that is there is one name, whatever is in it."""
-    shutil.copytree(teacher, tmp_path / 'a+b')
-    shutil.copy(nanogpts / 'right.pt', tmp_path / 'c++.pt')
-    a, c = f'{tmp_path}/a+b', f'gpt2:{tmp_path}/c++.pt'
-    for names in ([a], [c], [a, teacher], [teacher, a, c], ['x', 'y'], ['random:d2', 'random:d4'], []):
-        assert teacher_names('+'.join(names)) == names
-    assert check_teachers(f'{a}+{c}') == [f'{a}/best.pt', c[5:]]
-    loader = Loader(data, 'train', 4, 16)
-    found = load_teachers(f'{a}+{c}', from_meta(loader.meta), 16)
-    assert [t.name for t in found] == [a, c]

@@ -1,9 +1,4 @@
-"""
-From other folders, with other compilers: scripts take their code and datasets from beside themselves and nothing from
-where they are started, ~/ is the home folder, and a compiler that does not work is said in a line.
-
-$ python -m pytest tests/test_elsewhere.py
-"""
+"""Scripts from other folders take their code from beside themselves; ~/; and compilers that do not work."""
 import glob
 import json
 import os
@@ -31,9 +26,6 @@ def trap(tmp_path_factory):
     return folder
 
 
-# -----------------------------------------------------------------------------
-# another folder
-
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_scripts_take_their_code_from_beside_themselves(trap, monkeypatch, script):
     monkeypatch.chdir(trap)
@@ -43,13 +35,12 @@ def test_scripts_take_their_code_from_beside_themselves(trap, monkeypatch, scrip
     assert (got.status, got.err) == (0, '')
     assert json.loads(got.out)[home] == '/home/me/x'
     knobs = json.loads(run(os.path.join(ROOT, script), '--knobs').out)
-    for knob in ('out_dir', 'tokenizer'):                       # datasets lie beside the code, too
+    for knob in ('out_dir', 'tokenizer'):  # datasets lie beside the code, too
         if 'prepare' in script and knobs.get(knob):
             assert knobs[knob].startswith(os.path.join(ROOT, 'data') + os.sep)
 
 
 def test_prepare_train_quantize_and_sample_from_elsewhere(trap, tmp_path, monkeypatch):
-    """Of the user's paths each begins where the user is; a config is also found beside the scripts."""
     (trap / 'text.txt').write_text(toy_text())
     data = tmp_path / 'data'
     # as if a package named data were installed, too
@@ -72,16 +63,12 @@ def test_prepare_in_its_own_folder():
         refused(run('data/text/prepare.py', f'--input={__file__}', f'--name={name}'), 'is a folder of code in data/')
 
 
-# -----------------------------------------------------------------------------
-# ~
-
 @pytest.mark.parametrize('flag, value', [
     ('--out_dir=~/x', 'HOME/x'),
     ('--start=FILE:~/x y', 'FILE:HOME/x y'),
     ('--start=~', '~'), ('--start=~x/y', '~x/y'), ('--start=a ~/b', 'a ~/b'), ('--start=x/~/y', 'x/~/y'),
     ('--stop=~/', 'HOME/')])
 def test_home(monkeypatch, tmp_path, flag, value):
-    """Where a path may begin, ~/ is the home folder; any other ~ is a character."""
     (tmp_path / 'home.py').write_text('out_dir = "~/from/a/file"\n')
     monkeypatch.setenv('HOME', str(tmp_path))
     knobs = json.loads(run('sample.py', tmp_path / 'home.py', flag, '--knobs').out)
@@ -97,56 +84,27 @@ def test_home_of_teachers(monkeypatch, tmp_path, value):
     assert json.loads(run('train.py', f'--teacher={value}', '--knobs').out)['teacher'] == value.replace('~', str(tmp_path))
 
 
-# -----------------------------------------------------------------------------
-# the compiler
-
-def fake(tmp_path, last):
-    """A g++ that answers --version like the true one and does last with all else -> the environment that has it"""
-    (tmp_path / 'g++').write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec /usr/bin/g++ --version\n{last}\n')
+@pytest.mark.parametrize('name, value, why', [
+    ('g++', 'exit 1', r'g\+\+ does not work \(status 1\)'),
+    ('g++', 'echo no space left >&2; exit 2', r'g\+\+ does not work \(no space left\)'),
+    ('g++', 'for a; do case $a in *.so) exit 1;; esac; done; exec /usr/bin/g++ "$@"',  # only trying shows it
+     'a first small compilation failed: .*'),
+    ('TORCHINDUCTOR_CACHE_DIR', '{}/g++/cache', r'TORCHINDUCTOR_CACHE_DIR \(.*\) cannot be written: Not a directory'),
+    ('CXX', 'no-such-compiler', r'no C\+\+ compiler was found.*'), ('PATH', '', r'no C\+\+ compiler was found.*')])
+def test_without_a_compiler_that_works_it_goes_on(toy, tmp_path, monkeypatch, name, value, why):
+    """A line says why. The g++ of the test answers --version like the true one."""
+    (tmp_path / 'g++').write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec /usr/bin/g++ --version\n{value}\n')
     (tmp_path / 'g++').chmod(0o755)
-    return {'PATH': f"{tmp_path}{os.pathsep}{os.environ['PATH']}", 'CXX': 'g++',
-            'TORCHINDUCTOR_CACHE_DIR': f'{tmp_path}/cache'}
-
-
-def off(got, pattern):
-    """One line says why, and the training went on without a compiler."""
+    monkeypatch.delenv('CXX', raising=False)
+    if name == 'g++':
+        monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{tmp_path}/cache')
+        monkeypatch.setenv('CXX', 'g++')
+        name, value = 'PATH', f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv(name, value.format(tmp_path))
+    train = python if 'compilation' in why else run  # a process of its own, as torch keeps what it has compiled
+    got = train('train.py', *TINY, toy, '--compile=True', '--max_iters=2', f'--out_dir={tmp_path}/out')
     assert got.status == 0 and 'compile=False' in got.out
-    assert re.fullmatch(f'compile: off, {pattern}; going on in eager mode, slower\n', got.err), got.err
-
-
-def compiled(toy, tmp_path):
-    return [*TINY, toy, '--compile=True', '--max_iters=2', f'--out_dir={tmp_path}/out']
-
-
-@pytest.mark.parametrize('last, why', [
-    ('exit 1', r'g\+\+ does not work \(status 1\)'),
-    ('echo no space left >&2; exit 2', r'g\+\+ does not work \(no space left\)')])
-def test_a_broken_compiler(toy, tmp_path, monkeypatch, last, why):
-    for name, value in fake(tmp_path, last).items():
-        monkeypatch.setenv(name, value)
-    off(run('train.py', *compiled(toy, tmp_path)), why)
-
-
-def test_a_broken_linker(toy, tmp_path):
-    """Only trying shows it; in a process of its own, as torch keeps what it has compiled."""
-    environment = fake(tmp_path, 'for a; do case $a in *.so) exit 1;; esac; done; exec /usr/bin/g++ "$@"')
-    off(python('train.py', *compiled(toy, tmp_path), **environment), 'a first small compilation failed: .*')
-
-
-def test_a_cache_that_cannot_be_written(toy, tmp_path, monkeypatch):
-    (tmp_path / 'file').write_text('')
-    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', f'{tmp_path}/file/cache')
-    off(run('train.py', *compiled(toy, tmp_path)),
-        r'TORCHINDUCTOR_CACHE_DIR \(.*file/cache\) cannot be written: Not a directory')
-
-
-def test_a_compiler_with_flags(monkeypatch):
-    """torch takes all of CXX for the name of a program, so it is told the program alone."""
-    from torch._inductor import config, cpp_builder
-    monkeypatch.setenv('CXX', 'g++ -O1')
-    monkeypatch.setattr(data.compiling, 'small_compilation', lambda kind: None)
-    with config.patch({'cpp.cxx': (None, 'g++ -O1')}):                  # as torch takes it from there
-        assert data.compiling.can_compile('cpu') and cpp_builder.get_cpp_compiler() == 'g++'
+    assert re.fullmatch(f'compile: off, {why}; going on in eager mode, slower\n', got.err), got.err
 
 
 def test_nothing_is_compiled_where_it_is_off(monkeypatch, toy, tmp_path):

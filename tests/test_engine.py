@@ -1,7 +1,4 @@
-"""
-engine.py: every way to decode gives the text of the plain one, and that is the model's: cached = chunked = batched =
-speculative = compiled = full forward; the sampling law; whole characters.
-"""
+"""engine.py: cached = chunked = batched = speculative = compiled = full forward; the sampling law; whole characters."""
 import copy
 import itertools
 import math
@@ -33,12 +30,10 @@ GREEDY = Sampling(temperature=0)
 
 
 def in_passes(model, ids, widths, cache):
-    """ids (B, T) read in passes of so many tokens each -> logits (B, T, V)"""
     parts = ids.split(widths, dim=1)
     return torch.cat([model.logits(model.trunk(part, cache)) for part in parts], dim=1)
 
-# -----------------------------------------------------------------------------
-# who sees whom
+# ----- who sees whom
 
 def window_of_3(query, key):
     return (key <= query) & (key > query - 3)
@@ -83,8 +78,7 @@ def test_every_mask_is_the_rule_of_sees(way, rule, monkeypatch):
             expected = model(ids)
         assert torch.allclose(WAYS[way](model, ids), expected, atol=1e-4), f'another mask than sees: {way}'
 
-# -----------------------------------------------------------------------------
-# the cache
+# ----- the cache
 
 @pytest.mark.parametrize('tokenizer, kv, shape', MODELS)
 @pytest.mark.parametrize('widths', [1, 7, [100, 1, 1, 90, 60, 28]])
@@ -92,14 +86,14 @@ def test_cached_and_chunked_equal_the_full_forward(tokenizer, kv, shape, widths)
     model = build(tokenizer, kv, **shape)
     ids = torch.randint(tokenizer.vocab_size, (3, 280))
     with torch.no_grad():
-        got = in_passes(model, ids, widths, KVCache(model.config, 3, max_tokens=10))        # it grows as it goes
+        got = in_passes(model, ids, widths, KVCache(model.config, 3, max_tokens=10))  # it grows as it goes
         assert torch.allclose(got, model(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize('kv, shape', [(4, {}), (2, {}), (1, {}), (2, LLAMA), (2, UNTIED)])
 @pytest.mark.parametrize('lengths', [[40, 40, 40], [40, 3, 77]])
 def test_ragged_rows_and_rewind_equal_the_full_forward(kv, shape, lengths, monkeypatch):
-    monkeypatch.setattr(E, 'PREFILL_CHUNK', 7)                                      # chunks of prompts end anywhere
+    monkeypatch.setattr(E, 'PREFILL_CHUNK', 7)  # chunks of prompts end anywhere
     model = build(kv=kv, **shape)
     ids = torch.randint(96, (3, 90))
     with torch.inference_mode():
@@ -133,7 +127,6 @@ def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv, shape, bits):
 
 
 def test_int8_cache_equals_attending_to_rounded_keys():
-    """The same network with its keys and values rounded, in a float cache, gives the same logits."""
     model = build(kv=2)
     ids = torch.randint(96, (2, 150))
     plain, small = KVCache(model.config, 2), KVCache(model.config, 2, dtype=torch.int8)
@@ -153,8 +146,7 @@ def test_int8_cache_equals_attending_to_rounded_keys():
     engine, prompts = Engine(model, cache_dtype=torch.int8), [[3] * 9, [4] * 20]
     assert engine.complete(prompts, 60, speculation=Speculation('random')) == engine.complete(prompts, 60)
 
-# -----------------------------------------------------------------------------
-# plain decoding, and many rows at once
+# ----- plain decoding, and many rows at once
 
 @pytest.mark.parametrize('tokenizer, kv, shape', MODELS)
 def test_generation_equals_recomputing_everything(tokenizer, kv, shape):
@@ -181,7 +173,7 @@ def test_a_row_does_not_depend_on_its_neighbours(sampling):
     assert together[:2] == engine.complete(prompts[:1], 60, sampling, num_samples=2)
     assert together[0] == decode(engine.model, prompts[0], 60, sampling)
     first = {row[0] for row in engine.complete(prompts[:1], 1, Sampling(seed=5), num_samples=30)}
-    assert len(first) > 5                                                   # rows differ from the first token on
+    assert len(first) > 5  # rows differ from the first token on
     assert together != engine.complete(prompts, 60, Sampling(seed=6), num_samples=2)
 
 
@@ -199,24 +191,10 @@ def test_rows_end_where_they_should():
     assert long[0][:200] == engine.complete(prompts, 200, GREEDY)[0]
 
 
-@pytest.mark.parametrize('prompts, n, how, message', [
-    ([[1, 2]], 300, {}, r"2 tokens \+ max_new_tokens \(300\) do not fit the context of 300"),
-    ([[1] * 301], 1, dict(slide=True), '301 tokens .* do not fit'),
-    ([[1], []], 5, {}, 'prompt is empty'),
-    ([[1], [2]], 5, dict(reuse=True), 'one prompt and one sample, not 2 and 1'),
-    ([[1]], 5, dict(speculation=Speculation('heads')), 'drafter .heads. must be one of none, head'),
-    ([[1]], 5, dict(speculation=Speculation('ngram', 16)), '16 drafts are too many'),
-    ([[1]], 5, dict(speculation=Speculation('head')), 'needs a model with a draft head'),
-    ([[1]], 5, dict(speculation=Speculation('mtp')), 'needs a model with a multi_token head')])
-def test_what_cannot_be_decoded(prompts, n, how, message):
-    with pytest.raises(AssertionError, match=message):
-        next(Engine(build()).generate(prompts, n, **how))
-
-# -----------------------------------------------------------------------------
-# sampling
+# ----- sampling
 
 def test_gumbel_is_gumbel():
-    g = Noise(1, 20)(range(100), [7] * 100, 50)                                     # (rows, positions, ids)
+    g = Noise(1, 20)(range(100), [7] * 100, 50)  # (rows, positions, ids)
     # a function of seed, row and position
     assert torch.equal(Noise(1, 20)([5, 3], [9, 20], 2), torch.stack((g[5, 2:4], g[3, 13:15])))
     # ... and not of what was asked for before: rows for drafts that were wrong are used again
@@ -227,7 +205,7 @@ def test_gumbel_is_gumbel():
     g = g.flatten(0, 1)
     assert len(g[:, 0].unique()) > 4990
     assert g.isfinite().all()
-    assert Noise(1337, 65536)([0], [36], 1).isfinite().all()            # id 45874 has the largest hash there is
+    assert Noise(1337, 65536)([0], [36], 1).isfinite().all()  # id 45874 has the largest hash there is
     # the distribution function is exp(-exp(-x))
     for x in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0):
         p = math.exp(-math.exp(-x))
@@ -242,7 +220,6 @@ def test_gumbel_is_gumbel():
     ({}, 5), (dict(top_k=2), 2), (dict(top_k=9), 5), (dict(top_p=1.0), 5), (dict(top_p=0.4), 1), (dict(top_p=0.0), 1),
     (dict(top_p=0.6), 2), (dict(top_p=0.95), 4), (dict(min_p=0.2), 3), (dict(top_k=4, min_p=0.4), 2)])
 def test_the_filters(filters, left):
-    """Of five tokens, sorted, the first so many are left."""
     logits = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]).log()
     noise = gumbel(torch.tensor([mix(i) for i in range(4000)]), 5)
     seen = draw(logits.expand(4000, 5), noise, Sampling(**filters))
@@ -270,8 +247,7 @@ def test_the_sampling_law():
     dof = len(exact) - 1
     assert g < dof + 4 * math.sqrt(2 * dof), f'G = {g:.1f} for {dof} degrees of freedom'
 
-# -----------------------------------------------------------------------------
-# streaming
+# ----- streaming
 
 @pytest.mark.parametrize('seed', range(3))
 def test_streaming_equals_decoding_at_the_end(seed):
@@ -291,8 +267,7 @@ def test_streaming_whole_characters_and_stop_strings(stops, pieces):
     fake.generate = lambda *args, **how: iter([[(0, [b])] for b in 'a€bSTxSTOPyz'.encode()])
     assert list(fake.stream(BPE, [1], 9, stops)) == pieces
 
-# -----------------------------------------------------------------------------
-# speculation: the same seed gives the same text, whatever the drafter
+# ----- speculation: the same seed gives the same text, whatever the drafter
 
 def oracle(accuracy, texts):
     """A drafter that knows the text and is wrong now and then: exercises every length of acceptance."""
@@ -325,7 +300,7 @@ def test_speculation_never_changes_the_text(tokenizer, kv, shape, form):
             assert engine.complete(prompts[:1], 30, sampling, Speculation(drafter)) == [alone], drafter
         engine.complete(prompts[:1], 30, sampling, Speculation(oracle(100, texts), 5, adapt=False))
         assert engine.stats['tokens'] == 30
-        assert engine.stats['passes'] <= 7                  # 6 tokens a pass but for the first and the last
+        assert engine.stats['passes'] <= 7  # 6 tokens a pass but for the first and the last
         assert engine.stats['accepted'][5] >= 4
 
 
@@ -341,7 +316,6 @@ def test_speculation_with_stops_samples_and_sliding(drafter, length, how):
 
 
 def test_heads_draft_what_they_were_trained_for():
-    """Heads trained to know the next tokens of a fixed cycle have all their drafts kept."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=16, n_layer=1, n_head=2, n_embd=32, multi_token_n=2, draft_n=3))
     text = torch.arange(2000) * 5 % 16
@@ -357,8 +331,7 @@ def test_heads_draft_what_they_were_trained_for():
         engine.complete([[0, 5]], 40, GREEDY, Speculation(drafter, k, adapt=False))
         assert engine.stats['kept'] >= 0.9 * engine.stats['drafted'] - k
 
-# -----------------------------------------------------------------------------
-# reuse
+# ----- reuse
 
 def test_a_conversation_keeps_its_cache():
     model = build(kv=1)
@@ -381,11 +354,9 @@ def test_a_conversation_keeps_its_cache():
     engine.complete([CHAR.encode('something else')], 0, reuse=True)
     check(edited, 0)
 
-# -----------------------------------------------------------------------------
-# compiled rounds
+# ----- compiled rounds
 
 def compiled_equals_plain(drafter, dtype, **heads):
-    """Free, with a stop token, and in a conversation that goes on; all by one compiled call."""
     torch._dynamo.reset()
     shape = dict(block_size=96, vocab_size=96, n_layer=1, n_head=4, n_kv_head=1, n_embd=32)
     model = Q.convert(randomise(GPT(GPTConfig(**shape, **heads)), std=0.1))
@@ -409,21 +380,16 @@ def test_compiled_rounds_give_the_same_text():
 
 @pytest.mark.parametrize('drafter', ['none', 'mtp'])
 def test_rounds_are_one_graph_that_gives_the_same_text(drafter, monkeypatch):
-    """As they are compiled, up to the compiler itself: the graph runs as it is."""
     compile = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda f, options, **how: compile(f, backend='eager', **how))
     compiled_equals_plain(drafter, torch.float32, multi_token_n=2)
 
-# -----------------------------------------------------------------------------
-# layouts
+# ----- layouts
 
 @pytest.mark.parametrize('kernels', [True, False])
 @pytest.mark.parametrize('bits', [0, 8, 4])
 def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
-    """
-    The same logits and text; of integers bit for bit (but for kernels.cpp's norms): the joint product, the vocabulary
-    that is packed, 4 bits that are unpacked once. Its drafts are chosen among the first 64 tokens, and the text is still the same.
-    """
+    """The same logits (of integers to the bit, but for norms by kernels.cpp) and text, with any drafts."""
     monkeypatch.setattr(PackedInt8Linear, 'ROWS', 50)
     model = with_heads(BPE, 2)
     if bits:
@@ -436,7 +402,7 @@ def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     assert torch.allclose(model.logits(states)[..., :64], fused.draft_logits(states), rtol=0, atol=close)
     plain = Engine(model).complete([[1, 2]], 50)
     assert max(plain[0]) >= 64
-    model.config.draft_vocab = 50               # what a head was trained to choose from is what it chooses from
+    model.config.draft_vocab = 50  # what a head was trained to choose from is what it chooses from
     assert model.draft_logits(states).size(-1) == 50
     assert for_decoding(copy.deepcopy(model), kernels=kernels).draft_lm_head(states).size(-1) == 50
     assert Engine(fused).complete([[1, 2]], 50) == plain

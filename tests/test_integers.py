@@ -1,7 +1,4 @@
-"""
-data/balance.py: the float network stays what it is, and its integers are nearer to it. And training on from integers:
-the float weights behind them round to just these, and what is trained rounds as its file will.
-"""
+"""data/balance.py: the same float network, with integers that are nearer to it. And training on from integers."""
 import copy
 import json
 from dataclasses import replace
@@ -11,11 +8,10 @@ import torch
 from conftest import (LLAMA, SMALL, TINY, batches, make_dataset, needs_compiler, outputs, randomise, refused, result_of,
                       run, train)
 
-from data import calibration
 from data.balance import balance, peaks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.foreign.export import own_tensors
-from data.loader import Loader, load_meta
+from data.loader import Loader
 from data.rounding import BITS, IntLinear, behind, grid_of, round_to_grid, round_weight, steps_of, weights_behind
 from data.slicing import build
 from data.tokenizer import from_meta
@@ -47,57 +43,26 @@ def test_the_float_network_is_the_same(shape, data):
 
 
 @torch.no_grad()
-def uneven(shape):
-    """A model in which a channel and some neurons are much larger than the others, as in trained ones."""
-    model = make(n_embd=64, **shape)
-    for name, w in model.named_parameters():
+def test_its_integers_are_nearer():
+    model, data = make(n_embd=64, n_kv_head=2), batches()
+    for name, w in model.named_parameters():  # a channel and some neurons are large, as in trained models
         w.mul_(0.3)
         if 'transformer' in name and name.endswith('c_proj.weight'):
             w[3] *= 30
         if name.endswith('mlp.c_fc.weight'):
             w[::16] *= 8
-    return model
-
-
-def test_its_integers_are_nearer():
-    model, data = uneven(dict(n_kv_head=2)), batches()
     exact = outputs(model)
-
-    def error(other):
-        return (outputs(other) - exact).square().mean()
+    error = lambda other: (outputs(other) - exact).square().mean()
     assert error(convert(balance(model, data), 8)) < 0.5 * error(convert(copy.deepcopy(model), 8))
     assert error(gptq(balance(model, data), data, 4)) < error(gptq(model, data, 4))
 
 
 @pytest.mark.parametrize('shape', [dict(n_kv_head=2), LLAMA | dict(out_proj=False, tie_weights=False)])
 def test_others_read_hidden_units_as_they_are(shape):
-    """What is written for other projects knows of no Hadamard turn, and computes the same."""
     model = make(**shape)
     equal = balance(model, batches())
     plain = build(own_tensors(equal), replace(equal.config, hadamard=0))
     assert equal.config.hadamard and (outputs(plain) - outputs(model)).abs().max() < 1e-4
-
-
-def test_packed_rows_are_calibrated_with_whole(tmp_path, monkeypatch):
-    """Chats are packed in rows of their own length, whatever the longest row of a text to calibrate with is."""
-    make_dataset(tmp_path / 'chat')
-    meta = json.loads((tmp_path / 'chat' / 'meta.json').read_text())
-    (tmp_path / 'chat' / 'meta.json').write_text(json.dumps(meta | {'row': 32}))
-    monkeypatch.setattr(calibration, 'LONGEST', 8)
-    x, y = calibration.from_dataset(str(tmp_path / 'chat'), make(), 1)[0]
-    assert x.shape == y.shape == (16, 32)
-
-
-def test_a_seed_chooses_the_rows(tmp_path):
-    """Of a dataset, or of what the model writes; each seed has rows of its own, and the same ones again."""
-    make_dataset(tmp_path)
-    model = make()
-    tokenizer = from_meta(load_meta(tmp_path))
-    for rows in (lambda seed: calibration.from_dataset(str(tmp_path), model, 2, seed=seed),
-                 lambda seed: calibration.from_itself(model, tokenizer, 2, seed)):
-        first, again, other = (torch.cat([x for x, _ in rows(seed)]) for seed in (0, 0, 1))
-        assert torch.equal(first, again)
-        assert not {tuple(row) for row in first.tolist()} & {tuple(row) for row in other.tolist()}
 
 
 def test_what_never_fires_stays_as_it_is():
@@ -108,8 +73,7 @@ def test_what_never_fires_stays_as_it_is():
     assert outputs(balance(model, batches())).isfinite().all()
 
 
-# -----------------------------------------------------------------------------
-# training on from integers that GPTQ chose (quantize.py --for_training=True)
+# ----- training on from integers that GPTQ chose (quantize.py --for_training=True)
 
 @pytest.mark.parametrize('bits', BITS)
 @pytest.mark.parametrize('shape', [LLAMA, dict(draft_n=2, multi_token_n=2)])
@@ -130,7 +94,7 @@ def test_training_starts_from_the_integers(shape, bits):
     # in another order of sums, an activation is now and then rounded to the next integer
     near = (fake(x) - before).abs().mean()
     assert near < 0.02
-    if bits < 8:                                # at 8 bits the nearest integers are mostly GPTQ's
+    if bits < 8:  # at 8 bits the nearest integers are mostly GPTQ's
         assert near < 0.2 * (prepare(behind(model, fitted), bits)(x) - before).abs().mean()
     assert all(module.grid for module in fake.modules() if hasattr(module, 'grid'))
 
@@ -171,7 +135,6 @@ def test_a_new_head_is_on_no_grid(start, tmp_path):
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory):
-    """A float model, and what quantize.py makes of it to train on: int4.safetensors and int4.pt."""
     folder = tmp_path_factory.mktemp('grid')
     data = str(folder / 'data')
     make_dataset(data, val=1500)
@@ -189,7 +152,6 @@ def on(start, *flags):
 
 
 def test_train_and_quantize(start, tmp_path):
-    """The loss before training is the integers'; after it, the file has the loss that training saw."""
     folder, document = start
     result = train(tmp_path, *on(folder, '--eval_interval=4'))
     assert result['val_loss_before'] == pytest.approx(document['val_loss_quant'], abs=2e-3)

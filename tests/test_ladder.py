@@ -1,6 +1,6 @@
 """
-Ladders: what a folder knows of how it was made, commands that build rungs, their record, and bench.py that measures
-them. The rungs are made by a script that copies a checkpoint and says what a training would say: nothing is trained.
+Ladders: what a folder knows of how it was made, rungs, their record, and bench.py that measures them. A script copies
+checkpoints for rungs and says what a training would say: nothing is trained.
 """
 import glob
 import json
@@ -16,20 +16,18 @@ import time
 import pytest
 import torch
 
-import data.bench.rungs
-from conftest import Here, make_dataset, randomise, refused, result_of, run, start, toy_text
-from data.bench.ladder import compare_records, read_record, read_rungs, summary, welch, write_record
+from conftest import Here, make_dataset, randomise, refused, refuses, result_of, run, start, toy_text
+from data.bench.ladder import compare_records, read_rungs, summary, welch
 from data.bench.tasks import bits_per_byte
 from data.cache import KVCache
 from data.checkpoint import load_model, save_checkpoint
 from data.loader import Loader
-from data.record import already, made, record, stopped_on_the_way
+from data.record import already, made, record
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig, evaluate
 from quantize import load
 
-# -----------------------------------------------------------------------------
-# data/record.py
+# ----- data/record.py
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
@@ -63,20 +61,9 @@ def test_what_this_command_made_is_not_made_again(command, tmp_path, capsys):
     assert already(path) is None and 'made by another command' in capsys.readouterr().err
     command(f'train.py {config} --seed=1', ladder=False)
     make(path)
-    assert already(path) is None and not capsys.readouterr().err        # asked by nobody
+    assert already(path) is None and not capsys.readouterr().err  # asked by nobody
     command(f'train.py {config} --seed=1')
-    assert already(path)                                                # by hand or by a ladder: the same command
-
-
-def test_what_is_older_than_what_it_was_made_from_is_made_again(command, tmp_path, capsys):
-    source, path = f'{tmp_path}/a/best.pt', f'{tmp_path}/b/int8.safetensors'
-    command('quantize.py')
-    make(source)
-    already(path, [source])
-    make(path, reads=[source])
-    assert already(path, [source])
-    os.utime(source, (time.time() + 9, time.time() + 9))
-    assert already(path, [source]) is None and f'is older than {source}' in capsys.readouterr().err
+    assert already(path)  # by hand or by a ladder: the same command
 
 
 @pytest.mark.parametrize('file', ['best.pt', 'ckpt.pt', 'int4.safetensors', 'labels.bin'])
@@ -85,41 +72,8 @@ def test_what_no_ladder_made_is_not_replaced(command, tmp_path, file):
     (tmp_path / file).write_text('mine')
     command('train.py')
     for _ in range(2):
-        with pytest.raises(ValueError, match=f'would replace .*{file}, which is not as a ladder made it'):
-            already(path)
+        refuses(f'would replace .*{file}, which is not as a ladder made it', already, path)
     assert (tmp_path / file).read_text() == 'mine'
-
-
-def test_what_a_user_trained_over_a_rung_is_not_replaced(command, tmp_path):
-    path = f'{tmp_path}/out/best.pt'
-    command('train.py')
-    already(path)
-    make(path)
-    (tmp_path / 'out' / 'ckpt.pt').write_text('a training that a user began there')
-    os.utime(path, (1, 1))
-    with pytest.raises(ValueError, match='not as a ladder made it'):
-        already(path)
-    os.remove(path)
-    with pytest.raises(ValueError, match='ckpt.pt'):
-        already(path)
-
-
-def test_only_a_checkpoint_that_the_stopped_run_saved_is_gone_on_with(command, tmp_path):
-    path, saved = f'{tmp_path}/out/best.pt', tmp_path / 'out' / 'ckpt.pt'
-    command('train.py --seed=1')
-    already(path)
-    assert not stopped_on_the_way(path)
-    saved.write_text('of seed 1')
-    assert stopped_on_the_way(path)
-    make(path)
-    assert not stopped_on_the_way(path)                 # it was finished
-    command('train.py --seed=2')
-    already(path)
-    assert not stopped_on_the_way(path)                 # begun, but nothing saved yet
-    os.utime(saved, (time.time() + 9, time.time() + 9))
-    assert stopped_on_the_way(path)
-    command('train.py --seed=2', ladder=False)
-    assert not stopped_on_the_way(path)                 # by hand one says --init_from=resume
 
 
 def test_stale_labels_leave_by_name(command, tmp_path):
@@ -150,23 +104,7 @@ def test_what_a_product_cost(command, tmp_path):
         'train_tokens': 15, 'train_seconds': 9, 'train_flops': 21, 'labels': {f'{tmp_path}/labels': 7}}
 
 
-def test_a_damaged_record_is_named(tmp_path):
-    (tmp_path / 'made.json').write_text('{"best')
-    with pytest.raises(ValueError, match='made.json is damaged.*: remove it'):
-        made(f'{tmp_path}/best.pt')
-
-
-def test_a_rung_may_know_less_than_chance(tmp_path):
-    """No other number of a record is below 0, and this one comes back as it was."""
-    rows, path = [{'name': 'guesses', 'bytes': 8, 'tasks_centred': -0.08}], f'{tmp_path}/ladder.json'
-    write_record(path, rows, {})
-    assert read_record(path)['rows'] == rows
-    write_record(path, [rows[0] | {'bytes': -8}], {})
-    with pytest.raises(ValueError, match='ladder.json is damaged.*bytes is -8'):
-        read_record(path)
-
-# -----------------------------------------------------------------------------
-# a ladder
+# ----- a ladder
 
 MAKE = '''
 import json, os, shutil, sys
@@ -199,10 +137,7 @@ in 4 bits   | python quantize.py --out_dir=T/w --bits=4 --method=rtn --save_dir=
 
 @pytest.fixture
 def climb(tmp_path, in_process):
-    """
-    climb(*flags, old='', new='') -> a run of CONFIG with old replaced by new. climb.folder holds its two models;
-    climb.calls() says what was made.
-    """
+    """climb(*flags, old='', new='') -> a run of CONFIG, old replaced; climb.calls() says what was made."""
     data = make_dataset(tmp_path / 'toy').split('=')[1]
     meta = json.load(open(f'{data}/meta.json'))
     for name, width, draft_n in (('wide', 16, 0), ('narrow', 8, 2)):
@@ -215,7 +150,7 @@ def climb(tmp_path, in_process):
         (tmp_path / 'ladder.py').write_text(CONFIG.replace(old, new).replace('T/', f'{tmp_path}/'))
         got = run('bench.py', f'{tmp_path}/ladder.py', '--device=cpu', '--rounds=1', '--prompt_tokens=6',
                   '--new_tokens=12', '--memory=False', '--timed=none', *flags)
-        got.err = got.err[got.err.rfind('error: '):] if got.status else got.err      # without what it said on the way
+        got.err = got.err[got.err.rfind('error: '):] if got.status else got.err  # without what it said on the way
         return got
     f.folder, f.calls = tmp_path, lambda: (tmp_path / 'calls').read_text().split()
     return f
@@ -231,7 +166,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert [(r['name'], r['seed']) for r in rows] == [
         ('wide', None), ('a control', 1), ('a control', 2), ('narrow', None), ('in 4 bits', None)]
     assert climb.calls() == ['w', 'c1', 'c2', 'n', 'm']
-    assert (at / 'out' / 'narrow.log').read_text().count('step 1') == 2         # of both its commands
+    assert (at / 'out' / 'narrow.log').read_text().count('step 1') == 2  # of both its commands
     assert json.load(open(at / 'kept.json'))['rows'] == json.load(open(at / 'out' / 'ladder.json'))['rows']
     assert [r['train_tokens'] for r in rows[:4]] == [100, 30, 30, 37] and rows[3]['train_flops'] == 370
     wide, narrow = (load_model(f'{at}/{name}/best.pt')[0] for name in ('wide', 'narrow'))
@@ -242,7 +177,7 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert [r['params'] for r in rows] == [m.params()['total'] for m in (wide, narrow, narrow, narrow, wide)]
     assert rows[0]['tok_s'] > 0 and 'tok_s_speculative' not in rows[0]
     assert rows[3]['tok_s_speculative'] > 0 and rows[3]['tokens_per_verify'] >= 1 and 'speculation_exact' in rows[3]
-    assert 'tok_s' not in rows[2]                                                # of several seeds the first is timed
+    assert 'tok_s' not in rows[2]  # of several seeds the first is timed
 
     # with another cache it is another loss; nothing is built twice
     again = rows_of(climb('--with_int8_cache=in 4 bits'))
@@ -253,10 +188,10 @@ def test_a_ladder_is_built_once_measured_and_checked(climb, monkeypatch):
     assert again[4]['val_loss'] == pytest.approx(loss, rel=1e-6) and again[4]['val_loss'] != rows[4]['val_loss']
     assert len(climb.calls()) == 5
 
-    check = f'--check={at}/out/ladder.json'                                      # as it was recorded, with that cache
+    check = f'--check={at}/out/ladder.json'  # as it was recorded, with that cache
     got = climb(check)
     assert got.status == 0 and 'nothing changed' in got.out, got.err
-    shutil.copy(f'{at}/wide/best.pt', rows[3]['file'])                           # somebody else trains there
+    shutil.copy(f'{at}/wide/best.pt', rows[3]['file'])  # somebody else trains there
     assert 'narrow: val_loss was' in climb(check).out
     refused(climb(), "rung 'narrow'.* would replace .*/m/best.pt, which is not as a ladder made it")
     os.remove(f'{at}/w/best.pt')
@@ -277,34 +212,24 @@ def test_rungs_read_other_texts_and_answer_questions(climb):
     assert row['bpb_other'] == pytest.approx(expected, rel=1e-6) and row['tasks'][0]['questions'] == 20
     assert row['tasks_centred'] == row['tasks'][0]['centred'] and row['tasks_error'] > 0
     assert json.load(open(at / 'kept.json'))['rows'] == [row]
-    (at / 'other.txt').write_text(toy_text(9))                                  # another text is measured again
+    (at / 'other.txt').write_text(toy_text(9))  # another text is measured again
     assert rows_of(climb(*flags))[0]['bpb_other'] != row['bpb_other']
     table = run('bench.py', '--mode=table', f'{at}/kept.json', '--columns=name,bpb_other,tasks_centred,tasks_error')
     assert table.status == 0 and table.out.splitlines()[0].split() == '| rung | other | tasks | +- |'.split()
     refused(climb('--texts=other'), r'texts \(other\) must be like')
 
 
-def test_compiled_rounds_are_timed(climb, monkeypatch):
-    """They are the same function, so without a compiler their texts are the plain ones."""
-    monkeypatch.setattr(torch, 'compile', lambda f, **how: f)
-    monkeypatch.setattr(data.bench.rungs, 'can_compile', lambda device: True)
-    rows = rows_of(climb('--timed=narrow, in 4 bits', '--compiled=narrow, in 4 bits', '--seeds=1'))
-    assert rows[2]['same_texts_compiled'] == rows[3]['same_texts_compiled'] == 1
-    assert 0 <= rows[2]['same_texts_speculative_compiled'] <= 1 and rows[3]['tok_s_compiled'] > 0
-
-
 def test_what_is_made_from_a_rung_is_made_again_with_it(climb):
     climb()
     before = [row['made'] for row in json.load(open(f'{climb.folder}/out/ladder.json'))['rows']]
     os.remove(f'{climb.folder}/w/best.pt')
-    time.sleep(1)                                       # a record's dates are whole seconds
+    time.sleep(1)  # a record's dates are whole seconds
     rows = rows_of(climb())
     assert climb.calls()[5:] == ['w']
     assert [row['name'] for row, date in zip(rows, before) if row['made'] != date] == ['wide', 'in 4 bits']
 
 
 def test_a_ladder_that_is_stopped_goes_on(climb, monkeypatch):
-    """SIGTERM goes to the command that runs, which ends as it likes; the next run begins with that rung."""
     slow = climb.folder / 'slow.py'
     slow.write_text('import signal, sys, time\n'
                     'def leave(*args):\n    print("saved"); sys.exit(0)\n'
@@ -333,20 +258,17 @@ def test_a_ladder_that_is_stopped_goes_on(climb, monkeypatch):
 def test_ladders_that_cannot_stand(climb):
     at = climb.folder
     refused(climb(old='narrow/best.pt T/c', new='nowhere.pt T/c'), "rung 'a control'.*nowhere.pt.*a-control-1.log")
-    assert [r['name'] for r in json.load(open(f'{at}/out/ladder.json'))['rows']] == ['wide']     # what was built stays
+    assert [r['name'] for r in json.load(open(f'{at}/out/ladder.json'))['rows']] == ['wide']  # what was built stays
     refused(climb(old='| python T/make.py T/wide', new='| ruby T/make.py T/wide'), 'is not')
     nameless = climb(old='narrow      |', new='data | python -c pass\nnarrow |')
     refused(nameless, "'data': its command names no model file")
     (at / 'empty.json').write_text('{"rows": []}')
     (at / 'odd.json').write_text('{"rows": [{"name": "x"}, 3]}')
     (at / 'torn.json').write_text('{"rows": [{"na')
-    for flags, pattern in (('--rungs=', 'none are given'), ('--seeds=one', 'seeds'), ('--timed=', 'timed'),
-                           (f'--check={at}', f'{at} is not there'), (f'--check={at}/empty.json', 'records no rung'),
+    for flags, pattern in (('--rungs=', 'none are given'), (f'--check={at}/empty.json', 'records no rung'),
                            (f'--check={at}/odd.json', 'None is not there any more'),
                            (f'--check={at}/torn.json', 'torn.json is damaged'),
-                           ('--timed=wide,thin', "timed.*'thin' is not"),
-                           ('--compiled=thin', "compiled.*'thin' is not"),
-                           ('--with_int8_cache=thin', "int8_cache.*'thin' is not")):
+                           ('--timed=wide,thin', "timed.*'thin' is not")):
         refused(climb(flags), pattern)
     whole = (at / 'out' / 'ladder.json').read_text()
     (at / 'out' / 'ladder.json').write_text('{"rows": [{"name": "wide", "file": ["x"]}]}')
@@ -358,7 +280,6 @@ def test_ladders_that_cannot_stand(climb):
 
 
 def test_ladders_share_rungs_by_the_same_words():
-    """Two ladders that write the same folder must do so by equal commands, or each would make it again."""
     folders = {}
     for path in sorted(glob.glob('config/ladder_*.py')):
         knobs = runpy.run_path(path)
@@ -370,8 +291,7 @@ def test_ladders_share_rungs_by_the_same_words():
                 assert folders.setdefault(folder[-1], whole) == whole, path
     assert len(folders) > 50
 
-# -----------------------------------------------------------------------------
-# records
+# ----- records
 
 def test_tables_and_pictures_are_made_from_records(tmp_path):
     for path in glob.glob('config/ladder_*.json'):
@@ -401,7 +321,7 @@ def test_a_summary_has_a_line_for_each_rung():
     assert student['p'] == welch([1.0, 3.0], [2.0, 4.0])
     beside = [row | {'bpb_new': row['val_loss'], 'tasks_centred': row['val_loss'], 'tasks_error': 0.1} for row in rows]
     assert [(line['bpb_new'], line['tasks_centred']) for line in summary(beside)] == [(1, 1), (3, 3), (2, 2)]
-    beside[0]['bpb_new'] = beside[1]['bpb_new'] = beside[1]['val_bpb'] = None          # what could not be measured
+    beside[0]['bpb_new'] = beside[1]['bpb_new'] = beside[1]['val_bpb'] = None  # what could not be measured
     assert [(line['bpb_new'], line['val_bpb']) for line in summary(beside)] == [(None, 0.5), (4, 2), (2, 1)]
 
 
@@ -413,11 +333,8 @@ def test_what_has_changed_between_two_records():
 
 
 def test_welch():
-    """
-    Against a table of Student's distribution: with four degrees of freedom, 2.776 is exceeded with probability 0.05
-    and 4.604 with 0.01.
-    """
+    """Of Student's table: with four degrees of freedom 2.776 is exceeded with probability 0.05, 4.604 with 0.01."""
     for t, p in ((2.776, 0.05), (4.604, 0.01)):
-        a = [0.0, 1.0, 2.0]                 # of variance 1: two such means differ with deviation (2/3)^0.5
+        a = [0.0, 1.0, 2.0]  # of variance 1: two such means differ with deviation (2/3)^0.5
         assert welch(a, [x + t * (2 / 3) ** 0.5 for x in a]) == pytest.approx(p, rel=2e-3)
     assert welch([1.0], [1.0, 2.0]) is None and welch([1.0, 1.0], [1.0, 1.0]) == 1.0

@@ -1,15 +1,11 @@
-"""
-prune.py: cutting nothing changes nothing, cutting what does nothing changes nothing, and whatever is left still does
-everything a model does.
-"""
+"""prune.py: cutting nothing, or what does nothing, changes nothing; whatever is left does all that a model does."""
 import re
 import shlex
-import string
 
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, SMALL, altered, batches, outputs, randomise, result_of, run
+from conftest import LLAMA, SMALL, altered, batches, outputs, ran, randomise, refuses, result_of, run
 
 import prune as P
 from data.checkpoint import load_model, save_checkpoint
@@ -31,7 +27,6 @@ def make(**shape):
 
 
 def cut(model, how, *args):
-    """The model after one of the functions that turn indices into a new state and shape."""
     return P.build(*how(model.state_dict(), model.config, *args))
 
 
@@ -133,7 +128,6 @@ def test_scores_by_hand():
 
 @pytest.mark.parametrize('size', [1, 2])
 def test_elimination_order_is_that_of_least_squares(size):
-    """Each time the group goes whose loss leaves the least error when the rest is fitted anew, tried out one by one."""
     torch.manual_seed(size)
     x, w = torch.randn(500, 12) @ torch.randn(12, 12), torch.randn(5, 12)
     moment = x.T @ x / len(x)
@@ -147,7 +141,7 @@ def test_elimination_order_is_that_of_least_squares(size):
         gone.append(min(left, key=lambda n: error([m for m in left if m != n])))
         left.remove(gone[-1])
     assert P.elimination_order(w, moment, size).argsort().tolist() == gone + left
-    copies = torch.cat((x, x[:, :3]), dim=1)        # a column whose input another one repeats costs nothing
+    copies = torch.cat((x, x[:, :3]), dim=1)  # a column whose input another one repeats costs nothing
     order = P.elimination_order(torch.cat((w, w[:, :3]), dim=1), copies.T @ copies / len(x))
     assert sorted(n % 12 for n in order.argsort()[:3].tolist()) == [0, 1, 2]
 
@@ -179,10 +173,7 @@ def test_a_rotation_of_the_stream_changes_nothing(shape):
 
 
 def test_the_norm_is_rescaled():
-    """
-    Half of the channels silent: without the measured ratio of the norms, everything that reads the stream is sqrt(2)
-    too loud.
-    """
+    """With half of the channels silent, all that reads the stream would else be sqrt(2) too loud."""
     model = silence(make(), 'channels', torch.arange(16, 32))
     moments = P.measure(model, batches())[1]
     rescaled = cut(model, P.keep_channels, range(16), moments, False)
@@ -190,32 +181,22 @@ def test_the_norm_is_rescaled():
     assert (outputs(cut(model, P.keep_channels, range(16))) - outputs(model)).abs().max() > 0.1
 
 
-def what_it_reads(model, name, x):
-    """The input of the first layer's matrix of that name, for tokens x -> (x.numel(), columns)"""
-    read = []
-    hook = model.get_submodule(f'transformer.h.0.{name}').register_forward_hook(
-        lambda module, args, out: read.append(args[0].flatten(0, 1)))
-    model(x)
-    hook.remove()
-    return read[0]
-
-
 @pytest.mark.parametrize('how, name, keep, columns', [
     (P.keep_neurons, 'mlp.c_proj', list(range(0, 85, 2)), list(range(0, 85, 2))),
     (P.keep_heads, 'attn.c_proj', [[1], [2]], list(range(8, 24)))])
 @torch.no_grad()
 def test_refit_is_the_least_squares_solution(how, name, keep, columns):
-    """Of what c_proj reads in a Llama, gated hidden units for one: what is left gives nearly what the whole gave."""
     model = make(n_kv_head=2, n_hidden=85, head_dim=8, **LLAMA)
     x = torch.randint(50, (40, 32))
     moments = P.measure(model, [(x, x)])[1]
     fitted, plain = (cut(model, how, [keep] * 2, *fit).get_submodule(f'transformer.h.0.{name}').weight
                      for fit in ((moments,), ()))
-    read, whole = what_it_reads(model, name, x), model.get_submodule(f'transformer.h.0.{name}').weight
+    site, inputs = model.get_submodule(f'transformer.h.0.{name}'), []
+    site.register_forward_hook(lambda module, args, out: inputs.append(args[0].flatten(0, 1)))
+    model(x)
+    read, whole = inputs[0], site.weight
     best = torch.linalg.lstsq(read[:, columns], read @ whole.T).solution.T
-
-    def error(weight):
-        return (read[:, columns] @ weight.T - read @ whole.T).square().mean()
+    error = lambda weight: (read[:, columns] @ weight.T - read @ whole.T).square().mean()
     assert torch.equal(plain, whole[:, columns])
     assert error(fitted) < 1.01 * error(best) < 0.9 * error(plain)
 
@@ -261,40 +242,28 @@ def test_copies_merge_without_loss_however_they_are_merged():
                 part.weight.copy_(part.weight[:model.config.head_dim].repeat(model.config.n_kv_head, 1))
     for how in P.MERGE:
         assert torch.allclose(outputs(cut(model, P.merge_kv_heads, 1, None, how)), outputs(model), atol=5e-4)
-    model = make()
-    first = cut(model, P.merge_kv_heads, 1, None, 'first').transformer.h[0].attn
-    for part in ('c_k', 'c_v'):
-        w = model.transformer.h[0].attn.get_submodule(part).weight
-        assert torch.equal(first.get_submodule(part).weight, w[:model.config.head_dim])
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_every_size_down_to_the_smallest_works(shape, tmp_path):
     whole = make(**shape)
-    c = whole.config
-    measured = P.measure(whole, batches(1))
+    c, measured = whole.config, P.measure(whole, batches(1))
     for kind, field in P.KINDS.items():
-        sizes = []
         have = getattr(c, field)
         for keep in sorted({*range(1, min(have, 4) + 1), *range(7, have, 6), have}):
             model = P.shrink(whole, kind, keep, batches(1), rotate=False, measured=measured)
-            sizes.append(getattr(model.config, field))
-            assert outputs(model).isfinite().all()
-            assert model.config.n_head % model.config.n_kv_head == 0
+            size = getattr(model.config, field)
             # of heads it may keep fewer than asked for: groups stay equal
-            assert sizes[-1] == keep or kind == 'heads' and keep - c.n_kv_head < sizes[-1] < keep
+            assert size == keep or kind == 'heads' and keep - c.n_kv_head < size < keep
+            assert outputs(model).isfinite().all() and model.config.n_head % model.config.n_kv_head == 0
             assert model.config.n_kv_head == (min(keep, c.n_kv_head) if kind == 'heads' else c.n_kv_head)
-        assert (sizes[0], sizes[-1]) == (1, have)
-    middle, smallest = whole, whole
+    small = whole
     for kind, keep in (('layers', 1), ('neurons', 11), ('heads', 2), ('channels', 19)):
-        middle, smallest = P.shrink(middle, kind, keep, batches()), P.shrink(smallest, kind, 1, batches(1))
-    small = cut(middle, P.merge_kv_heads, 1, P.measure(middle, batches())[1])
+        small = P.shrink(small, kind, keep, batches())
+    small = cut(small, P.merge_kv_heads, 1, P.measure(small, batches())[1])
     save_checkpoint(f'{tmp_path}/best.pt', small, {'kind': 'char', 'chars': 'a'})
     again = load_model(f'{tmp_path}/best.pt')[0]
     assert again.config == small.config and torch.equal(outputs(again), outputs(small))
-    assert outputs(smallest).isfinite().all()
-    assert smallest.params()['trunk'] == 2 * 6 + 2 * 6 + 2 + (smallest.config.mlp == 'swiglu')
-    assert [P.shrink(whole, kind, 1, batches(1)).config.n_embd for kind in P.KINDS] == [32, 32, 32, 1]
 
 
 def test_keep_params_reaches_its_target():
@@ -325,8 +294,7 @@ def test_cut_characters():
     assert (len(keep) == new.vocab_size == 9 and keep == sorted(keep)
             and counts[keep].min() >= np.delete(counts, keep).max())
     assert [new.chars[i] for i in range(9)] == [old.chars[i] for i in keep]
-    with pytest.raises(ValueError, match='no token for'):
-        new.encode('ä')
+    refuses('no token for', new.encode, 'ä')
     assert new.decode(recode(ids, old, new)) == ''.join(c for c in ''.join(TEXT) if c in new.chars)
     assert cut_tokenizer(old, counts, old.vocab_size)[1].meta() == old.meta()
 
@@ -340,11 +308,11 @@ def test_cut_bpe():
         keep, new = cut_tokenizer(old, counts, n)
         assert new.vocab_size == len(keep) == n and new.special_tokens == old.special_tokens
         assert [new.decode_bytes([i]) for i in range(n)] == [tokens[i] for i in keep]  # renumbered, in the same order
-        assert keep[:256] == list(range(256)) and new.bos == n - 9                     # every byte, every special token
+        assert keep[:256] == list(range(256)) and new.bos == n - 9  # every byte, every special token
         for text in TEXT + ['naïve ünd 漢字', ' lowest' * 5, 'lo we st', '"slo" west']:
             assert new.decode(new.encode(text)) == text
             if set(old.encode(text)) <= set(keep):
-                assert [keep[i] for i in new.encode(text)] == old.encode(text)         # nothing cut: encoded as before
+                assert [keep[i] for i in new.encode(text)] == old.encode(text)  # nothing cut: encoded as before
         ranks = {tokens[i]: i for i in keep[:n - 9]}
         # every token left can still be merged from bytes
         for token in ranks:
@@ -368,8 +336,7 @@ def test_kept_rows_answer_as_before():
     # a draft head goes on choosing from those that it has learnt
     model = make(draft_n=1, draft_vocab=6)
     assert cut(model, P.keep_vocab, keep).config.draft_vocab == 3
-    with pytest.raises(AssertionError, match='keep more'):
-        cut(model, P.keep_vocab, [6, 7])
+    refuses('keep more', cut, model, P.keep_vocab, [6, 7])
 
 
 def test_impossible_requests_are_refused_in_one_line():
@@ -377,13 +344,9 @@ def test_impossible_requests_are_refused_in_one_line():
     bpe = train_bpe(TEXT, 275)
     for words, how, *args in (
             ('neurons', cut, model, P.keep_neurons, [[1, 2], [3]]),
-            ('at least one', cut, model, P.keep_neurons, [[], []]),
             ('key/value head', cut, model, P.keep_heads, [[[0, 2]], [[0, 1]]]),
             ('group', cut, model, P.keep_heads, [[[0], [2, 3]]] * 2),
             ('kv_heads', cut, model, P.merge_kv_heads, 3),
-            ('kv_heads', cut, model, P.merge_kv_heads, 4),
-            ('channels', cut, model, P.keep_channels, []),
-            ('layers', cut, model, P.keep_layers, [2]),
             ('layers', cut, model, P.keep_layers, []),
             ('at most the 4', P.shrink, model, 'heads', 5, batches()),
             ('at least 1', P.shrink, model, 'layers', 0, batches()),
@@ -393,8 +356,7 @@ def test_impossible_requests_are_refused_in_one_line():
             how(*args)
         assert '\n' not in str(e.value)
 
-# -----------------------------------------------------------------------------
-# the script
+# ----- the script
 
 def prune(folder, *flags):
     return run('prune.py', f'--out_dir={folder}/out', '--device=cpu', '--calibration_batches=1', *flags)
@@ -402,7 +364,6 @@ def prune(folder, *flags):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A folder with a model in out/, its dataset beside it; the name wants quoting in a shell."""
     folder = tmp_path_factory.mktemp("a model's")
     write_texts(f'{folder}/data', TEXT * 40, TEXT * 20, 'bpe', 'a test', 290)
     save_checkpoint(f'{folder}/out/best.pt', make(vocab_size=290, block_size=32),
@@ -412,7 +373,6 @@ def trained(tmp_path_factory):
 
 
 def test_the_script_cuts_channels_then_neurons_then_heads(trained):
-    """Each cut is measured on what the one before has left."""
     got = prune(trained, '--channel_prune_ratio=0.5', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5')
     assert got.status == 0, got.err
     seen = [Loader(f'{trained}/data', 'train', 16, 32, 1337).batch(0)]
@@ -445,38 +405,33 @@ def test_the_script(trained, tmp_path):
     assert smaller.params()['total'] == result['params_after']
 
     again = result_of(run('quantize.py', f'--out_dir={tmp_path}', '--device=cpu'))
-    assert again['method'] == 'gptq'            # not qat: what was refitted was not trained through the rounding
+    assert again['method'] == 'gptq'  # not qat: what was refitted was not trained through the rounding
     assert abs(again['val_loss_float'] - result['val_loss_after']) < 1e-5
     document = result_of(run('train.py', f'--init_from={tmp_path}/best.pt', f'--dataset={trained}/data_v280',
                              f'--out_dir={tmp_path}/again', '--block_size=32', '--muon_lr=0', '--adam_lr=0', *TRAIN))
     assert document['val_loss'] == pytest.approx(result['val_loss_after'], abs=1e-3)
     assert load_model(f'{tmp_path}/again/best.pt')[0].config == c
-    got = run('sample.py', f'--out_dir={tmp_path}', '--weights=float', '--start=low', '--max_new_tokens=5',
+    got = ran('sample.py', f'--out_dir={tmp_path}', '--weights=float', '--start=low', '--max_new_tokens=5',
               '--drafter=head', '--device=cpu')
-    assert got.status == 0, got.err
     assert got.out.startswith('low')
 
 
 def test_the_command_that_it_prints(trained):
-    learnt = run('train.py', f'--dataset={trained}/data', f'--out_dir={trained}/learnt/out', '--n_layer=2', '--n_embd=32',
-                 '--n_head=4', '--block_size=32', *TRAIN, '--max_iters=60')     # or it would be refused as a teacher
-    assert learnt.status == 0, learnt.err
+    ran('train.py', f'--dataset={trained}/data', f'--out_dir={trained}/learnt/out', '--n_layer=2', '--n_embd=32',
+                 '--n_head=4', '--block_size=32', *TRAIN, '--max_iters=60')  # or it would be refused as a teacher
     got = prune(trained / 'learnt', '--neuron_prune_ratio=0.5', f'--save_dir={trained}/half')
     command = re.search('python (train.py .*)', got.out)[1]
-    learned = run(*shlex.split(command), *TRAIN)        # few steps, for speed
-    assert learned.status == 0, learned.err
+    ran(*shlex.split(command), *TRAIN)  # few steps, for speed
     assert load_model(f'{trained}/half-recovered/best.pt')[1]['knobs']['teacher'] == f'{trained}/learnt/out'
 
 
 @pytest.fixture
 def gone(trained, tmp_path):
-    """The same model, whose data are gone."""
     altered(trained / 'out' / 'best.pt', tmp_path / 'out', dataset='gone')
     return tmp_path
 
 
 def test_what_needs_no_text_goes_without(trained, gone):
-    """By the weights alone; another text in the same tokens measures what came of it, and changes nothing of it."""
     how = ('--layers=1,', '--neuron_prune_ratio=0.5', '--head_prune_ratio=0.5', '--channel_prune_ratio=0.25',
            '--importance=l1', '--refit=False', '--rotate=False', '--kv_heads=1', '--kv_merge=plain')
     got = prune(gone, *how)
@@ -491,20 +446,3 @@ def test_what_needs_no_text_goes_without(trained, gone):
     assert whole.status == again.status == 0 and result_of(again)['val_loss_after'] is not None
     a, b = (load_model(f'{gone}/{name}/best.pt')[0].state_dict() for name in 'ab')
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_what_was_held_out_is_not_looked_at(tmp_path):
-    """The half that a model left out may be anything: it is pruned alike, and still says that it has not seen it."""
-    files, tokenizer = [], CharTokenizer(string.printable)
-    for other in 'abc', 'xyz':
-        write_texts(f'{tmp_path}/data', ['low ' * 500 + f'{other} ' * 499], ['low ' * 20], 'char', 'a test',
-                    tokenizer=tokenizer)
-        save_checkpoint(f'{tmp_path}/out/best.pt', make(vocab_size=100, block_size=32), tokenizer.meta(),
-                        dataset=f'{tmp_path}/data', knobs={'hold_out': '2/2'})
-        got = prune(tmp_path, '--neuron_prune_ratio=0.5')
-        assert got.status == 0, got.err
-        assert '--hold_out=2/2' in got.out and '--teacher' not in got.out
-        files.append(load_model(f'{tmp_path}/out-pruned/best.pt'))
-    a, b = (model.state_dict() for model, _ in files)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert files[0][1]['knobs']['hold_out'] == '2/2'

@@ -1,7 +1,4 @@
-"""
-quantize.py: one rule everywhere, 8 bits and 4, integers that multiply exactly, errors fed back, a file that comes back
-as it was.
-"""
+"""quantize.py: one rounding rule everywhere, integers that multiply exactly, a file that comes back as it was."""
 import copy
 import json
 import math
@@ -92,16 +89,8 @@ def test_the_layout_of_4_bits():
     assert torch.equal(R.pack(rounded), q[:, :23] | q[:, 23:] << 4)
 
 
-def test_unknown_bits_are_refused():
-    for use in (lambda: Q.round_weight(torch.randn(4, 8), 5), lambda: Q.convert(small(), 5),
-                lambda: Q.prepare(small(), 8, tables_bits=5)(torch.zeros(1, 3, dtype=torch.long))):
-        with pytest.raises(ValueError, match=r'bits \(5\) must be one of 8, 4'):
-            use()
-
-
 @pytest.mark.parametrize('bits', [bits for bits, form in Q.BITS.items() if form.steps > 1])
 def test_the_search_finds_the_best_step(bits):
-    """Against trying all steps, of which it tries a few; and against none."""
     torch.manual_seed(0)
     w, form = torch.randn(64, 128), Q.BITS[bits]
     rounded = Q.round_weight(w, bits)
@@ -145,10 +134,7 @@ def test_rows_do_not_depend_on_their_neighbours(bits, group, N, K):
 @pytest.mark.parametrize('bits, group', FORMATS + [(4, 24)])
 @pytest.mark.parametrize('shape', [{}, dict(tie_weights=True), LLAMA, LLAMA | dict(out_proj=False, tie_weights=False)])
 def test_fake_quant_equals_the_integers_and_the_file(bits, group, shape, tmp_path):
-    """
-    The prepared float model, the converted one and the one from the file are the same network; only the order of float
-    sums differs.
-    """
+    """The prepared model, the converted one and the file's are one network, but for the order of float sums."""
     model = small(n_kv_head=2, n_hidden=88, **HEADS | shape)
     x, y = torch.randint(50, (2, 2, 30))
     how = dict(bits=bits, group=group, tables_bits=8 if group == 32 else bits)
@@ -182,7 +168,6 @@ def test_fake_quant_equals_the_integers_and_the_file(bits, group, shape, tmp_pat
 
 
 def check_what_is_stored(model, integer, size):
-    """Every weight once, at its bits; the rest is scales and the header."""
     n, how, groups, state = model.params(), Q.rounding_of(integer), Q.bytes_by_group(integer), Q.file_state(integer)
     tables, (table_bits, bits) = n['embedding'] + n['head'], (Q.BITS[how[k]].stored for k in ('tables_bits', 'bits'))
     integers = sum(v for k, v in groups.items() if k != 'scales')
@@ -193,8 +178,7 @@ def check_what_is_stored(model, integer, size):
     steps = sum(t.numel() for k, t in state.items() if k.endswith('step'))
     assert Q.int_share(integer) == (n['total'] + steps) / (n['total'] + steps + floats) > 0.95
 
-# -----------------------------------------------------------------------------
-# errors fed back
+# ----- errors fed back
 
 def correlated(n, cols):
     torch.manual_seed(1)
@@ -202,10 +186,7 @@ def correlated(n, cols):
 
 
 def naive_gptq(w, H, bits, group):
-    """
-    Optimal brain surgery as it is written: one column, then all later weights and the whole inverse, again and
-    again.
-    """
+    """Optimal brain surgery as it is written: a column, then all later weights and the whole inverse."""
     form = Q.BITS[bits]
     scale = w.abs().amax(dim=1) / (-form.least * G.most_steps(form))
     x, v = (w / scale[:, None]).double(), torch.zeros(w.shape)
@@ -234,20 +215,19 @@ def naive_gptq(w, H, bits, group):
 @pytest.mark.parametrize('cols', [128, 77])
 def test_gptq_weight(bits, group, cols):
     x = correlated(400, cols)
-    x[:, 3] = 0                                                                     # an input that never says anything
+    x[:, 3] = 0  # an input that never says anything
     torch.manual_seed(0)
     w = torch.randn(24, cols)
     rounded, before = G.gptq_weight(w, x.T @ x, bits, group, keep_before=True)
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
     again = R.round_to_grid(before, rounded.scale, rounded.step, bits, group)
     assert torch.equal(again.v, rounded.v)
-    assert torch.equal(Q.IntLinear.holding(rounded).integers(), rounded.v)                  # it is a rounding like any other
+    assert torch.equal(Q.IntLinear.holding(rounded).integers(), rounded.v)  # it is a rounding like any other
     error = lambda rounded: (x @ (rounded.float() - w).T).square().sum()
     assert error(rounded) < 0.5 * error(Q.round_weight(w, bits, group))
 
 
 def nearest(w, x, wanted):
-    """The matrix whose products with x (tokens, cols) are nearest to wanted (tokens, rows), by least squares from w on."""
     H, lack = (x.T @ x).double(), (wanted - x @ w.T).double().T @ x.double()
     H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
     return w + torch.linalg.solve(H, lack.T).T.float()
@@ -263,19 +243,17 @@ def as_fitted(linear, x, wanted, bits):
 
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_gptq_aims_at_what_the_float_model_computes(bits):
-    """Its inputs f come in as x, off in a way that x tells of: some of that is made up for."""
     torch.manual_seed(0)
     x, w = correlated(400, 96), torch.randn(24, 96)
     f = x @ (torch.eye(96) + 0.05 * torch.randn(96, 96))
     plain, aimed = (G.gptq_weight(w, x.T @ x, bits, lack=lack)[0] for lack in (None, w @ (f - x).T @ x))
     expected = G.gptq_weight(nearest(w, x, f @ w.T), x.T @ x, bits)[0]
-    assert (aimed.v != expected.v).float().mean() < (0.05 if bits == 8 else 0.01)       # float32 and float64
+    assert (aimed.v != expected.v).float().mean() < (0.05 if bits == 8 else 0.01)  # float32 and float64
     error = lambda rounded: (x @ rounded.float().T - f @ w.T).square().sum()
     assert error(aimed) < 0.7 * error(plain)
 
 
 def fitted_and_rounded(bits, **shape):
-    """A model, the batches it is fitted to, and both ways to its integers."""
     torch.manual_seed(0)
     model = small(**shape)
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
@@ -285,10 +263,6 @@ def fitted_and_rounded(bits, **shape):
 @pytest.mark.parametrize('bits', Q.BITS)
 @pytest.mark.parametrize('shape', [HEADS, LLAMA])
 def test_gptq_of_a_model(bits, shape):
-    """
-    Better than rounding on what it was calibrated with, and than each matrix by itself; everything converted, the float
-    model as it was.
-    """
     model, batches, fitted, rounded = fitted_and_rounded(bits, **shape)
     assert same_tensors(model, small(**shape))
     assert not list(fitted.parameters()) and Q.rounding_of(fitted) == Q.rounding_of(rounded)
@@ -302,7 +276,6 @@ def test_gptq_of_a_model(bits, shape):
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_tables_of_4_bits_are_fitted_to_what_the_head_reads(tied):
-    """A tied table is an embedding, too: it is not made much worse at that."""
     torch.manual_seed(0)
     model = small(**LLAMA | dict(tie_weights=tied, out_proj=tied))
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
@@ -316,7 +289,6 @@ def test_tables_of_4_bits_are_fitted_to_what_the_head_reads(tied):
 
 
 def test_weights_that_are_kept_change_no_integer():
-    """A tied table, too, may move only when all that the float model gives is known: the draft head embeds with it."""
     torch.manual_seed(0)
     model = small(**LLAMA | HEADS | dict(tie_weights=True))
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
@@ -326,7 +298,6 @@ def test_weights_that_are_kept_change_no_integer():
 
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_gptq_of_the_first_layer(bits):
-    """From first principles."""
     model, batches, fitted, rounded = fitted_and_rounded(bits, **HEADS)
     ids = torch.cat([x for x, _ in batches])
     f, x = (F.rms_norm(m.embed(ids).flatten(0, 1), (32,)) for m in (model, rounded))
@@ -354,7 +325,6 @@ def test_compiled_rounding_is_the_same():
 
 
 def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
-    """Also where the logits come in chunks; the losses are those of evaluate, to the bit."""
     model = small()
     other = Q.convert(copy.deepcopy(model), 4)
     x, y = torch.randint(50, (2, 4, 32))
@@ -374,8 +344,7 @@ def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
         assert got['max_kl'] == pytest.approx(kl.max().item(), rel=1e-4)
         assert got['top1_flips'] == (a.argmax(-1) != b.argmax(-1)).double().mean().item() > 0
 
-# -----------------------------------------------------------------------------
-# the file and the script
+# ----- the file and the script
 
 @pytest.mark.parametrize('bits', Q.BITS)
 def test_the_file_is_safetensors(bits, tmp_path):
@@ -420,14 +389,10 @@ def holds(name, number):
     (says('rounding', bits=8), r'c_q.weight is .* instead of|is torch.uint8 instead of torch.int8'),
     (says('rounding', bits=5), 'how its weights are rounded'),
     (says('rounding', group=0), 'how its weights are rounded'),
-    (says('rounding', group=2**63), 'how its weights are rounded'),
-    (says('rounding', more=0), 'how its weights are rounded'),
     (lambda tensors, metadata: metadata.update(rounding='not JSON'), 'how its weights are rounded'),
     (holds('scale', math.nan), '1 of the .* of transformer.h.1.mlp.c_fc.scale are NaN or inf'),
-    (holds('scale', math.inf), '1 of the .* of transformer.h.1.mlp.c_fc.scale are NaN or inf'),
     (holds('step', 0), 'transformer.h.1.mlp.c_fc.step, of which numbers are multiples, is 0')])
 def test_files_that_do_not_hold_what_they_describe(tmp_path, change, match):
-    """They are whole, and yet no model's: refused before one is made."""
     path = f'{tmp_path}/m.safetensors'
     Q.export(path, Q.convert(small(), 4), {})
     tensors, metadata = read_safetensors(path, Q.FORMAT)
@@ -438,7 +403,6 @@ def test_files_that_do_not_hold_what_they_describe(tmp_path, change, match):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """Checkpoints of one model: trained in float, through 4 bits, and stopped before its rounding began."""
     folder = tmp_path_factory.mktemp('trained')
     data = str(folder / 'data')
     make_dataset(data, val=1500)
@@ -465,7 +429,6 @@ def quantize(folder, *flags):
     ('qat', '--method=rtn', 'rtn', dict(bits=8, group=64)),
     ('stopped', '--bits=4', 'gptq', dict(bits=4))])
 def test_the_script(trained, tmp_path, source, flags, method, how):
-    """Each method writes the file that its function gives; qat is for weights trained so, and then the choice."""
     folder, model, loader = trained
     got = quantize(folder / source, '--calib_batches=2', '--balance=False', f'--save_dir={tmp_path}', *flags.split())
     result = result_of(got)
@@ -484,18 +447,9 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     assert result['file'] == f"{tmp_path}/int{how['bits']}.safetensors"
 
 
-def test_without_a_report_the_file_is_the_same(trained, tmp_path):
-    results = [json.loads(quantize(trained[0] / 'float', f'--save_dir={tmp_path}/{name}', f'--report={name}')
-                          .out.splitlines()[-1]) for name in ('True', 'False')]
-    assert same_tensors(*(Q.load(result['file'])[0] for result in results))
-    assert {key for key in results[1] if results[1][key] is None} - {'group'} == set(Q.MEASURED)
-    assert None not in [results[0][key] for key in Q.MEASURED]
-
-
 @pytest.mark.parametrize('source, flags, method', [
     ('float', '', 'gptq'), ('float', '--bits=4 --method=clip', 'clip'), ('qat', '--bits=4', 'qat')])
 def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):
-    """Its file is the same, and not measured; another text in the same tokens measures it."""
     folder, model, loader = trained
     altered(folder / source / 'best.pt', tmp_path / 'm', dataset=f'{tmp_path}/gone')
     flags = ['--calib_batches=1', '--calibrate=itself', *flags.split()]
@@ -510,7 +464,6 @@ def test_a_model_whose_data_are_gone(trained, tmp_path, source, flags, method):
 
 @pytest.mark.parametrize('flags', [['--bits=8', '--method=gptq'], ['--bits=4', '--method=clip']])
 def test_a_balanced_file(trained, tmp_path, flags):
-    """balance is the default for weights that were trained in float; a text file may be what it is balanced with."""
     folder, model, loader = trained
     (tmp_path / 'text').write_text(toy_text())
     got = quantize(folder / 'float', '--calib_batches=1', f'--calibrate={tmp_path}/text', f'--save_dir={tmp_path}', *flags)
@@ -530,8 +483,7 @@ def test_a_text_too_short_to_calibrate_with(trained, tmp_path):
             'has 7 tokens.*give a longer text')
     refused(quantize(trained[0] / 'float', f'--calibrate={tmp_path}/no', f'--save_dir={tmp_path}'), 'no')
 
-# -----------------------------------------------------------------------------
-# layouts that run fast
+# ----- layouts that run fast
 
 @pytest.mark.parametrize('bits', [8, 4])
 def test_packed_is_bit_for_bit_the_plain_one(bits):
@@ -547,7 +499,6 @@ def test_packed_is_bit_for_bit_the_plain_one(bits):
 
 @pytest.mark.parametrize('group', [32, 64, 128])
 def test_packed_int4_rows_do_not_depend_on_their_neighbours_either(group):
-    """Its sums are exact and only what it returns is rounded, to bfloat16: the same number for the same row."""
     linear, x = layer(96, 256, 4, group), wide_rows(16, 256)
     assert (PackedInt4Linear.fits(linear) and not PackedInt4Linear.fits(layer(96, 200, 4, group))
             and not PackedInt4Linear.fits(layer(90, 256, 4, group)))

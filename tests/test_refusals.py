@@ -1,8 +1,6 @@
 """
 What cannot work is said in one line, by every script, before anything is written. How knobs are read and checked:
-test_configurator.py; what a file may hold is data/checks.py: test_checkpoint.py.
-
-$ python -m pytest tests/test_refusals.py
+test_configurator.py; what a file may hold: test_checkpoint.py.
 """
 import shutil
 import sys
@@ -21,28 +19,20 @@ FIRST = {'train.py': [*TINY, '--dataset={}/data', '--out_dir={}/new'],
          'quantize.py': ['--out_dir={}/good', '--save_dir={}/new']}
 PLAN = '--mode=memory --plan=True --vocab_size=65 '
 
-BAD = {                                             # script -> [(flags, what the line must say)]
+BAD = {  # script -> [(flags, what the line must say)]
     'train.py': [
-        ('--dataset={}/nothing', 'run python data/text/prepare.py .*nothing'),
         ('--dataset=nothing', 'data/text/prepare.py .*--name=nothing'),
-        ('--dataset=shakespeare_char_', 'run python data/text/prepare.py'),
         ('--dataset={}/short', r'val.bin has 12 tokens, fewer than block_size \+ 1 \(17\)'),
         ('--init_from=resume', 'no checkpoint at'),
-        ('--init_from=resume --out_dir={}/torn', 'not a whole'),
         ('--init_from=resume --out_dir={}/weights', 'weights alone'),
         ('--init_from=resume --out_dir={}/good --total_batch_size=128', 'total_batch_size=64'),
         ('--init_from=resume --out_dir={}/good --dataset={}/other',
          'dataset is .* there and .*other. here: resume with'),
-        ('--init_from=resume --out_dir={}/good --draft_n=2 --train_only=draft',
-         "train_only is '' there and 'draft' here"),
         ('--init_from=resume --out_dir={}/good --n_layer=3', 'n_layer is 2 there and 3 here'),
-        ('--init_from=resume --out_dir={}/good --quant_bits=8', 'quant_bits is 0 there and 8 here'),
-        ('--init_from={}/good', 'no checkpoint at'),
-        ('--init_from=', 'no checkpoint at'),
         ('--init_from={}/good/best.pt --dataset={}/other', 'another tokenizer'),
         ('--init_from={}/good/best.pt --draft_n=3 --block_size=3', 'block_size'),
         ('--teacher={}/nothing', 'no teacher at'),
-        ('--teacher=nanochat:nowhere --dataset=nothing', 'distill.py --fetch=d32 .*--teacher=random:d32'),
+        ('--teacher=nanochat:nowhere --dataset=nothing', 'distill.py --fetch=d32 .*7.2 GB.*--teacher=random:d32'),
         ('--teacher={}/good --dataset={}/other', 'another tokenizer'),
         ('--teacher={}/good --block_size=20', r'a context of 16, which must be .* block_size \(20\)'),
         ('--train_only=draft', 'give --draft_n=4'),
@@ -52,88 +42,61 @@ BAD = {                                             # script -> [(flags, what th
         ('--fsdp=True --batch_size=auto', 'give a number of rows'),
         ('--batch_size=auto --total_batch_size=100', r'total_batch_size \(100\) .* \(1\*16\*1=16\): try 96'),
         ('--total_batch_size=100', r'total_batch_size \(100\) .* \(4\*16\*1=64\): try 128'),
-        ('--n_head=3', r'n_embd \(16\) .* n_head \(3\)'),
-        ('--device=foo', 'device'),
         ('--device=cuda:99', 'device'),
         ('--out_dir=', 'out_dir'),
         ('--out_dir={}/good/log.csv/x', 'cannot make the folder'),
         ('--wandb_log=True', 'pip install wandb')],
     'sample.py': [
         ('--out_dir={}/nothing', 'no checkpoint at'),
-        ('--out_dir={}/torn --weights=float', 'not a whole'),
-        ('--out_dir={}/torn --weights=int8', 'not a whole'),
         ('--weights=int8', 'python quantize.py --out_dir='),
         ('--start=the%cat', "no token for '%': .*; leave them out of the prompt"),
         ('--start=', 'prompt is empty'),
-        ('--start=FILE:{}/missing.txt', 'missing.txt'),
-        ('--start=FILE:{}/latin.txt', 'not UTF-8'),
         ('--drafter=head', 'needs a model with a draft head'),
         ('--chat=True', 'special tokens'),
         ('--chat=True --num_samples=2', 'num_samples .2. at 1'),
         ('--chat=True --interactive=True', 'interactive .True. off'),
-        ('--system=x', "system .'x'. is .*give --chat=True"),
-        ('--device=foo', 'device')],
+        ('--system=x', "system .'x'. is .*give --chat=True")],
     'bench.py': [
         ('--shape=d13', r'shape \(d13\) must be tiny, d12, or the out_dir of a trained model'),
-        ('--shape=data', 'no checkpoint at data/best.pt'),
         ('--mode=quality', r'shape \(tiny\) has random weights'),
         ('--formats=f32,int3', r"formats \(f32,int3\) must be of f32, .*'int3' is not"),
-        ('--formats=', 'formats'),
         ('--drafters=none,luck', r"drafters .* none, head, mtp, ngram, random; 'luck' is not"),
-        ('--shape={}/good --drafters=mtp --new_tokens=4',
-         r'drafter \(mtp\) needs a model with a multi_token head, which .* has not'),
         ('--batches=1,0', r'batches \(1,0\)'),
         ('--new_tokens=400', r'prompt_tokens \(6\) \+ new_tokens \(400\) do not fit the context of 256'),
         ('--device=nowhere', r'device \(nowhere\) cannot be used here'),
         ('--llama2c=data', 'measured with --peers=True'),
         ('--peers=True --gguf=nowhere.gguf', 'no GGUF file at nowhere.gguf'),
         ('--peers=True --gguf=bench.py --llamacpp=data', r'llamacpp \(data\) has no llama-bench: .*cmake'),
-        ('--peers=True --llama2c=data', r'llama2c \(data\) has no run: .*gcc'),
         ('--mode=train --muon_rl=1', 'unknown key .*muon_lr'),
         ('--mode=train --batch_size=auto', r'batch_size \(auto\) must be an int'),
         ('--mode=train --init_from=x.pt', r'init_from \(x.pt\)'),
         ('{}/plan.py', 'mode .memory. must be said on the command line, --mode=memory'),
         (PLAN + '--target_params=many', r'target_params \(many\) must be'),
-        (PLAN + '--vocab_size=65536 --target_params=1K', r'target_params \(1K\) are too few'),
         (PLAN + '--target_params=1000B', r'target_params \(1000B\) .* too many')],
     'distill.py': [
         ('', 'give --teacher='),
         ('--fetch=d32', '--fetch= needs --out_dir='),
-        ('--fetch=d20 --out_dir={}/d20', r'fetch \(d20\) must be one of d32, d34'),
         ('--to_hf={}/hf --to_picochat={}/p --teacher={}/good', 'one of the four at a time'),
         ('--teacher={}/good --to_hf={}/hf', 'takes a teacher with a BPE'),
-        ('--teacher={}/nothing --out_dir={}/l', 'no teacher at'),
         ('--teacher={}/good --out_dir={}/l --method=topk --k=99', r'k \(99\) must be at most the vocabulary'),
         ('--teacher={}/good --out_dir={}/l --calibrate=True',
          'calibrate=True needs teachers that have not seen the text'),
-        ('--teacher={}/good --out_dir={}/l --block_size=99', 'a context of 16'),
-        ('--teacher={}/good --out_dir={}/l --dataset={}/none', 'prepare.py'),
         ('--teacher=random:d2 --out_dir={}/l', 'does not say which dataset')],
     'prune.py': [
         ('--layers=5', 'at most the 2'),
-        ('--layers=0,7', r'0\.\.1'),
-        ('--layers=x', 'layers'),
-        ('--kv_heads=3', 'kv_heads'),
-        ('--vocab_keep=999 --dataset={}/data', 'at most'),
         ('--neuron_prune_ratio=0.5 --save_dir={}/good', 'another folder'),
         ('--out_dir={}/gone --neuron_prune_ratio=0.5',
          r'importance \(obs\), refit \(True\) without a text: give --dataset='),
         ('--out_dir={}/gone --channel_prune_ratio=0.5 --importance=l1 --refit=False', r'no rotate \(True\)'),
         ('--out_dir={}/gone --layers=1', r'no layer_importance \(loss\)'),
-        ('--out_dir={}/gone --vocab_keep=9', 'no vocab_keep'),
-        ('--out_dir={}/gone --keep_params=0.5', 'no keep_params'),
-        ('--out_dir={}/gone --dataset=nowhere', 'no dataset in data/nowhere')],
+        ('--out_dir={}/gone --vocab_keep=9', 'no vocab_keep')],
     'quantize.py': [
-        ('--out_dir={}/nothing', 'no checkpoint at'),
-        ('--out_dir={}/torn', 'not a whole'),
         ('--bits=4 --method=qat', 'quant_bits'),
         ('--out_dir={}/qat --bits=4 --method=qat --group=32', 'quant_group'),
-        ('--dataset={}/nothing', 'data/text/prepare.py'),
         ('--dataset={}/other', 'has another tokenizer than'),
-        ('--out_dir={}/gone --dataset=nowhere', 'no dataset in data/nowhere'),
-        ('--out_dir={}/gone --dataset={}/other', 'has another tokenizer than')]}
+        ('--out_dir={}/gone --dataset=nowhere', 'no dataset in data/nowhere')]}
 
-LIMITS = {                                          # script -> {knob: values that it may not have}
+LIMITS = {  # script -> {knob: values that it may not have}
     'train.py': dict(
         n_layer='none auto 0', n_head='0', n_kv_head='four 2.5 -1', head_dim='True', n_hidden='-2', block_size='none',
         batch_size='0', max_iters='0 none', multi_token_n='-1', draft_n='none', warmup_iters='-1', log_interval='auto',
@@ -158,16 +121,12 @@ def house(tmp_path_factory):
     data = make_dataset(root / 'data')
     make_dataset(root / 'other', toy_text() + 'xyz')
     make_dataset(root / 'short', val=12)
-    train(root / 'good', data, '--max_iters=30', '--muon_lr=0.05')      # or it would be refused as a teacher
+    train(root / 'good', data, '--max_iters=30', '--muon_lr=0.05')  # or it would be refused as a teacher
     best = root / 'good' / 'best.pt'
     altered(best, root / 'gone', dataset='gone')
     altered(best, root / 'qat', knobs=load_checkpoint(best)['knobs'] | {'quant_bits': 4, 'quant_group': 64})
     (root / 'weights').mkdir()
     shutil.copy(best, root / 'weights' / 'ckpt.pt')
-    (root / 'torn').mkdir()
-    for name in ('best.pt', 'ckpt.pt', 'int8.safetensors'):
-        (root / 'torn' / name).write_bytes(best.read_bytes()[:-100])
-    (root / 'latin.txt').write_bytes(b'caf\xe9')
     (root / 'plan.py').write_text("mode = 'memory'\n")
     return root
 
@@ -175,13 +134,13 @@ def house(tmp_path_factory):
 @pytest.fixture
 def refuses(house, monkeypatch, in_process):
     """refuses(script, flags, pattern): in one line, and nothing is written."""
-    monkeypatch.setitem(sys.modules, 'wandb', None)                     # as if it were not installed
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not installed
     before = content(house)
 
     def check(script, flags, pattern):
         words = [*FIRST[script], *flags.split(' ')] if flags else FIRST[script]
         got = run(script, *(word.replace('{}', str(house)) for word in words))
-        lines = got.err.splitlines(keepends=True)                       # bench.py first says which peers are absent
+        lines = got.err.splitlines(keepends=True)  # bench.py first says which peers are absent
         got.err = ''.join(line for line in lines if line.startswith('error') or 'pip install' not in line)
         refused(got, pattern)
         assert content(house) == before

@@ -1,10 +1,4 @@
-"""
-sample.py on a model that train.py and quantize.py have just made: float and int8, one sample and several, files, stops,
-a conversation with stdin, a chat; and one line for whatever cannot work.
-
-$ python -m pytest tests/test_sample.py
-"""
-import itertools
+"""sample.py on a model that train.py and quantize.py have just made: texts, files, stops, a conversation, a chat."""
 import json
 import os
 import random
@@ -15,27 +9,25 @@ import pytest
 import torch
 
 import engine
-from conftest import TINY, make_dataset, refused, run, toy_text
+from conftest import TINY, make_dataset, ran, refused, run, toy_text
 from data.kernels import KernelRound, library
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats, write_texts
 from engine import Engine, Sampling
 from quantize import load
 
-FILES = {'float': 'best.pt', 'int8': 'int8.safetensors', 'int4': 'int4.safetensors'}
+FILES = {'float': 'best.pt', 'int8': 'int8.safetensors'}
 GREEDY = ['--temperature=0', '--max_new_tokens=30', '--start=the cat', '--device=cpu']
 
 
 @pytest.fixture(scope='module', params=['char', 'bpe'])
 def out_dir(request, tmp_path_factory):
-    """train.py, quantize.py, and then only the folder they wrote: elsewhere, the data gone."""
     root = tmp_path_factory.mktemp(request.param)
     data = make_dataset(root / 'data', level=request.param, vocab_size=275, val=2000)
     for script, args in (('train.py', [*TINY, data, '--n_embd=64', '--block_size=64', '--max_iters=60',
                                        '--eval_interval=60', '--quant_bits=8', '--device=cpu']),
                          ('quantize.py', ['--device=cpu'])):
-        got = run(script, *args, f'--out_dir={root}/out')
-        assert got.status == 0, got.err
+        ran(script, *args, f'--out_dir={root}/out')
     (root / 'elsewhere').mkdir()
     shutil.copytree(root / 'out', root / 'elsewhere' / 'model')
     shutil.rmtree(root / 'out')
@@ -44,14 +36,11 @@ def out_dir(request, tmp_path_factory):
 
 
 def sample(out_dir, *args, stdin=''):
-    """A run that must succeed -> what it printed."""
-    got = run('sample.py', f'--out_dir={out_dir}', *args, stdin=stdin)
-    assert got.status == 0, got.err
+    got = ran('sample.py', f'--out_dir={out_dir}', *args, stdin=stdin)
     return got.out
 
 
 def expected(out_dir, weights, prompt, n, sampling, cache=torch.float32, **how):
-    """The same texts straight from the engine."""
     model, state = load(f'{out_dir}/{FILES[weights]}')
     tokenizer = from_meta(state['tokenizer'])
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
@@ -68,7 +57,7 @@ def test_the_text_is_the_engines(out_dir, flags, weights, how):
     texts = expected(out_dir, weights, 'the cat', sampling=Sampling(seed=4), **{'n': 30} | how)
     assert got.out == ''.join(text + ('\n' if len(texts) == 1 else '\n---------------\n') for text in texts)
     assert len(set(texts)) == len(texts)
-    assert any(word in texts[0] for word in toy_text().split())                         # it has learnt words
+    assert any(word in texts[0] for word in toy_text().split())  # it has learnt words
     stats, c = json.loads(got.err.splitlines()[-1]), load(f'{out_dir}/{FILES[weights]}')[0].config
     assert stats.keys() >= {'tokens', 'tok_s', 'tokens_per_verify', 'drafter', 'bytes', 'int_share'}
     assert stats['tokens'] == how.get('n', 30) * len(texts)
@@ -78,7 +67,6 @@ def test_the_text_is_the_engines(out_dir, flags, weights, how):
 
 
 def test_the_newest_weights_are_taken(out_dir, tmp_path):
-    """And said, where there is a choice."""
     how = ['--start=the', '--seed=3', '--max_new_tokens=40', '--top_k=9', '--top_p=0.9', '--min_p=0.01',
            '--show_stats=True']
     said, *_, stats = run('sample.py', f'--out_dir={out_dir}', *how).err.splitlines()
@@ -99,18 +87,15 @@ def test_a_stop_string_ends_the_text(out_dir):
     assert sample(out_dir, *GREEDY, f'--stop={stop}', '--num_samples=2') == f'{cut}\n---------------\n' * 2
 
 
-def test_prompts_from_a_file_and_beyond_the_context(out_dir, tmp_path):
-    (tmp_path / 'prompt.txt').write_text('the cat\nsat on')
+def test_prompts_from_files_and_typed_lines(out_dir, tmp_path):
     how = ['--temperature=0', '--max_new_tokens=30']
-    assert (sample(out_dir, *how, f'--start=FILE:{tmp_path}/prompt.txt')
-            == sample(out_dir, *how, '--start=the cat\nsat on'))
+    (tmp_path / 'prompt.txt').write_text('the cat\nsat on')
+    (tmp_path / 'windows.txt').write_bytes(b'\xef\xbb\xbfthe cat\r\nsat on\r\n')  # one line end is the editor's
+    lines = sample(out_dir, *how, '--start=the cat\nsat on')
+    for start in (f'FILE:{tmp_path}/prompt.txt', f'FILE:{tmp_path}/windows.txt', r'the cat\nsat on'):
+        assert sample(out_dir, *how, f'--start={start}') == lines
+    assert run('sample.py', f'--out_dir={out_dir}', *how, r'--stop=\n').names['stops'] == ['\n']
     assert sample(out_dir, *how, '--start=the', '--max_new_tokens=0') == 'the\n'
-    long = sample(out_dir, *GREEDY, '--max_new_tokens=150', '--slide=True')
-    assert len(long) >= 150
-    assert long.startswith(sample(out_dir, *GREEDY)[:-1])
-    (tmp_path / 'windows.txt').write_bytes(b'the cat\r\nsat on\r\n')                  # one line end is the editor's
-    assert (sample(out_dir, *how, f'--start=FILE:{tmp_path}/windows.txt')
-            == sample(out_dir, *how, '--start=the cat\nsat on'))
 
 
 def test_a_prompt_longer_than_the_context(out_dir):
@@ -125,18 +110,7 @@ def test_a_prompt_longer_than_the_context(out_dir):
     assert got.out == text + tokenizer.decode(row) + '\n'
 
 
-def test_new_lines_can_be_typed(out_dir):
-    how = ['--temperature=0', '--max_new_tokens=30']
-    lines = sample(out_dir, *how, '--start=the cat\nsat')
-    assert sample(out_dir, *how, r'--start=the cat\nsat') == lines
-    assert run('sample.py', f'--out_dir={out_dir}', *how, r'--stop=\n').names['stops'] == ['\n']
-    tokenizer = from_meta(load(f'{out_dir}/int8.safetensors')[1]['tokenizer'])
-    if tokenizer.bos is not None:                       # the alphabet of the other one has neither
-        assert sample(out_dir, r'--start=\\n\t', '--max_new_tokens=0') == '\\n\t\n'
-
-
 def test_the_default_length_fits(out_dir):
-    """200 new tokens, or what there is room for; a number that is given must fit."""
     stats = lambda *args: json.loads(run('sample.py', f'--out_dir={out_dir}', '--show_stats=True', '--start=the cat',
                                          '--run_on=True', *args).err.splitlines()[-1])
     ids = from_meta(load(f'{out_dir}/int8.safetensors')[1]['tokenizer'])
@@ -147,24 +121,7 @@ def test_the_default_length_fits(out_dir):
             'do not fit')
 
 
-@pytest.mark.parametrize('weights', FILES)
-def test_very_small_temperatures(chat_dir, weights):
-    """... are the argmax, whatever the format and the filter."""
-    how = [f'--weights={weights}', '--start=the cat', '--max_new_tokens=20']
-    zero, flags = sample(chat_dir, *how, '--temperature=0'), ('--top_k=5', '--top_p=0.5', '--min_p=0.5', '--drafter=head')
-    together = itertools.product if weights == 'int8' else zip
-    for temperature, flag in together(('1e-40', '1e-320', '1e-19', '0'), flags):
-        assert sample(chat_dir, *how, f'--temperature={temperature}', flag) == zero, (temperature, flag)
-
-
-# -----------------------------------------------------------------------------
-# the end of a document
-
 def test_a_document_ends(tmp_path):
-    """
-    Where a model writes the marker between documents, its text ends; with run_on another one follows. The marker is
-    never printed.
-    """
     document = 'the cat sat on a mat\n'
     write_texts(str(tmp_path / 'data'), [document] * 400, [document] * 40, 'bpe', 'toy', 275)
     got = run('train.py', *TINY, f'--dataset={tmp_path}/data', '--n_embd=64', '--block_size=32', '--max_iters=80',
@@ -182,7 +139,6 @@ def test_a_document_ends(tmp_path):
 
 
 def test_a_conversation(out_dir):
-    """Prompts of several lines, one that is refused, one without an end; the seed moves on from prompt to prompt."""
     how = ['--interactive=True', '--max_new_tokens=20', '--seed=7', '--temperature=1', '--weights=int8']
     too_long = 'the ' * 100
     got = run('sample.py', f'--out_dir={out_dir}', *how,
@@ -194,18 +150,15 @@ def test_a_conversation(out_dir):
     asked, refusal = got.err.splitlines()
     assert '###' in asked
     assert refusal.startswith('error: the prompt')
-    got = run('sample.py', f'--out_dir={out_dir}', '--interactive=True', '--show_stats=True')
-    assert got.status == 0
+    got = ran('sample.py', f'--out_dir={out_dir}', '--interactive=True', '--show_stats=True')
     assert got.out == ''
     assert json.loads(got.err.splitlines()[-1])['tokens'] == 0
 
 
-# -----------------------------------------------------------------------------
-# chat
+# ----- chat
 
 @pytest.fixture(scope='module')
 def chat_dir(tmp_path_factory):
-    """A small model of questions and answers with both kinds of drafting heads, as float, int8 and int4."""
     root, rng = tmp_path_factory.mktemp('chat'), random.Random(0)
     tokenizer = train_bpe([toy_text()], 275)
     say = lambda n: ' '.join(rng.choices('the cat sat on a mat and ran'.split(), k=rng.randint(1, n)))
@@ -216,27 +169,22 @@ def chat_dir(tmp_path_factory):
     for script, args in (('train.py', [*TINY, f'--dataset={root}/data', '--n_embd=64', '--block_size=64',
                                        '--max_iters=40', '--eval_interval=40', '--sample_interval=40', '--draft_n=2',
                                        '--multi_token_n=2']),
-                         ('quantize.py', []), ('quantize.py', ['--bits=4'])):
+                         ('quantize.py', [])):
         got = run(script, *args, f'--out_dir={root}/out')
         # the sample that train.py shows is an answer to a question
         assert got.status == 0 and ('----- sample' in got.out) == ('<|user_start|>' in got.out), got.err
     return f'{root}/out'
 
 
-def chat(out_dir, *lines, weights='int8', **knobs):
-    """-> what was said, and the lines on stderr"""
+def chat(out_dir, *lines, **knobs):
     knobs = [f'--{k}={v}' for k, v in knobs.items()]
-    got = run('sample.py', '--chat=True', f'--out_dir={out_dir}', f'--weights={weights}', *knobs,
+    got = ran('sample.py', '--chat=True', f'--out_dir={out_dir}', '--weights=int8', *knobs,
               stdin=''.join(f'{line}\n' for line in lines))
-    assert got.status == 0, got.err
-    return got.out, got.err.splitlines()[1:]            # the first says how it is used
+    return got.out, got.err.splitlines()[1:]  # the first says how it is used
 
 
 def reference(out_dir, weights, lines, seed=1337, temperature=0.8, cut={}):
-    """
-    What a chat of 20 tokens an answer must say, every answer decoded from nothing but its whole conversation; cut:
-    number of an answer -> how many of its tokens are said.
-    """
+    """What a chat of 20 tokens an answer must say, from whole conversations; cut: how many tokens are said."""
     model, state = load(f'{out_dir}/{FILES[weights]}')
     t, exchanges, out = from_meta(state['tokenizer']), [], []
     bos, u0, u1, a0, a1 = map(t.special, t.special_tokens[:5])
@@ -247,11 +195,11 @@ def reference(out_dir, weights, lines, seed=1337, temperature=0.8, cut={}):
         if line == '/reset':
             exchanges = []
             continue
-        line = line.lstrip()                        # a space marks what is no command
+        line = line.lstrip()  # a space marks what is no command
         question = [u0, *t.encode(line), u1, a0]
-        room = 64 - 16                              # a quarter of the context is the answer's
+        room = 64 - 16  # a quarter of the context is the answer's
         if 1 + len(question) > room:
-            seed += 1                               # a question that is refused takes a seed, too
+            seed += 1  # a question that is refused takes a seed, too
             continue
         while 1 + sum(map(len, exchanges)) + len(question) > room:
             exchanges = exchanges[1:]
@@ -269,13 +217,12 @@ LINES = ['the cat', 'sat on', '/undo', 'a mat and', 'ran', '/reset', '/undo', 't
 
 @pytest.mark.parametrize('temperature', [0, 1])
 def test_a_chat_is_decoded_from_scratch_with_any_drafter(chat_dir, temperature):
-    """So is what follows an answer that a stop string has ended."""
     how = dict(temperature=temperature, max_new_tokens=20)
     said, notes = plain = chat(chat_dir, *LINES, **how)
     assert said == reference(chat_dir, 'int8', LINES, temperature=temperature)
     if temperature:
         assert not notes and len(set(said.splitlines())) > 3
-        assert min(map(len, said.splitlines())) < 15            # not everything was cut by max_new_tokens
+        assert min(map(len, said.splitlines())) < 15  # not everything was cut by max_new_tokens
     stopped = chat(chat_dir, *LINES, **how, stop='n')
     assert stopped != plain
     assert 'n' not in stopped[0]
@@ -314,14 +261,11 @@ def test_ctrl_c_stops_the_answer(chat_dir, monkeypatch, place, nth, said_by_then
 
 
 def test_a_full_context_forgets_the_oldest(chat_dir):
-    lines = ['the cat sat', 'on a mat', 'and ran', 'the mat', 'a cat ran'] * 2
-    asked = [*lines[:5], 'the cat sat on a mat ' * 5, *lines[5:]]
+    asked = ['the cat sat', 'on a mat', 'the cat sat on a mat ' * 5, 'and ran', 'the mat', 'a cat ran']
     said, notes = chat(chat_dir, *asked, '/quit', 'never asked', max_new_tokens=20)
-    assert said == reference(chat_dir, 'int8', asked)
-    assert len(said.splitlines()) == 10
+    assert said == reference(chat_dir, 'int8', asked) and len(said.splitlines()) == 5
     assert any('are forgotten' in note for note in notes)
-    refusal, = (note for note in notes if note.startswith('error'))
-    assert 'do not fit the context of 64 with an answer of 16' in refusal
+    assert sum('do not fit the context of 64 with an answer of 16' in note for note in notes) == 1
 
 
 def test_what_is_a_command(chat_dir):

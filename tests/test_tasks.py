@@ -1,7 +1,4 @@
-"""
-Questions answered by likelihood, and bits per byte of further texts: data/bench/tasks.py, and bench.py's mode=tasks.
-What the cache, padding and cutting give must be what whole forwards over each text by itself give.
-"""
+"""Questions answered by likelihood, and bits per byte of further texts: as whole forwards over each text give them."""
 import contextlib
 import json
 import math
@@ -11,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import BPE, CHAR, build, make_dataset, randomise, refused, result_of, run, toy_text
+from conftest import BPE, CHAR, build, make_dataset, ran, randomise, refused, refuses, result_of, run, toy_text
 from data.bench.tasks import (answer, answer_all, asked, bits_per_byte, by_group, cut_left, draw_examples, measure,
                               p_by_chance, read_rows, read_tasks, read_texts, scored_tokens, sorts_of)
 from data.cache import KVCache
@@ -26,7 +23,6 @@ WORDS = 'the cat then other bathe a these north'.split()
 
 
 def questions(n=40):
-    """Some of each form, with choices of different lengths; drawn words mean nothing."""
     rng = random.Random(0)
     some = lambda most: ' '.join(rng.choices(WORDS, k=rng.randint(1, most)))
     out = []
@@ -55,7 +51,7 @@ def plainly(model, tokenizer, item, examples=(), delimiter=' '):
     rows = [bos + tokenizer.encode(text) for text in texts]
     nats, right = [], None
     for row in rows:
-        logits = model(torch.tensor([row]))[0]                                  # (T, V)
+        logits = model(torch.tensor([row]))[0]  # (T, V)
         losses = [0.0] + F.cross_entropy(logits[:-1], torch.tensor(row[1:]), reduction='none').tolist()
         if 'query' in item:
             start = next((i for i in range(min(map(len, rows))) if len({r[i] for r in rows}) > 1), min(map(len, rows)))
@@ -74,6 +70,8 @@ def plainly(model, tokenizer, item, examples=(), delimiter=' '):
 @pytest.mark.parametrize('shots', [0, 2])
 def test_answers_are_those_of_whole_forwards(tokenizer, shots):
     model, items = build(tokenizer, kv=2, block_size=400), questions(10)
+    # choices that are the same, or of which one begins the other: something is scored of each
+    items += [items[0] | {'choices': choices, 'gold': 0} for choices in (['the', 'the'], ['cat', 'cat cat cat'])]
     drawn = lambda i: [items[j] for j in draw_examples(sorts_of(items), i, shots)]
     n = 0
     for i, item in enumerate(items):
@@ -90,19 +88,7 @@ def test_answers_are_those_of_whole_forwards(tokenizer, shots):
         plainly(model, tokenizer, item, drawn(i))[1] for i, item in enumerate(items[:7])]
 
 
-def test_a_text_that_the_model_would_write_is_right():
-    """Whatever it writes behind 'the' is the right continuation, and nothing else is."""
-    model, text = build(CHAR), CHAR.encode('the')
-    for _ in range(4):
-        text.append(model(torch.tensor([text]))[0, -1].argmax().item())
-    written = CHAR.decode(text[3:])
-    assert written == written.strip() and written[-1] != 'x'
-    for continuation, right in ((written, True), (written[:-1] + 'x', False)):
-        assert answer(model, CHAR, {'context': ' the ', 'continuation': continuation}, delimiter='') is right
-
-
 def test_long_questions_are_cut_at_the_left():
-    """As if they had been so short from the start; the token that begins a text stays, and the choices stay alike."""
     model, long = build(BPE, block_size=24), 'north cat ' * 20
     item = {'query': long + 'the other', 'choices': ['cat', 'these a', 'bathe the cat'], 'gold': 2}
     rows, places = cut_left(*scored_tokens(item, (), BPE, ' '), BPE.bos, 24)
@@ -116,26 +102,12 @@ def test_long_questions_are_cut_at_the_left():
         answer(model, BPE, item | {'choices': ['cat', 'these ' * 30], 'gold': 0})
 
 
-def test_choices_that_are_the_same_or_one_the_others_start():
-    """Something is scored of each, whatever they are."""
-    model = build(BPE)
-    for choices in (['the', 'the'], ['cat', 'cat cat cat'], ['', 'a']):
-        answer(model, BPE, {'query': 'the', 'choices': choices, 'gold': 0})
-    with pytest.raises(ValueError, match='needs a token before its answer'):
-        answer(build(), CHAR, {'context': '', 'continuation': 'a'}, delimiter='')
-    alike = GPT(GPTConfig(block_size=64, vocab_size=BPE.vocab_size, n_layer=1, n_head=1, n_embd=8))
-    assert answer(alike, BPE, {'query': 'the', 'choices': ['cat', 'other'], 'gold': 0})         # the first counts
-
-
-# -----------------------------------------------------------------------------
-# counting
-
 def test_what_guessing_gives():
     assert p_by_chance(0, [0.25] * 9) == 1 and p_by_chance(3, [0.5] * 3) == pytest.approx(1 / 8)
     n, k = 40, 17
     exact = sum(math.comb(n, i) * 0.25 ** i * 0.75 ** (n - i) for i in range(k, n + 1))
     assert p_by_chance(k, [0.25] * n) == pytest.approx(exact, rel=1e-9)
-    assert p_by_chance(1, [0.5, 0.25]) == pytest.approx(1 - 0.5 * 0.75)             # not all have as many choices
+    assert p_by_chance(1, [0.5, 0.25]) == pytest.approx(1 - 0.5 * 0.75)  # not all have as many choices
 
 
 def test_groups_add_up():
@@ -153,9 +125,6 @@ def test_groups_add_up():
     assert whole['centred_error'] == pytest.approx(whole['error'] / (1 - whole['chance']))
 
 
-# -----------------------------------------------------------------------------
-# files
-
 GOOD = {'query': 'a', 'choices': ['b', 'c'], 'gold': 1}
 
 
@@ -166,8 +135,7 @@ GOOD = {'query': 'a', 'choices': ['b', 'c'], 'gold': 1}
     json.dumps({'context': 'a', 'continuation': ' '}), json.dumps({'context_options': ['a', 'b'], 'gold': 0})])
 def test_lines_that_are_no_questions(tmp_path, line):
     (tmp_path / 'a.jsonl').write_text(json.dumps(GOOD) + '\n\n' + line + '\n')
-    with pytest.raises(ValueError, match='a.jsonl, line 3: expected an object'):
-        read_tasks(f'{tmp_path}/a.jsonl')
+    refuses('a.jsonl, line 3: expected an object', read_tasks, f'{tmp_path}/a.jsonl')
 
 
 def test_files_are_read_in_an_order_drawn_by_the_seed(tmp_path):
@@ -175,17 +143,12 @@ def test_files_are_read_in_an_order_drawn_by_the_seed(tmp_path):
     (tmp_path / 'a.jsonl').write_text('\n'.join(lines) + '\n')
     drawn = [json.dumps(item) for item in read_tasks(f'{tmp_path}/a.jsonl')]
     assert drawn != lines and sorted(drawn) == sorted(lines)
-    random.Random(1337).shuffle(lines)                                              # as nanochat shuffles
+    random.Random(1337).shuffle(lines)  # as nanochat shuffles
     assert drawn == lines
-    with pytest.raises(ValueError, match='must be a .jsonl file'):
-        read_tasks(f'{tmp_path}/b.jsonl')
+    refuses('must be a .jsonl file', read_tasks, f'{tmp_path}/b.jsonl')
     (tmp_path / 'b.jsonl').write_text('\n')
-    with pytest.raises(ValueError, match='has no question'):
-        read_tasks(f'{tmp_path}/b.jsonl')
+    refuses('has no question', read_tasks, f'{tmp_path}/b.jsonl')
 
-
-# -----------------------------------------------------------------------------
-# other texts
 
 @pytest.mark.parametrize('level', ['char', 'bpe'])
 def test_bits_per_byte_are_those_of_a_dataset_made_of_the_text(tmp_path, level):
@@ -199,7 +162,7 @@ def test_bits_per_byte_are_those_of_a_dataset_made_of_the_text(tmp_path, level):
     make_cache = lambda n: KVCache(model.config, n, dtype=torch.int8)
     expected = evaluate(model, loader.eval_batches(), tokenizer.token_bytes, make_cache)['bpb']
     assert bits_per_byte(model, tokenizer, text, torch.int8) == pytest.approx(expected, rel=1e-6)
-    assert bits_per_byte(model, tokenizer, text[:20]) > 0                           # shorter than the context
+    assert bits_per_byte(model, tokenizer, text[:20]) > 0  # shorter than the context
 
 
 def test_texts_are_read_by_bytes(tmp_path):
@@ -216,9 +179,6 @@ def test_texts_are_read_by_bytes(tmp_path):
     (tmp_path / 'a').write_text('another')
     assert asked(f'x={tmp_path}/a', 9, f'{tmp_path}/a', num_fewshot=2) != said and asked() == ''
 
-
-# -----------------------------------------------------------------------------
-# bench.py --mode=tasks
 
 @pytest.fixture
 def trained(tmp_path):
@@ -245,7 +205,6 @@ def test_mode_tasks(trained):
 
 
 def test_mode_quality_measures_other_texts(trained):
-    """Beside the validation split, and of a model that has no dataset here alone."""
     folder, model = trained
     text = (folder / 'a.jsonl').read_text()[:900]
     (folder / 'text').write_text(text)
@@ -264,44 +223,23 @@ def test_mode_quality_measures_other_texts(trained):
 def test_mode_tasks_refuses(trained):
     folder, _ = trained
     for flags, pattern in ((f'--shape={folder}', r'tasks \(\) must be a .jsonl file'),
-                           (f'--shape={folder} --tasks={folder}/b.jsonl', 'b.jsonl.* must be a .jsonl file'),
                            (f'--shape={folder} --tasks={folder}/a.jsonl --num_fewshot=99', r'\(99\) must be at most 8'),
-                           (f'--shape=tiny --tasks={folder}/a.jsonl', r'shape \(tiny\) has random weights'),
-                           (f'--shape={folder}/a.jsonl --tasks={folder}/a.jsonl', 'a.jsonl'),
                            (f'--shape={folder} --tasks={folder}/a.jsonl --questions=-1', r'questions \(-1\)')):
         refused(run('bench.py', '--mode=tasks', '--device=cpu', *flags.split()), pattern)
 
 
-# -----------------------------------------------------------------------------
-# data/pydoc_chat/prepare.py --tasks=FILE
-
 SEEN, HELD = ('aa', 'bb', 'cc', 'dd', 'ee'), ('getpass', 'hmac', 'mailbox', 'optparse')
 
 
-@pytest.fixture
-def library(tmp_path):
-    """Modules of five functions each; those of HELD are held out, _hidden is nobody's to import from."""
-    folder = tmp_path / 'lib'
-    folder.mkdir()
+def test_questions_about_a_library(tmp_path):
+    (tmp_path / 'lib').mkdir()
     for module in (*SEEN, *HELD, '_hidden'):
         text = ''.join(f'def {module.strip("_")}_{i}(self, a=1):\n    """Do what {module} does, number {i}. More."""\n'
                        for i in range(5)) + 'def common():\n    pass\n'
-        (folder / f'{module}.py').write_text(text + ('# aa_0 is mentioned here\n' if module == 'bb' else ''))
-    (folder / 'broken.py').write_text('def (')
-    return folder
-
-
-def write(library, *flags):
-    got = run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl', *flags)
-    assert got.status == 0, got.err
-    return [json.loads(line) for line in (library / 't.jsonl').read_text().splitlines()]
-
-
-def test_questions_about_a_library(library):
-    items = write(library, '--seed=3')
-    assert items != write(library) == write(library)
-    items = write(library)
-    assert sorted(map(json.dumps, items)) == sorted(map(json.dumps, read_tasks(f'{library}/t.jsonl')))
+        (tmp_path / 'lib' / f'{module}.py').write_text(text + '# aa_0 is mentioned here\n' * (module == 'bb'))
+    (tmp_path / 'lib' / 'broken.py').write_text('def (')
+    ran('data/pydoc_chat/prepare.py', f'--root={tmp_path}/lib', f'--tasks={tmp_path}/t.jsonl')
+    items = read_tasks(f'{tmp_path}/t.jsonl')
     imports, docstrings = ([item for item in items if item['kind'] == kind] for kind in ('module', 'docstring'))
     assert sorted(item['continuation'] for item in imports) == sorted(
         f'{module}_{i}' for module in SEEN + HELD for i in range(5))
@@ -309,7 +247,7 @@ def test_questions_about_a_library(library):
         module = item['continuation'][:-2]
         assert item['context_options'][item['gold']] == f'from {module} import'
         assert len(set(item['context_options'])) == 4 and 'from _hidden import' not in item['context_options']
-        assert item['continuation'] != 'aa_0' or 'from bb import' not in item['context_options']   # it is in there
+        assert item['continuation'] != 'aa_0' or 'from bb import' not in item['context_options']  # it is in there
         assert item['heldout'] == (module in HELD)
         assert all((option.split()[1] in HELD) == item['heldout'] for option in item['context_options'])
     assert len(docstrings) == 50
@@ -318,12 +256,5 @@ def test_questions_about_a_library(library):
         assert item['query'] == f'def {module}_{i}(self, a=1):\n    """\n   '
         right = item['choices'][item['gold']]
         assert right in (f'Do what {module} does, number {i}.', f'Do what _{module} does, number {i}.')
-        assert all(choice[:-2] == right[:-2] for choice in item['choices'])                 # of the same module
+        assert all(choice[:-2] == right[:-2] for choice in item['choices'])  # of the same module
     assert len({item['gold'] for item in items}) == 4
-    few = write(library, '--questions=2')
-    assert [(item['kind'], item['heldout']) for item in few] == [
-        ('module', True)] * 2 + [('module', False)] * 2 + [('docstring', True)] * 2 + [('docstring', False)] * 2
-    for module in (*SEEN, *HELD, '_hidden'):
-        (library / f'{module}.py').unlink()
-    (library / 'optparse.py').write_text('x = 1')
-    refused(run('data/pydoc_chat/prepare.py', f'--root={library}', f'--tasks={library}/t.jsonl'), 'nothing to ask')

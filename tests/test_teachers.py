@@ -1,24 +1,18 @@
-"""
-data/foreign/kinds.py: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused.
-
-With `pip install transformers safetensors` the comparisons with Hugging Face run, too; nanochat's golden logits lie
-beside the repository, if at all.
-"""
+"""Teachers' files: what nanochat, GPT-2 and Hugging Face say of the same weights and texts, and what is refused."""
 import json
 import math
 import os
 import pickle
 import re
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (TEXTS, TINY, TOK, V, Evil, e0_state, far, flip, logits_of, nanogpt_state, randomise,
+from conftest import (TEXTS, TINY, TOK, V, Evil, far, logits_of, nanogpt_state, randomise,
                       reference_forward, refuses, result_of, run, write_gpt2_tokenizer, write_hf_gpt2, write_llama,
-                      write_nanochat, write_nanogpt)
+                      write_nanogpt)
 
 from data.checkpoint import load_model, save_checkpoint
 from data.foreign.gpt2 import load_gpt2
@@ -38,8 +32,33 @@ def ours():
     return randomise(GPT(GPTConfig(block_size=40, vocab_size=V, n_layer=1, n_head=4, n_embd=32)))
 
 
-# -----------------------------------------------------------------------------
-# nanochat
+# ----- nanochat
+
+E0 = dict(sequence_len=40, vocab_size=V, n_layer=2, n_head=4, n_kv_head=2, n_embd=32)
+
+
+def e0_state(rows=V, prefix=''):
+    """Random weights under nanochat's names; rows beyond V are padding."""
+    torch.manual_seed(0)
+    state = {'transformer.wte.weight': torch.randn(rows, 32).bfloat16(), 'lm_head.weight': torch.randn(rows, 32)}
+    for i in range(2):
+        for name, shape in (
+                ('attn.c_q', (32, 32)), ('attn.c_k', (16, 32)), ('attn.c_v', (16, 32)), ('attn.c_proj', (32, 32)),
+                ('mlp.c_fc', (128, 32)), ('mlp.c_proj', (32, 128))):
+            state[f'transformer.h.{i}.{name}.weight'] = 0.3 * torch.randn(shape)
+    return {prefix + k: v for k, v in state.items()}
+
+
+def write_nanochat(folder, bpe, state=None, step=7, home=None, **meta):
+    home = home or folder
+    for path in (folder, home):
+        os.makedirs(path, exist_ok=True)
+    torch.save(e0_state() if state is None else state, f'{folder}/model_{step:06d}.pt')
+    json.dump({'model_config': E0 | meta}, open(f'{folder}/meta_{step:06d}.json', 'w'))
+    pickle.dump(bpe._encoding, open(f'{home}/tokenizer.pkl', 'wb'))
+    torch.save(torch.tensor(bpe.token_bytes, dtype=torch.int32), f'{home}/token_bytes.pt')
+    return str(folder)
+
 
 # padding is cut off, also where the settings count it: the tokenizer knows how many tokens there are
 @pytest.mark.parametrize('rows, prefix, meta', [
@@ -59,14 +78,9 @@ def test_nanochat(tmp_path, bpe, rows, prefix, meta):
     assert model.params()['total'] == 2 * V * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 8 * 32 * 32)
 
 
-@pytest.fixture
-def golden():
-    if not os.path.isdir(GOLDEN):
-        pytest.skip('no nanochat files here')
-    return torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
-
-
-def test_nanochats_own_logits(golden):
+@pytest.mark.skipif(not os.path.isdir(GOLDEN), reason='no nanochat files here')
+def test_nanochats_own_logits():
+    golden = torch.load(f'{GOLDEN}/golden.pt', weights_only=True)
     model, tokenizer = load_nanochat(GOLDEN)
     assert far(logits_of(model, golden['x']), golden['logits']) < 1e-5
     model.cos, model.sin = rope_tables(replace(model.config, rope_bf16=False))
@@ -75,7 +89,6 @@ def test_nanochats_own_logits(golden):
 
 
 def test_steps_and_places(tmp_path, bpe):
-    """nanochat keeps the tokenizer for itself; of several steps the last is taken."""
     folder, home = tmp_path / 'base_checkpoints' / 'd2', tmp_path / 'tokenizer'
     first, second = e0_state(), {k: 2 * v for k, v in e0_state().items()}
     write_nanochat(folder, bpe, first, 90, home)
@@ -94,9 +107,6 @@ def test_token_bytes(tmp_path, bpe):
     for other in (bpe.token_bytes[:-1], [1] * V, bpe.token_bytes[::-1]):
         torch.save(torch.tensor(other), f'{folder}/token_bytes.pt')
         refuses('do not belong together', load_nanochat, folder)
-    torch.save([Evil(tmp_path / 'made')], f'{folder}/token_bytes.pt')
-    refuses('token_bytes.pt .*it names posix.mkdir', load_nanochat, folder)
-    assert not (tmp_path / 'made').exists()
     os.remove(f'{folder}/token_bytes.pt')
     load_nanochat(folder)
     pickle.dump(train_bpe(TEXTS, V - 1)._encoding, open(f'{folder}/tokenizer.pkl', 'wb'))
@@ -119,28 +129,8 @@ def test_later_eras_are_refused_by_name(tmp_path, bpe, era, keys):
         refuses(era, load_nanochat, write_nanochat(tmp_path, bpe, state))
 
 
-def test_a_missing_nanochat_says_where_to_get_one():
-    for look in (load_teacher, check_teachers):
-        refuses(r"no nanochat.*python distill.py --fetch=d32 --out_dir=teachers/d32 \(7.2 GB\)"
-                r".*--teacher=random:d32.*config/distill_stdlib_bpe.py", look, 'nanochat:nowhere')
-
-
-@pytest.mark.parametrize('name, change, match', [
-    ('meta_000007.json', lambda data: b'{"step"', 'meta_000007.json .*JSONDecodeError'),
-    ('meta_000007.json', lambda data: b'{}', 'model_config'),
-    ('meta_000007.json', None, 'No such file.*meta_000007.json'),
-    ('tokenizer.pkl', lambda data: b'hello', 'tokenizer.pkl'),
-    ('tokenizer.pkl', None, 'tokenizer')])
-def test_damaged_nanochat_folders(tmp_path, bpe, name, change, match):
-    folder = write_nanochat(tmp_path, bpe)
-    path = tmp_path / name
-    path.write_bytes(change(path.read_bytes())) if change else path.unlink()
-    refuses(match, load_nanochat, folder)
-
-
 @pytest.mark.parametrize('change, meta, match', [
     (lambda w: {name: w[name] for name in w if 'lm_head' not in name}, {}, 'lm_head.weight is missing'),
-    (lambda w: w | {'lm_head.weight': [1.0]}, {}, 'lm_head.weight is no tensor'),
     (lambda w: e0_state(350), {}, r'wte.weight is \(350, 32\)'),
     (lambda w: [1], {}, 'not a whole nanochat'),
     (lambda w: w, {'n_layer': 3}, 'its n_layer is 3, and its 14 tensors are those of at most 2'),
@@ -150,10 +140,6 @@ def test_tensors_that_do_not_fit_their_settings(tmp_path, bpe, change, meta, mat
 
 
 def test_fetch(server, tmp_path, bpe):
-    """
-    The four files, from a server whose line goes dead once: the second call goes on from there, and the folder is a
-    teacher.
-    """
     there, here = str(tmp_path / 'there'), str(tmp_path / 'here')
     write_nanochat(there, bpe, step=650)
     names = sorted(os.listdir(there))
@@ -189,7 +175,7 @@ def test_a_random_teacher_teaches(tmp_path):
     write_dataset(str(tmp_path / 'data'), tokenizer, np.arange(2000), np.arange(40), source='toy')
     got = run('train.py', *TINY, f'--dataset={tmp_path}/data', f'--out_dir={tmp_path}/out', '--teacher=random:d2',
               '--n_kv_head=1', '--multi_token_n=1', '--draft_n=2', '--max_iters=2', '--eval_interval=0')
-    assert got.status == 0 and 'teacher random' not in got.out, got.err     # it need not know the text
+    assert got.status == 0 and 'teacher random' not in got.out, got.err  # it need not know the text
     done = result_of(got)
     student, teacher = load_model(f'{tmp_path}/out/best.pt')[0], random_teacher('d2', 'meta')[0]
     teacher.config.block_size = 16
@@ -222,17 +208,14 @@ def test_load_teacher(tmp_path, bpe, ours, spec, dataset, has_tokenizer):
 
 @pytest.mark.parametrize('spec, match', [
     ('{}/nothing', 'no teacher at'), ('gpt2:{}/nothing', 'no GPT-2 at'), ('gpt2:{}/d2', 'no GPT-2 at'),
-    ('gpt2:{}/d2/token_bytes.pt', 'not a whole'), ('gpt2:{}/best.pt', 'not a whole'),
-    ('random:d3', 'random:d32'), ('random:32', 'random:d32'), ('random:', 'random:d32')])
+    ('gpt2:{}/best.pt', 'not a whole'), ('random:d3', 'random:d32')])
 def test_what_is_no_teacher(tmp_path, bpe, ours, spec, match):
     save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
     write_nanochat(tmp_path / 'd2', bpe)
     refuses(match, load_teacher, spec.format(tmp_path))
 
 
-# -----------------------------------------------------------------------------
-# GPT-2 and nanoGPT
-
+# ----- GPT-2 and nanoGPT
 
 def nanogpt_forward(w, idx, gelu='none'):
     T = idx.size(1)
@@ -267,7 +250,6 @@ def test_nanogpt(tmp_path, bias, tied, prefix):
 
 
 def test_nanogpts_padding_is_cut_off(tmp_path):
-    """GPT-2 has 50,257 tokens, of which nanoGPT makes 50,304; data in GPT-2's tokens fit the teacher."""
     w = nanogpt_state() | {'transformer.wte.weight': torch.randn(50304, 32)}
     w['lm_head.weight'] = w['transformer.wte.weight']
     model, _ = load_gpt2(write_nanogpt(tmp_path / 'ckpt.pt', w, vocab_size=50304))
@@ -285,25 +267,14 @@ def write_ckpt(folder, **args):
     (write_ckpt, dict(n_layer=3), 'h.2.ln_1.weight is missing'),
     (write_ckpt, dict(n_layer=1), 'h.1.ln_1.weight is unknown'),
     (write_hf_gpt2, dict(activation_function='relu'), 'activation_function='),
-    (write_hf_gpt2, dict(model_type='gptj'), 'model_type='),
     (write_hf_gpt2, dict(scale_attn_by_inverse_layer_idx=True), 'scale_attn_by_inverse_layer_idx=')])
 def test_odd_gpt2s(tmp_path, write, args, match):
     refuses(match, load_gpt2, write(tmp_path, **args))
 
 
-def test_bad_gpt2s(tmp_path):
-    path = tmp_path / 'ckpt.pt'
-    torch.save({'weights': 1}, path)
-    refuses('model_args', load_gpt2, str(path))
-    write_hf_gpt2(tmp_path)
-    os.remove(tmp_path / 'pytorch_model.bin')
-    refuses('model.safetensors', load_gpt2, str(tmp_path))
-
-
 @pytest.mark.parametrize('settings', [V, 384])
 @pytest.mark.parametrize('write', [write_ckpt, write_hf_gpt2])
 def test_gpt2s_padding_is_cut_off(tmp_path, write, settings):
-    """By the tokenizer beside it, whether or not the settings count the padding."""
     write_gpt2_tokenizer(tmp_path, TOK)
     w = nanogpt_state() | {'transformer.wte.weight': torch.randn(384, 32)}
     w['lm_head.weight'] = w['transformer.wte.weight']
@@ -320,13 +291,6 @@ def test_gpt2s_padding_is_cut_off(tmp_path, write, settings):
     assert far(logits_of(model, idx), expected) < 1e-4
 
 
-@pytest.mark.parametrize('name, gelu', [('gelu_new', 'tanh'), ('gelu', 'none')])
-def test_hugging_face_gpt2_folder(tmp_path, name, gelu):
-    model, _ = load_gpt2(write_hf_gpt2(tmp_path, activation_function=name))
-    idx = torch.randint(50, (3, 24))
-    assert far(logits_of(model, idx), nanogpt_forward(nanogpt_state(), idx, gelu)) < 1e-4
-
-
 @pytest.mark.parametrize('how', [
     {}, dict(tie_word_embeddings=False, activation_function='gelu', layer_norm_epsilon=1e-3, n_inner=40)])
 def test_gpt2_equals_transformers(tmp_path, how):
@@ -341,9 +305,6 @@ def test_gpt2_equals_transformers(tmp_path, how):
         expected = theirs(idx).logits
     assert expected.std() > 0.1 and far(logits_of(load_gpt2(str(tmp_path))[0], idx), expected) < 1e-4
 
-
-# -----------------------------------------------------------------------------
-# every kind
 
 @pytest.mark.parametrize('name, load, write', [
     ('model_000007.pt', load_nanochat, write_nanochat), ('ckpt.pt', load_gpt2, lambda folder, bpe: write_ckpt(folder)),
@@ -363,7 +324,7 @@ def test_every_loader_comes_to_the_guards(tmp_path, bpe, name, load, write):
     one[2, 1] = -math.inf
 
     def save(change, old):
-        changed = weights | change                      # nanoGPT's are one part of several
+        changed = weights | change  # nanoGPT's are one part of several
         torch.save(state | {'model': changed} if 'model' in state else changed, path,
                    _use_new_zipfile_serialization=not old)
     for old in (False, True):
@@ -375,17 +336,12 @@ def test_every_loader_comes_to_the_guards(tmp_path, bpe, name, load, write):
                               ({'extra': Evil(tmp_path / 'made')}, 'it names posix.mkdir')):
             save(change, old)
             refuses(f'{name} .*{match}', load, str(folder))
-    for damaged, match in ((whole[:len(whole) // 2], 'not a whole'), (b'', 'not a whole'), (flip(whole), 'damaged')):
+    at = len(whole) // 2
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    for damaged, match in ((whole[:len(whole) // 2], 'not a whole'), (b'', 'not a whole'), (flipped, 'damaged')):
         path.write_bytes(damaged)
         refuses(f'{name} is {match}', load, str(folder))
     assert not (tmp_path / 'made').exists()
-
-
-# -----------------------------------------------------------------------------
-# tokenizers
-
-ODD = ['', ' ', "I'LL say: it's  fine\r\n\t ok ", 'naïve 日本語 😀 \u2028 ſ İ ٣٤ 12345', 'a' * 50,
-       '\x00\x7f\x85\xa0\xad', *TEXTS]
 
 
 def test_gpt2_tokenizer(tmp_path):
@@ -402,18 +358,5 @@ def test_gpt2_tokenizer(tmp_path):
         'model': {'vocab': vocab, 'merges': lines[1:-1]}}))
     assert fingerprint(hf_folder_tokenizer(tmp_path / 'one')) == fingerprint(TOK)
     (tmp_path / 'merges.txt').write_text('\n'.join(lines[:1] + lines[2:3] + lines[1:2] + lines[3:]), encoding='utf-8')
-    with pytest.raises(ValueError, match="GPT-2's manner"):
-        hf_folder_tokenizer(tmp_path)
+    refuses("GPT-2's manner", hf_folder_tokenizer, tmp_path)
     refuses("GPT-2's manner", load_gpt2, write_hf_gpt2(tmp_path))
-
-
-# -----------------------------------------------------------------------------
-# export
-
-def test_safetensors_is_asked_for(tmp_path, bpe, ours, monkeypatch):
-    save_checkpoint(f'{tmp_path}/best.pt', ours, bpe.meta(), dataset='toy')
-    monkeypatch.setitem(sys.modules, 'safetensors', None)
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    got = run('distill.py', f'--teacher={tmp_path}', f'--to_hf={tmp_path}/hf')
-    assert got.status == 1 and got.err == 'error: safetensors is not installed: pip install safetensors\n'
-    assert os.listdir(tmp_path) == ['best.pt']

@@ -1,6 +1,4 @@
-"""
-python -m pytest tests/test_tokenizer.py      a few seconds; metas of tokenizers, their training, and nanochat's pickles
-"""
+"""data/tokenizer.py: training, metas, chats, and nanochat's pickles."""
 
 import argparse
 import difflib
@@ -13,12 +11,11 @@ import textwrap
 from collections import Counter
 
 import pytest
-from conftest import TOK, Evil, prompt_of, python, refuses
+from conftest import Evil, prompt_of, python, refuses
 import regex
 import tiktoken
 
-import data.tokenizer
-from data.foreign_tokenizer import hf_tokenizer, load_nanochat_tokenizer, load_tokenizer
+from data.foreign_tokenizer import load_nanochat_tokenizer
 from data.tokenizer import (PATTERN, SPECIAL_TOKENS, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe,
                             vocab_size_of)
 from quantize import compact, spread
@@ -37,7 +34,6 @@ def bpe():
 
 
 def merge(word, pair, new):
-    """list of ids with each pair, leftmost first, replaced by new"""
     out, i = [], 0
     while i < len(word):
         hit = tuple(word[i:i + 2]) == pair
@@ -58,16 +54,6 @@ def naive_merges(text, n):
     return merges
 
 
-def as_tokens(merges):
-    tokens = [bytes([byte]) for byte in range(256)]
-    for left, right in merges:
-        tokens.append(tokens[left] + tokens[right])
-    return tokens
-
-
-# -----------------------------------------------------------------------------
-# Characters
-
 def test_char_round_trip():
     text = ''.join(HARD)
     tok = CharTokenizer(text)
@@ -84,14 +70,11 @@ def test_char_errors():
     message = refuses('4 characters', tok.encode, 'a\u00e9\tb')
     assert repr('\u00e9') in message and repr('\t') in message and repr('\nabc') in message
     assert 'and 15 more' in refuses("'d', 'e', 'f', 'g', 'h'", tok.encode, 'defghijklmnopqrstuvw')
-    assert len(refuses('8000 characters', CharTokenizer(''.join(map(chr, range(1000, 9000)))).encode, '!')) < 1000
     refuses('token id 4', tok.decode, [4])
-    refuses('token id -1', tok.decode, [-1])
     refuses('empty', CharTokenizer, '')
 
 
-# -----------------------------------------------------------------------------
-# BPE
+# ----- BPE
 
 def test_bpe_round_trip(bpe):
     rng = random.Random(0)
@@ -130,7 +113,6 @@ def test_bpe_long_white_space(bpe):
 def test_bpe_refuses_bad_tables():
     ranks = {bytes([byte]): byte for byte in range(256)}
     assert BPETokenizer(ranks, special_tokens=()).encode('hi') == [104, 105]
-    refuses('257 BPE tokens', BPETokenizer, {**ranks, b'ab': 257})
     refuses('257 BPE tokens', BPETokenizer, {**ranks, b'ab': 255})
     no_sign = {b'aa' if token == b'\xef' else token: i for token, i in ranks.items()}
     refuses(r'1 single bytes .* 239.* U\+FFFD', BPETokenizer, no_sign)
@@ -138,8 +120,7 @@ def test_bpe_refuses_bad_tables():
     refuses('parenthesis', BPETokenizer, ranks, '(')
 
 
-# -----------------------------------------------------------------------------
-# The trainer
+# ----- The trainer
 
 @pytest.mark.parametrize('text, n', [
     (TEXTS[0][:6000], 120),
@@ -149,9 +130,11 @@ def test_bpe_refuses_bad_tables():
     (''.join(random.Random(0).choices('ACGT', k=2000)), 60),  # one long piece
 ])
 def test_training_and_encoding_equal_the_definition(text, n):
-    merges = naive_merges(text, n)
+    merges, tokens = naive_merges(text, n), [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
     tok = train_bpe([text], 256 + n + 9)
-    assert [tok.decode_bytes([i]) for i in range(256 + n)] == as_tokens(merges)
+    assert [tok.decode_bytes([i]) for i in range(256 + n)] == tokens
     for sample in [text, *HARD, TEXTS[1][:20_000], 'aaaa' * 9 + 'baa']:
         expected = []
         for piece in regex.findall(PATTERN, sample):
@@ -170,26 +153,16 @@ def test_training_depends_on_the_text_alone(bpe):
         assert python('-c', script, PYTHONHASHSEED=seed).out.strip() == fingerprint(bpe)
 
 
-def test_training_says_how_far_it_is(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 11))
-    monkeypatch.setattr(data.tokenizer.time, 'monotonic', lambda: next(clock))
-    train_bpe(['low lower'], 270)
-    assert capsys.readouterr().out.startswith('256 of 261 tokens learnt\n')
-
-
 def test_training_errors():
     message = refuses('only 5 merges', train_bpe, ['low lower'], 4096)  # lo, low, and three more to ' lower'
     assert 'vocab_size=270' in message
     assert train_bpe(['low lower'], 270).vocab_size == 270
     refuses(r'\(264\) must be at least 265', train_bpe, ['low'], 264)
-    assert train_bpe([], 265).vocab_size == 265
-    refuses('only 0 merges', train_bpe, [], 266)
     refuses('one string', train_bpe, 'low lower', 300)
     assert train_bpe(['ab ab'], 266, pattern=r'(a)(b)|[\s\S]').decode([256]) == 'ab'  # groups in a pattern do not cut
 
 
-# -----------------------------------------------------------------------------
-# To and from files
+# ----- To and from files
 
 def test_meta_round_trip(bpe):
     own = train_bpe(TEXTS, 300, pattern=r'\S+|\s+', special_tokens=['<|end|>', '<|bos|>'])
@@ -241,7 +214,7 @@ def test_a_meta_that_is_none(change, match, capfd):
 
 
 @pytest.mark.parametrize('pattern, text, match', [
-    (r'\p{L}+|\s+', None, 'leaves out some of a text'),             # at once, before it is used
+    (r'\p{L}+|\s+', None, 'leaves out some of a text'),  # at once, before it is used
     ('(', None, 'is none .*: use another'), ('a|' * 10**4 + '.', None, 'has 20,001 characters'),
     (r'[^\u9999]', 'a\u9999b', 'leaves out some of a text'),
     (r'(?:(?=x)x+)+y|[\s\S]', 'x' * 50, 'takes too long')])
@@ -298,24 +271,14 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
     attacks = {
         'a call': (pickle.dumps(Evil(folder)), 'mkdir'),
         'a call inside the state': (encoding_pickle({**state, 'name': Evil(folder)}), 'mkdir'),
-        'a call for a rank': (encoding_pickle({**state, 'mergeable_ranks': {b'a': Evil(folder)}}), 'mkdir'),
         'eval': (b'cbuiltins\neval\n(V__import__("os").mkdir("%s")\ntR.' % folder.encode(), 'eval'),
         'a dotted name': (b'\x80\x04\x8c\x0dtiktoken.core\x8c\x10Encoding.__new__\x93.', 'Encoding.__new__'),
         'a neighbour': (b'ctiktoken.core\nos\n.', 'tiktoken.core'),
-        'another class': (pickle.dumps(Counter('ab')), 'Counter'),
         'a download': (encoding_pickle('gpt2'), 'no table'),
-        'arguments': (b'\x80\x02ctiktoken.core\nEncoding\n(Vgpt2\ntR.', 'argument'),
-        'the class itself': (b'\x80\x02ctiktoken.core\nEncoding\n}b.', 'tokenizer.pkl'),
-        'plain data': (pickle.dumps({'mergeable_ranks': {}}), 'no table'),
         'half a state': (encoding_pickle({'pat_str': PATTERN}), 'mergeable_ranks'),
-        'ranks of another type': (encoding_pickle({**state, 'mergeable_ranks': [1, 2]}), 'tokenizer.pkl'),
-        'nothing': (b'', 'tokenizer.pkl'),
         'cut short': (pickle.dumps(bpe._encoding)[:2000], 'tokenizer.pkl'),
-        'text': (b'hello\nworld\n', 'tokenizer.pkl'),
-        'zeros': (bytes(1000), 'tokenizer.pkl'),
-        'memory': (b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.', 'no table'),      # entry 2^31 of a table: 16 GiB, in C
-        'a giant': (b'\x80\x04' + b'N0' * 2**25 + b'N.', 'more than 67,108,864 bytes'),
-    }
+        'memory': (b'\x80\x04N' + b'r\xff\xff\xff\x7f' + b'.', 'no table'),  # entry 2^31 of a table: 16 GiB, in C
+        'a giant': (b'\x80\x04' + b'N0' * 2**25 + b'N.', 'more than 67,108,864 bytes')}
     for name, (content, match) in attacks.items():
         path.write_bytes(content)
         message = refuses(match, load_nanochat_tokenizer, path)
@@ -323,21 +286,7 @@ def test_nanochat_pickle_runs_nothing(bpe, tmp_path, monkeypatch):
         assert not os.path.exists(folder), name
 
 
-ADDED = hf_tokenizer(TOK)['added_tokens'][0]
-
-
-@pytest.mark.parametrize('change', [
-    {'model': 3}, {'model': {'vocab': {'a': 'b', 'c': 1}}}, {'added_tokens': [3]}, {'added_tokens': 3},
-    {'pre_tokenizer': [1]}, {'model': {'vocab': {'a': 0}, 'merges': [[1, 2]]}}, {'model': {'vocab': {'a': [0]}}},
-    {'added_tokens': [ADDED | {'content': 1.5}]}, {'added_tokens': [ADDED | {'content': '\ud800'}]}])
-def test_a_tokenizer_json_of_other_types_is_refused(tmp_path, change):
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(hf_tokenizer(TOK) | change))
-    refuses("tokenizer.json is (not a tokenizer in GPT-2's manner|damaged)|half a surrogate pair", load_tokenizer,
-            str(tmp_path))
-
-
-# -----------------------------------------------------------------------------
-# Chat
+# ----- Chat
 
 SYSTEM = {'role': 'system', 'content': 'Be brief.'}
 USER = {'role': 'user', 'content': 'Why?\n'}
@@ -369,9 +318,6 @@ def test_render_chat(bpe):
     (['hello'], 'message 0 must be'), ([{**USER, 'content': [1]}], 'message 0 must be'),
     ([USER, {'role': 'assistant'}], 'message 1 must be'),
     ([BOT], "message 0 has role 'assistant', expected 'user'"),
-    ([USER, USER], "message 1 has role 'user', expected 'assistant'"),
-    ([SYSTEM, BOT], "message 1 has role 'assistant', expected 'user'"),
-    ([USER, BOT, SYSTEM], "message 2 has role 'system', expected 'user'"),
     ([SYSTEM, SYSTEM, USER], "message 1 has role 'system'"), ([{**USER, 'role': 'human'}], "'human'"),
 ])
 def test_render_chat_errors(bpe, conversation, match):
