@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(g, steps=5):
     """(N, rows, cols), rows <= cols -> the same shape with all singular values near 1, by MUON_STEPS[steps]."""
-    x = g.bfloat16() if fast_bf16(g.device) else g
+    x = g.bfloat16() if fast_bf16(g.device.type) else g
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a, b, c in MUON_STEPS[steps]:
         y = x @ x.mT

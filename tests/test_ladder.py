@@ -22,7 +22,7 @@ from data.bench.tasks import bits_per_byte
 from data.cache import KVCache
 from data.checkpoint import load_model, save_checkpoint
 from data.loader import Loader
-from data.record import already, made, record
+from data.record import already, made, record, stopped_on_the_way
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig, evaluate
 from quantize import load
@@ -74,6 +74,24 @@ def test_what_no_ladder_made_is_not_replaced(command, tmp_path, file):
     for _ in range(2):
         refuses(f'would replace .*{file}, which is not as a ladder made it', already, path)
     assert (tmp_path / file).read_text() == 'mine'
+
+
+def test_only_a_checkpoint_that_the_stopped_run_saved_is_gone_on_with(command, tmp_path):
+    path, saved = f'{tmp_path}/out/best.pt', tmp_path / 'out' / 'ckpt.pt'
+    command('train.py --seed=1')
+    already(path)
+    assert not stopped_on_the_way(path)
+    saved.write_text('of seed 1')
+    assert stopped_on_the_way(path)
+    make(path)
+    assert not stopped_on_the_way(path)                 # it was finished
+    command('train.py --seed=2')
+    already(path)
+    assert not stopped_on_the_way(path)                 # begun, but nothing saved yet
+    os.utime(saved, (time.time() + 9, time.time() + 9))
+    assert stopped_on_the_way(path)
+    command('train.py --seed=2', ladder=False)
+    assert not stopped_on_the_way(path)                 # by hand one says --init_from=resume
 
 
 def test_stale_labels_leave_by_name(command, tmp_path):

@@ -309,6 +309,34 @@ def test_shards_equal_one_process(toy, tmp_path, monkeypatch, interrupt, args):
         assert abs(float(a['val_loss'] or 0) - float(b['val_loss'] or 0)) < 1e-5 and a['step'] == b['step']
 
 
+def test_a_process_that_dies_ends_the_job(toy, tmp_path, interrupt):
+    """
+    Of two that share a model one is killed: the job fails, what it had saved is whole, and one process goes on
+    from it.
+    """
+    args = [toy, '--max_iters=1000', '--total_batch_size=128', '--eval_interval=0']
+    line = ' '.join([f'echo $BASHPID > {tmp_path}/pid$RANK; exec {sys.executable} train.py', *TINY, *args,
+                     '--fsdp=True', '--save_interval=1', f'--out_dir={tmp_path}/run'])
+    p = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no-python', 'bash', '-c', line)
+    timer = threading.Timer(300, p.terminate)
+    timer.start()
+    for text in p.stdout:
+        if text.startswith('step 3/'):
+            os.kill(int(open(f'{tmp_path}/pid1').read()), signal.SIGKILL)
+            break
+    p.communicate()
+    timer.cancel()
+    assert p.returncode not in (0, -signal.SIGTERM)
+    step = load_checkpoint(f'{tmp_path}/run/ckpt.pt')['step']
+    assert step >= 2
+    interrupt(step + 1, signal.SIGTERM)
+    train(tmp_path / 'run', *args, '--init_from=resume')
+    train(tmp_path / 'one', *args)
+    a, b = (load_checkpoint(f'{tmp_path}/{name}/ckpt.pt') for name in ('run', 'one'))
+    assert (a['step'] == b['step'] == step + 2
+            and largest_difference(a['model'], b['model']) < 1e-4 * (100 if fast_bf16('cpu') else 1))
+
+
 def test_own_samples_are_what_the_rounded_model_writes(toy, tmp_path, monkeypatch):
     train(tmp_path / 'trunk', toy, '--max_iters=4')
     best, forward, seen = f'{tmp_path}/trunk/best.pt', GPT.forward, []
