@@ -165,9 +165,9 @@ class Rows:
 class Rounds:
     """
     How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with just n
-    drafts). Such a call without a drafter decodes k + 1 tokens one after the other, of which the first k count as drafts
-    that were all kept.
+    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with just n drafts).
+    Such a call without a drafter decodes k + 1 tokens one after the other, of which the first k count as drafts that
+    were all kept.
     """
     def __init__(self, engine, rows, sampling, speculation):
         self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n

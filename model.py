@@ -100,7 +100,7 @@ def norm(x, eps=0.0):
 
 
 def softcap(y, cap):
-    """Logits y within (-cap, cap): nearly themselves where they are small (Gemma 2, arXiv 2408.00118); cap 0: all are."""
+    """Logits y within (-cap, cap), nearly themselves where they are small (Gemma 2, arXiv 2408.00118); 0: no cap."""
     return cap * torch.tanh(y / cap) if cap else y
 
 

@@ -47,7 +47,7 @@ drafter = 'none'            # guesses tokens ahead, the text stays the same: hea
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens: cheaper; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
-                            # True: torch.compile of whole rounds, for small float models and long texts; False: no compiler
+                            # True: torch.compile of whole rounds, for small float models, long texts; False: no compiler
 int8_cache = False          # keys and values as integers: a little over a quarter of the cache's memory, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts

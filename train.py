@@ -28,7 +28,8 @@ from data.checkpoint import load_weights, save_checkpoint, shape_of_student, sta
 from data.compiling import can_compile, compile_step, eager
 from data.files import hold, in_repo, json_line
 from data.loader import Loader, load_meta, micro_batches
-from data.machine import autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype, shard
+from data.machine import (MEASURED, autocast, join_processes, keep_memory, least, peak_flops, pick_device, pick_dtype,
+                          shard)
 from data.meter import Log, Meter
 from data.optimizers import Averages, load_optimizer, make_optimizers, update
 from data.record import end_if_made, record, stopped_on_the_way
@@ -153,7 +154,6 @@ assert not fsdp or batch_size != 'auto', ("batch_size=auto cannot go with fsdp=T
                                           "the whole model needs; give a number of rows")
 assert not fsdp or world_size > 1, ("fsdp=True shares a model out among processes and there is only one: "
                                     "start several, torchrun --standalone --nproc_per_node=2 train.py ...")
-dtype = pick_dtype(dtype, device)
 compile = compile and can_compile(device)
 
 # the text and its tokens; a batch depends on nothing but its number
@@ -175,6 +175,9 @@ if stopped_on_the_way(best_path, reads):        # a ladder's run of this very co
     init_from = 'resume'
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
+if resumed.get('fast_bf16') is not None:
+    MEASURED['cpu'] = resumed['fast_bf16']      # measured again, a busy machine might find otherwise
+dtype = pick_dtype(dtype, device)
 if resumed:
     config['init_from'] = resumed['knobs']['init_from'] # where its weights are from
     total_batch_size = total_batch_size or resumed['total_batch_size']
@@ -288,7 +291,7 @@ def save(step):
     save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
                     best=best, seconds=meter.seconds, val_loss_before=val_loss_before, dataset=dataset,
                     data=loader.meta['sha256']['train.bin'], total_batch_size=total_batch_size, knobs=config, grid=grid,
-                    ema=averages.state())
+                    ema=averages.state(), fast_bf16=MEASURED.get('cpu'))
 
 
 def show_sample(step):

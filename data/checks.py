@@ -244,6 +244,9 @@ def check_training(state, path):
     """ValueError unless a checkpoint's optimizers and moving averages can be gone on with."""
     check_types(state, path, 'use another copy', {'step': int, 'total_batch_size': int})
     check_types(state['knobs'], path, 'use another copy', {'init_from': str})
+    if not isinstance(state.get('fast_bf16'), (bool, type(None))):
+        raise ValueError(f"{path} says {str(state['fast_bf16']):.40} of bfloat16, neither True nor False: "
+                         "use another copy")
     for saved in state['optimizers']:
         parts = saved.get('state') if isinstance(saved, dict) else None
         if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):

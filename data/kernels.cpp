@@ -1,6 +1,6 @@
-// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens: read
-// it first. run_round, the last function, decodes a few of them, one after the other. products.h has the products; a
-// prompt's are PyTorch's. Here is attention (four_scores says its own vector instructions), and what
+// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens:
+// read it first. run_round, the last function, decodes a few of them, one after the other. products.h has the
+// products; a prompt's are PyTorch's. Here is attention (four_scores says its own vector instructions), and what
 // is before the blocks and behind them. What comes out for one token does not depend on the tokens beside it.
 #include "products.h"
 #include <functional>
@@ -234,8 +234,9 @@ struct Layer {
   Matrix c_qkv, attn_c_proj, c_fc, mlp_c_proj;
 };
 
-// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. One parallel region, whose threads wait for each other between the products: starting them anew for every
-// product would take as long as the products of a small model.
+// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. One parallel region, whose threads
+// wait for each other between the products: starting them anew for every product would take as long as the products of
+// a small model.
 extern "C" void run_blocks(const Layer* layers, const Store* stores, int n_layer, const Heads* heads, const Tokens* at,
                            float* x, int input, int turned) {
   const Layer& first = *layers;

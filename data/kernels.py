@@ -40,8 +40,8 @@ SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POIN
               'int_linear': [POINTER] * 4 + [INT] * 3 + [FLOAT], 'scale_sums': [POINTER] * 5 + [INT] * 2,
               'keep_and_attend': [POINTER] * 5, 'run_blocks': [POINTER] * 2 + [INT] + [POINTER] * 3 + [INT] * 2,
               'norm_rows': [POINTER] * 2 + [INT] * 2 + [FLOAT], 'cap_all': [POINTER, LONG, FLOAT],
-              'run_round': ([POINTER] * 2 + [INT] + [POINTER] * 3 + [LONG] + [INT] * 2 + [POINTER] * 2 + [FLOAT] + [INT] * 2
-                            + [POINTER] * 2)}
+              'run_round': ([POINTER] * 2 + [INT] + [POINTER] * 3 + [LONG] + [INT] * 2 + [POINTER] * 2 + [FLOAT]
+                            + [INT] * 2 + [POINTER] * 2)}
 
 
 def struct(**fields):
@@ -269,7 +269,7 @@ class KernelRound:
     Some tokens of one text, drawn one after the other in one call: the tokens and states of engine.step_plain, the same
     bits. A small model takes less time for a token than Python takes to ask for it.
     """
-    MOST = 50_000_000       # weights; in a larger model asking costs little, and what is drawn beyond a text's end a lot
+    MOST = 50_000_000       # weights; in larger models asking costs little, and what is drawn beyond a text's end a lot
 
     def __init__(self, model, sampling):
         c, self.model, self.sampling = model.config, model, sampling
@@ -282,7 +282,7 @@ class KernelRound:
 
     @staticmethod
     def pays(model, sampling):
-        """Whether model is arranged for kernels.cpp and small, and draws by no filter that kernels.cpp does not know."""
+        """Whether model is arranged for kernels.cpp and small, and kernels.cpp knows all filters of the draw."""
         blocks, table = model.transformer.h[0], model.transformer.wte
         if not isinstance(blocks, KernelBlocks) or (sampling.top_p, sampling.min_p) != (None, None):
             return False
@@ -291,7 +291,7 @@ class KernelRound:
         return blocks.weights() < KernelRound.MOST
 
     def __call__(self, cache, last, noise):
-        """As step_plain: last (1, 1), noise (1, n, V) -> tokens read (1, n), tokens drawn (1, n), states (1, n, n_embd)"""
+        """last (1, 1), noise (1, n, V) -> tokens read (1, n), tokens drawn (1, n), states (1, n, n_embd)"""
         start, n, block = cache.lengths[0], noise.size(1), self.blocks.blocks[0]
         cache.advance(n)
         tokens, states = torch.empty(1, n + 1, dtype=torch.long), torch.empty(1, n, self.model.config.n_embd)

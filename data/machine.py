@@ -6,7 +6,6 @@ What this machine is, and several processes that share a training. A library bel
     rank, world_size, device = join_processes(device)       # those that torchrun started
 """
 import ctypes
-import functools
 import mmap
 import os
 import platform
@@ -84,7 +83,9 @@ def describe_machine(device):
             'threads': torch.get_num_threads(), 'torch': torch.__version__}
 
 
-@functools.lru_cache(maxsize=None)
+MEASURED = {}           # 'cpu' -> what fast_bf16 has found there; a run that is resumed brings its own
+
+
 def fast_bf16(device):
     """
     Whether this device multiplies bfloat16 faster than float32. On CPUs no flag says so: where one with avx512_bf16 is
@@ -96,6 +97,12 @@ def fast_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind != 'cpu' or not torch.cpu._is_avx512_bf16_supported():
         return False
+    if kind not in MEASURED:
+        MEASURED[kind] = measure_bf16()
+    return MEASURED[kind]
+
+
+def measure_bf16():
     seconds = {torch.float32: [], torch.bfloat16: []}
     with _disable_current_modes():              # bench.py may be counting tensors that have no memory
         for _ in range(6):                      # in turn: the first product of a kind warms up, the fastest counts
@@ -104,7 +111,7 @@ def fast_bf16(device):
                 clock = time.perf_counter()
                 x @ x
                 times.append(time.perf_counter() - clock)
-    # by a clear margin, so that it does not change from run to run
+    # by a clear margin, so that it seldom changes from run to run
     return least(min(seconds[torch.float32]) / min(seconds[torch.bfloat16])) > 1.3
 
 

@@ -212,6 +212,7 @@ def test_commands_that_are_printed_survive_a_shell(model, tmp_path):
     (('optimizers',), [7], 'no whole state of its optimizers'),
     (('optimizers',), [{'state': {99: {}}}], 'optimizer has for parameter 99'),
     (('optimizers',), [{'state': {0: {'momentum': torch.ones(3)}}}], 'numbers of shape .*3'),
+    (('fast_bf16',), torch.ones(2), 'of bfloat16, neither True nor False'),
     (('ema',), {'x': torch.ones(2)}, 'a moving average of x that is not of its shape')])
 def test_a_training_goes_on_from_what_a_training_has_written(model, tmp_path, path, value, match):
     out, data = model

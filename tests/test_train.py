@@ -167,6 +167,16 @@ def test_in_a_ladder_the_same_command_goes_on(toy, tmp_path, interrupt, monkeypa
         shutil.rmtree(tmp_path / 'rung')
 
 
+def test_a_resumed_run_keeps_the_dtype_that_was_faster(toy, tmp_path, monkeypatch):
+    """Measured again, a busy machine might find otherwise, and the run would not be what it was."""
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
+    for args, found in ((['--max_iters=1'], True), (['--max_iters=2', '--init_from=resume'], False)):
+        monkeypatch.setattr(data.machine, 'MEASURED', {})
+        monkeypatch.setattr(data.machine, 'measure_bf16', lambda: found)
+        train(tmp_path, toy, *args)
+        assert data.machine.MEASURED == {'cpu': True}
+
+
 def test_the_switches_of_the_block_reach_the_model(toy, tmp_path):
     train(tmp_path, toy, *SWITCHES)
     c = load_model(f'{tmp_path}/best.pt')[0].config
