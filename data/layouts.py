@@ -141,6 +141,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.dtype, self.packed = dtype, weight.detach().to(dtype)
         self.mkldnn = weight.device.type == 'cpu' and dtype != torch.float16 and torch.backends.mkldnn.is_available()
+        if dtype == torch.bfloat16 and self.mkldnn:     # not on a CPU with AVX2 alone
+            self.mkldnn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if self.mkldnn:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.packed, 1)
 

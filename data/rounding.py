@@ -233,26 +233,38 @@ def grid_of(model):
 # -----------------------------------------------------------------------------
 # running on the integers
 
+def int_mm_is_exact():
+    """
+    Whether PyTorch multiplies integers exactly on this CPU. Without VNNI, as on laptops before some 2021, oneDNN adds
+    products in pairs, in 16 bits, which are too few for large ones: such sums are wrong, and nobody says so.
+    """
+    large = torch.full((32, 128), 127, dtype=torch.int8)
+    return bool((torch._int_mm(large, large.t()) == 128 * 127 ** 2).all())
+
+
+INT_MM_IS_EXACT = int_mm_is_exact()
+
+
 def int_matmul(xq, w):
     """
     xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> xq @ w.T (M, N): the exact sums, in int32, or on a GPU
     in float32, which rounds those beyond 2^24 once.
     """
-    if xq.device.type == 'cpu':
-        return torch._int_mm(xq.to(torch.int8), w.t())      # int32: what it is multiplied with makes it float
+    if xq.device.type == 'cpu':             # int32: what it is multiplied with makes it float
+        return torch._int_mm(xq.to(torch.int8), w.t()) if INT_MM_IS_EXACT else float_matmul(xq, w)
     if xq.device.type == 'cuda' and w.size(0) % 8 == 0 and w.size(1) % 8 == 0:
         M = xq.size(0)                                       # cuBLAS wants at least 17 rows
         return torch._int_mm(F.pad(xq.to(torch.int8), (0, 0, 0, max(0, 17 - M))), w.t())[:M].float()
-    return float_matmul(xq, w)
+    return float_matmul(xq, w).float()
 
 
 def float_matmul(xq, w):
     """
-    int_matmul where the device has no integer kernel: a float32 holds every integer up to 2^24,
-    so sums over at most 1,040 products are exact.
+    int_matmul in int32 where the device has no integer kernel, or a wrong one: a float32 holds every integer up to
+    2^24, so sums over at most 1,040 products are exact.
     """
     parts = zip(xq.float().split(1040, dim=1), w.split(1040, dim=1))
-    return sum((a @ b.float().t()).to(torch.int32) for a, b in parts).float()
+    return sum((a @ b.float().t()).to(torch.int32) for a, b in parts)
 
 
 class Integers(nn.Module):

@@ -400,7 +400,8 @@ def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     states = model.trunk(ids)
     assert torch.allclose(model(ids), fused(ids), rtol=0, atol=close)
     assert torch.allclose(model.logits(states)[..., :64], fused.draft_logits(states), rtol=0, atol=close)
-    plain = Engine(model).complete([[1, 2]], 50)
+    same = for_decoding(copy.deepcopy(model)) if step_of(fused) == 'kernels' else model
+    plain = Engine(same).complete([[1, 2]], 50)
     assert max(plain[0]) >= 64
     model.config.draft_vocab = 50  # what a head was trained to choose from is what it chooses from
     assert model.draft_logits(states).size(-1) == 50

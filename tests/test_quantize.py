@@ -121,6 +121,15 @@ def test_int_matmul_is_exact(N, K):
         assert torch.equal(R.float_matmul(x.float(), w.to(torch.int8)), exact)
 
 
+def test_a_cpu_whose_products_of_integers_are_wrong_multiplies_floats(monkeypatch):
+    """Without VNNI they saturate: that is found out."""
+    monkeypatch.setattr(torch, '_int_mm', lambda a, b: (a.float() @ b.float()).clamp(max=2 ** 15 - 1).int())
+    assert not R.int_mm_is_exact()
+    monkeypatch.setattr(R, 'INT_MM_IS_EXACT', False)
+    x, w = torch.full((5, 2000), 127), torch.full((33, 2000), 127)
+    assert torch.equal(R.int_matmul(x.float(), w.to(torch.int8)), (x @ w.T).int())
+
+
 @pytest.mark.parametrize('bits, group', FORMATS)
 @pytest.mark.parametrize('N, K', [(96, 64), (33, 200)])
 def test_rows_do_not_depend_on_their_neighbours(bits, group, N, K):
