@@ -258,12 +258,6 @@ def softcap(y, cap):
     return y
 
 
-def table_of(linear):
-    """The Matrix of an IntEmbedding, which no product reads."""
-    return Matrix(linear.weight.data_ptr(), pointer(linear.step), None, linear.scale.data_ptr(), len(linear.scale),
-                  linear.cols, 0 if linear.step is None else linear.group)
-
-
 class KernelRound:
     """
     Some tokens of one text, drawn one after the other in one call: the tokens and states of engine.step_plain, the same
