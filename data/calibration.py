@@ -1,6 +1,6 @@
 """
-Text for a model to read while it is fitted to what it reads (data/balance.py, data/gptq.py). A library: a list of
-batches (x, y) of token ids, (rows, T) int64 both, y one token further on.
+Calibration text: what a model reads while balance.py and gptq.py collect statistics of its activations. A library; each
+function gives a list of batches (x, y) of token ids, (rows, T) int64 both, y shifted by one token.
 
     batches = from_dataset('data/stdlib_char', model, 16)
     batches = from_file('notes.txt', model, tokenizer, 16)
@@ -13,7 +13,7 @@ from data.loader import Loader, load_meta, progress
 from engine import Engine, Sampling
 
 ROWS, LONGEST = 16, 512         # rows of a batch, tokens of a row at most
-AT_ONCE = 2                     # rows that are read together: more would only take more memory
+AT_ONCE = 2                     # rows that are read together; more would only take more memory
 
 
 def length_of(model):
@@ -26,14 +26,14 @@ def in_parts(batches):
 
 
 def from_dataset(folder, model, n, hold_out='', seed=0):
-    """n batches of a dataset's training split, less what is held out; of chats, whose rows are packed, whole rows."""
+    """n batches of a dataset's training split, less what is held out. Chats are packed into rows: these stay whole."""
     length = load_meta(folder).get('row') or length_of(model)
     loader = Loader(folder, 'train', ROWS, length, seed, device=model.cos.device, hold_out=hold_out)
     return [loader.batch(step) for step in range(n)]
 
 
 def from_file(path, model, tokenizer, n):
-    """n batches of rows spread over a text file, or as many rows as it has. ValueError if it has not even one."""
+    """n batches of rows spread over a text file, fewer if it is short. ValueError if it is shorter than one row."""
     T = length_of(model)
     ids = torch.tensor(tokenizer.encode(read_text(path)), dtype=torch.int64)
     if len(ids) <= T:
@@ -46,11 +46,11 @@ def from_file(path, model, tokenizer, n):
 
 
 def from_itself(model, tokenizer, n, seed=0):
-    """n batches that the model writes, each row from a beginning of its own: for whoever has no text at hand."""
+    """n batches that the model itself writes, for when no text is at hand."""
     T, bos = length_of(model), tokenizer.bos
     batches = []
     for batch in progress(range(n), n, 'batches that the model writes'):
-        # without a token that begins a text, any token does
+        # a row begins as documents do; if the tokenizer has no token for that, with a random one
         own = seed * n + batch
         random = torch.Generator().manual_seed(own)
         first = [bos] * ROWS if bos is not None else torch.randint(model.config.vocab_size, (ROWS,),

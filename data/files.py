@@ -1,6 +1,6 @@
 """
-Files: read a text, write one so that a crash leaves the old or the new, keep other writers out. A library, without
-torch.
+Files: reading texts, writing so that a crash leaves either the old file or the new one, and keeping other writers out.
+A library, without torch.
 
 >>> from data.files import atomic_write, read_text
 >>> atomic_write('/tmp/picochat/hello.txt', lambda f: f.write(b'hello'))
@@ -24,23 +24,23 @@ import time
 
 try:
     import fcntl
-except ImportError:  # Windows, where two writers are not kept apart
+except ImportError:  # Windows: two writers are not kept apart there
     fcntl = None
 
 
 def in_repo(path):
     """
-    A file of ours, like 'data/stdlib_char', as seen from where the user stands. Code and datasets lie here, beside this
-    file, and are taken from nowhere else; every other path is the user's own and begins where the user is.
+    The path of one of the repo's own files, like 'data/stdlib_char', from the user's working directory. Code and
+    datasets are always those of this repo; every other path is the user's own, relative to the working directory.
     """
     repo = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    # in the repo itself it is the short path: what is printed and recorded names no machine's folders
+    # in the repo itself the path stays short, so that what is printed and recorded names no folder of this machine
     return path if os.path.realpath(repo) == os.path.realpath('.') else os.path.join(repo, path)
 
 
 def read_text(path):
     """
-    A UTF-8 file -> str, with \\n for every line end; a byte order mark is left out.
+    A UTF-8 file -> str, with \\n for every line end and without a byte order mark.
     ValueError if it is not UTF-8, OSError if it cannot be read.
     """
     with open(path, encoding='utf-8-sig') as f:
@@ -52,15 +52,15 @@ def read_text(path):
 
 def visible_files(folder, endings, below=True):
     """
-    The files in a folder, and in folders below it, whose names end so -> list of paths, sorted. What begins with a dot,
-    or is in a folder that does, is skipped, and said: editors and file managers leave copies there that nobody means.
-    So are links to what lies elsewhere, since who gives a folder means what is in it, and what is no file, like a pipe,
-    which nobody may ever write to.
+    The files in a folder, and in folders below it, whose names have one of these endings -> list of paths, sorted.
+    Three kinds are skipped, and how many is printed: hidden files (a name, or a folder's name, begins with a dot),
+    which editors and file managers leave there; links out of the folder; and what is not a regular file, like a pipe,
+    from which a read might never return.
     """
     paths, n_hidden, n_links, n_odd, home = [], 0, 0, 0, os.path.realpath(folder)
     for at, folders, names in os.walk(folder):
         hidden = any(part.startswith('.') for part in os.path.relpath(at, folder).split(os.sep) if part != '.')
-        n_links += sum(os.path.islink(os.path.join(at, name)) for name in folders)  # where walk does not go
+        n_links += sum(os.path.islink(os.path.join(at, name)) for name in folders)  # os.walk does not follow these
         for name in names:
             path = os.path.join(at, name)
             if not name.lower().endswith(endings):
@@ -86,8 +86,8 @@ def visible_files(folder, endings, below=True):
 
 def read_json(path, remedy, needs={}):
     """
-    A file with a JSON object -> a dict. needs: {key: type} of what it must have. ValueError for all else, in a line
-    that ends with the remedy.
+    A file with a JSON object -> a dict. needs: {key: type} that it must have. ValueError for anything else, in one line
+    that names the remedy.
     """
     try:
         document = json.loads(read_text(path))
@@ -100,7 +100,7 @@ def read_json(path, remedy, needs={}):
 
 
 def check_depth(values, most=100):
-    """ValueError if lists and objects are in one another so deep that who walks through them comes to no end."""
+    """ValueError if lists and objects are nested so deeply that recursion over them would fail."""
     if not most:
         raise ValueError('brackets in brackets in brackets')
     for value in values:
@@ -110,8 +110,8 @@ def check_depth(values, most=100):
 
 def check_types(document, path, remedy, needs, may={}):
     """
-    A dict of that file -> itself. ValueError unless it has each key of needs, with a value of that type, and those of
-    may, if it has them; numbers are at least 0.
+    document, a dict that was read from path -> document. ValueError unless it has every key of needs with a value of
+    that type; keys of may are checked if they are there. Numbers must be at least 0.
     """
     for key, kind in (needs | {key: may[key] for key in may if key in document}).items():
         value = document.get(key)
@@ -124,8 +124,8 @@ def check_types(document, path, remedy, needs, may={}):
 
 def shown(text):
     """
-    A text as it may go to a terminal: control characters but new lines and tabs are seen, as \\x1b, and not obeyed. (So
-    are those that were not meant to be, but the two by which sample.py makes a prompt grey and plain again.)
+    A text made safe for a terminal: control characters except new lines and tabs are shown, like \\x1b, and not obeyed.
+    (The two sequences by which sample.py turns a prompt grey and back stay.)
     """
     return re.sub(r'(?!\x1b\[(?:90|0)m)[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda c: f'\\x{ord(c[0]):02x}', text)
 
@@ -145,9 +145,9 @@ LARGE = 1 << 22  # bytes; smaller files are read again each time, in a few milli
 
 def check_once(path, question, check):
     """
-    check() reads all of the file at path and raises if it is not right. Of a large file that is done once, and again
-    when it has changed or the question is another one (plain values): what is known stands in data/.checked.json of
-    this repo, by size and times. The time of its last change of any kind, ctime, comes with no archive or copy.
+    check() reads the whole file at path and raises if something is wrong. A large file is checked once, and again only
+    when the file or the question (a list of plain values) has changed. data/.checked.json in this repo remembers what
+    was checked, by size and times; among them ctime, which no archive or copy can bring along.
     """
     known, about = {}, os.stat(path)
     if about.st_size < LARGE:
@@ -158,14 +158,14 @@ def check_once(path, question, check):
     if known.get(place) != now:
         check()
         known = {other: what for other, what in known.items() if os.path.exists(other)} | {place: now}
-        with contextlib.suppress(ValueError):  # a repo that cannot be written to: checked each time
+        with contextlib.suppress(ValueError):  # where the repo is read-only, files are checked every time
             write_text(MEMORY, json.dumps(known))
 
 
 def private_folder(name):
     """
-    A folder in the shared temporary one that nobody else can write to or read -> its path, the same in every process of
-    this user. If somebody else has made it first, a new one, for this process alone.
+    A folder in the system's temporary one that only this user can read and write -> its path, the same in every process
+    of this user. If somebody else has already made a folder of that name: a new one, for this process alone.
     """
     if not hasattr(os, 'getuid'):  # Windows, where each user has a temporary folder
         return os.path.join(tempfile.gettempdir(), name)
@@ -201,8 +201,8 @@ def json_line(document):
 
 def atomic_write(path, write):
     """
-    write(file) into a temporary file beside path, fsync, rename: there is the old file or the new one, never half of
-    one. ValueError if it cannot be written (a full disk, say); the file that was there is then untouched.
+    write(file) into a temporary file beside path, fsync, rename: at every moment path is the old file or the new one,
+    never half of one. ValueError if it cannot be written (a full disk, say); the old file is then untouched.
     """
     path = os.fspath(path)
     with saving(path):
@@ -223,7 +223,7 @@ def write_text(path, text):
 
 @contextlib.contextmanager
 def saving(path):
-    """What fails while path is being saved is a ValueError that says what to do."""
+    """Turns a failure while path is being saved into a ValueError that says what to do."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save reports a failed write as a RuntimeError
@@ -234,12 +234,12 @@ def saving(path):
 
 def write_temporary(path, write):
     """
-    write(file) into a new file beside path, fsync -> its name, which is no other process's: to be renamed to path.
-    If that fails, the new file is removed again.
+    write(file) into a new file beside path, fsync -> the new file's name, which no other process uses. If that fails,
+    the new file is removed again.
     """
     for old in glob.glob(f'{glob.escape(path)}.*.tmp'):
-        with contextlib.suppress(FileNotFoundError):  # its process has just put it in its place
-            if time.time() - os.path.getmtime(old) > 3600:  # a process that was killed has left it
+        with contextlib.suppress(FileNotFoundError):  # its process has just renamed it
+            if time.time() - os.path.getmtime(old) > 3600:  # left behind by a process that was killed
                 os.remove(old)
     temporary = f'{path}.{secrets.token_hex(4)}.tmp'
     with open(temporary, 'xb') as f:
@@ -254,7 +254,7 @@ def write_temporary(path, write):
 
 
 def sync_folder(folder):
-    """A rename reaches the disk with its folder. Shares of networks and of virtual machines refuse that: so be it."""
+    """Makes renames in a folder reach the disk. Network and virtual machine shares refuse that, which is ignored."""
     if os.name == 'posix':
         handle = os.open(folder or '.', os.O_RDONLY)
         with contextlib.suppress(OSError):
@@ -263,7 +263,7 @@ def sync_folder(folder):
 
 
 def remove(*paths):
-    """Removes those of the files that are there."""
+    """Removes the files that exist among these."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
@@ -277,13 +277,13 @@ LOCKS = {}  # path of a lock -> the open file by which this process holds it, an
 
 def hold(folder, name='', wait=False):
     """
-    From now on this process alone writes in folder, or, if a name is given, that one file in it: until it ends, or to
-    the end of a with block. A process may ask again for what it holds already. The folder is made, and goes again if
-    nothing has been written in it.
+    Makes this process the only one that writes in folder, or, if a name is given, that one file in it: until the
+    process ends, or to the end of a with block. Asking again for what is already held is fine. The folder is created,
+    and removed again if nothing has been written in it.
 
-    What is held is an open file, FOLDER/.lock, and the system lets go of it however the process ends: the lock of one
-    that was killed is in nobody's way. Where the file system knows no locks, nothing is held.
-    ValueError names the process that holds it; with wait=True we wait for it to let go.
+    The lock is an open file, FOLDER/.lock, which the system releases however the process ends, so a killed process
+    leaves no lock behind. On file systems without locks nothing is held.
+    ValueError names the process that holds the lock; with wait=True we wait until it is free.
     """
     free = contextlib.ExitStack()
     made = not os.path.isdir(folder or '.')
@@ -301,34 +301,34 @@ def hold(folder, name='', wait=False):
 
 
 def _lock(path, what, wait):
-    """-> the open file at path, locked, with this process's number in it; None if there can be no file."""
+    """-> the open file at path, locked, with this process's number in it; None if it cannot be created."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # another process has just removed the folder, which was empty
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return _lock(path, what, wait)
-    except OSError:  # what cannot be written is told when it is
+    except OSError:  # a folder that cannot be written to: the error comes when something is written
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        time.sleep(0.1)  # its holder writes its number right after it has got the lock
+        time.sleep(0.1)  # the holder writes its number right after taking the lock
         holder = os.read(handle, 20).decode() or '(unknown)'
         os.close(handle)
         raise ValueError(f'{what} is being written by process {holder}: wait for it, or give another folder') from None
-    except OSError:  # no locks here
+    except OSError:  # a file system without locks
         return handle
-    if not os.fstat(handle).st_nlink:  # its holder has just removed it: others would lock another
+    if not os.fstat(handle).st_nlink:  # the holder has just removed this file, and others would lock a new one
         os.close(handle)
         return _lock(path, what, wait)
-    with contextlib.suppress(OSError):  # a full disk: then it has no number
+    with contextlib.suppress(OSError):  # on a full disk the lock stays without a number
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
     return handle
 
 
 def release(path):
-    """Lets go of a lock, and removes its file first, so that none is left."""
+    """Releases a lock; its file is removed before, so that none is left."""
     handle, made = LOCKS.pop(path)
     with contextlib.suppress(OSError):
         if handle is not None:

@@ -1,8 +1,8 @@
 """
-Whether a teacher may teach a text: it must not have seen what it labels if it was trained with hold_out, and it must
-know these tokens. A library of distill.py; a Teacher is that of data/teachers.py.
+Whether a teacher may teach a text. If it was trained with hold_out, it labels only what it has not seen; and it must
+know these tokens. A library of distill.py; Teacher is defined in data/teachers.py.
 
-    check_reading(teachers, loader)     # one line a teacher; ValueError if it only guesses
+    check_reading(teachers, loader)     # prints one line per teacher; ValueError if it only guesses
 """
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ def may_label(teacher, tokens, loader):
 
 
 def tokens_each_may_label(teachers, loader):
-    """How many of the loader's tokens each teacher may label. ValueError if there is one that nobody may."""
+    """How many of the loader's tokens each teacher may label. ValueError if some token may be labelled by none."""
     folds = [teacher for teacher in teachers if teacher.hold_out]
     if not folds:
         return [loader.n_tokens] * len(teachers)
@@ -38,19 +38,19 @@ def tokens_each_may_label(teachers, loader):
     return may.sum(dim=1).tolist()
 
 # -----------------------------------------------------------------------------
-# does a teacher know this text: a model without a tokenizer may be of another alphabet, and would teach nonsense
+# does a teacher know these tokens? a model that came without a tokenizer may use other ids, and would teach nonsense
 
 def check_reading(teachers, loader):
     """
     Prints each teacher's loss on some of the loader's text. ValueError if it is no better than guessing by the tokens'
-    frequencies, which knows nothing of a token's neighbours. random:d32 and the like are there to be measured.
+    frequencies, which ignores context. random:d32 and the like, which serve measurements, are not checked.
     """
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     for teacher in teachers:
         if teacher.name.startswith('random:'):
             continue
         loss, guess, n = loss_on_text(teacher, loader)
-        if not n:                               # nothing that it may label is to be learnt here
+        if not n:                               # this text has no token that it may label and a student learns
             continue
         if first:
             print(f"teacher {teacher.name}: loss {loss:.4f} nats a token on {n:,} tokens of the text, "
@@ -64,8 +64,8 @@ def check_reading(teachers, loader):
 @torch.no_grad()
 def loss_on_text(teacher, loader, most=8192):
     """
-    -> nats a token of the teacher, and of guessing by frequencies, on at most so many tokens spread over the part of
-    the text that it may label; and how many of them are to be learnt.
+    -> the teacher's loss in nats per token, that of guessing by frequencies, and over how many tokens both are means:
+    about `most` tokens, spread over the part of the text that the teacher may label, less those not to be learnt.
     """
     T, model = loader.block_size, teacher.model
     rows, n_windows = max(1, most // T), max(1, loader.n_tokens // T)
@@ -89,8 +89,8 @@ def loss_on_text(teacher, loader, most=8192):
 
 
 def log_frequencies(loader, vocab_size):
-    """The logarithm of each token's share (vocab_size,) in a million tokens spread over the text, of those learnt."""
-    counts, size = np.ones(vocab_size), 2**16   # each has been seen once more: nothing is impossible
+    """log of each token's frequency (vocab_size,) among the tokens to be learnt, by a million spread over the text."""
+    counts, size = np.ones(vocab_size), 2**16   # starting at 1, so that no token is impossible
     for start in range(0, loader.n_tokens, max(size, loader.n_tokens // 16)):
         part = loader.tokens[start:start + size]
         if loader.mask is not None:

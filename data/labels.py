@@ -1,9 +1,9 @@
 """
-Soft labels: how teachers read a text, what is kept of their distributions, and how a student reads it again. A library
+Soft labels: how teachers read a text, what is stored of their distributions, and how a student gets it back. A library
 of distill.py.
 
-    write_labels(folder, teachers, loader, Recipe(k=12))        # goes on with what it finds half-written
-    Labels(folder, loader).batch(starts, block_size)            # -> ids, weights and entropy, which Distiller takes
+    write_labels(folder, teachers, loader, Recipe(k=12))        # continues labels that are half-written
+    Labels(folder, loader).batch(starts, block_size)            # -> ids, weights and entropy, for a Distiller
 """
 import json
 import math
@@ -22,13 +22,12 @@ from data.teachers import teacher_log_probs
 from data.tokenizer import vocab_size_of
 
 # -----------------------------------------------------------------------------
-# how teachers read a text: in windows of block_size tokens, each of which starts three quarters of a window after the
-# one before. So every place in the text lies beyond the first quarter of one window, and that one labels it: its
-# teacher has seen at least a quarter of a window before it. (Rows of chats hold whole conversations: they do not
-# overlap.)
+# how teachers read a text: in windows of block_size tokens that overlap by a quarter. A window labels the places beyond
+# its first quarter, so that every label has at least a quarter of a window as context; only the first window labels all
+# of its places. (Rows of chats hold whole conversations and do not overlap.)
 
 def overlap(loader):
-    """How many tokens a window shares with the one before."""
+    """How many tokens a window shares with the previous one."""
     return 0 if loader.row else loader.block_size // 4
 
 
@@ -39,8 +38,8 @@ def stride(loader):
 
 def first_place(batch, loader):
     """
-    Where batch number so many of windows begins to label, which is where the one before ends. The first begins with
-    the text.
+    The first place that this batch of windows labels, which follows the last one of the previous batch. Batch 0 begins
+    at the start of the text.
     """
     return batch * loader.batch_size * stride(loader) + overlap(loader) if batch else 0
 
@@ -48,14 +47,14 @@ def first_place(batch, loader):
 @torch.no_grad()
 def read_windows(batch, teachers, loader):
     """
-    Runs the teachers over batch number so many of windows, which labels N places, in each the token that comes next.
-    -> the first of the places; the models of the teachers who may label any of them, the states (N, n_embd) of each;
-    and may (models, N), who may label which. The last batch may reach beyond the end of the text.
+    Runs the teachers over one batch of windows, which labels N places: what comes after each of these tokens.
+    -> the first place; the models of the teachers who may label any of them; the states (N, n_embd) of each model; and
+    may (models, N), which model may label which place. The last batch may reach beyond the end of the text.
     """
     windows = [batch * loader.batch_size + i for i in range(loader.batch_size)]
     x, _ = loader.rows([window * stride(loader) for window in windows])         # (B, T)
     places = torch.arange(first_place(batch, loader), first_place(batch + 1, loader), device=x.device)     # (N,)
-    # the window that labels a place; the start of the text lies in the first one alone
+    # which window labels a place; the first quarter of window 0 is labelled by window 0 itself
     window = ((places - overlap(loader)) // stride(loader)).clamp(min=0)
     position = places - window * stride(loader)                                 # of the place within that window
     following = (places + 1).clamp(max=loader.n_tokens - 1)
@@ -68,9 +67,9 @@ def read_windows(batch, teachers, loader):
 @torch.no_grad()
 def fit_temperature(teachers, loader, batches=16):
     """
-    -> the temperature of 0.8, 0.85, ..., 2 at which the teachers' distributions give the text the most probability, by
-    so many batches spread over it: teachers that have read their own text often are too sure of what they have not
-    read (arXiv 1706.04599). Of teachers that have seen this text it says nothing.
+    Calibrates the teachers: teachers that have read their own text many times are too sure of text that they have not
+    read (arXiv 1706.04599). -> the temperature of 0.8, 0.85, ..., 2 at which their distributions give the text the most
+    probability, measured on so many batches spread over it. Meaningless for teachers that have seen this text.
     """
     tokens_each_may_label(teachers, loader)     # raises if nobody may label some token
     vocab_size = teachers[0].model.config.vocab_size
@@ -82,7 +81,7 @@ def fit_temperature(teachers, loader, batches=16):
         following = slice(first + 1, first + 1 + may.size(1))                   # ends where the text does
         y = torch.from_numpy(loader.tokens[following].astype(np.int64)).to(may.device)
         rows = torch.arange(len(y))
-        if loader.mask is not None:             # of chats only what is learnt
+        if loader.mask is not None:             # of chats, only the tokens to be learnt
             rows = rows[torch.from_numpy(loader.mask[following] != 0)]
         rows = rows[::max(1, len(rows) * vocab_size // 2**25)]  # evenly spaced, fewer with a large vocabulary
         states = [s[rows] for s in states]
@@ -97,7 +96,10 @@ def fit_temperature(teachers, loader, batches=16):
 
 @dataclass
 class Recipe:
-    """Labels are of the teachers' distributions at temperature * calibration, for a student at temperature."""
+    """
+    How labels are made: of the teachers' distributions at temperature * calibration, for a student that trains at
+    temperature.
+    """
     method: str = 'sample'      # sample: k draws a token; topk: the k most probable
     k: int = 12
     temperature: float = 1.0
@@ -107,8 +109,8 @@ class Recipe:
 
 def label_type(method, k, vocab_size):
     """
-    The record of one token: the teachers' entropy in nats, k ids, and for topk their probabilities;
-    samples weigh 1/k each.
+    The record of one token: the teachers' entropy in nats, k ids, and for topk their probabilities. (Samples need none:
+    each weighs 1/k.)
     """
     fields = [('entropy', '<f2'), ('ids', '<u2' if vocab_size <= 2**16 else '<u4', (k,))]
     if method == 'topk':
@@ -119,8 +121,8 @@ def label_type(method, k, vocab_size):
 @torch.no_grad()
 def choose_labels(log_p, method, k, generator):
     """
-    log_p (N, V) -> ids (N, k): k draws, or the k most probable;
-    and for topk their probabilities (N, k), made to sum to 1.
+    log_p (N, V) -> ids (N, k), k draws or the k most probable tokens; and for topk their probabilities (N, k), scaled
+    to sum to 1.
     """
     if method == 'sample':
         return torch.multinomial(log_p.exp(), k, replacement=True, generator=generator), None
@@ -130,7 +132,7 @@ def choose_labels(log_p, method, k, generator):
 
 @torch.no_grad()
 def label_batch(batch, teachers, loader, recipe):
-    """The records (N,) of the places that this batch of windows labels, as far as the text goes."""
+    """The records (N,) of the places that this batch of windows labels, up to the end of the text."""
     vocab_size = teachers[0].model.config.vocab_size
     generator = torch.Generator(loader.device).manual_seed(hash((recipe.seed, batch)))
     first, models, states, may = read_windows(batch, teachers, loader)
@@ -147,7 +149,7 @@ def label_batch(batch, teachers, loader, recipe):
 
 
 def describe(teachers, loader, recipe):
-    """What meta.json says of labels, their cost included."""
+    """The contents of meta.json: how the labels were made, for which text, and what they cost."""
     T = loader.block_size
     counts = tokens_each_may_label(teachers, loader)
     flops = sum(count * teacher.model.flops_per_token(training=False) for teacher, count in zip(teachers, counts))
@@ -164,9 +166,9 @@ def refuse_labels(folder):
 
 def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
     """
-    Labels for every token of the loader's split, a record each, into folder/labels.bin, and meta.json last: without it
-    a folder is not a set of labels. about: what else meta.json is to say. Goes on with a labels.bin.part that it finds,
-    and ends with the same bytes. Returns what meta.json says.
+    Writes a record for every token of the loader's split to folder/labels.bin, and meta.json last: a folder without it
+    is no set of labels. about: more entries for meta.json. Continues a labels.bin.part that it finds, with the same
+    bytes in the end. Returns the contents of meta.json.
     """
     meta = dict(about) | describe(teachers, loader, recipe)
     whole, begun = os.path.join(folder, 'labels.bin'), os.path.join(folder, 'begun.json')
@@ -174,12 +176,12 @@ def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
     with hold(folder):
         refuse_labels(folder)
         if not os.path.exists(begun):
-            remove(whole, part)                 # without a meta.json they are no labels
+            remove(whole, part)                 # leftovers that no begun.json describes
             write_text(begun, json.dumps(meta))
         elif read_json(begun, 'remove the folder, or give another --out_dir') != meta:
             raise ValueError(f"{folder} holds half-written labels of another kind ({begun} says which): "
                              "remove the folder, or give another --out_dir")
-        # if only what is whole is there, we were killed between the last two lines
+        # if labels.bin is there and its .part is not, an earlier run was killed just before it wrote meta.json
         if os.path.exists(part) or not os.path.exists(whole):
             write_records(part, teachers, loader, recipe)
             os.replace(part, whole)
@@ -189,11 +191,11 @@ def write_labels(folder, teachers, loader, recipe=Recipe(), about=()):
 
 
 def write_records(path, teachers, loader, recipe):
-    """The records of all tokens -> the file at path, which may hold the first of them already."""
+    """Writes the records of all tokens to the file at path, which may already hold the first of them."""
     n = loader.n_tokens
     size = label_type(recipe.method, recipe.k, teachers[0].model.config.vocab_size).itemsize
     with open(path, 'ab') as f:
-        # what is there ends with a whole batch, or with a torn one, which is written again
+        # continue after the last whole batch; one that was torn off in the middle is written again
         done = f.tell() // size
         batch = max(0, done - overlap(loader)) // (loader.batch_size * stride(loader))
         f.seek(f.truncate(size * first_place(batch, loader)))
@@ -218,7 +220,7 @@ LABELS_META = {'data': str, 'tokens': int, 'method': str, 'k': int, 'vocab_size'
 
 
 def check_labels(path, table, vocab_size, remedy):
-    """ValueError unless all ids are of the vocabulary, and all else are numbers."""
+    """ValueError unless all ids are below vocab_size and all other values are finite and at least 0."""
     for i in range(0, len(table), 2**20):
         for name in table.dtype.names:
             part = table[name][i:i + 2**20]
@@ -229,8 +231,8 @@ def check_labels(path, table, vocab_size, remedy):
 
 class Labels:
     """
-    A folder that write_labels wrote, for the data that it was written for.
-    batch(starts, block_size) -> what Distiller takes.
+    The labels in a folder that write_labels wrote, for the dataset they were written for. ValueError if they are
+    missing, damaged, or were written for other data.
     """
     def __init__(self, folder, loader, device='cpu'):
         again = f"write them again, python distill.py --teacher=... --out_dir={shlex.quote(str(folder))}"
@@ -258,8 +260,8 @@ class Labels:
 
     def batch(self, starts, block_size):
         """
-        starts: B places in the split -> ids (B, T, k) int64, weights (B, T, k) and entropy (B, T) float32,
-        for the tokens after those places.
+        starts: B places in the split -> for the T = block_size tokens after each of them: ids (B, T, k) int64, weights
+        (B, T, k) and entropy (B, T) float32.
         """
         places = np.array(starts)[:, None] + np.arange(block_size)  # (B, T)
         rows = self.table[np.minimum(places, len(self.table) - 1)]

@@ -4,15 +4,15 @@ Reading a dataset: batches as a pure function of the step. From the repo root:
 >>> from data.loader import Loader
 >>> loader = Loader('data/stdlib_char', 'train', batch_size=4, block_size=256, seed=1337)
 >>> x, y = loader.batch(step=0)
-    # (4, 256) int64 each; y is x one token on, and -1 where there is nothing to learn
+    # (4, 256) int64 each; y is x shifted by one token, and -1 where there is nothing to learn
 >>> x, y = loader.batch(step=1000)
     # any step, in any order: a batch depends on nothing but its number, so resuming needs no state
 >>> for x, y in Loader('data/stdlib_char', 'val', 4, 256).eval_batches(): ...
     # every token once
 
-A dataset is train.bin and val.bin (plain integers, no header), for chat train.mask.bin and val.mask.bin (a byte a
-token, 1 where it is to be learnt), and meta.json. Where meta.json has a row, the files are rows of so many tokens that
-hold whole conversations, and a window is a row. data/writer.py writes all of it.
+A dataset is train.bin and val.bin (plain integers, no header), meta.json, and for chats train.mask.bin and val.mask.bin
+(one byte a token: 1 where the token is to be learnt). If meta.json has a row length, the files consist of rows of so
+many tokens, each of which holds whole conversations, and a window is a row. data/writer.py writes all of this.
 """
 
 import math
@@ -26,11 +26,11 @@ import numpy as np
 
 from data.files import check_once, in_repo, read_json, sha256_of
 from data.tokenizer import fingerprint, from_meta, vocab_size_of
-# torch is imported by Loader.rows alone: preparing a dataset needs none, and it takes seconds to import
+# only Loader.rows imports torch, which takes seconds: preparing a dataset does without it
 
 
 def progress(steps, total, what, every=5.0, quiet=False):
-    """Yields from steps, and every few seconds says on stderr how many of the total there have been."""
+    """Yields from steps; every few seconds it prints to stderr how many of the total are done."""
     said = time.perf_counter()
     for n, step in enumerate(steps):
         if time.perf_counter() - said > every and not quiet:
@@ -43,26 +43,26 @@ class Loader:
     """
     Batches of one split as a pure function of the step: no state to save, resume is exact.
 
-    An epoch is the split cut into windows of block_size tokens, each once, in random order; where the first window
-    starts is random too, so a token is seen at other positions in other epochs; where meta.json has a row, windows are
-    the rows. Sample number i, counted over steps, their micro-batches and rows in this order, is window i % n_windows
-    of epoch i // n_windows. It knows nothing of processes: they take turns at a step's micro-batches (train.py), so two
-    of them see, step by step, what one sees with twice the accumulation.
+    An epoch is the split cut into windows of block_size tokens, each read once, in random order. The first window
+    starts at a random place, so that a token has another position in another epoch. (If meta.json has a row length,
+    the windows are the rows.) Samples are counted over steps, then micro-batches, then rows; sample i is window
+    i % n_windows of epoch i // n_windows. Processes play no part in this: they take turns at a step's micro-batches
+    (train.py), so two processes see in each step what one process sees with twice the accumulation.
     """
 
     def __init__(self, data_dir, split, batch_size, block_size, seed=0, device='cpu', hold_out=''):
         """
-        data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows a micro-batch; block_size: tokens a
-        row; device: where the batches go; hold_out: a part of the split that is left out, see held_out. ValueError if
-        the split is missing, damaged, or too short.
+        data_dir: like 'data/stdlib_char'; split: 'train' or 'val'; batch_size: rows of a micro-batch; block_size:
+        tokens of a row; device: where the batches go; hold_out: a part of the split to leave out, see held_out.
+        ValueError if the split is missing, damaged, or too short.
         """
         self.batch_size, self.block_size, self.seed, self.device = batch_size, block_size, seed, device
         self._open(data_dir, split, hold_out)
         self._cut(f'{data_dir}/{split}.bin')
-        self._epoch = None, None, None          # of the epoch in use: number, start of its first window, their order
+        self._epoch = None, None, None          # the current epoch: number, start of its first window, window order
 
     def _open(self, data_dir, split, hold_out):
-        """The tokens of a split, and which of them are to be learnt."""
+        """Opens the tokens of a split, and the mask of those to be learnt."""
         self.meta = load_meta(data_dir)
         self.row, self.n_tokens = self.meta.get('row'), self.meta.get(f'{split}_tokens')
         if any(type(n) is not int or n < 1 for n in (self.n_tokens, self.row or 1)):
@@ -73,14 +73,14 @@ class Loader:
         self.mask = None                        # or (n_tokens,): 1 where the token is to be learnt
         if f'{split}.mask.bin' in self.meta['sha256']:
             self.mask = self._map(os.path.join(data_dir, f'{split}.mask.bin'), 'uint8', 2)
-        if hold_out:                            # what is left is copied into memory
+        if hold_out:                            # the rest is copied into memory
             left = ~held_out(hold_out, np.arange(self.n_tokens), self.n_tokens, self.row)
             self.tokens, self.n_tokens = self.tokens[left], int(left.sum())
             if self.mask is not None:
                 self.mask = self.mask[left]
 
     def _cut(self, path):
-        """How many windows of block_size tokens there are. ValueError if there is none, or rows have another length."""
+        """Counts the windows of block_size tokens. ValueError if there is none, or rows have another length."""
         block_size = self.block_size
         if self.row and self.row != block_size:
             raise ValueError(f'{os.path.dirname(path)} is packed in rows of {self.row} tokens, and block_size is '
@@ -92,11 +92,11 @@ class Loader:
         if self.row:
             self.n_windows = self.n_tokens // self.row
         else:
-            # one fewer than fit, so that the first has block_size places to start and all epochs have one length
+            # one fewer than fit, so that the first one can start at block_size places and all epochs are equally long
             self.n_windows = max(1, self.n_tokens // block_size - 1)
 
     def _map(self, path, dtype, bound):
-        """The integers of a file, all of them below bound, read from the disk when they are used."""
+        """Maps the integers of a file, which must be below bound, into memory; they are read as they are used."""
         if dtype not in ('uint8', 'uint16', 'uint32'):
             raise ValueError(f'{path} has tokens of type {dtype!r:.20}, says meta.json, and not uint16 or uint32: '
                              'run prepare.py again')
@@ -118,16 +118,16 @@ class Loader:
         return self.rows(self.starts(step, micro, accumulation))
 
     def starts(self, step, micro=0, accumulation=1):
-        """Where the rows of that batch start in the split: batch_size ints."""
+        """The places in the split where the rows of that batch start: batch_size ints."""
         first = (step * accumulation + micro) * self.batch_size
         return [int(self._start(first + row)) for row in range(self.batch_size)]
 
     def _start(self, i):
-        """Where sample i starts in the split. Its tokens and the target of the last are start .. start + block_size."""
+        """The place where sample i starts. Its inputs and its last target are tokens start .. start + block_size."""
         epoch, index = divmod(i, self.n_windows)
         if self._epoch[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
-            # any shift that leaves room for all windows
+            # a random shift that leaves room for all windows
             shift = 0 if self.row else rng.integers(self.n_tokens - self.n_windows * self.block_size)
             self._epoch = epoch, shift, rng.permutation(self.n_windows)
         _, shift, order = self._epoch
@@ -135,9 +135,9 @@ class Loader:
 
     def eval_batches(self, rank=0, world_size=1):
         """
-        Yields x, y: (batch_size, block_size) int64 over the whole split, in order; where processes share it, those of
-        this rank. Over all ranks every token but the first is a target exactly once. All shapes are the same and all
-        ranks have as many batches: what is beyond the end has y = -1.
+        Yields x, y: (batch_size, block_size) int64 over the whole split, in order; if processes share the work, the
+        batches of this rank. Over all ranks every token but the first is a target exactly once. All batches have the
+        same shape and all ranks equally many of them: places beyond the end have y = -1.
         """
         n_windows = math.ceil((self.n_tokens - 1) / self.block_size)
         n_batches = math.ceil(n_windows / (self.batch_size * world_size))
@@ -150,7 +150,7 @@ class Loader:
         import torch
         at = np.array(starts)[:, None] + np.arange(self.block_size + 1)  # (B, T+1)
         inside = at < self.n_tokens
-        at = np.minimum(at, self.n_tokens - 1)  # beyond the end stands the last token: as an input it has no target
+        at = np.minimum(at, self.n_tokens - 1)  # beyond the end the last token is repeated, without a target
         rows = self.tokens[at].astype(np.int64)  # (B, T+1)
         learn = inside if self.mask is None else inside & (self.mask[at] != 0)
         x = torch.from_numpy(np.ascontiguousarray(rows[:, :-1]))  # (B, T)
@@ -160,15 +160,15 @@ class Loader:
 
 def validation(data_dir, block_size, device='cpu'):
     """
-    The validation split as models of that context are measured on it: in rows of block_size tokens, 2,048 at most, of
-    which long ones go through a few at a time, so that it says how far it is and takes less memory; chats in their own.
+    The validation split as a Loader to measure a model of that context on: in rows of block_size tokens, at most 2,048
+    (chats in their own rows). Long rows come four at a time, to save memory and to show progress more often.
     """
     length = load_meta(data_dir).get('row') or min(block_size, 2048)
     return Loader(data_dir, 'val', 16 if length <= 512 else 4, length, device=device)
 
 
 def check_integers(path, integers, bound, sha256):
-    """ValueError unless the file at path is the one of this sha256, and its integers are all below bound."""
+    """ValueError unless the file at path has this sha256, and all its integers are below bound."""
     found = sha256_of(path)
     if found != sha256:
         raise ValueError(f'{path} is not the file that meta.json describes: its sha256 is {found}, and {sha256} is '
@@ -180,7 +180,7 @@ def check_integers(path, integers, bound, sha256):
 
 
 def copy_to(device, *tensors):
-    """The tensors on that device. To a GPU they go from pinned memory: that overlaps with what it is doing."""
+    """The tensors on that device. To a GPU they are copied from pinned memory, while it goes on computing."""
     if str(device).startswith('cuda'):
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
     return tuple(t.to(device) for t in tensors)
@@ -188,8 +188,8 @@ def copy_to(device, *tensors):
 
 def micro_batches(total_batch_size, rows, block_size, processes=1):
     """
-    How many forward passes over so many rows, on each process, make a step of total_batch_size tokens (0: one
-    pass). AssertionError if they do not come out even.
+    How many forward passes over so many rows, on each process, make a step of total_batch_size tokens (0: one pass).
+    AssertionError if the tokens cannot be divided so.
     """
     tokens = rows * block_size * processes
     assert total_batch_size % tokens == 0, (
@@ -201,17 +201,18 @@ def micro_batches(total_batch_size, rows, block_size, processes=1):
 
 def held_out(fold, places, n_tokens, row=None):
     """
-    Which places of a text are in a part of it that is left out.
+    Which places of a text lie in the part of it that is held out.
 
-    fold: '2/4', the second quarter; between rows of row tokens, if there are any. places: array or tensor of ints,
-    positions in a text of n_tokens. Returns as many bools. ValueError for what is no fold.
+    fold: which part, '2/4' for the second quarter; where a text consists of rows of row tokens, parts end between rows.
+    places: array or tensor of ints, positions in a text of n_tokens -> bools of the same shape. ValueError if fold is
+    not of that form.
     """
     i, n = map(int, fold.split('/')) if re.fullmatch(r'\d{1,4}/\d{1,4}', fold) else (0, 0)
     if not 1 <= i <= n > 1:
         raise ValueError(f'hold_out ({fold}) must be like 1/4, the first of four parts of the training text, or empty')
     size = row or 1
     part = places // size * n // max(1, n_tokens // size)
-    return part % n == i - 1                    # the tokens behind the last whole row go with the first part
+    return part % n == i - 1                    # tokens after the last whole row belong to the first part
 
 
 def load_meta(data_dir):
@@ -219,7 +220,7 @@ def load_meta(data_dir):
     data_dir = os.fspath(data_dir)
     path = os.path.join(data_dir, 'meta.json')
     script = shlex.quote(os.path.join(data_dir, 'prepare.py').replace(os.sep, '/'))
-    # if it is not there: a dataset made from somebody's own text, or a slip of the pen
+    # a folder without a prepare.py was made from somebody's own text, or its name is misspelt
     if not os.path.exists(os.path.join(data_dir, 'prepare.py')):
         name = shlex.quote(os.path.basename(os.path.normpath(data_dir)))
         script = (f'data/text/prepare.py --input=FILE_OR_FOLDER --name={name}, '
@@ -231,8 +232,8 @@ def load_meta(data_dir):
 
 def dataset_of(state, source, to_write=False):
     """
-    The dataset that a checkpoint's dict names ('': none): the name of a folder in data/, or a path, from which we read;
-    to_write: where we would write beside it, only a name will do. ValueError for anything else, which names the source.
+    The dataset that a checkpoint's dict names, '' if it names none: a folder in data/, or a path. to_write=True: we are
+    about to write a new dataset beside it, so only a plain name is allowed. ValueError for anything else.
     """
     name = state.get('dataset') or ''
     plain = isinstance(name, str) and re.fullmatch(r'[\w.-]*', name) and name not in ('.', '..')
@@ -244,7 +245,7 @@ def dataset_of(state, source, to_write=False):
 
 
 def without_text(state, source, dataset=''):
-    """Why there is no text to measure the checkpoint at source on, in words; None if it is there or not needed."""
+    """Why there is no text to measure the checkpoint at source on, in words; None if there is one."""
     if dataset:
         return None
     name = dataset_of(state, source)
@@ -258,13 +259,13 @@ def data_of(state, source, dataset=''):
     """
     The data that belong to a checkpoint -> the folder, and the tokenizer.
 
-    state: what was loaded; source: where from, for the message; dataset: another than it was trained on, or empty.
-    ValueError if checkpoint and data do not have the same tokenizer.
+    state: the loaded checkpoint; source: its path, for the message; dataset: another one than it was trained on, or
+    empty. ValueError if checkpoint and data do not have the same tokenizer.
     """
     data_dir = os.path.join(in_repo('data'), dataset or dataset_of(state, source))
     tokenizer = from_meta(state['tokenizer'])
     if fingerprint(from_meta(load_meta(data_dir))) != fingerprint(tokenizer):
-        known = state.get('dataset')            # of a model from elsewhere there is none
+        known = state.get('dataset')            # None for a model from elsewhere
         remedy = (f'the dataset it was trained on ({known}), or prepare that as it was' if known else
                   f'one that was prepared with --tokenizer={shlex.quote(str(source))}')
         raise ValueError(f'{data_dir} has another tokenizer than {source} was trained with: give {remedy}')

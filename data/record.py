@@ -1,12 +1,13 @@
 """
-By which command a model or its labels were made, and what that cost: FOLDER/made.json, an entry for each product.
+Which command made a model or its labels, and what that cost: FOLDER/made.json, with an entry for each product.
 
-    document = already('out/best.pt', reads=['out-teacher/best.pt'])    # still as a ladder wants it?
-    ...                                                                 # if that is None, make it, then
+    document = already('out/best.pt', reads=['out-teacher/best.pt'])    # in a ladder: is it up to date?
+    ...                                                                 # None: it is not. Make it, then
     record('out/best.pt', document, reads=['out-teacher/best.pt'])
 
-bench.py --mode=ladder runs commands with PICOCHAT_LADDER set. Under it a script makes again only what is missing, was
-made by another command, or is older than what it is made from; and it replaces nothing that a ladder has not made.
+A ladder (bench.py --mode=ladder) runs commands with PICOCHAT_LADDER set. A script that sees it builds its product only
+if the product is missing, was made by another command, or is older than a file it was made from. It never replaces a
+file that no ladder has made.
 """
 import ast
 import hashlib
@@ -19,15 +20,15 @@ from data.files import check_types, finite, hold, in_repo, json_line, read_json,
 
 LABELS = ('labels.bin', 'meta.json', 'begun.json', 'labels.bin.part')      # what distill.py writes
 BEGUN = 'was begun and not finished'
-MADE = {'document': dict, 'cost': dict, 'times': dict}                     # what an entry says when it was finished
+MADE = {'document': dict, 'cost': dict, 'times': dict}                     # what the entry of a finished product holds
 COST = {'train_tokens': float, 'train_seconds': float, 'train_flops': float, 'labels': dict}
 
 
 def already(product, reads=()):
     """
-    product: the path of a model or of labels.bin; reads: the files that it is made from. -> in a ladder the document
-    that was recorded for it, if this very command made it and nothing it reads is newer; else None, and it is to be
-    made now. ValueError if that would replace what no ladder has made.
+    product: the path of a model or of labels.bin; reads: the files it is made from. -> the document recorded for it, if
+    this is a ladder, this very command made it, and nothing it reads is newer. Otherwise None: the caller must make it.
+    ValueError if that would replace a file that no ladder has made.
     """
     if 'PICOCHAT_LADDER' not in os.environ:
         return None
@@ -42,14 +43,14 @@ def already(product, reads=()):
             raise ValueError(f'the ladder would replace {os.path.join(os.path.dirname(product), name)}, which is not '
                              'as a ladder made it: move that away, or give the rung another folder')
     print(f'{product} {why}: it is made now', file=sys.stderr)
-    if product.endswith('labels.bin') and why != BEGUN:                    # labels that were begun are gone on with
+    if product.endswith('labels.bin') and why != BEGUN:                    # half-written labels are continued
         remove(*(os.path.join(os.path.dirname(product), name) for name in LABELS))
     write(product, {'found': times(product)})
     return None
 
 
 def end_if_made(products, reads=()):
-    """In a ladder, ends a script whose products this very command has made already, with the first one's document."""
+    """In a ladder: if all products are up to date, prints the first one's document and ends the script."""
     documents = [already(product, reads) for product in products]
     if None not in documents:
         print(json_line(documents[0]))
@@ -58,8 +59,8 @@ def end_if_made(products, reads=()):
 
 def stopped_on_the_way(product, reads=()):
     """
-    Whether in a ladder this very command began to train the product and was stopped, but has saved a checkpoint since,
-    and nothing it reads is newer than that: then it goes on from there.
+    Whether training can resume, in a ladder: this very command began to train the product, was stopped after it had
+    saved a checkpoint, and nothing it reads is newer than that checkpoint.
     """
     entry, saved = made(product), os.path.join(os.path.dirname(product), 'ckpt.pt')
     if 'PICOCHAT_LADDER' not in os.environ or not os.path.exists(saved) or 'found' not in entry:
@@ -74,29 +75,29 @@ def stopped_on_the_way(product, reads=()):
 
 def record(product, document, reads=(), starts_from=None, labels=None):
     """
-    The product is made. document: the JSON document that the script ends with; starts_from: the model whose weights it
-    began with; labels: the folder of labels that it learnt from. What those two cost is added to its own cost.
+    Writes the entry of a finished product. document: the JSON document that its script prints last; starts_from: the
+    model whose weights it started from; labels: the folder of labels it learnt from. Their cost is added to its own.
     """
     cost = made(starts_from).get('cost') if starts_from else None
     cost = cost or {'train_tokens': 0, 'train_seconds': 0, 'train_flops': 0, 'labels': {}}
-    if 'iters' in document:                                                # labels and pruning train on no tokens
+    if 'iters' in document:                                                # of a training, not of labels or pruning
         cost['train_tokens'] += document['tokens']
     cost['train_seconds'] += document.get('seconds') or 0
     cost['train_flops'] += document.get('flops') or 0
-    if labels:                                      # by folder: they are written once, whoever learns from them again
+    if labels:              # by folder, so that labels which several stages learn from are counted once
         written = made(os.path.join(labels, 'labels.bin')).get('cost', {})
         cost['labels'][labels] = written.get('train_flops', 0)
     write(product, {'document': document, 'reads': list(reads), 'cost': cost, 'times': times(product)})
 
 
 def made(product):
-    """-> what is recorded of a product; {} if nothing is."""
+    """-> the entry of a product, {} if there is none."""
     return read(os.path.dirname(product)).get(os.path.basename(product), {})
 
 # -----------------------------------------------------------------------------
 
 def stale(product, entry, reads):
-    """Why a product is not as this command would make it now, or None."""
+    """Why a product is not up to date, in words; None if it is."""
     if not os.path.exists(product) and 'document' in entry:
         return 'is gone'
     if not entry:
@@ -114,7 +115,7 @@ def stale(product, entry, reads):
 
 
 def command():
-    """-> the words of this process's command, and what its config files say, comments apart: they change nothing."""
+    """-> this process's command line, and a hash of each config file on it, which comments do not change."""
     configs = {}
     for word in sys.argv[1:]:
         path = word if os.path.isfile(word) else in_repo(word)          # as configurator.py finds it
@@ -125,7 +126,7 @@ def command():
 
 
 def times(product):
-    """-> {name: time of its last change} of the files that making the product again would replace."""
+    """-> {name: time of last change} of the files that would be replaced if the product were made again."""
     folder, name = os.path.split(product)
     names = ('best.pt', 'ckpt.pt') if name == 'best.pt' else (name,)
     paths = {name: os.path.join(folder, name) for name in names}
@@ -133,7 +134,7 @@ def times(product):
 
 
 def read(folder):
-    """FOLDER/made.json -> {product: what is recorded of it}. ValueError if it is not as write has written it."""
+    """FOLDER/made.json -> {product: its entry}. ValueError if it is damaged."""
     path, remedy = os.path.join(folder, 'made.json'), 'remove it, and no ladder will take what is beside it for its own'
     if not os.path.exists(path):
         return {}
@@ -148,7 +149,7 @@ def read(folder):
 
 
 def write(product, result):
-    """The entry of this command. result: what came of it, or, when it begins, the files that it found there."""
+    """Writes this command's entry. result: what it made, or, at its beginning, the files that were already there."""
     folder, name = os.path.split(product)
     entry = {'command': command(), 'ladder': os.environ.get('PICOCHAT_LADDER'),
              'date': time.strftime('%Y-%m-%d %H:%M:%S')} | result

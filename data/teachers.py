@@ -1,5 +1,5 @@
 """
-Teachers: by which names they are asked for, and what is asked of them. A library of distill.py.
+Teachers: how they are named and loaded, and what they must give. A library of distill.py.
 
     teacher = load_teacher('gguf:SmolLM2.gguf')         # a Teacher; data/foreign/kinds.py reads those that are not ours
     teachers = load_teachers('out-a+out-b', tokenizer, block_size)      # two, whose probabilities are averaged
@@ -25,20 +25,20 @@ from data.tokenizer import fingerprint, from_meta
 
 @dataclass
 class Teacher:
-    """Who teaches, as a value: the model, and what is known about it."""
-    name: str                   # as it was asked for: 'out-stdlib-bpe', 'nanochat:teachers/d32'
+    """A teacher: the model, and what is known about it."""
+    name: str                   # as the user gave it: 'out-stdlib-bpe', 'nanochat:teachers/d32'
     model: nn.Module            # in eval mode, without gradients
-    tokenizer: object = None    # None: it does not say
-    dataset: str = None         # the folder under data/ that it was trained on; None: it does not say
+    tokenizer: object = None    # None: unknown
+    dataset: str = None         # the folder under data/ that it was trained on; None: unknown
     hold_out: str = ''          # the part of that dataset that it has not seen, like '1/4'; empty: it has seen all
     data: str = None            # the sha256 of the text that it was trained on
 
 
 def teacher_names(spec):
-    """'A+B+...' -> the names A, B, ...; where a path with a + in it is there, it is one name."""
+    """'A+B+...' -> the names A, B, ...; an existing path with a + in it is one name."""
     parts, names = spec.split('+') if spec else [], []
     while parts:
-        n = len(parts)                          # the longest name that is there, or what stands before the next +
+        n = len(parts)                          # of the longest name that exists; if none does, up to the next +
         while n > 1 and not os.path.exists(path_of('+'.join(parts[:n]))):
             n -= 1
         names.append('+'.join(parts[:n]))
@@ -54,8 +54,8 @@ def path_of(name):
 
 def check_teachers(spec):
     """
-    'A+B+...', or a folder of labels -> the files that they are read from. ValueError if a teacher of another project's
-    making is not there: its data are prepared with its tokenizer, so a script asks for it before it looks for data.
+    'A+B+...', or a folder of labels -> the files that they are read from. ValueError if the files of another project's
+    model are missing: a script calls this before it looks for data, which are prepared with that model's tokenizer.
     """
     files = []
     for name in teacher_names(spec):
@@ -75,8 +75,8 @@ def checkpoint_of(name):
 
 def load_teacher(name, device='cpu'):
     """
-    'gguf:FILE' and the other KINDS, or a picochat checkpoint (a .pt, or a folder with a best.pt), or a file of integers
-    of quantize.py -> Teacher. ValueError for what is missing, damaged, hostile or of another kind.
+    'gguf:FILE' and the other KINDS, or a picochat checkpoint (a .pt, or a folder with a best.pt), or an integer
+    checkpoint of quantize.py -> Teacher. ValueError if it is missing, damaged, hostile or of another kind.
     """
     kind, _, path = name.partition(':')
     if kind in KINDS:
@@ -86,7 +86,7 @@ def load_teacher(name, device='cpu'):
                         ('hf', os.path.exists(os.path.join(name, 'config.json')))):
         if marks and not os.path.exists(os.path.join(name, 'best.pt')):
             raise ValueError(f"the teacher {name} is no picochat model: name it as {kind}:{name}")
-    if name.endswith('.safetensors'):           # of quantize.py; as a teacher it is in float
+    if name.endswith('.safetensors'):           # of quantize.py; as a teacher it computes in float
         model, state = quantize.load(name, device)
         return Teacher(name, dequantised(model), from_meta(state['tokenizer']), dataset_of(state, name))
     if not os.path.exists(name):
@@ -99,8 +99,8 @@ def load_teacher(name, device='cpu'):
 
 def fitted(teacher, tokenizer, block_size, dataset=None):
     """
-    The Teacher as one for texts of that dataset, in windows of block_size tokens. ValueError if it reads other ids, or
-    fewer of them at once.
+    The Teacher, made ready for texts of that dataset in windows of block_size tokens. ValueError if its tokens are
+    others, or its context is shorter.
     """
     theirs, c = teacher.tokenizer, teacher.model.config
     if theirs is None and c.vocab_size == padded(tokenizer.vocab_size):
@@ -112,22 +112,22 @@ def fitted(teacher, tokenizer, block_size, dataset=None):
         raise ValueError(f"the teacher {teacher.name} has a vocabulary of {c.vocab_size:,} and a context of "
                          f"{c.block_size}, which must be {tokenizer.vocab_size:,} and at least "
                          f"block_size ({block_size})")
-    c.block_size = block_size                   # it attends to no more, which flops_per_token counts
+    c.block_size = block_size                   # flops_per_token then counts attention over no more tokens than that
     same = teacher.dataset and dataset and os.path.normpath(teacher.dataset) == os.path.normpath(dataset)
-    return teacher if same else replace(teacher, hold_out='')   # of another text it has held out nothing
+    return teacher if same else replace(teacher, hold_out='')   # what it held out is no part of another text
 
 
 def load_teachers(spec, tokenizer, block_size, device='cpu', dataset=None):
-    """'A+B+...' -> list of Teacher, all of them fitted. ValueError says which is not there, or does not fit."""
+    """'A+B+...' -> list of Teacher, all of them fitted. ValueError names one that is missing or does not fit."""
     return [fitted(load_teacher(name, device), tokenizer, block_size, dataset) for name in teacher_names(spec)]
 
 
 def in_bfloat16(model):
-    """Its matrices in bfloat16, in place: autocast would make the same of them anew, from float32, for every pass."""
-    if isinstance(model, InOne):                # what others wrote is run as it is
+    """Converts the matrices to bfloat16, in place, once: autocast would convert them again in every pass."""
+    if isinstance(model, InOne):                # models of other libraries stay as they are
         return model
     for module in model.modules():
-        if isinstance(module, nn.Linear):       # a new parameter: an embedding that is tied to it stays as it is
+        if isinstance(module, nn.Linear):       # a new parameter, so a tied embedding keeps its float32 weights
             module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
     return model
 
@@ -135,7 +135,7 @@ def in_bfloat16(model):
 def teacher_log_probs(models, states, temperature, may=None):
     """
     The teachers' models and the states (N, n_embd) of each -> the mean of their distributions at temperature, as
-    log-probabilities (N, V). may: (models, N) bool, which of them have a say on which token; all, if it is None.
+    log-probabilities (N, V). may: (models, N) bool, which model counts for which token; None: all of them.
     """
     logs = [F.log_softmax(model.logits(x) / temperature, dim=-1) for model, x in zip(models, states)]
     if len(logs) == 1:
