@@ -1,23 +1,24 @@
 """
-The same float network, turned and scaled into one that rounds better. A library; quantize.py uses it.
+Turns and scales a float network into an equal one that rounds better. A library; quantize.py uses it.
 
-    model = balance(model, batches)             # batches: a list of (x, y) to look at; logits stay as they are
+    model = balance(model, batches)             # batches: a list of (x, y), calibration text; the logits do not change
 
 A row of integers has one scale, which its largest number sets. So rounding costs most where a few numbers are much
 larger than the rest: trained transformers have some channels that stand out in the residual stream, and neurons that
-fire a hundred times as strongly as others. These changes take that away. None of them changes what the float network
-computes, and all but the last, of weights alone, cost nothing when it runs:
+fire a hundred times as strongly as others. The changes below even that out. None of them changes what the float network
+computes. All but the last change only weights, and cost nothing at run time:
 
-- The residual stream is turned by a random orthogonal matrix (QuaRot, arXiv 2404.00456). RMSNorm without weights does
-  not notice, all that reads or writes the stream is turned along, and what stood out in one channel is spread over all.
-- Where a tied Llama has c_out, the stream gets another size, so that c_out adds as little to it as it can.
-- The values of each key/value head are turned likewise, and what c_proj reads of its query heads is turned back.
+- The residual stream is turned by a random orthogonal matrix (QuaRot, arXiv 2404.00456). RMSNorm without weights gives
+  the same, turned; every matrix that reads or writes the stream is turned to match; and an outlier of one channel is
+  spread over all.
+- Where a tied Llama has c_out, the stream is scaled so that c_out adds as little to it as possible.
+- The values of each key/value head are turned likewise, and c_proj, which reads them, is turned back.
 - What both c_proj read is smoothed (SmoothQuant, arXiv 2211.10438): a neuron that fires strongly is scaled down where
   it is written and up where it is read, half of the way in logarithms, so that its weights stand out half as much as
   its activations did.
-- Hidden units are turned by Hadamard matrices of 32 before mlp.c_proj reads them, and its weights turned back. This one
-  has to be done as the model runs (GPTConfig.hadamard): by 5 sums and differences for a unit, beside hundreds of
-  products. No change of weights can do it, since a unit is made by a function that no turn passes through.
+- Hidden units are turned by Hadamard matrices of 32 before mlp.c_proj reads them, and its weights are turned back. No
+  change of weights can do this, since the activation function in between does not commute with a turn. So it happens at
+  run time (GPTConfig.hadamard): 5 sums and differences for a unit, beside hundreds of products.
 """
 import math
 from dataclasses import replace
@@ -28,14 +29,14 @@ from data.slicing import C_OUT, build, rotate_channels
 from model import hadamard
 
 EXPONENT = 0.5          # how much of a neuron's size moves from its activations into its weights: 0 nothing, 1 all
-TURN = 32               # hidden units that are turned together, or a smaller power of 2 that divides n_hidden
+TURN = 32               # so many hidden units are turned together, or the largest power of 2 below that divides n_hidden
 
 
 @torch.no_grad()
 def balance(model, batches, seed=0):
     """
-    A GPT -> an equal one (a copy), in eval mode. batches: a list of (x, y); seed: of the turns. Without batches nothing
-    is smoothed.
+    A GPT -> an equal one (a copy), in eval mode. batches: a list of (x, y), without which nothing is smoothed; seed: of
+    the random turns.
     """
     random = torch.Generator().manual_seed(seed)
     turn = rotation(model.config.n_embd, random).to(model.cos.device)
@@ -49,11 +50,12 @@ def balance(model, batches, seed=0):
 
 def scaled_stream(state, config):
     """
-    Where c_out adds to what it reads (out_proj), a stream of another size, so that it adds the least it can: norms do
-    not notice the size, and what is small next to a large diagonal would be lost in the rounding. In place: the state's
-    tensors must be its own, each by itself.
-    Extra heads read states that are normed, whose size stays 1; only what they norm themselves has another eps, which
-    moves their logits by about norm_eps * size^2 / 2 of their size, for SmolLM2 by 2e-5.
+    lm_head reads x + c_out(x) where there is a c_out (out_proj), and c_out may have a large diagonal, next to which its
+    small numbers would be lost in the rounding. The stream is therefore scaled by the mean of 1 + that diagonal: then
+    c_out has nearly none left. Norms do not notice the size of a stream. Changes state's tensors in place, which must
+    not share memory.
+    Extra heads read normed states, whose size stays 1. Only their own norms now have another eps, which moves their
+    logits by about norm_eps * size^2 / 2 of their size, for SmolLM2 by 2e-5.
     """
     if not config.out_proj or config.embed_norm:
         return state, config
@@ -73,11 +75,11 @@ def scaled_stream(state, config):
 def rotation(n, generator):
     """A random orthogonal matrix (n, n), float32."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return (q * r.diagonal().sign()).float()            # with the signs all orthogonal matrices are equally likely
+    return (q * r.diagonal().sign()).float()            # the signs make all orthogonal matrices equally likely
 
 
 def turn_values(attn, generator):
-    """Turns the values of every key/value head, and back what c_proj reads of the query heads that it serves."""
+    """Turns the values of every key/value head, and turns c_proj back for the query heads that read them."""
     kv, D = attn.n_kv_head, attn.head_dim
     value = attn.c_v.weight.view(kv, D, -1)                                     # (kv, D, n_embd)
     proj = attn.c_proj.weight.view(-1, kv, attn.n_head // kv, D)                # (n_embd, kv, query heads, D)
@@ -88,7 +90,7 @@ def turn_values(attn, generator):
 
 
 def turn_hidden(model):
-    """Turns hidden units before c_proj reads them, in place: the same network. Returns model."""
+    """Makes the model turn its hidden units before c_proj reads them, and turns c_proj back, in place -> model."""
     size = math.gcd(TURN, model.config.n_hidden)
     model.config = replace(model.config, hadamard=size)
     for block in model.transformer.h:
@@ -103,7 +105,7 @@ def smooth(model, batches):
     largest = peaks(model, batches)
     for i, block in enumerate(model.transformer.h):
         attn, mlp = block.attn, block.mlp
-        # a value serves several query heads: it has one scale, and the largest of what they make of it counts
+        # several query heads read the same value, so they share a scale, set by the largest of them
         kv, heads, D = attn.n_kv_head, attn.n_head // attn.n_kv_head, attn.head_dim
         read = largest[f'transformer.h.{i}.attn.c_proj'].view(kv, heads, D).amax(dim=1)             # (kv, D)
         weights = attn.c_proj.weight.abs().amax(dim=0).view(kv, heads, D).amax(dim=1)
@@ -118,8 +120,8 @@ def smooth(model, batches):
 
 def scales(read, weights):
     """
-    The largest of what is read and of the weights that read it, (K,) both -> by what to divide the one and multiply
-    the other (K,). What never fires stays as it is.
+    The largest activation and the largest weight of each of K inputs, (K,) both -> the factors (K,) by which to divide
+    the activations and multiply the weights; 1 for inputs that are always zero.
     """
     scale = (read / weights).pow(EXPONENT)
     return torch.where((read > 0) & (weights > 0), scale, 1.0)

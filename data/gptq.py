@@ -1,9 +1,13 @@
 """
-Rounding after training, with the errors fed back: GPTQ (arXiv 2210.17323). With aim each matrix shall give what the
-float model computes from its own inputs, not from those that rounding has changed (as GPTAQ does, arXiv 2504.02692):
-better on a text like the one it is fitted with, worse on others. A library.
+Rounding after training, with the errors fed back: GPTQ (arXiv 2210.17323). A library.
 
-    quantised = gptq(model, batches, bits=4)        # the float model stays as it is (but for keep_before)
+A matrix is rounded column by column, and the columns that are still float are changed to make up for the errors made so
+far, as well as they can for the inputs that the matrix reads from a calibration text. Usually a rounded matrix is to
+give what its float weights give from the same inputs, which earlier rounding has changed. With aim it is to give what
+the float model gives from its own, unchanged inputs (as in GPTAQ, arXiv 2504.02692): better on texts like the
+calibration text, worse on others.
+
+    quantised = gptq(model, batches, bits=4)        # the float model is unchanged (unless keep_before)
 """
 import itertools
 import math
@@ -19,16 +23,15 @@ from model import NEW_HEADS, norm
 @torch.no_grad()
 def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
     """
-    round_weight for w (rows, cols), but for the least change of its products with inputs x of which hessian
-    (cols, cols) is the sum of x x^T (GPTQ, arXiv 2210.17323, algorithm 1): column after column is rounded, and the
-    columns still to come make up for the error as well as they can. A group's step is chosen when its turn comes,
-    from its columns as they are by then, and may be negative: see signed_step. lack (rows, cols): the sum of d x^T, if
-    products shall be not w x, but w x + d. -> Rounded, and with keep_before the weights (rows, cols) float32 as they
-    were when each was rounded, else None.
+    Rounds w (rows, cols) so that its products w x change least (GPTQ, arXiv 2210.17323, algorithm 1). hessian
+    (cols, cols): the sum of x x^T over the inputs x. Columns are rounded one after the other, and those still to come
+    make up for each error. A group's step is chosen when its turn comes, from its columns as they are by then; it may
+    be negative, see signed_step. lack (rows, cols): the sum of d x^T, if the products are to become w x + d.
+    -> Rounded, and with keep_before the weights (rows, cols) float32 just before each was rounded, else None.
     """
     form, inverse = format_of(bits), inverse_cholesky(hessian).to(w.device)
     if lack is not None:
-        w = w + lack @ inverse.T @ inverse              # least squares: of d, what x can tell
+        w = w + lack @ inverse.T @ inverse              # least squares: the part of d that is linear in x
     peak = w.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / (-form.least * most_steps(form)), 1.0)                  # (rows,)
     x = (w.float() / scale[:, None]).T.contiguous()                              # (cols, rows): columns in one piece
@@ -43,7 +46,7 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
         errors = torch.empty_like(block)
         s = 1
         if form.steps > 1:
-            importance = 1 / here.diagonal().square()       # less where later columns can make up for an error
+            importance = 1 / here.diagonal().square()       # smaller where later columns can make up for an error
             s = signed_step(block, importance, form)                             # (rows,)
             step[:, start // group] = s
         for j in range(end - start):
@@ -58,15 +61,15 @@ def gptq_weight(w, hessian, bits=4, group=GROUP, keep_before=False, lack=None):
 
 
 def most_steps(form):
-    """The largest step whose multiples, form.least of them included, are int8."""
+    """The largest step at which all multiples, down to form.least times the step, are int8."""
     return min(form.steps, 127 // -form.least)
 
 
 def signed_step(x, importance, form):
     """
-    The columns x (group, rows) of a group in units of their rows' scales, and how much an error in each matters,
-    importance (group,) -> the step of each row (rows,) that has the least squared error. Four bits have sixteen values,
-    -8, ..., 7, one more on one side than on the other: with a negative step it is on the side of the largest weight.
+    Chooses the step of each row (rows,) that has the least squared error. x (group, rows): the columns of a group, in
+    units of their rows' scales; importance (group,): how much an error in each column matters. Four bits have sixteen
+    values, -8, ..., 7: one more below zero than above. With a negative step that extra value lies on the other side.
     """
     steps, errors = [], []
     for sign in (1, -1):
@@ -79,13 +82,13 @@ def signed_step(x, importance, form):
             steps.append(sign * step)
             errors.append((importance[:, None] * e).sum(dim=0))
     least = torch.stack(errors).argmin(dim=0, keepdim=True)                      # the first of equals
-    return torch.stack(steps).gather(0, least)[0]
+    return torch.stack(steps).gather(0, least)[0]                                # (rows,)
 
 
 def inverse_cholesky(hessian):
     """
-    hessian (cols, cols) -> U (cols, cols) float32, upper triangular, the Cholesky factor of the inverse, computed in
-    float64: row j says by how much each later column changes to make up for an error in column j.
+    hessian (cols, cols) -> U (cols, cols) float32, upper triangular: the Cholesky factor of the inverse hessian,
+    computed in float64. Row j says how much each later column changes to make up for an error in column j.
     """
     hessian = hessian.cpu().to(torch.float64, copy=True)         # on the CPU: some GPUs have no float64
     # without this damping, inputs that are always zero would stop the decomposition
@@ -96,19 +99,19 @@ def inverse_cholesky(hessian):
 
 def what_it_needs(w, inputs, wanted=None):
     """
-    gptq_weight's hessian (cols, cols) and lack (rows, cols) for a matrix w (rows, cols) that reads inputs, a list of
-    (..., cols), and shall give what is wanted, as many (..., rows). Without that its products shall stay what they are,
-    and there is no lack: None.
+    The arguments of gptq_weight, hessian (cols, cols) and lack (rows, cols), for a matrix w (rows, cols) that reads
+    inputs, a list of (..., cols). wanted: what it is to give, a list of (..., rows); None: its own products, and lack is
+    None, too.
 
-    What a fit of cols numbers to so many tokens finds is noise for one part in tokens / cols, so as much is left out:
-    a short text must not be learnt by heart.
+    When cols numbers are fitted to so many tokens, a share of cols / tokens of what the fit finds is noise. That much of
+    lack is left out, so that a short text is not learnt by heart.
     """
     cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
     hessian = w.new_zeros(cols, cols)
     lack = torch.zeros_like(w) if wanted else None
     for x, target in zip(inputs, wanted or itertools.repeat(None)):
         xq, xs = round_rows(x.float())
-        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module will
+        x = (xq * xs).flatten(0, -2)                                # (tokens, cols), rounded as the module rounds them
         hessian.addmm_(x.T, x)
         if wanted:
             short = target.float().flatten(0, -2) - x @ w.T                                      # (tokens, rows)
@@ -119,7 +122,7 @@ def what_it_needs(w, inputs, wanted=None):
 
 
 def read_by(module, run):
-    """The inputs that module reads while run() runs, a list."""
+    """The inputs that module gets while run() runs, a list."""
     seen = []
     hook = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run()
@@ -129,9 +132,9 @@ def read_by(module, run):
 
 def fit(target, source, names, inputs, bits, group, keep_before, wanted=None, all_alike=0.0):
     """
-    Rounds the float matrices of source (a module) with these names, which all read inputs, and puts them into target.
-    wanted: what they shall give, one behind the other, see what_it_needs; keep_before: see gptq; all_alike: how much it
-    counts, beside the inputs, that an error matters as much in each column.
+    Rounds the float matrices of source (a module) with these names, which all read the same inputs, and puts the
+    results into target. wanted: their outputs, concatenated, see what_it_needs; keep_before: see gptq; all_alike: the
+    weight of a second aim beside the inputs, that errors are equally small in all columns.
     """
     weights = [source.get_submodule(name).weight for name in names]
     w = torch.cat(weights)
@@ -151,12 +154,12 @@ def fit(target, source, names, inputs, bits, group, keep_before, wanted=None, al
 @torch.no_grad()
 def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, aim=False):
     """
-    A float model -> a converted copy, its matrices rounded by gptq_weight for what they read in batches, a list of
-    (x, y). Layer by layer: the inputs come from the layers that are rounded already, and are rounded as they will be.
-    aim: what shall come of them is what the float model, which then reads the text, too, makes of its own. Tables of 8
-    bits are rounded as by convert, which costs nothing; of those of 4, lm_head (which a tied wte shares) and c_out by
-    fit_tables. keep_before: the float matrices become what they were when each of their weights was rounded to its
-    nearest integer, see rounding.behind; else they stay.
+    A float model -> an integer copy, whose matrices gptq_weight has rounded for what they read in batches, a list of
+    (x, y). This goes layer by layer, so that the inputs of a layer come from layers that are already rounded. aim: the
+    float model reads the text besides, and its outputs are what the rounded matrices are to give. Tables of 8 bits are
+    rounded by convert, which costs next to nothing; of tables of 4 bits, lm_head (which a tied wte shares) and c_out are
+    fitted, by fit_tables. keep_before: replaces the weights of the float model by those just before each was rounded,
+    see rounding.behind.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
@@ -168,15 +171,15 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     for block, source in progress(layers, len(layers), 'layers fitted by GPTQ'):
         states, floats = fit_block(fitted, block, source, states, floats, how)
     fit_heads(fitted, model, states, floats, batches, how)
-    if model.config.tie_weights:                # no earlier: a draft head's targets are made with the float table
+    if model.config.tie_weights:                # only now: fit_heads still needs the float table, for a draft head
         model.transformer.wte.weight = model.lm_head.weight
     return fitted
 
 
 def fit_tables(fitted, model, batches, how):
     """
-    Rounds lm_head's table, and c_out before it, for the states that the float model gives. A tied table is read as
-    embeddings, too, where no column matters more than another: so both count, one as much as the other.
+    Rounds lm_head's table, and c_out before it, for the states that the float model gives. A tied table also holds the
+    embeddings, for which all columns matter alike: both aims get the same weight.
     """
     tied = model.config.tie_weights
     states = [model.trunk(x) for x, _ in batches]                                # (B, T, n_embd) each
@@ -188,9 +191,9 @@ def fit_tables(fitted, model, batches, how):
 
 
 def fit_heads(fitted, model, states, floats, batches, how):
-    """gptq's last part: the extra heads, which read the finished trunk's states."""
+    """gptq's last part: the extra heads, which read the states of the finished trunk."""
     def read(model, name, states):
-        """What the matrix of that name reads, a list of (..., cols)."""
+        """What the matrix with this name reads, a list of (..., cols)."""
         states = [norm(x, model.config.norm_eps) for x in states]
         return read_by(model.get_submodule(name),
                        lambda: [model.head_losses(x, y, ids) for x, (ids, y) in zip(states, batches)])
@@ -199,7 +202,7 @@ def fit_heads(fitted, model, states, floats, batches, how):
     for head in heads:
         names = f'{head}.c_fc', f'{head}.c_proj'
         wanted = [None, None]
-        if floats:                              # of both, before the first may be replaced
+        if floats:                              # computed for both before fit may change the first one's weights
             wanted = [[model.get_submodule(name)(x) for x in read(model, name, floats)] for name in names]
         for name, outputs in zip(names, wanted):
             fit(fitted, model, (name,), read(fitted, name, states), *how, wanted=outputs)
@@ -207,9 +210,10 @@ def fit_heads(fitted, model, states, floats, batches, how):
 
 def fit_block(model, block, source, states, floats, how):
     """
-    Rounds the matrices of source, a float block, into block, in the order in which it computes: each is fitted to what
-    those before it, rounded, give it. states: what the blocks before give, list of (B, T, n_embd); floats: the same of
-    the float model, and then both c_proj make up for what the stream has lost; or None -> both behind this block.
+    Rounds the matrices of source, a float block, into block, in the order in which they compute: each is fitted to what
+    the rounded ones before it give. states: the residual stream before this block, a list of (B, T, n_embd); floats: the
+    same in the float model, if both c_proj are to make up for what the stream has lost so far, or None.
+    -> states and floats after this block.
     """
     eps = model.config.norm_eps
 
@@ -219,11 +223,11 @@ def fit_block(model, block, source, states, floats, how):
                                          (block.mlp, source.mlp, source.mlp.readers, lambda x: ())):
         inputs = [norm(x, eps) for x in states]
         read_wanted = added_wanted = None
-        if floats:                              # both are made one at a time, as they are read: they are large
+        if floats:                              # generators, since these tensors are large: one batch at a time
             matrices, float_inputs = [given.get_submodule(name) for name in readers], [norm(x, eps) for x in floats]
             read_wanted = (torch.cat([matrix(x) for matrix in matrices], dim=-1) for x in float_inputs)
             floats = [x + given(y, *besides(y)) for x, y in zip(floats, float_inputs)]
-            # what the rounded half shall add, with which the stream is what it is in the float model
+            # what the rounded half would have to add so that the stream is that of the float model
             added_wanted = (f - x for f, x in zip(floats, states))
         fit(own, given, readers, inputs, *how, wanted=read_wanted)
         inputs = [own.hidden(x, *besides(x)) for x in inputs]
