@@ -29,7 +29,7 @@ from data.slicing import C_OUT, build, rotate_channels
 from model import hadamard
 
 EXPONENT = 0.5          # how much of a neuron's size moves from its activations into its weights: 0 nothing, 1 all
-TURN = 32               # so many hidden units are turned together, or the largest power of 2 below that divides n_hidden
+TURN = 32               # hidden units turned together; a smaller power of 2 where 32 does not divide n_hidden
 
 
 @torch.no_grad()

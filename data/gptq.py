@@ -100,11 +100,11 @@ def inverse_cholesky(hessian):
 def what_it_needs(w, inputs, wanted=None):
     """
     The arguments of gptq_weight, hessian (cols, cols) and lack (rows, cols), for a matrix w (rows, cols) that reads
-    inputs, a list of (..., cols). wanted: what it is to give, a list of (..., rows); None: its own products, and lack is
-    None, too.
+    inputs, a list of (..., cols). wanted: what it is to give, a list of (..., rows). Without it the matrix is to give
+    what w gives, and lack is None.
 
-    When cols numbers are fitted to so many tokens, a share of cols / tokens of what the fit finds is noise. That much of
-    lack is left out, so that a short text is not learnt by heart.
+    When cols numbers are fitted to so many tokens, a share of cols / tokens of what the fit finds is noise. That much
+    of lack is left out, so that a short text is not learnt by heart.
     """
     cols, tokens = w.size(1), sum(x.numel() // x.size(-1) for x in inputs)
     hessian = w.new_zeros(cols, cols)
@@ -157,9 +157,9 @@ def gptq(model, batches, bits=4, group=GROUP, tables_bits=8, keep_before=False, 
     A float model -> an integer copy, whose matrices gptq_weight has rounded for what they read in batches, a list of
     (x, y). This goes layer by layer, so that the inputs of a layer come from layers that are already rounded. aim: the
     float model reads the text besides, and its outputs are what the rounded matrices are to give. Tables of 8 bits are
-    rounded by convert, which costs next to nothing; of tables of 4 bits, lm_head (which a tied wte shares) and c_out are
-    fitted, by fit_tables. keep_before: replaces the weights of the float model by those just before each was rounded,
-    see rounding.behind.
+    rounded by convert, which costs next to nothing; if tables have 4 bits, lm_head (which a tied wte shares) and c_out
+    are fitted, by fit_tables. keep_before: replaces the weights of the float model by those just before each was
+    rounded, see rounding.behind.
     """
     how = bits, group, keep_before
     fitted = convert(sharing(model), bits, group, tables_bits)
@@ -211,8 +211,8 @@ def fit_heads(fitted, model, states, floats, batches, how):
 def fit_block(model, block, source, states, floats, how):
     """
     Rounds the matrices of source, a float block, into block, in the order in which they compute: each is fitted to what
-    the rounded ones before it give. states: the residual stream before this block, a list of (B, T, n_embd); floats: the
-    same in the float model, if both c_proj are to make up for what the stream has lost so far, or None.
+    the rounded ones before it give. states: the residual stream before this block, a list of (B, T, n_embd); floats:
+    the same in the float model, if both c_proj are to make up for what the stream has lost so far, or None.
     -> states and floats after this block.
     """
     eps = model.config.norm_eps
