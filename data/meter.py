@@ -1,10 +1,10 @@
 """
-How a training goes, in numbers: what its steps took and lost, and log.csv, the record of it. A library for train.py.
+A training in numbers: times and losses of its steps, and log.csv, their record. A library for train.py.
 
     meter = Meter(step=0, seconds=0.0, step_tokens=4096, device='cpu')
     meter.add(0, losses)                        # after each forward: {'ce': a tensor, ...}
     means = meter.read_losses('start again')    # now and then: {'ce': their mean, ...}
-    meter.tick(10)                              # ... and meter.seconds, .typical and .rate are those of step 10
+    meter.tick(10)                              # ... and brings meter.seconds, .typical and .rate up to step 10
     Log('out/log.csv').write({'step': 10, 'train_loss': means['ce']})
 """
 import csv
@@ -22,8 +22,8 @@ COLUMNS = ['step', 'tokens', 'seconds', 'train_loss', 'val_loss', 'val_bpb', 'lr
 
 class Meter:
     """
-    Times the steps and collects their losses, without making a GPU wait: both are read only now and then. seconds: of
-    training, so far; typical: of a step, lately; rate: tokens/s.
+    Times the steps and collects their losses. Both are read only now and then, so that a GPU need not wait. seconds: of
+    training so far; typical: seconds of a recent step, the median; rate: tokens/s.
     """
     def __init__(self, step, seconds, step_tokens, device):
         self.timed, self.seconds, self.step_tokens, self.device = step, seconds, step_tokens, device
@@ -31,11 +31,11 @@ class Meter:
         self.restart()
 
     def restart(self):
-        """What was done since tick is not training."""
+        """Starts the clock: time since the last tick does not count as training."""
         self.clock = time.perf_counter()
 
     def tick(self, step):
-        """The steps since the last time took so long."""
+        """Stops the clock after this step, and shares the time out among the steps since the last tick."""
         if self.device.split(':')[0] != 'cpu':
             torch.accelerator.synchronize()
         took = time.perf_counter() - self.clock
@@ -45,19 +45,19 @@ class Meter:
         self.rate, self.timed = self.step_tokens / self.typical, step
 
     def add(self, step, losses):
-        """The losses of a forward."""
+        """Collects the losses of one forward pass, {name: tensor}."""
         self.losses.append((step, {name: value.detach() for name, value in losses.items()}))
 
     def read_losses(self, remedy, model=None):
         """
-        -> their means since the last time. ValueError, in every process and with the remedy, if one of them became
-        infinite or NaN, or a weight of the model.
+        -> the mean of each loss since the last call. ValueError with the remedy, in every process, if a loss or a
+        weight of the model became infinite or NaN.
         """
         read = [(step, {name: value.item() for name, value in parts.items()}) for step, parts in self.losses]
         self.losses = []
         wrong = [(step, f'the loss became {parts}') for step, parts in read
                  if not all(map(math.isfinite, parts.values()))]
-        # the last update is in no loss yet
+        # no loss shows yet what the last update did
         if model is not None and not all(p.isfinite().all() for p in model.parameters()):
             wrong.append((read[-1][0], 'weights became infinite or NaN'))
         first = least(min((at for at, _ in wrong), default=math.inf))

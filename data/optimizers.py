@@ -1,6 +1,6 @@
 """
-The optimizers: Muon for the trunk's matrices, AdamW for the rest; and moving averages of the weights. A library for
-train.py and whatever trains a GPT.
+The optimizers, Muon for the trunk's matrices and AdamW for the rest, and moving averages of the weights. A library for
+train.py and whatever else trains a GPT.
 
     optimizers = make_optimizers(model, muon_lr=0.02, adam_lr=0.003)
     loss.backward()
@@ -14,11 +14,11 @@ import torch
 
 from data.machine import fast_bf16, share, whole
 
-MUON_STACK = 2**26                  # weights whose updates Muon makes together: 256 MiB in float32
-# Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, applied one after another. Five equal ones, as Jordan has them,
-# bring singular values of [0.01, 1] into [0.68, 1.13]. The three are chosen as the Polar Express does (Amsel et al.
-# 2025, arXiv 2505.16932): each is the polynomial nearest to 1 on the range into which those before it bring [0.01, 1].
-# They end in [0.73, 1.27].
+MUON_STACK = 2**26                  # weights whose updates Muon computes together: 256 MiB in float32
+# Muon's steps: a, b, c of x -> a x + b x^3 + c x^5, applied one after another to bring all singular values near 1. Five
+# equal steps, Jordan's, bring singular values in [0.01, 1] into [0.68, 1.13]. The three are chosen as in Polar Express
+# (Amsel et al. 2025, arXiv 2505.16932): each is the polynomial nearest to 1 on the range into which the steps before it
+# have brought [0.01, 1]. They end in [0.73, 1.27].
 MUON_STEPS = {
     5: ((3.4445, -4.7750, 2.0315),) * 5,
     3: ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))}
@@ -26,11 +26,11 @@ MUON_STEPS = {
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update is made orthogonal by MUON_STEPS[steps] (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon); with five the same update as torch.optim.Muon's. Matrices of one shape are
-    stacked and go through together, in bfloat16 where the device multiplies it faster: one batched product instead of a
-    small one per matrix, and most of a small model's step is spent here otherwise. The update needs whole matrices: of
-    a sharded model every process gathers them, a few at a time, does the same work, and keeps its share.
+    SGD with momentum, whose update is made orthogonal by MUON_STEPS[steps] (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon); with five steps it is torch.optim.Muon's. Matrices of one shape are stacked and
+    orthogonalised together, in bfloat16 where the device multiplies that faster: a small model would otherwise spend
+    most of a step here, in many small products. The update needs whole matrices: if the model is sharded, every process
+    gathers them, a few at a time, does the same work, and keeps its shard.
     """
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, steps=5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
@@ -48,19 +48,19 @@ class Muon(torch.optim.Optimizer):
                     self.update(group, params[i:i + n])
 
     def update(self, group, params):
-        """One step for matrices of one shape, or its transpose."""
+        """One step for matrices that have one shape or its transpose."""
         for p in params:
             if 'momentum' not in self.state[p]:
                 self.state[p]['momentum'] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         buffers = [self.state[p]['momentum'] for p in params]
         tall = [p.size(0) > p.size(1) for p in params]
-        m = group['momentum']                   # by products and sums: torch 2.11 cannot _foreach_lerp sharded tensors
+        m = group['momentum']                   # no _foreach_lerp: torch 2.11 has none for sharded tensors
         torch._foreach_mul_(buffers, m)
         torch._foreach_add_(buffers, grads, alpha=1 - m)
         grads = torch._foreach_mul(grads, 1 - m)                         # Nesterov
         torch._foreach_add_(grads, buffers, alpha=m)
-        # all made wide, so that X @ X.mT is the small side
+        # transposed to be wide where they are tall, so that X @ X.mT has the size of the smaller side
         wide = torch.stack([g.mT if t else g for t, g in zip(tall, map(whole, grads))])
         updates = [share((u.mT if t else u).to(p.dtype), p)
                    for t, u, p in zip(tall, orthogonalize(wide, group['steps']), params)]
@@ -82,8 +82,8 @@ def orthogonalize(g, steps=5):
 
 def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_steps=5):
     """
-    [AdamW, Muon] over every parameter that wants a gradient, each exactly once. Tables and heads' tables go to AdamW:
-    an orthogonal update means nothing where a row is a token. weight_decay is Muon's.
+    [AdamW, Muon], which share out all parameters that require a gradient. The vocabulary's tables go to AdamW, as an
+    orthogonal update makes no sense where each row is a token. weight_decay is Muon's.
     """
     matrices, rest, optimizers = [], [], []
     for name, p in model.named_parameters():
@@ -102,7 +102,7 @@ def make_optimizers(model, muon_lr=0.02, adam_lr=0.003, weight_decay=0.0, muon_s
 
 
 def update(model, optimizers, grad_clip=0.0):
-    """A step of the optimizers with the gradients that are there, whose norm may be grad_clip at most (0: anything)."""
+    """Clips the gradients to a norm of grad_clip (0: not at all), steps the optimizers, and drops the gradients."""
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
@@ -112,8 +112,8 @@ def update(model, optimizers, grad_clip=0.0):
 
 def load_optimizer(optimizer, state):
     """
-    A saved state (of whole tensors) into optimizer, whose parameters may be sharded. Its rates and the like stay its
-    own.
+    Loads a saved state, of whole tensors, into optimizer, whose parameters may be sharded. Learning rates and other
+    settings stay those of optimizer.
     """
     params = [p for group in optimizer.param_groups for p in group['params']]
     for i, values in state['state'].items():
@@ -126,8 +126,8 @@ def load_optimizer(optimizer, state):
 
 class Averages:
     """
-    Moving averages of the weights that learn: evaluated, sampled and kept instead of them, as they jump about less.
-    With decay 0 there are none. known: those of a checkpoint; without any the weights are their start.
+    Moving averages of the weights that learn, which are evaluated, sampled and saved in their place, as they fluctuate
+    less. decay 0: none. known: the averages of a checkpoint; without them the averages start as the weights.
     """
     def __init__(self, model, decay, known):
         self.model, self.decay = model, decay
@@ -137,13 +137,13 @@ class Averages:
             self.pairs[name][1].copy_(share(average, learning[name]))
 
     def update(self, step):
-        """After so many steps. The decay starts at 2/11 and grows, or the first weights would be kept for too long."""
+        """Call it after step steps. The decay starts at 2/11 and grows: the first weights are soon forgotten."""
         for p, average in self.pairs.values():
             average.lerp_(p.detach(), 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextlib.contextmanager
     def in_place(self):
-        """Inside, the weights are their averages."""
+        """with averages.in_place(): the model's weights are the averages."""
         self.swap()
         yield
         self.swap()
@@ -154,9 +154,9 @@ class Averages:
             kept = p.clone()
             p.copy_(average)
             average.copy_(kept)
-        if self.pairs and hasattr(self.model, 'reshard'):       # of a sharded model
-            self.model.reshard()                # drops the whole weights that were gathered before the change
+        if self.pairs and hasattr(self.model, 'reshard'):       # a sharded model
+            self.model.reshard()                # drops whole weights that were gathered before the swap
 
     def state(self):
-        """What a checkpoint holds of them."""
+        """The averages by name, for a checkpoint."""
         return {name: average for name, (_, average) in self.pairs.items()}

@@ -1,6 +1,6 @@
 """
-A smaller or a turned shape, by indices: functions from a state dict and its GPTConfig to new ones, and build, which
-makes the model of them. A library: prune.py chooses what to keep, data/balance.py turns models before they are rounded.
+Cuts and turns models: functions from a state dict and its GPTConfig to a new state dict and config, and build, which
+makes a model of them. A library: prune.py decides what to keep, data/balance.py turns models before they are rounded.
 
     state, config = keep_neurons(model.state_dict(), model.config, [[0, 2], [1, 3]])    # of each layer, which to keep
     model = build(state, config)
@@ -12,7 +12,7 @@ import torch
 from data.checkpoint import with_weights
 
 FIRST = 'transformer.h.0.attn.c_q'      # reads normed embeddings and nothing else
-# what over_channels calls matrices that no moments are known of: tables, and what reads embeddings that have no norm
+# names that over_channels has for what no moments are measured of: the tables, and readers of embeddings without a norm
 TABLE, EMBEDDING = 'transformer.wte', 'embedding'
 C_OUT = 'transformer.c_out.weight'
 MERGE = ('aligned', 'plain', 'first')   # how merge_kv_heads averages
@@ -20,8 +20,8 @@ MERGE = ('aligned', 'plain', 'first')   # how merge_kv_heads averages
 
 def build(state, config):
     """
-    A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own. The dict
-    is emptied on the way: what nobody else holds is never in memory twice.
+    A state dict and its GPTConfig -> the model, in eval mode, on the state's device, with weights of its own. Empties
+    the dict as it goes, so that tensors which nobody else holds are never in memory twice.
     """
     if config.tie_weights:
         del state['lm_head.weight']
@@ -33,8 +33,8 @@ def build(state, config):
 
 def columns(w, keep, moment=None):
     """
-    w (rows, K) -> (rows, len(keep)): those columns. With the second moment (K, K) of its inputs x they are refitted by
-    least squares, so that from the inputs that are kept they make w's output as well as they can.
+    w (rows, K) -> its columns keep, (rows, len(keep)). With the second moment (K, K) of w's inputs these are refitted
+    by least squares, so that they give from the remaining inputs what w gave from all, as nearly as possible.
     """
     if moment is None or len(keep) == w.size(1):
         return w[:, keep]
@@ -44,13 +44,13 @@ def columns(w, keep, moment=None):
 
 
 def damped(moment):
-    """With a little on the diagonal: inputs that never fire must not blow up."""
+    """moment with a little added to its diagonal, so that inputs which are always zero do not make it singular."""
     little = 1e-4 * moment.diagonal().mean().clamp(min=1e-30)
     return moment + little * torch.eye(len(moment))
 
 
 def same_length(what, lists, n):
-    """Every layer must keep equally many: one number stands for all of them in the shape."""
+    """ValueError unless all layers keep equally many: GPTConfig has one number for all of them."""
     lengths = [len(keep) for keep in lists]
     if len(lengths) != n or len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"{what} to keep, {lengths} a layer: "
@@ -59,8 +59,8 @@ def same_length(what, lists, n):
 
 def keep_neurons(state, config, neurons, moments=None):
     """
-    neurons: for each layer the hidden units of its MLP to keep, equally many. With moments (measure) c_proj is fitted
-    anew.
+    neurons: for each layer the hidden units of its MLP to keep, equally many. With moments (prune.measure) c_proj is
+    refitted.
     """
     same_length('neurons', neurons, config.n_layer)
     if config.hadamard:
@@ -79,9 +79,9 @@ def keep_neurons(state, config, neurons, moments=None):
 
 def keep_heads(state, config, heads, moments=None):
     """
-    heads: for each layer a list of groups, each a list of query heads of one key/value head; all groups are equally
-    long. A key/value head stays if a group of it does: in MHA it goes with its only query head, in MQA it always stays.
-    With moments c_proj is fitted anew.
+    heads: for each layer a list of groups; a group is a list of query heads that share a key/value head, and all groups
+    are equally long. A key/value head stays if a group of it does: in MHA it goes with its only query head, in MQA it
+    always stays. With moments c_proj is refitted.
     """
     same_length('groups of heads', heads, config.n_layer)
     g, D = config.n_head // config.n_kv_head, config.head_dim
@@ -104,11 +104,9 @@ def keep_heads(state, config, heads, moments=None):
 
 def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
     """
-    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after turning them onto each other
-    (align, arXiv 2412.20677).
-    moments: heads are compared by what they give on data instead of by their weights.
-    how: aligned; the controls are plain, which averages heads as they are, and first, which lets the first head of a
-    group serve all of it.
+    Averages neighbouring key/value heads until n_kv_head are left (1: MQA), after they have been turned onto each other
+    (align, arXiv 2412.20677). With moments, heads are compared by their outputs on data instead of by their weights.
+    how: 'aligned'. Controls: 'plain' averages heads without turning them; 'first' keeps the first head of each group.
     """
     n, D, E = config.n_kv_head, config.head_dim, config.n_embd
     if n_kv_head < 1 or n % n_kv_head:
@@ -140,10 +138,10 @@ def merge_kv_heads(state, config, n_kv_head, moments=None, how='aligned'):
 
 def align(q, k, v, proj, moment, qk_norm=True):
     """
-    The same attention, with the key/value heads of a group turned onto each other: values by any orthogonal map, undone
-    in c_proj; keys by a rotation inside each of RoPE's planes, done to their queries too. Only these commute with RoPE
-    (and all orthogonal maps do with the norm after it, if there is one), so the turn alone changes nothing: heads that
-    are turned copies of one another merge without loss.
+    Turns the key/value heads of a group onto each other without changing what attention computes: values by any
+    orthogonal map, which is undone in c_proj; keys by a rotation inside each of RoPE's planes, which their queries get,
+    too (only such rotations commute with RoPE; all orthogonal maps commute with the norm after it). Heads that are
+    turned copies of one another then merge without loss.
     q (groups, members, g, D, E), k and v (groups, members, D, E), proj (E, groups, members, g, D), all float64;
     moment (E, E), the second moment of what the heads read, or None: all directions count alike.
     """
@@ -154,8 +152,8 @@ def align(q, k, v, proj, moment, qk_norm=True):
 
     def size(x):
         return (x @ root).square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-30)
-    # the scale of a head means nothing to keys that are normed, can move from others to their queries, and from values
-    # to c_proj: each takes its group's
+    # Heads of a group also get one size. Keys that are normed have none; that of other keys moves to their queries, and
+    # that of values to c_proj.
     k_scale = size(k).mean(dim=1, keepdim=True) / size(k)                       # (groups, members, 1, 1)
     v_scale = size(v).mean(dim=1, keepdim=True) / size(v)
     k, v, proj = k * k_scale, v * v_scale, proj / v_scale
@@ -180,10 +178,10 @@ def from_planes(z):
 
 def procrustes(x):
     """
-    x (groups, members, ..., d, E), real or complex -> the unitary u (groups, members, ..., d, d) that turn a group's
-    members onto their mean.
+    x (groups, members, ..., d, E), real or complex -> unitary u (groups, members, ..., d, d) that turn the members of
+    each group onto their mean (the orthogonal Procrustes problem).
     """
-    mean = x[:, :1]                     # towards the first, then towards the mean, which moves along
+    mean = x[:, :1]                     # first onto the first member, then onto the mean of the turned ones
     for _ in range(20):
         left, _, right = torch.linalg.svd(mean @ x.mH)
         u = left @ right
@@ -193,16 +191,16 @@ def procrustes(x):
 
 def over_channels(state, config, read, write):
     """
-    A new state dict: write(site, w) in place of every w (n_embd, K) that adds to the residual stream, read(site, w) in
-    place of every w (K, n_embd) that reads it or is read into it. site names what w reads, as moments do; TABLE is the
-    table itself.
+    A new state dict, in which every matrix w (n_embd, K) that adds to the residual stream is replaced by write(site, w)
+    and every w (K, n_embd) that reads the stream, or is a table of embeddings, by read(site, w). site says what w
+    reads, by the names that moments have.
     """
     out = {}
     for name, w in state.items():
         site = name.removesuffix('.weight')
         if site.endswith('c_proj'):
             out[name] = write(site, w)
-        elif site == 'transformer.c_out':       # what it writes is read by the table
+        elif site == 'transformer.c_out':       # the table reads what c_out writes
             out[name] = write(site, read('lm_head', w))
         elif site == 'lm_head' and config.out_proj:
             out[name] = read(TABLE, w)
@@ -223,25 +221,25 @@ def over_channels(state, config, read, write):
 
 def rotate_channels(state, config, q):
     """
-    The same network with its residual stream turned by q (n_embd, n_embd), orthogonal: channel j becomes the direction
-    q[:, j].
+    The same network with its residual stream turned by an orthogonal q (n_embd, n_embd): the new channel j is the old
+    direction q[:, j].
     """
     return over_channels(state, config, lambda site, w: w @ q, lambda site, w: q.T @ w), config
 
 
 def keep_channels(state, config, channels, moments=None, refit=True):
     """
-    channels: the coordinates of the residual stream to keep, for everything that reads or writes it. RMSNorm then
-    divides by the rms of what is left: with moments, its measured ratio to the whole's is folded into the matrices that
-    read the normed stream, and they are fitted anew if refit. Where the embedding enters the stream through a norm, its
-    ratio goes into all that is added to it, as only proportions count.
+    channels: the channels of the residual stream to keep, in everything that reads or writes it. RMSNorm then divides by
+    the rms of the remaining channels. With moments, the measured ratio of that rms to the old one is folded into the
+    matrices that read the normed stream, and with refit they are refitted. If embeddings are normed before they enter
+    the stream, the ratio of that norm goes into all that is added later, as only proportions matter.
     """
     if not len(channels):
         raise ValueError("channels to keep, []: give at least one")
     keep = list(channels)
     if keep == list(range(config.n_embd)):
         return state, config
-    if config.out_proj:                         # c_out is added to what it reads: the whole of it is cut
+    if config.out_proj:                         # lm_head reads x + c_out(x): cut the matrix of both, 1 + c_out
         state = state | {C_OUT: state[C_OUT] + torch.eye(config.n_embd).to(state[C_OUT])}
 
     def ratio(site):
@@ -261,8 +259,8 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         return w[keep] * stream if site.startswith('transformer') else w[keep] / last
 
     first, last = ratio(FIRST), ratio('lm_head')
-    # a tied table takes the head's factor, too. As an embedding it may have any, where that is normed; elsewhere all
-    # that is added to the stream takes the same one.
+    # A tied table gets lm_head's factor. As the embedding it may have any factor if embeddings are normed; if not, all
+    # that is added to the stream must get the same one.
     table = last if config.tie_weights and not config.out_proj else 1.0
     stream = 1 / first if config.embed_norm else table
     out = over_channels(state, config, read, write)
@@ -272,15 +270,15 @@ def keep_channels(state, config, channels, moments=None, refit=True):
         out['transformer.wte.weight'] = out['lm_head.weight'] = state['lm_head.weight'][:, keep] * table
     hidden = {name: round(getattr(config, name) * config.n_embd) / len(keep)
               for name in ('multi_token_hidden_mult', 'draft_hidden_mult')}
-    # what is kept has nearly all of the power, in fewer channels: its mean square is larger, and so must eps be
+    # fewer channels hold nearly all of the stream's power, so their mean square is larger, and eps must grow with it
     eps = config.norm_eps * config.n_embd / len(keep) * stream ** 2
     return out, replace(config, n_embd=len(keep), norm_eps=eps, **hidden)
 
 
 def fit_to_table(c_out, table, keep):
     """
-    c_out (n_embd, left), table (vocab_size, n_embd) -> (left, left): what the kept columns of the table make of these
-    rows is, by least squares, what all of it made of c_out's.
+    c_out (n_embd, left), table (vocab_size, n_embd) -> c_out for the columns of the table that are kept, (left, left):
+    their product is, by least squares, that of the whole table and the whole c_out.
     """
     left = table[:, keep].double()
     return torch.linalg.solve(damped(left.T @ left), left.T @ (table.double() @ c_out.double())).to(c_out)
@@ -300,9 +298,9 @@ def keep_layers(state, config, layers):
 
 
 def keep_vocab(state, config, ids):
-    """ids: the rows of wte and lm_head to keep; cut_tokenizer chooses them, with the tokenizer that goes with them."""
+    """ids: the rows of wte and lm_head to keep. vocabulary.cut_tokenizer chooses them and makes the tokenizer."""
     names = ('transformer.wte.weight', 'lm_head.weight')
-    # a draft head goes on choosing from those tokens that it knows
+    # a draft head then chooses among those of its tokens that are kept
     few = sum(i < config.draft_vocab for i in ids)
     assert few or not config.draft_vocab, (
         f"none of the {len(ids)} tokens is among the first {config.draft_vocab}, which the draft head knows: keep more")

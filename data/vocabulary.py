@@ -1,6 +1,6 @@
 """
-Smaller vocabularies: the tokens that a text can do without go, and the text is written again in those that stay. A
-library; prune.py --vocab_keep= is its user.
+Smaller vocabularies: drops the tokens that a text needs least, and encodes the text again in those that are left. A
+library; prune.py --vocab_keep= uses it.
 
 >>> from data.tokenizer import train_bpe
 >>> from data.vocabulary import cut_tokenizer
@@ -24,8 +24,8 @@ from data.tokenizer import CharTokenizer, from_meta
 
 def bpe_parts(token, ranks):
     """
-    A BPE token (bytes) -> the tokens that BPE makes of these bytes just before it makes that one:
-    two, if it is ever made; else more.
+    A BPE token (bytes) -> the tokens that BPE has merged these bytes into just before it would merge them into this
+    token: two, or more if BPE never gets to it.
     """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -38,13 +38,13 @@ def bpe_parts(token, ranks):
 
 def cut_tokenizer(tokenizer, counts, keep):
     """
-    tokenizer, how often each id occurs, how many tokens to keep -> their ids in ascending order, and a tokenizer in
-    which they are 0..keep-1.
+    tokenizer, counts (how often each id occurs), keep (how many tokens to keep) -> the ids that are kept, in ascending
+    order, and a tokenizer in which they are 0..keep-1.
 
-    Characters: the most frequent stay, and encode refuses the others as it does every unknown one. BPE: bytes and
-    special tokens stay. Always the rarest token goes that no other one left is made of, and its parts inherit its
-    count. So every token left can still be merged from bytes, and text without cut tokens is encoded as before; where
-    one stood its parts stand, or what they merge to with their neighbours.
+    Characters: the most frequent are kept, and encode refuses the others like any unknown character. BPE: bytes and
+    special tokens are kept. Of the others the rarest is dropped, among those that no remaining token is made of; its
+    parts inherit its count; and so on. So every token that is left can still be merged from bytes. Text without dropped
+    tokens is encoded as before; a dropped token becomes its parts, or what these merge to with their neighbours.
     """
     least = 1 if tokenizer.kind == 'char' else tokenizer.token_bytes.count(1) + len(tokenizer.special_ids)
     if not least <= keep <= tokenizer.vocab_size:
@@ -65,7 +65,7 @@ def cut_tokenizer(tokenizer, counts, keep):
 
 
 def _rarest(tokens, counts, n):
-    """The ranks of n of the tokens (bytes, by rank) that are missed least, as cut_tokenizer chooses them; a set."""
+    """tokens (bytes, by rank) -> the ranks of the n of them that cut_tokenizer drops, a set."""
     ranks = {token: i for i, token in enumerate(tokens)}
     parts = {i: [ranks[part] for part in bpe_parts(token, ranks)] for i, token in enumerate(tokens) if len(token) > 1}
     users = Counter()  # how many tokens are made of this one
@@ -88,14 +88,14 @@ def _rarest(tokens, counts, n):
 
 def recode(ids, old, new):
     """
-    An array of the old tokenizer's ids -> the same text in the new one's, an array.
-    Cut characters are left out: nothing can stand for them.
+    An array of the old tokenizer's ids -> an array of the new one's, for the same text. Characters that were dropped
+    are left out, as nothing can replace them.
     """
     ids = np.asarray(ids)
     if old.kind == 'char':
         table = np.array([new.chars.find(c) for c in old.chars])[ids]
         return table[table >= 0]
-    # special tokens become those of the same name; what stands between them is text
+    # a special token becomes the one of the same name; the text between special tokens is encoded again
     special = dict(zip(old.special_ids, map(new.special, old.special_tokens)))
     out, start = [], 0
     for at in np.flatnonzero(np.isin(ids, old.special_ids)).tolist():
