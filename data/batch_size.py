@@ -1,9 +1,9 @@
 """
-batch_size=auto: how many rows of a batch fit this machine, found by starting short runs of the training itself.
+batch_size=auto: finds how many rows of a batch fit this machine, by short trial runs of the training itself.
 
-A trial is train.py with the same knobs, so many rows and two steps, in a process of its own: with its teacher, its
-optimizers, its compiler. Its exit status answers: 0, it fits; 3, memory ran out (configurator.py sees to that); killed,
-the same; anything else is a mistake that has nothing to do with memory, and ends the search with its message.
+A trial is train.py with the same knobs, some number of rows and two steps, in a process of its own, with its teacher,
+optimizers and compiler. Its exit status is the answer. 0: the rows fit; 3 (set by configurator.py) or killed: memory
+ran out; anything else is an error of another kind, and ends the search with its message.
 """
 import json
 import os
@@ -17,15 +17,15 @@ import torch
 from data.files import in_repo, read_json, write_text
 from data.signals import passed_on
 
-PORTION = 0.9       # of what is free may be taken: other programs, and later steps, need some
+PORTION = 0.9       # the share of the free memory to use; other programs and later steps need some, too
 OUT_OF_MEMORY = (3, -9, 137)
 AGAIN = 'remove it, and the rows are looked for again'
 
 
 def rows_that_fit(knobs, most, divide, device, path, agree):
     """
-    The largest number of rows, at most so many, with which two steps run. knobs: train.py's; divide: only divisors of
-    most count; path: a JSON file that keeps answers, each beside all that it depends on; agree(n): the least n of all
+    The largest number of rows, up to most, with which two steps run. knobs: train.py's; divide: whether the number must
+    divide most; path: a JSON file that remembers answers with all that they depend on; agree(n): the least n over all
     processes. -> rows, and in words how they were found.
     """
     sizes = [n for n in range(1, most + 1) if not divide or most % n == 0]
@@ -40,7 +40,7 @@ def rows_that_fit(knobs, most, divide, device, path, agree):
     if not isinstance(kept, list) or [type(n) for n in kept] != [int, int] or kept[0] not in (0, *sizes):
         raise ValueError(f'{path} is damaged, {kept!r:.40} is no number of rows: {AGAIN}')
     rows, memory_then = kept
-    # an answer that was found with more memory than there is now counts for nothing
+    # an answer that was found with more free memory than now does not count
     rows = agree(rows if memory > 0.95 * memory_then else 0)
     if rows:
         return rows, f'as {path} says'
@@ -49,16 +49,16 @@ def rows_that_fit(knobs, most, divide, device, path, agree):
                    f"{memory / 2**20:,.0f} MiB that are left on {device}: "
                    "use a smaller block_size or model, or several GPUs with fsdp=True")
     rows = sizes[index - 1]
-    if device.startswith('cuda'):               # a trial may take all that is free: some rows fewer leave a margin
+    if device.startswith('cuda'):               # trials may use all free memory there, so leave a margin
         rows = max(n for n in sizes if n <= max(1, PORTION * rows))
     write_text(path, json.dumps(known | {key: (rows, memory)}, indent=0))
     return rows, f'the most of 1 to {most} that fit {memory / 2**20:,.0f} MiB, nine tenths of what is free'
 
 
 def run_trial(knobs, rows, device, memory):
-    """Whether a training with so many rows ends well when it may take so many bytes of memory."""
+    """Whether two steps with so many rows run within so many bytes of memory."""
     tokens = rows * knobs['block_size']
-    # of a step's micro-batches two are enough: further ones take no more memory
+    # two micro-batches a step are enough: more of them take no more memory
     if knobs['total_batch_size']:
         knobs = knobs | {'total_batch_size': min(2 * tokens, max(tokens, knobs['total_batch_size']))}
     alone = {k: v for k, v in os.environ.items() if k not in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'PICOCHAT_LADDER')}
@@ -80,8 +80,8 @@ def run_trial(knobs, rows, device, memory):
 
 def largest_that_fits(fits, most):
     """
-    The largest n <= most with fits(n), which holds up to it and not beyond; 0: not even 1. Doubles, then halves what is
-    between: 2 * log2(most) + 2 calls at most.
+    The largest n <= most with fits(n), 0 if there is none; fits must hold for all smaller n, too. Doubles n until it
+    does not fit, then bisects: at most 2 * log2(most) + 2 calls.
     """
     good, bad = 0, 1
     while bad <= most and fits(bad):
@@ -96,7 +96,7 @@ def largest_that_fits(fits, most):
 # memory
 
 def free_memory_of(device):
-    """Bytes that a training here may take: PORTION of what the GPU, or under Linux this process, has left."""
+    """Bytes that a training may use here: PORTION of what is free on the GPU, or (Linux) for this process."""
     if device.startswith('cuda'):
         return int(PORTION * torch.cuda.mem_get_info(device)[0])
     assert device == 'cpu' and platform.system() == 'Linux', (
@@ -107,8 +107,8 @@ def free_memory_of(device):
 
 def limit_memory(pid, memory):
     """
-    Lets that process take so many bytes beyond what this one has mapped, which has loaded the same libraries. Without a
-    limit Linux would kill it, or its neighbours, instead of telling it that there is no more.
+    Limits a process to so many bytes beyond what this one has mapped, which has loaded the same libraries. Allocations
+    beyond that fail; without a limit Linux would kill the process, or its neighbours.
     """
     import resource                             # not on Windows
     limit, most = mapped() + memory, resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -117,15 +117,15 @@ def limit_memory(pid, memory):
 
 
 def mapped():
-    """Bytes of address space that this process has, most of it libraries (Linux)."""
+    """Bytes of address space that this process has mapped, most of it libraries (Linux)."""
     with open('/proc/self/statm') as f:
         return int(f.read().split()[0]) * os.sysconf('SC_PAGE_SIZE')
 
 
 def free_memory(root='/'):
     """
-    Bytes of memory that processes here can still take under Linux: what is free, or less where a control group, or one
-    that it is in, allows less.
+    Bytes of memory that processes here can still use under Linux: what is free on the machine, or less if this
+    process's control group, or a group above it, is limited to less.
     """
     def read(*path):
         with open(os.path.join(root, *path)) as f:
@@ -141,7 +141,7 @@ def free_memory(root='/'):
         for n in range(len(parts) + 1):
             group = os.path.join('sys/fs/cgroup', base, *parts[:n], 'memory.')
             if os.path.exists(os.path.join(root, group + most)) and read(group + most).strip() != 'max':
-                # inactive_file: files held in memory, which make way
+                # inactive_file: cached files, which are dropped when memory is needed
                 cached = dict(line.split() for line in read(group + 'stat').splitlines()).get('inactive_file', 0)
                 left.append(int(read(group + most)) - int(read(group + now)) + int(cached))
     return max(0, min(left))

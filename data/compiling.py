@@ -1,10 +1,10 @@
 """
-Whether torch.compile works here, and what it compiles: a step of training, or the blocks of a deep model. kernels.py
-asks here for the C++ compiler, too. A library above model.py.
+Whether torch.compile works here, and what it compiles: a training step, or the blocks of a deep model. data/kernels.py
+gets the C++ compiler from here, too. A library above model.py.
 
-    compile = compile and can_compile(device)       # says in a line why not
+    compile = compile and can_compile(device)       # prints a line if it cannot
     forward = compile_step(model, tokens, vocab_size) if compile else model
-    with eager(): ...                               # nothing runs compiled
+    with eager(): ...                               # everything in here runs uncompiled
 """
 import functools
 import os
@@ -25,7 +25,7 @@ from model import GPT, rows_in_a_chunk
 # whether it works
 
 def can_compile(device):
-    """Whether torch.compile can work here; says in a line why not."""
+    """Whether torch.compile works on this device; if not, prints one line that says why."""
     why = what_fails(torch.device(device).type)
     if why:
         print(f"compile: off, {why}; going on in eager mode, slower", file=sys.stderr)
@@ -33,7 +33,9 @@ def can_compile(device):
 
 
 def what_fails(kind):
-    """kind of device -> why torch.compile cannot work, or None. On a CPU it needs a C++ compiler and Python.h."""
+    """
+    kind of device -> why torch.compile does not work there, or None. On a CPU it needs a C++ compiler and Python.h.
+    """
     if kind == 'mps' or platform.system() == 'Windows':
         return 'not supported here'
     why = private_cache()
@@ -46,7 +48,7 @@ def what_fails(kind):
         if not os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h')):
             return 'no Python.h was found (apt-get install g++ python3-dev)'
         if compiler != os.environ.get('CXX', compiler):
-            # torch takes all of CXX for the name of a program: what follows it, like the -O1 of "g++ -O1", is left out
+            # torch takes all of CXX as the name of a program; of a CXX like "g++ -O1" it gets the first word
             from torch._inductor import config
             config.cpp.cxx = (None, compiler)
     return small_compilation(kind)
@@ -60,7 +62,7 @@ def cpp_compiler():
         compiler = words[0]
     if not shutil.which(compiler):
         return compiler, 'no C++ compiler was found (apt-get install g++ python3-dev)'
-    # asked directly, as torch would not call a compiler whose result it has kept
+    # try the compiler itself: torch would not call it for what its cache holds already
     got = subprocess.run([compiler, '-x', 'c++', '-S', '-o', '-', '-'], input='int f() { return 1; }',
                          capture_output=True, text=True)
     if got.returncode:
@@ -71,8 +73,8 @@ def cpp_compiler():
 @functools.lru_cache(maxsize=None)
 def small_compilation(kind):
     """
-    Compiles next to nothing for such a device, as everything may be there and not work -> what went wrong, or None. It
-    takes some seconds, which the first real compilation would spend otherwise: most go into importing the compiler.
+    Compiles a tiny function for such a device -> what went wrong, or None. All parts may be there and still not work.
+    This takes some seconds, most of them to import the compiler, which the first real compilation then saves.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=kind))
@@ -84,9 +86,9 @@ def small_compilation(kind):
 
 def private_cache():
     """
-    torch.compile runs what it finds in its cache, a folder of the shared temporary one: not of somebody else's. Where a
-    cache that is named cannot be written, torch gets ours, too, as it needs one even for what is not compiled.
-    -> why there is none that can be written, or not the one that is named; or None.
+    Gives torch.compile a cache folder that only this user can write to, since it runs what it finds there and its
+    default lies in the shared temporary folder. If TORCHINDUCTOR_CACHE_DIR names a folder that cannot be written to,
+    ours is set, too, as torch needs one even to run uncompiled. -> what is wrong with the cache, or None.
     """
     named, why = os.environ.get('TORCHINDUCTOR_CACHE_DIR'), None
     try:
@@ -107,10 +109,10 @@ def private_cache():
 
 def compile_step(module, tokens, vocab_size, **how):
     """
-    torch.compile for a module that ends in losses over so many tokens, a GPT or a Distiller. Where those come in
-    chunks, inductor must not join one chunk's kernels with the next one's (it would: they read the same scalars), or
-    the logits of all chunks exist at once. Of a deep model, and of its teachers, one block is compiled for all of them:
-    see compile_blocks.
+    torch.compile for a module that computes losses over so many tokens, a GPT or a Distiller. If the losses are
+    computed in chunks (model.chunked), inductor must not fuse the kernels of different chunks, which it would since
+    they read the same scalars: the logits of all chunks would exist at once. Deep models and their teachers are
+    compiled block by block, see compile_blocks.
     """
     model = getattr(module, 'student', module)
     if model.config.n_layer >= DEEP:
@@ -127,13 +129,13 @@ DEEP = 8        # layers
 
 def compile_blocks(model, **how):
     """
-    Compiles the blocks of a model, in place. They share their code, so that one compilation does at any depth, in half
-    a minute where the whole step of 30 layers takes many. Within eager() the same blocks run as they are written.
+    Compiles the blocks of a model, in place. All blocks share one compilation, which takes half a minute at any depth;
+    compiling a whole step of 30 layers takes many. Within eager() the blocks run uncompiled.
     """
     for block in model.transformer.h:
         block.compile(**how)
 
 
 def eager():
-    """A context in which nothing runs compiled: lengths that change with every call would each be compiled anew."""
+    """A context in which nothing runs compiled, for calls whose lengths change: each would be compiled anew."""
     return torch.compiler.set_stance('force_eager')

@@ -1,9 +1,9 @@
 """
-What this machine is, and several processes that share a training. A library below model.py.
+What this machine can do, and how several processes share a training. A library below model.py.
 
     device = pick_device('auto')                    # 'cuda', 'mps' or 'cpu'
     dtype = pick_dtype('auto', device)              # 'bfloat16' where it is faster, which is measured
-    rank, world_size, device = join_processes(device)       # those that torchrun started
+    rank, world_size, device = join_processes(device)       # the processes that torchrun started
 """
 import ctypes
 import mmap
@@ -26,14 +26,14 @@ PEAK_FLOPS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'RTX 3090': 71e12,
 
 
 def peak_flops(device):
-    """The data sheet's FLOP/s of this device by its name, None if it is no GPU that is known here."""
+    """The data sheet's FLOP/s of this device, by its name; None for other devices."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     return next((peak for known, peak in PEAK_FLOPS.items()
                  if re.search(rf'\b{known}\b(?! (Ti|D)\b)(?!.*(PCIe|NVL|Laptop))', name)), None)
 
 
 def pick_device(device):
-    """'auto' -> 'cuda', 'mps' or 'cpu', whichever is best here; other names stay. ValueError if it cannot be used."""
+    """'auto' -> 'cuda', 'mps' or 'cpu', the first that is there; other names stay. ValueError if it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
@@ -45,9 +45,9 @@ def pick_device(device):
 
 def keep_memory():
     """
-    Has freed memory kept for the next tensor instead of given back. Tensors of megabytes come and go with every layer;
-    each time, the system would have to find and clear their pages, in up to a third of the time of training on a CPU.
-    It is glibc that is told so; elsewhere nothing changes.
+    Tells glibc to keep freed memory for the next tensor instead of giving it back to the system. Tensors of megabytes
+    come and go with every layer; each time, the system would have to find and clear pages for them, which can take a
+    third of the time of training on a CPU. Without glibc this does nothing.
     """
     if platform.libc_ver()[0] == 'glibc':
         libc, threshold, trim = ctypes.CDLL(None), -3, -1       # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -56,18 +56,18 @@ def keep_memory():
 
 
 def give_back_memory():
-    """Has freed memory given back to the system, which glibc does by itself only at the end of what it has."""
+    """Gives freed memory back to the system. glibc by itself gives back only what lies at the end of its heap."""
     if platform.libc_ver()[0] == 'glibc':
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_large_pages(t):
     """
-    Asks Linux to keep t, a large tensor that nothing has been written to yet, in pages of 2 MiB instead of 4 KiB: what
-    is read from end to end, as weights are for every token, then comes a fifth faster. Returns t.
+    Asks Linux to keep t, a large tensor that nothing has been written to yet, in pages of 2 MiB instead of 4 KiB:
+    memory that is read from end to end, as weights are for every token, is then read a fifth faster. Returns t.
     """
     advice, page = getattr(mmap, 'MADV_HUGEPAGE', None), 2**21
-    start = -(-t.data_ptr() // page) * page                 # whole pages, which are t's alone
+    start = -(-t.data_ptr() // page) * page                 # only the pages that lie within t
     size = (t.data_ptr() + t.nbytes - start) // page * page
     if advice is not None and size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
@@ -75,7 +75,7 @@ def in_large_pages(t):
 
 
 def describe_machine(device):
-    """-> what a document says of where it was measured"""
+    """-> a dict that says where something was measured: CPU, GPU, threads, version of torch"""
     cpuinfo = open('/proc/cpuinfo').read() if os.path.exists('/proc/cpuinfo') else ''
     named = re.findall(r'model name\s*: (.*)', cpuinfo)
     gpu = {'gpu': torch.cuda.get_device_name(device)} if device.startswith('cuda') else {}
@@ -83,14 +83,14 @@ def describe_machine(device):
             'threads': torch.get_num_threads(), 'torch': torch.__version__}
 
 
-MEASURED = {}           # 'cpu' -> what fast_bf16 has found there; a run that is resumed brings its own
+MEASURED = {}           # 'cpu' -> the answer of fast_bf16; a resumed run takes its checkpoint's
 
 
 def fast_bf16(device):
     """
-    Whether this device multiplies bfloat16 faster than float32. On CPUs no flag says so: where one with avx512_bf16 is
-    three times as fast, another takes twice as long. So it is measured, once, in some milliseconds; of several
-    processes, which must all ask, it must hold for each.
+    Whether this device multiplies bfloat16 faster than float32. On CPUs no flag tells: of two that have avx512_bf16 one
+    is three times as fast, the other half as fast. So it is measured, once, in some milliseconds. If there are several
+    processes, all must ask, and the answer is yes only if it is for each of them.
     """
     kind = torch.device(device).type
     if kind == 'cuda':
@@ -104,8 +104,9 @@ def fast_bf16(device):
 
 def measure_bf16():
     seconds = {torch.float32: [], torch.bfloat16: []}
-    with _disable_current_modes():              # bench.py may be counting tensors that have no memory
-        for _ in range(6):                      # in turn: the first product of a kind warms up, the fastest counts
+    """fast_bf16, measured: the fastest of six products of each kind, in turns."""
+    with _disable_current_modes():              # bench.py may be running on tensors that have no memory
+        for _ in range(6):
             for dtype, times in seconds.items():
                 x = torch.ones(512, 512, dtype=dtype)
                 clock = time.perf_counter()
@@ -132,8 +133,9 @@ def autocast(device, dtype):
 
 def join_processes(device):
     """
-    device: 'cuda', 'mps', 'cpu' or one of them by number -> this process's rank, how many processes there are, and its
-    own device. What torchrun tells them is in the environment; without it there is one.
+    device: 'cuda', 'mps', 'cpu', or one of several like 'cuda:1' -> this process's rank, the number of processes, and
+    this process's device. torchrun sets environment variables; without them there is one process. ValueError if they
+    make no sense.
     """
     names = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1'}
     names = {name: os.environ.get(name, usual) for name, usual in names.items()}
@@ -149,19 +151,19 @@ def join_processes(device):
         waiting.daemon = True
         waiting.start()
         device = f'cuda:{local_rank}' if device == 'cuda' else device
-        # gloo is for the CPU, where evaluate adds up its totals
-        hook = sys.excepthook                   # torch would put its own around it; errors stay one plain line
+        hook = sys.excepthook                   # torch replaces it, and errors would no longer be one plain line
+        # gloo is needed beside nccl because evaluate adds up its totals on the CPU
         torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
         waiting.cancel()
         sys.excepthook = hook
     if device.startswith('cuda'):
-        torch.cuda.set_device(device if ':' in device else 0)       # what is waited for later is the current device
+        torch.cuda.set_device(device if ':' in device else 0)       # synchronize() waits for the current device
         torch.set_float32_matmul_precision('high')
     return rank, world_size, device
 
 
 def least(x):
-    """The least of the numbers that the processes bring; x itself if there is only one process."""
+    """The minimum of x over all processes; x itself if there is only one."""
     if not torch.distributed.is_initialized():
         return x
     x = torch.tensor(x, dtype=torch.float64)
@@ -169,22 +171,23 @@ def least(x):
     return x.item()
 
 # -----------------------------------------------------------------------------
-# one model shared out among them: FSDP2 (arXiv 2304.11277), whose sharded tensors are DTensors: each process holds some
-# of the rows
+# one model sharded over the processes by FSDP2 (arXiv 2304.11277): its tensors become DTensors, of which each process
+# holds some of the rows
 
 def shard(model, device_type):
     """
-    Leaves this process its rows of every weight, on its device. A Block gathers the others when it runs and forgets
-    them again; tables and heads, which logits read until a step has ended, stay gathered from trunk to the end of
-    backward (of a teacher, which has no backward: for good).
+    Shards model in place: this process keeps its rows of every weight, on its device. A Block gathers the other rows
+    when it runs, and drops them afterwards. Tables and heads, which logits need to the end of a step, stay gathered
+    until backward has ended (in a teacher, which has no backward, for good).
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(model, 'trunk')  # evaluation, decoding and distillation begin there, not with forward
-    # this pass makes the room to gather in; had decoding made it, in inference mode, training could not write to it
+    register_fsdp_forward_method(model, 'trunk')  # evaluation, decoding and distillation call trunk, not forward
+    # This first pass allocates the buffers to gather in. Allocated while decoding, in inference mode, training could
+    # not write to them.
     with torch.no_grad():
         model.trunk(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device))
     model.reshard()
@@ -192,17 +195,16 @@ def shard(model, device_type):
 
 
 def whole(x):
-    """A sharded tensor -> all of its rows, in every process (which must all ask); any other as it is."""
+    """A sharded tensor -> all of its rows; all processes must call this. Other tensors are returned as they are."""
     return x.full_tensor() if hasattr(x, 'full_tensor') else x
 
 
 def share(x, like):
     """
-    What this process holds of the whole tensor x, sharded as like is; x itself if like is not sharded, or of another
-    shape.
+    This process's shard of the whole tensor x, cut as like is; x itself if like is not sharded or has another shape.
     """
     if not hasattr(like, 'full_tensor') or x.shape != like.shape:
         return x
     from torch.distributed.tensor import distribute_tensor
-    # a copy: the split alone would keep all of x in memory
+    # a copy, since a view would keep all of x in memory
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()

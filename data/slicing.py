@@ -229,8 +229,8 @@ def rotate_channels(state, config, q):
 
 def keep_channels(state, config, channels, moments=None, refit=True):
     """
-    channels: the channels of the residual stream to keep, in everything that reads or writes it. RMSNorm then divides by
-    the rms of the remaining channels. With moments, the measured ratio of that rms to the old one is folded into the
+    channels: the channels of the residual stream to keep, in everything that reads or writes it. RMSNorm then divides
+    by the rms of the remaining channels. With moments, the measured ratio of that rms to the old one is folded into the
     matrices that read the normed stream, and with refit they are refitted. If embeddings are normed before they enter
     the stream, the ratio of that norm goes into all that is added later, as only proportions matter.
     """
