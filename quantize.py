@@ -9,21 +9,21 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
     from quantize import prepare, convert, gptq, export, load
     prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
     convert(model, bits)            # integer modules: nothing is dequantised, at load or later
-    model = gptq(model, batches)    # the same for a model that was trained in float, with its errors fed back
+    model = gptq(model, batches)    # integer modules, better ones for a model that was trained in float
     export(path, model, tokenizer_meta);  model, state = load(path)
 
-The rule, and the modules that train through it or run on it, are in data/rounding.py; data/gptq.py feeds errors back;
-data/balance.py turns a float network into an equal one that rounds better. This file has the checkpoint of integers,
-and measures what rounding cost.
+The rule, and the modules that train through it or run on its integers, are in data/rounding.py. data/balance.py turns a
+float network into an equal one that rounds better, and data/gptq.py rounds it with errors fed back. This file has the
+integer checkpoint, and measures what rounding cost.
 
     8 bits:  w = v * scale[row],  v in -127, ..., 127
     4 bits:  w = q * step[row, group] * scale[row],  q in -7, ..., 7,  step in 1, ..., 18:  v = q * step is int8 again
 
 A row is an output of a matrix, or a token of the embedding; a group is 32 (64, 128) columns of it (a scale in two
-levels: VS-Quant, arXiv 2102.04503). At 4 bits, file and modules hold two q in a byte and a byte per step. GPTQ also has
-q = -8, and steps that may be negative. The table BITS in data/rounding.py says all that is known of 8 and 4 bits.
-Activations are int8, too, with one scale per token, found as they come. Products are summed as integers, which is exact
-in any order: the result for one token cannot depend on its neighbours.
+levels: VS-Quant, arXiv 2102.04503). At 4 bits, file and modules hold two q in a byte and a byte per step. GPTQ also
+uses q = -8, and negative steps. The table BITS in data/rounding.py is the one definition of both formats.
+Activations are int8, too, with one scale per token, computed at run time. Products are summed as integers, which is
+exact in any order: the result for one token cannot depend on its neighbours.
 """
 import json
 import math
@@ -54,28 +54,28 @@ from model import GPT, LossTotal, NEW_HEADS, part_of, rope_tables, rows_in_a_chu
 # the file: an integer checkpoint, its shape, rounding and tokenizer in the metadata
 
 FORMAT = 'picochat-int'
-BETWEEN = '\u0100'          # stands between tokens: no byte, as a Latin-1 character, is this one
+BETWEEN = '\u0100'          # separates tokens, which are bytes written as Latin-1 and so never contain it
 
 
 def compact(meta):
-    """A tokenizer's meta with its tokens as one string: in JSON they take two thirds of the bytes of a list."""
+    """A tokenizer's meta with its tokens joined to one string, which in JSON is a third smaller than a list."""
     return meta | {'ranks': BETWEEN.join(meta['ranks'])} if 'ranks' in meta else meta
 
 
 def spread(meta):
-    """compact undone. What was a list already stays one: older files."""
+    """Undoes compact. The list of an older file stays as it is."""
     joined = isinstance(meta, dict) and isinstance(meta.get('ranks'), str)
     return meta | {'ranks': meta['ranks'].split(BETWEEN)} if joined else meta
 
 
 def stored_modules(model):
-    """{name: integer module} of a converted model, each that the file holds: a tied head is the embedding's."""
+    """{name: integer module} of a converted model, without a tied lm_head, which is the embedding."""
     return {name: module for name, module in model.named_modules()
             if isinstance(module, Integers) and not (model.config.tie_weights and name == 'lm_head')}
 
 
 def file_state(model):
-    """What a converted model's file holds: its state dict, a tied head left out."""
+    """The tensors that the file of a converted model holds: its state dict without a tied lm_head."""
     return {f'{name}.{key}': t for name, module in stored_modules(model).items()
             for key, t in module.state_dict().items()}
 
@@ -92,8 +92,8 @@ def int_share(model):
 
 def bytes_by_group(model):
     """
-    {'embedding', 'trunk', 'head', ...: bytes of its integers, 'scales': bytes of all scales and steps};
-    the file has a header besides.
+    {'embedding', 'trunk', 'head', ...: bytes of that part's integers, 'scales': bytes of all scales and steps}. The
+    file has a header besides.
     """
     count = {}
     for name, t in file_state(model).items():
@@ -112,9 +112,9 @@ def export(path, model, tokenizer_meta, dataset=None):
 
 def load(path, device='cpu'):
     """
-    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset', 'rounding'}; of a .pt what
-    load_model gives. ValueError says in one line what is wrong with a damaged or foreign file. (The sha256 in it finds
-    damage, not tampering: who changes a file on purpose writes another sha256.)
+    path -> the integer model on device, in eval mode, and {'config', 'tokenizer', 'dataset', 'rounding'}; for a .pt
+    what load_model returns. ValueError says in one line what is wrong with a damaged or foreign file. (Its sha256
+    detects damage, not tampering.)
     """
     if path.endswith('.pt'):
         return load_model(path, device)
@@ -137,7 +137,7 @@ def load(path, device='cpu'):
 
 
 def read_metadata(metadata, path):
-    """What export wrote about a model. ValueError if it is something else."""
+    """The metadata of a file -> a dict of what export wrote. ValueError if it is not export's."""
     try:
         state = {key: json.loads(metadata.get(key, 'null')) for key in ('config', 'rounding', 'tokenizer', 'dataset')}
         bits, group, tables_bits = (state['rounding'][key] for key in ('bits', 'group', 'tables_bits'))
@@ -152,9 +152,10 @@ def read_metadata(metadata, path):
 
 def grid_in(state, wanted, path):
     """
-    The scales and steps on which the weights of the checkpoint at path are trained, as grid_of has them; {} where they
-    are chosen anew for the weights of every step. wanted: how it is to be rounded, in the words of train.py's knobs.
-    ValueError if that is another way, or the scales and steps are not those of the checkpoint's shape.
+    The fixed scales and steps of a checkpoint that had been rounded before it was trained (int4.pt, or what was trained
+    from it), as grid_of has them; {} for other checkpoints, whose scales follow the weights. state: the checkpoint at
+    path; wanted: how it is to be rounded, in the words of train.py's knobs. ValueError if that is not how these scales
+    and steps were made, or if their shapes do not fit.
     """
     grid, known = state.get('grid', {}), {name: state.get('knobs', {}).get(name) for name in wanted}
     if not grid:
@@ -166,7 +167,7 @@ def grid_in(state, wanted, path):
                          "give the same, or take the float checkpoint that it was made from")
     how = {'bits': wanted['quant_bits'], 'group': wanted['quant_group'], 'tables_bits': wanted['tables_bits']}
     model = without_memory(lambda config: convert(GPT(config), **how), config_from(state['config'], path))
-    # heads that were added since are on no grid
+    # heads that were added since have no fixed scales
     expected = {name: t for name, t in grid_of(model).items() if name in grid or not name.startswith(NEW_HEADS)}
     check_tensors(expected, grid, path)
     return grid
@@ -174,22 +175,22 @@ def grid_in(state, wanted, path):
 # -----------------------------------------------------------------------------
 # what it cost
 
-# the result of a Difference, in a document
+# what Difference.result gives, and the script's JSON document has
 MEASURED = ('val_loss_float', 'val_loss_quant', 'bpb_float', 'bpb_quant', 'mean_kl', 'max_kl', 'top1_flips')
 
 
 class Difference:
     """
     Adds up how far a quantised model's predictions are from the float ones. result: 'val_loss_float', 'val_loss_quant',
-    'bpb_float', 'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; and
-    'top1_flips', at what share of the positions another token is the most probable one.
+    'bpb_float', 'bpb_quant' as evaluate has them; 'mean_kl', 'max_kl' of KL(float || quantised) in nats; 'top1_flips',
+    the share of positions where another token is the most probable one.
     """
     def __init__(self, token_bytes, device):
         self.before, self.after = (LossTotal(token_bytes, device) for _ in range(2))
         self.kl_sum = self.kl_max = self.flips = self.n = 0
 
     def add(self, nats_float, nats_quant, kl, flips, targets):
-        """A batch: what how_far gives, (N,) each, and its targets (N,). Losses are summed as evaluate sums them."""
+        """Adds a batch: the four results of how_far, (N,) each, and targets (N,), in the way evaluate adds losses."""
         self.before.add(nats_float, targets)
         self.after.add(nats_quant, targets)
         kl = kl[targets >= 0].cpu()
@@ -207,8 +208,8 @@ class Difference:
 
 def how_far(a, b, targets):
     """
-    Log-probabilities a of the float model and b of the quantised one, (N, vocab_size), and targets (N,) -> (4, N): the
-    nats of both, the KL divergence, and 1 where another token is the most probable one.
+    Log-probabilities a of the float model and b of the quantised one, (N, vocab_size) both, and targets (N,) -> (4, N):
+    the loss of each in nats, the KL divergence, and 1 where their most probable tokens differ.
     """
     nats = [F.nll_loss(log_p, targets, ignore_index=-1, reduction='none') for log_p in (a, b)]
     return torch.stack([*nats, (a.exp() * (a - b)).sum(dim=-1), (a.argmax(-1) != b.argmax(-1)).float()])
@@ -217,8 +218,8 @@ def how_far(a, b, targets):
 @torch.no_grad()
 def compare(model, others, batches, token_bytes):
     """
-    One pass of the float model and of its quantised others over batches of (x, y), y = -1 masked -> a result of
-    Difference for each of these.
+    Runs a float model and others, its quantised versions, over batches of (x, y), y = -1 masked -> for each of the
+    others Difference.result().
     """
     differences = [Difference(token_bytes, model.cos.device) for _ in others]
     rows = rows_in_a_chunk(model.config.vocab_size)                              # as evaluate has them at a time
@@ -227,8 +228,7 @@ def compare(model, others, batches, token_bytes):
         return F.log_softmax(m.logits(states), dim=-1)                           # (rows, vocab_size)
     for x, y in batches:
         states = [m.trunk(x).flatten(0, 1).split(rows) for m in (model, *others)]    # (B * T, n_embd) each
-        # in one piece, made beforehand: a small tensor that stays behind each of the large ones would keep the memory
-        # that those leave from being used again
+        # allocated in one piece beforehand: small tensors that survive between large ones fragment the memory
         found = torch.empty(len(others), 4, y.numel(), device=y.device)
         for start, targets, whole, *parts in zip(range(0, y.numel(), rows), y.flatten().split(rows), *states):
             whole = log_p(model, whole)
@@ -276,7 +276,7 @@ def choose_method(method, wanted, trained, source):
 
 
 def say(result):
-    """The document for people."""
+    """Prints the result for people."""
     path, size, parts = result['file'], result['bytes'], result['bytes_by_group']
     parts = parts | {'header': size - sum(parts.values())}
     print(f"{path}: {size:,} bytes, {result['compression']:.2f}x smaller than the {result['params']:,} weights in "
@@ -290,34 +290,34 @@ def say(result):
 
 
 def files_to_make():
-    """-> the file of integers and, if that is asked for, the one to train on from. They are held from here on."""
+    """-> the path of the integer checkpoint and, with for_training, of the one to train on from; locks both."""
     path = os.path.join(save_dir or out_dir, f'int{bits}.safetensors')
     start = path.removesuffix('safetensors') + 'pt'
     products = [path, start] if for_training else [path]
     assert not for_training or os.path.realpath(start) != os.path.realpath(source), (
         f'for_training would replace {start}, of which it is made: give another --save_dir')
-    # these files alone are held, not the folder: a training there may go on, of whose best.pt a whole one is read
+    # only these files are locked, not the folder: a training may go on there, which replaces best.pt as a whole
     for product in products:
         hold(os.path.dirname(product), os.path.basename(product))
     return products
 
 
 def calibration_batches(model, state, tokenizer, data_dir):
-    """What the model reads while it is balanced and fitted, a list of (x, y). data_dir: None if its text is gone."""
+    """Calibration text for balance and GPTQ, a list of (x, y). data_dir: the model's dataset, None if that is gone."""
     n = calib_batches or (16 if model.params()['total'] < 20e6 else 3)
     if calibrate and calibrate != 'itself':
         batches = calibration.from_file(calibrate, model, tokenizer, n)
     elif calibrate or data_dir is None:
         batches = calibration.from_itself(model, tokenizer, n, seed)
     else:
-        # what the model was trained to leave out, it must not see here, either
+        # what the model did not see in training (hold_out) is not shown to it here, either
         fold = state.get('knobs', {}).get('hold_out', '') if not dataset else ''
         batches = calibration.from_dataset(data_dir, model, n, fold, seed)
     return calibration.in_parts(batches)
 
 
 def rounded(model, batches, state, wanted):
-    """The model on integers. GPTQ may replace the weights of the model that it is given."""
+    """The integer model. With for_training, GPTQ also changes the weights of the float model."""
     if method == 'gptq':
         return gptq(model, batches, bits, group, tables_bits, for_training, aim)
     grid = grid_in(state, wanted, source) if method == 'qat' else {}
@@ -325,7 +325,7 @@ def rounded(model, batches, state, wanted):
 
 
 def to_train_on(path, model, quantised, state, wanted):
-    """int4.pt: the float weights that round to just these integers, and the scales and steps that they keep."""
+    """Writes int4.pt: float weights that round to just these integers, and their fixed scales and steps."""
     knobs = wanted | {'hold_out': state.get('knobs', {}).get('hold_out', '')}
     save_checkpoint(path, behind(model, quantised), state['tokenizer'], step=0, knobs=knobs,
                     dataset=dataset or state.get('dataset'), data=state.get('data'), grid=grid_of(quantised))
@@ -367,7 +367,7 @@ if __name__ == '__main__':
     path, *to_train_from = products = files_to_make()
     end_if_made(products, [source])             # by a ladder (bench.py) that has run this very command before
 
-    # the model, how it is rounded, and what it is measured on: opened now, as the rounding may take minutes
+    # the model, how to round it, and the text to measure it on, opened now as rounding may take minutes
     model, state = load_model(source, device)
     trained = trained_with(state)
     group, tables_bits = group or trained['quant_group'], tables_bits or trained['tables_bits']
@@ -387,19 +387,19 @@ if __name__ == '__main__':
     batches = []
     if balance or method == 'gptq':
         batches = calibration_batches(model, state, tokenizer, data_dir)
-    whole = model if report and text else None              # kept to measure against
+    whole = model if report and text else None              # the float model, kept to compare with
     if balance:
         model = balanced(model, batches, seed)
         give_back_memory()
-    model = sharing(model)                                  # the weights of whole stay as they are
+    model = sharing(model)                                  # GPTQ may replace weights: those of whole must stay
     quantised = rounded(model, batches, state, wanted)
     size = export(path, quantised, state['tokenizer'], dataset or state.get('dataset'))
     for start in to_train_from:
         to_train_on(start, model, quantised, state, wanted)
 
-    # what it cost: measured is the file
+    # what it cost: the file is read again and measured
     n_params = model.params()['total']
-    model = None                                            # the balanced one, whose memory the measuring can use
+    model = None                                            # frees the balanced model's memory
     quantised = load(path, device)[0]
     result = {'file': path, 'bytes': size, 'bits': bits, 'method': method,
               'balance': balance, 'group': group if has_groups(bits, tables_bits) else None,

@@ -1,6 +1,6 @@
 """
 The rounding rule, training through it, and the modules that run on its integers. A library; quantize.py is the script,
-and says what the integers are.
+and its first lines define the integers.
 
     prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
     convert(model, bits)            # integer modules: nothing is dequantised, at load or later
@@ -17,24 +17,24 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class IntFormat:
-    """What a weight of so many bits is."""
-    edge: int           # v is -edge, ..., edge, times a step where there are steps; edge * steps is at most 127
-    least: int          # and down to here where GPTQ has chosen the steps, see data/gptq.py
+    """A format of integer weights."""
+    edge: int           # a weight is -edge, ..., edge, times its group's step; edge * steps is at most 127
+    least: int          # with steps chosen by GPTQ it may go down to here, see data/gptq.py
     steps: int          # a group of columns chooses its step from 1, ..., steps; 1: there are no groups
-    tries: int          # the search tries so many of these, downwards from the least that clips nothing
-    stored: int         # bits that a weight takes in the file and in memory
+    tries: int          # how many steps choose_step tries, downwards from the smallest that clips nothing
+    stored: int         # bits of a weight in the file and in memory
 
 
 BITS = {8: IntFormat(edge=127, least=-127, steps=1, tries=1, stored=8),
         4: IntFormat(edge=7, least=-8, steps=18, tries=4, stored=4)}
 GROUPS = (32, 64, 128)  # columns that share a step: at 4 bits 0.53, 0.52 or 0.51 bytes a weight
 GROUP = GROUPS[0]
-# the vocabulary's matrices, which have bits of their own, and the small one between
+# the vocabulary's matrices, which have bits of their own (tables_bits), and the small one between them
 TABLES = ('transformer.wte', 'lm_head', 'transformer.c_out')
 
 
 def format_of(bits):
-    """The entry of BITS. ValueError names the bits that there are."""
+    """bits -> its IntFormat. ValueError names the bits that BITS knows."""
     if bits not in BITS:
         raise ValueError(f"bits ({bits}) must be one of {', '.join(map(str, BITS))}")
     return BITS[bits]
@@ -61,9 +61,9 @@ class Rounded:
 
 def round_weight(w, bits=8, group=GROUP, search=True):
     """
-    w (rows, cols) float -> Rounded. Rounds to nearest, ties to even; a row of zeros has scale 1.
-    The largest weight of a row lies at the edge of its integers. Where there are groups, search=True chooses each one's
-    step for the least squared error; search=False takes the step that puts the group's largest weight at the edge.
+    w (rows, cols) float -> Rounded. Rounds to nearest, ties to even; a row of zeros gets scale 1.
+    A row's scale makes its largest weight the largest integer. If the format has groups, search=True chooses the step
+    of each group for the least squared error; search=False takes the step at which its largest weight just fits.
     """
     form = format_of(bits)
     w = w.float()
@@ -73,8 +73,8 @@ def round_weight(w, bits=8, group=GROUP, search=True):
     if form.steps == 1:
         v = x.round_().clamp_(-form.edge, form.edge)         # in place: of a table, copies would be large
         return Rounded(v.to(torch.int8), scale.squeeze(1), None, bits, group)
-    # Whole groups, and the columns that are left, are rounded apart: when the last group is padded with zeros instead,
-    # inductor of torch 2.11 and 2.13 gets it wrong.
+    # Whole groups and the columns that are left over are rounded separately. Padding the last group with zeros would be
+    # simpler, but inductor of torch 2.11 and 2.13 compiles that wrongly.
     whole = w.size(1) - w.size(1) % group
     parts = [x[:, :whole].unflatten(1, (-1, group)), x[:, None, whole:]]     # (rows, groups, group), (rows, 1, rest)
     parts = [part for part in parts if part.numel()]
@@ -90,18 +90,18 @@ def round_to(x, step, edge):
 
 
 def round_to_grid(w, scale, step, bits, group):
-    """w (rows, cols) float -> Rounded, to the nearest of what given scales (rows,) and steps (rows, groups) allow."""
+    """w (rows, cols) float -> Rounded, to the nearest integers with given scales (rows,) and steps (rows, groups)."""
     form, each = format_of(bits), steps_of(step, group, w.size(1))
     q = (w.float() / (scale[:, None] * each)).round().clamp(form.least, form.edge)
-    # the multiples of large steps end where int8 does
+    # multiples of large steps are limited to int8
     v = q * each if step is None else q.maximum(-(127 // each.abs())) * each
     return Rounded(v.to(torch.int8), scale, step, bits, group)
 
 
 def weights_behind(w, rounded):
     """
-    w (rows, cols) float -> the weights nearest to w that round_to_grid brings to rounded's v. Nearly all are w's own;
-    where w lies beyond the largest integer it moves up to that one.
+    w (rows, cols) float -> the weights nearest to w that round_to_grid rounds to rounded's v. Nearly all of them are
+    w's own; those of w that lie beyond the largest integer move to it.
     """
     each = steps_of(rounded.step, rounded.group, w.size(1))
     size, q = rounded.scale[:, None] * each, rounded.v / each
@@ -109,15 +109,16 @@ def weights_behind(w, rounded):
 
 
 def steps_of(step, group, cols):
-    """step (rows, groups) -> that of each column (rows, cols); 1 where a format has no steps."""
-    # looked up, since inductor of torch 2.13 reads beyond what repeat_interleave gives where it is cut to cols
+    """step (rows, groups) -> the step of each column (rows, cols); 1 if the format has none."""
+    # by indexing: repeat_interleave(...)[..., :cols], compiled by inductor of torch 2.13, reads beyond its end
     return 1 if step is None else step[..., torch.arange(cols, device=step.device) // group]
 
 
 def choose_step(x, form, search=True):
     """
-    x (..., group) in units of its row's scale -> step (..., 1): of the form.tries largest steps that make sense the one
-    with the least squared error. Smaller ones clip the largest weights so that the others are met more closely.
+    x (..., group) in units of its row's scale -> step (..., 1), the one with the least squared error. form.tries steps
+    are tried, from the smallest that clips nothing downwards: a smaller step clips the group's largest weights, and
+    rounds the others more finely.
     """
     unclipped = x.abs().amax(dim=-1, keepdim=True) / form.edge           # a smaller step would clip something
     if not search:
@@ -136,8 +137,9 @@ def choose_step(x, form, search=True):
 
 def pack(rounded):
     """
-    Rounded -> what file and memory hold of its v: v itself at 8 bits; at 4, v / step + 8, two of them in a byte, the
-    left half of the columns in the low bits and the right half in the high ones, (rows, ceil(cols / 2)) uint8.
+    Rounded -> its v as file and memory hold it. At 8 bits that is v itself. At 4 bits it is v / step + 8, two of them
+    in a byte: the left half of the columns in the low bits, the right half in the high ones, (rows, ceil(cols / 2))
+    uint8.
     """
     form, cols = format_of(rounded.bits), rounded.v.size(1)
     if form.stored == 8:
@@ -158,7 +160,7 @@ def unpack(packed, step, bits, group, cols):
 
 def round_rows(x):
     """
-    Activations x (..., K) -> xq (..., K), integers in [-127, 127] kept as float, and xs (..., 1):
+    Activations x (..., K) -> xq (..., K), integers in [-127, 127] as floats, and the scale of each row, xs (..., 1);
     x is about xq * xs.
     """
     peak = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
@@ -169,12 +171,12 @@ def round_rows(x):
 
 def fake_weight(w, bits=8, group=GROUP, grid=None):
     """
-    w as it will be after export, with the gradient of w itself (straight-through). grid: (scale, step), if they are
-    given and not chosen anew for every w.
+    w rounded as export will round it, with the gradient of w itself (straight-through). grid: (scale, step), if these
+    are fixed; else they are chosen for every w anew.
     """
     with torch.no_grad():
         rounded = (round_to_grid(w, *grid, bits, group) if grid else round_weight(w, bits, group)).float()
-    # what is added is zero; the value of w + (rounded - w) might be off in its last bit
+    # w - w is exactly zero and has w's gradient; the usual w + (rounded - w) might be off in its last bit
     return rounded + (w - w.detach())
 
 
@@ -191,12 +193,12 @@ class FakeEmbedding(nn.Embedding):
 
 def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
     """
-    Makes every Linear and Embedding of model round as it will after export, in place and for good. Only the forward
-    differs, so only the class of a module changes: weights, their names and whatever holds them (optimizers, FSDP)
-    stay.
-    grid: as grid_of gives it, of an equal shape; without one scales and steps follow the weights, by round_weight. In
-    float32 the results are those of the integers. Under bfloat16 autocast, which only training uses, a product takes
-    the rounded values in bfloat16, and so rounds them once more.
+    Makes every Linear and Embedding of model round in its forward pass as export will, in place and for good. Nothing
+    but the forward differs, so only the class of each module changes: weights, their names and whatever holds them
+    (optimizers, FSDP) stay.
+    grid: fixed scales and steps, of grid_of; without it they follow the weights, by round_weight. In float32 the
+    results are those of the integers. Under bfloat16 autocast, which only training uses, products round their rounded
+    inputs once more, to bfloat16.
     """
     fake = {nn.Linear: FakeLinear, nn.Embedding: FakeEmbedding}
     for name, module in model.named_modules():
@@ -204,7 +206,7 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
             module.__class__ = fake[type(module)]
             module.bits = tables_bits if name in TABLES else bits
             module.group = group
-            # a new head is on no grid yet
+            # a head that was added since has no fixed scales
             known = grid and f'{name}.scale' in grid
             module.grid = (grid[f'{name}.scale'], grid.get(f'{name}.step')) if known else None
     return model
@@ -212,8 +214,9 @@ def prepare(model, bits=8, group=GROUP, tables_bits=8, grid=None):
 
 def behind(model, quantised):
     """
-    A float model and what its weights were rounded to, of GPTQ with keep_before -> the float model whose weights
-    round_to_grid brings to just these integers: prepare with grid_of(quantised) trains on from them. The model stays.
+    A float model and its integer copy, both of gptq with keep_before -> a float model whose weights round_to_grid
+    rounds to just these integers, so that training can go on from them: prepare it with grid_of(quantised). The model
+    that is given does not change.
     """
     model = sharing(model)
     for name, module in quantised.named_modules():
@@ -227,7 +230,7 @@ def behind(model, quantised):
 
 
 def grid_of(model):
-    """A converted model -> {'lm_head.scale': (rows,), ...}: its scales and steps, with which others can be rounded."""
+    """A converted model -> {'lm_head.scale': (rows,), ...}: its scales and steps, for prepare and convert."""
     return {name: t for name, t in model.state_dict().items() if name.endswith(('.scale', '.step'))}
 
 # -----------------------------------------------------------------------------
@@ -235,8 +238,8 @@ def grid_of(model):
 
 def int_mm_is_exact():
     """
-    Whether PyTorch multiplies integers exactly on this CPU. Without VNNI, as on laptops before some 2021, oneDNN adds
-    products in pairs, in 16 bits, which are too few for large ones: such sums are wrong, and nobody says so.
+    Whether PyTorch multiplies integers exactly on this CPU. On CPUs without VNNI (most laptops before 2021) oneDNN adds
+    products in pairs, in 16 bits, which large ones overflow: the sums are wrong, without any warning.
     """
     large = torch.full((32, 128), 127, dtype=torch.int8)
     return bool((torch._int_mm(large, large.t()) == 128 * 127 ** 2).all())
@@ -247,21 +250,21 @@ INT_MM_IS_EXACT = int_mm_is_exact()
 
 def int_matmul(xq, w):
     """
-    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> xq @ w.T (M, N): the exact sums, in int32, or on a GPU
-    in float32, which rounds those beyond 2^24 once.
+    xq (M, K) and w (N, K), integers in [-127, 127], w int8 -> xq @ w.T (M, N): exact sums in int32; on a GPU in
+    float32, in which sums beyond 2^24 are rounded once.
     """
-    if xq.device.type == 'cpu':             # int32: what it is multiplied with makes it float
+    if xq.device.type == 'cpu':             # int32 becomes float when the caller multiplies it by the scales
         return torch._int_mm(xq.to(torch.int8), w.t()) if INT_MM_IS_EXACT else float_matmul(xq, w)
     if xq.device.type == 'cuda' and w.size(0) % 8 == 0 and w.size(1) % 8 == 0:
-        M = xq.size(0)                                       # cuBLAS wants at least 17 rows
+        M = xq.size(0)                                       # cuBLAS takes at least 17 rows
         return torch._int_mm(F.pad(xq.to(torch.int8), (0, 0, 0, max(0, 17 - M))), w.t())[:M].float()
     return float_matmul(xq, w).float()
 
 
 def float_matmul(xq, w):
     """
-    int_matmul in int32 where the device has no integer kernel, or a wrong one: a float32 holds every integer up to
-    2^24, so sums over at most 1,040 products are exact.
+    int_matmul for devices without an exact integer kernel, in int32. float32 holds every integer up to 2^24, so that
+    sums of 1,040 products are exact.
     """
     parts = zip(xq.float().split(1040, dim=1), w.split(1040, dim=1))
     return sum((a @ b.float().t()).to(torch.int32) for a, b in parts)
@@ -269,8 +272,8 @@ def float_matmul(xq, w):
 
 class Integers(nn.Module):
     """
-    A rounded matrix (rows, cols) as a module: the buffers weight (rows, cols) int8 or packed (rows, bytes) uint8, scale
-    (rows,) float32 and step (rows, groups) int8 or None, and of what format they are.
+    A rounded matrix (rows, cols) as a module, with the buffers weight, (rows, cols) int8 or packed (rows, bytes) uint8,
+    scale (rows,) float32, and step (rows, groups) int8 or None.
     """
     def __init__(self, weight, scale, step, bits, group, cols):
         super().__init__()
@@ -281,17 +284,19 @@ class Integers(nn.Module):
 
     @classmethod
     def holding(cls, rounded):
-        """The module of a Rounded."""
+        """Rounded -> a module."""
         return cls(pack(rounded), rounded.scale, rounded.step, rounded.bits, rounded.group, rounded.v.size(1))
 
     @classmethod
     def sharing(cls, other):
-        """The module of the same integers as other, of another kind: both hold one copy."""
+        """A module of this class on the same tensors as other, an IntLinear or IntEmbedding."""
         return cls(other.weight, other.scale, other.step, other.bits, other.group, other.cols)
 
     @classmethod
     def of_shape(cls, rows, cols, bits, group):
-        """Without memory, for a file's tensors. Rounding weights that have none would import PyTorch's compiler."""
+        """
+        A module without memory, to be filled from a file. (Rounding meta tensors would import PyTorch's compiler.)
+        """
         form = format_of(bits)
         weight = torch.empty(rows, math.ceil(cols * form.stored / 8), device='meta',
                              dtype=torch.int8 if form.stored == 8 else torch.uint8)
@@ -307,9 +312,9 @@ class Integers(nn.Module):
 
 class IntLinear(Integers):
     """
-    x (..., K) -> (..., N) float32, of a Rounded (N, K). PyTorch has no exact product of 4-bit integers on CPUs or GPUs:
-    a call at 4 bits unpacks the matrix to int8, which takes ten times as long as the product. layouts.for_decoding has
-    faster ways.
+    x (..., K) -> (..., N) float32, with a rounded matrix (N, K). PyTorch has no exact product of 4-bit integers: at 4
+    bits every call unpacks the matrix to int8, which takes ten times as long as the product. layouts.for_decoding
+    replaces this module by faster ones.
     """
     def forward(self, x):
         xq, xs = round_rows(x.float())
@@ -318,7 +323,7 @@ class IntLinear(Integers):
 
 
 class IntEmbedding(Integers):
-    """idx (...) -> (..., n_embd) float32, of a Rounded (vocab_size, n_embd)."""
+    """idx (...) -> (..., n_embd) float32, from a rounded table (vocab_size, n_embd)."""
     def forward(self, idx):
         step = None if self.step is None else self.step[idx]
         v = unpack(self.weight[idx], step, self.bits, self.group, self.cols)
@@ -326,14 +331,15 @@ class IntEmbedding(Integers):
 
 
 def sharing(model):
-    """A copy of model's modules, whose weights are model's own and take no memory: for convert, which replaces them."""
+    """A copy of model with modules of its own, but model's own weights: convert can replace modules in it."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
     """
-    Replaces every Linear and Embedding of model by its integer form, in place; vocabularies have tables_bits, all else
-    has bits. A tied lm_head keeps sharing the embedding's integers. search: see round_weight; grid: see prepare.
+    Replaces every Linear and Embedding of model by its integer form, in place: the vocabulary's tables with
+    tables_bits, all others with bits. A tied lm_head still shares the embedding's integers. search: see round_weight;
+    grid: see prepare.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -354,7 +360,7 @@ def convert(model, bits=8, group=GROUP, tables_bits=8, search=True, grid=None):
 
 
 def rounding_of(model):
-    """{'bits', 'group', 'tables_bits'}, convert's arguments, as a converted model's modules say; None for floats."""
+    """A converted model -> {'bits', 'group', 'tables_bits'}, the arguments that convert had; a float model -> None."""
     table, matrix = model.transformer.wte, model.transformer.h[0].mlp.c_fc
     if not isinstance(table, IntEmbedding):
         return None
