@@ -1,12 +1,12 @@
 """
-The cache of keys and values, so that a step reads only its newest tokens. A library of engine.py.
+The cache of keys and values, by which a decoding step needs to read only the newest tokens. A library of engine.py.
 
     cache = KVCache(model.config, batch=2)
-    states = model.trunk(idx, cache)            # idx (2, T) continue both rows; their keys and values are kept
-    cache.rewind([10, 7])                       # the rows' last tokens are forgotten
+    states = model.trunk(idx, cache)            # idx (2, T) continue both rows; their keys and values are stored
+    cache.rewind([10, 7])                       # forgets all but the first 10 tokens of row 0 and 7 of row 1
 
-Attention goes a way of its own here, for a result that does not depend on how many tokens are read together: that is
-what makes speculation exact.
+Attention is computed differently here than in training: its results must not depend on how many tokens are read
+together. That is what makes speculation exact.
 """
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from model import sees
 from data.rounding import round_rows
 
-FEW = 16                # up to so many tokens of a row in a pass are those of a step: PyTorch attends them one by one
-                        # (attend_each), and data/kernels.py takes them through all layers in one call
-BUCKET = 64             # attention reads the cache's length rounded up to a multiple of this, see attend_each
+FEW = 16                # a pass over at most so many tokens of a row is a decoding step: PyTorch computes attention one
+                        # token at a time (attend_each), and data/kernels.py does all layers in one call
+BUCKET = 64             # attention reads the cache up to its length rounded up to a multiple of this, see attend_each
 
 
 def round_up(n):
@@ -24,7 +24,7 @@ def round_up(n):
 
 
 def additive(visible, dtype):
-    """visible (B or 1, T, S) bool -> what is added to attention scores, (B or 1, T, 1, 1, S): 0 or minus infinity."""
+    """visible (B or 1, T, S) bool -> a mask to add to attention scores, (B or 1, T, 1, 1, S): 0 or minus infinity."""
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, float('-inf'))[:, :, None, None]
 
@@ -33,7 +33,7 @@ class KVCache:
     """
     The keys and values of every layer, and the number of tokens in every row (rows may differ). advance(T) makes room
     for T more tokens in each row; then every layer calls attend once. rewind forgets the last tokens again.
-    dtype=torch.int8 keeps integers with one scale for each token and head: 4 times less memory than float32.
+    dtype=torch.int8 stores integers with one scale for each token and head: nearly 4 times less memory than float32.
     """
 
     def __init__(self, config, batch, max_tokens=None, dtype=torch.float32, device='cpu'):
@@ -50,25 +50,25 @@ class KVCache:
         self.count()
 
     def count(self):
-        """0, 1, 2, ...: numbers of positions and of rows."""
+        """Sets size, the number of positions there is room for, and numbers, a tensor 0, 1, 2, ..., for indexing."""
         k = self.store['k'][0]
         self.size = k.size(2)
         self.numbers = torch.arange(max(k.size(0), self.size), device=k.device)
 
     def change(self, f):
-        """Every tensor of the store becomes f(tensor)."""
+        """Replaces every tensor t of the store by f(t)."""
         self.store = {name: [f(t) for t in tensors] for name, tensors in self.store.items()}
         self.count()
 
     def grow(self, n):
-        """Makes room for n tokens in a row, by doubling."""
+        """Makes room for at least n tokens in a row: the size is doubled, so that this happens seldom."""
         if n > self.size:
             size = min(max(2 * self.size, round_up(n)), round_up(self.block_size))
             self.change(lambda t: F.pad(t, (0, 0, 0, size - self.size)))
 
     def advance(self, T):
         """
-        Takes T more tokens into every row. Returns their positions: a slice when all rows have the same length, else
+        Adds T tokens to the length of every row -> their positions: a slice if all rows have the same length, else
         (B, T).
         """
         longest = max(self.lengths) + T
@@ -86,7 +86,7 @@ class KVCache:
         return self.position
 
     def visible(self):
-        """The mask of this step, (B or 1, T, 1, 1, S): the first layer that asks makes it."""
+        """The mask of this pass, (B or 1, T, 1, 1, S), made once for all layers."""
         if self.mask is None:
             query = self.numbers[None, self.position] if isinstance(self.position, slice) else self.position
             key = self.numbers[:self.reach]                                     # (S,)
@@ -94,7 +94,7 @@ class KVCache:
         return self.mask
 
     def put(self, name, layer, x):
-        """Writes x (B, T, n_kv_head, ...) behind what the rows hold; returns all of it, (B, n_kv_head, S, ...)."""
+        """Appends x (B, T, n_kv_head, ...) to what the rows hold -> all of that, (B, n_kv_head, S, ...)."""
         t = self.store[name][layer]
         if isinstance(self.position, slice):
             t[:, :, self.position] = x.transpose(1, 2)
@@ -104,7 +104,7 @@ class KVCache:
         return t[:, :, :self.reach]
 
     def put_both(self, layer, k, v):
-        """Writes k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
+        """Appends k and v (B, T, n_kv_head, head_dim) -> all that the layer holds, (B, n_kv_head, S, head_dim) both."""
         if not self.int8:
             return self.put('k', layer, k), self.put('v', layer, v)
         k, k_scale = round_rows(k)

@@ -1,19 +1,19 @@
 """
-Drafters: they guess the next tokens for speculative decoding, which keeps those that the model would have drawn itself
-(engine.py). A wrong guess costs time and never changes the text. To add your own: write a function like these and give
-it to engine.Speculation, or name it in DRAFTERS. A class is made anew for every generation.
+Drafters guess the next tokens for speculative decoding, which keeps those that the model would have drawn itself
+(engine.py). A wrong guess costs time and never changes the text. To add your own, write a function like these and give
+it to engine.Speculation, or name it in DRAFTERS. A drafter that is a class is created anew for every generation.
 
     (model, x, last, texts, noise, pick) -> up to k tokens for every row, (B, k) int64, that may come next
 
 last (B, 1) is the newest token of each row, x (B, 1, n_embd) the trunk's state from which it was drawn, texts the rows'
-token lists. noise (B, k, V) is what the model itself will draw with at those positions, so that a drafter which knows
-the distribution guesses the very sample; pick(logits, noise) draws.
+token lists. noise (B, k, V) is the noise of the model's own draws at those positions, so that a drafter which knows the
+distribution guesses the very token that will be drawn; pick(logits, noise) draws.
 """
 import torch
 
 
 def draft_head(model, x, last, texts, noise, pick):
-    """The draft cell, fed its own draws."""
+    """The draft head: its cell is applied again and again, each time to the token it has just drawn."""
     out = [last]
     for n in range(noise.size(1)):
         x = model.draft_state(x, out[-1])
@@ -30,12 +30,12 @@ def draft_multi_token(model, x, last, texts, noise, pick):
 
 class NGram:
     """
-    Prompt lookup: what followed the latest earlier occurrence of the text's last tokens, the more of them the better.
-    One of these serves one generation: it keeps an index of each text, and how often a match of n tokens has predicted
-    the next one. It drafts while a draft is likely enough to be kept.
+    Prompt lookup: finds the latest earlier occurrence of the text's last tokens, as many of them as possible, and
+    drafts what followed there. It keeps an index of each text, and how often a match of n tokens has predicted the next
+    token; it drafts only as long as a draft is likely enough to be kept.
     """
-    LONGEST = 8         # tokens that are compared
-    LIKELY = 0.25       # a draft this likely is worth its row in the pass
+    LONGEST = 8         # the most last tokens that are looked up
+    LIKELY = 0.25       # a draft must be kept with at least this probability
 
     def __init__(self):
         self.indices = {}
@@ -54,14 +54,14 @@ class NGram:
         n, follows = index.look_up(k)
         a = self.accuracy[n]
         likely = sum(a ** (i + 1) > self.LIKELY for i in range(k)) if n else 0
-        # what is not drafted is not seen to be right: so it is believed a little more each time, until it is tried
+        # without drafts there is no evidence: the estimate rises a little each time, until drafting is tried again
         if likely == 0:
             self.accuracy[n] += 0.02 * (0.5 - a)
         index.guess = (len(index.text), n, follows[:likely])
         return follows[:likely]
 
     def learn(self, index):
-        """From what became of the last drafts. One behind a wrong one had no chance, and does not count."""
+        """Updates accuracy by the last drafts, up to the first wrong one; those after it had no chance."""
         place, n, drafted = index.guess
         for guessed, token in zip(drafted, index.text[place:]):
             self.accuracy[n] += 0.1 * ((guessed == token) - self.accuracy[n])
@@ -70,13 +70,13 @@ class NGram:
 
 
 class Index:
-    """Where each run of up to longest tokens of a text was last followed by another; the text may grow."""
+    """An index of a text, which may grow: the last place where each run of up to longest tokens occurs."""
     def __init__(self, text, longest):
         self.text, self.longest, self.ends, self.known = text, longest, {}, 0
         self.guess = (0, 0, [])
 
     def look_up(self, k):
-        """-> how many last tokens stand elsewhere, too, and up to k tokens that followed them there"""
+        """-> how many of the last tokens occur earlier, too, and up to k tokens that followed them there"""
         text = self.text
         for end in range(self.known + 1, len(text)):                        # text[end] follows these runs
             for n in range(1, min(self.longest, end) + 1):
@@ -90,7 +90,7 @@ class Index:
 
 
 def draft_random(model, x, last, texts, noise, pick):
-    """Nonsense: the adversary that must not change the text either."""
+    """Nonsense guesses, for tests: they must not change the text either."""
     k, vocab_size = noise.shape[1:]
     guesses = [[(7919 * len(text) + 104729 * n + text[-1]) % vocab_size for n in range(k)] for text in texts]
     return torch.tensor(guesses, device=noise.device)
@@ -102,20 +102,20 @@ HEADS = {'head': 'draft', 'mtp': 'multi_token'}         # drafters that need a h
 
 class Depth:
     """
-    How many tokens to draft: the k that promises most tokens a second. A chain of k drafts of which each is kept with
-    probability a gives (1 - a^(k+1)) / (1 - a) tokens; what a round of k costs is a line through the rounds timed so
-    far. It decides speed, never the text.
+    Chooses how many tokens to draft: the k that promises most tokens a second. If each draft is kept with probability
+    a, a round of k drafts gives (1 - a^(k+1)) / (1 - a) tokens; its time is estimated by a straight line through the
+    rounds timed so far. This affects speed, never the text.
     """
     def __init__(self, most):
         self.most = most
         self.kept, self.offered = 1.0, 2.0          # a starts at 1/2
         self.idle = 0                               # rounds in a row without drafts
-        self.sums = [0.0] * 5                       # of 1, k, k*k, t, k*t over rounds, older ones counting less
+        self.sums = [0.0] * 5                       # of 1, k, k*k, t, k*t over rounds; older rounds weigh less
 
     def choose(self):
         n, k, kk, t, kt = self.sums
         spread = n * kk - k * k
-        if spread <= 1e-3 * n * n:                  # all rounds were alike, which makes no line: alternate
+        if spread <= 1e-3 * n * n:                  # all rounds had the same k, which gives no line: try two in turns
             return self.most // (1 + int(n + 0.5) % 2)
         slope = max(0.0, (n * kt - k * t) / spread)             # seconds for each draft
         base = max(1e-9, (t - slope * k) / n)                   # seconds for a round without
@@ -125,12 +125,12 @@ class Depth:
             return (1 - a ** (k + 1)) / (1 - a) / (base + slope * k)
         best = max(range(self.most + 1), key=tokens_per_second)
         self.idle = 0 if best else self.idle + 1
-        # without drafts for long: the text may have become easier, so try again now and then
+        # after many rounds without drafts the text may have become easier, so try again now and then
         return best if self.idle % 16 < 15 else max(1, self.most // 2)
 
     def saw(self, k, kept, seconds):
-        """A round of k drafts took seconds; kept says how many each row kept."""
-        # a draft behind one that was wrong had no chance: it was not offered
+        """Learns from a round of k drafts that took so many seconds; kept: how many each row kept."""
+        # drafts after a wrong one had no chance, so they do not count as offered
         offered = sum(min(n + 1, k) for n in kept)
         self.kept = 0.98 * self.kept + sum(kept)
         self.offered = 0.98 * self.offered + offered

@@ -103,8 +103,8 @@ def fast_bf16(device):
 
 
 def measure_bf16():
-    seconds = {torch.float32: [], torch.bfloat16: []}
     """fast_bf16, measured: the fastest of six products of each kind, in turns."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
     with _disable_current_modes():              # bench.py may be running on tensors that have no memory
         for _ in range(6):
             for dtype, times in seconds.items():

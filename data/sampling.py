@@ -1,26 +1,26 @@
 """
-How the next token is drawn from the model's distribution, so that a run can be repeated and no draw depends on how it
-was reached. A library of engine.py.
+How the next token is drawn from the model's distribution, in a way that can be repeated and does not depend on how the
+text is decoded. A library of engine.py.
 
     noise = Noise(seed=1337, vocab_size=model.config.vocab_size)
     token = draw(logits, noise([0], [len(text)], 1), Sampling(temperature=0.8, top_k=200))      # logits (1, 1, V)
 
-A draw is the argmax of logits plus noise, and the noise is a hash of seed, row and position: that is why speculation
-gives the very same text, whatever was guessed.
+A draw is the argmax of logits plus noise, and the noise is a hash of seed, row and position. That is why speculation
+gives exactly the same text, whatever was guessed.
 """
 import math
 from dataclasses import dataclass
 
 import torch
 
-# At so small a temperature the noise is far below the last digit of logits / temperature, so the most probable token
-# always wins; at a still smaller one the division would overflow.
+# Below this temperature logits / temperature might overflow. Already far above it the noise is smaller than the last
+# digit of logits / temperature, so that the most probable token always wins.
 COLD = 1e-20
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the model's distribution. The filters apply in this order; None: off."""
+    """How a token is drawn from the model's distribution. The filters are applied in this order; None: off."""
     temperature: float = 1.0        # 0, or less than COLD: the most probable token
     top_k: int | None = None        # keep the k most probable tokens
     top_p: float | None = None      # keep the smallest set of tokens that holds this much probability
@@ -41,7 +41,7 @@ def draw(logits, noise, sampling):
         logits = logits.masked_fill(logits < least, float('-inf'))
     if sampling.top_p is not None and sampling.top_p < 1:
         p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        # a token goes if those before it already hold top_p; the first one always stays
+        # a token is dropped if more probable ones already hold top_p; the first one always stays
         out = (p.cumsum(dim=-1) - p) >= max(sampling.top_p, 1e-9)
         out = torch.zeros_like(out).scatter(-1, order, out)                 # back from sorted order to ids
         logits = logits.masked_fill(out, float('-inf'))
@@ -64,20 +64,20 @@ def mix(h):
 def gumbel(keys, vocab_size):
     """
     keys (...) int64 below 2^32, one for every draw -> Gumbel noise (..., vocab_size) float32. The noise of token i is
-    made of a hash of (key, i).
+    computed from a hash of (key, i).
     """
     ids = torch.arange(1, vocab_size + 1, device=keys.device)
     h = mix((keys.unsqueeze(-1) + 0x9e3779b9 * ids) & 0xffffffff)
-    # uniform in (0, 1), of 24 bits. float32 would round the largest up to 1, whose noise is infinite: hence the clamp
+    # uniform in (0, 1), with 24 bits; clamped, since float32 would round the largest one to 1, whose noise is infinite
     u = (((h >> 8).float() + 0.5) * 2.0 ** -24).clamp(max=1 - 2.0 ** -24)
     return -torch.log(-torch.log(u))
 
 
 class Noise:
     """
-    noise(rows, starts, n) -> (B, n, V): what row rows[b] is drawn with at the positions starts[b], starts[b] + 1, ...
-    of its text. A hash of seed, row and position and nothing else: runs can be repeated, samples of one prompt differ
-    from their first token on, and a row does not depend on the rows beside it.
+    noise(rows, starts, n) -> (B, n, V): the noise of the draws of row rows[b] at positions starts[b], starts[b] + 1,
+    ... of its text. It is a hash of seed, row and position and of nothing else: runs can be repeated, several samples
+    of one prompt differ from their first token on, and a row does not depend on the rows beside it.
     """
     def __init__(self, seed, vocab_size, device='cpu'):
         self.seed = mix(mix(seed & 0xffffffff) ^ (seed >> 32 & 0xffffffff))
@@ -91,10 +91,10 @@ class Noise:
     def of_row(self, row, start, n):
         """-> (n, V)"""
         first, made = self.made.get(row, (start, torch.empty(0, self.vocab_size, device=self.device)))
-        # what was made for drafts that were wrong is used by those that come in their places
+        # noise that was made for drafts which turned out wrong is used again when their positions come
         made = made[start - first:] if first <= start else made[:0]
         if len(made) < n:
-            # for many positions in one go if the vocabulary is small
+            # small vocabularies: for many positions at once
             many = max(n - len(made), min(64, 8192 // self.vocab_size))
             positions = torch.arange(start + len(made), start + len(made) + many, device=self.device)
             key = mix(self.seed + row & 0xffffffff)
@@ -104,7 +104,7 @@ class Noise:
 
 
 def common_length(rows):
-    """How many values rows (lists) have in common at their start."""
+    """The length of the longest common prefix of rows (lists)."""
     for n, values in enumerate(zip(*rows)):
         if len(set(values)) > 1:
             return n
@@ -114,9 +114,10 @@ def common_length(rows):
 @torch.no_grad()
 def first_difference(model, prompt, plain, other, temperature=0.0, row=0, seed=0):
     """
-    Two continuations of prompt (token lists), drawn as that row of that seed -> None if they are equal, else (place,
-    gap): where they differ first, and how far apart the scores of the two tokens are there according to a whole
-    forward. A gap of about 0 is a tie, which roundings may decide either way.
+    Compares plain and other, two continuations of prompt (token lists) that were drawn with the noise of that row and
+    seed -> None if they are equal, else (place, gap): the first place where they differ, and how far apart the scores
+    of the two tokens are there, by a forward pass over the whole text. A gap of about 0 is a tie, which floating-point
+    rounding may decide either way.
     """
     if plain == other:
         return None
