@@ -7,10 +7,9 @@ Everything about producing tokens: plain decoding first, then what makes it fast
     for step in engine.generate([ids], 100, Sampling(seed=1), Speculation('head', n=4)):
         for row, tokens in step: ...                                # new tokens of each row, as they come
 
-`decode` below is all of it for one text, one token at a time; its cache is data/cache.py, its draw data/sampling.py.
-Then come, each by itself, the ways to be faster: many rows at once, drafts that are verified together (speculation), a
-cache that a conversation keeps, whole rounds compiled into one call, and weights laid out for the machine. The text is
-the same in all of them.
+`decode` below is the whole of decoding, for one text and one token at a time; its cache is in data/cache.py, its draw
+in data/sampling.py. What follows makes it faster and never changes the text: many rows at once, drafts that are
+verified together (speculation), a cache that a conversation keeps, and whole rounds compiled into one call.
 """
 import codecs
 import functools
@@ -26,8 +25,8 @@ from data.kernels import KernelRound
 from data.layouts import step_of
 from data.sampling import COLD, Noise, Sampling, common_length, draw
 
-PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds the memory that a long prompt takes; and
-                        # faster than 512, whose fresh megabytes a CPU's system has to find and clear for every layer
+PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass, which bounds the memory that a long prompt takes
+                        # (512 are slower on a CPU, which must find and clear more fresh memory for every layer)
 
 # -----------------------------------------------------------------------------
 # plain decoding: read the prompt, then one step and one draw for every token
@@ -35,21 +34,21 @@ PREFILL_CHUNK = 256     # tokens of a prompt that are read in one pass: bounds t
 @torch.inference_mode()
 def decode(model, prompt, max_new_tokens, sampling):
     """
-    prompt (a list of token ids) -> the list of max_new_tokens ids that follow it. The slow and simple way, with which
-    tests/test_engine.py compares all the others.
+    prompt (a list of token ids) -> the list of max_new_tokens ids that follow it. This is the slow and simple way;
+    tests/test_engine.py compares all other ways with it.
     """
     device, text = model.cos.device, list(prompt)
     cache = KVCache(model.config, batch=1, device=device)
     noise = Noise(sampling.seed, model.config.vocab_size, device)
 
-    # prefill: all of the prompt but its last token goes through the trunk, many tokens in a pass. What the trunk
-    # returns is not needed; it leaves the keys and values of every layer in the cache.
+    # prefill: the prompt without its last token goes through the trunk, many tokens in a pass. What the trunk returns
+    # is not needed, only the keys and values that it leaves in the cache.
     for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
         chunk = prompt[start:min(start + PREFILL_CHUNK, len(prompt) - 1)]
         model.trunk(torch.tensor([chunk], device=device), cache)
 
     for _ in range(max_new_tokens):
-        # one step: only the newest token is read; attention finds everything before it in the cache
+        # one step: only the newest token is read; attention finds the keys and values of all others in the cache
         last = torch.tensor([text[-1:]], device=device)                     # (1, 1)
         logits = model.logits(model.trunk(last, cache))                     # (1, 1, vocab_size)
         # the draw: noise depends only on the seed, the row (0) and the position, so that a run can be repeated
@@ -63,15 +62,15 @@ def decode(model, prompt, max_new_tokens, sampling):
 @dataclass(frozen=True)
 class Speculation:
     """
-    Speculative decoding. drafter: 'head' (the draft head), 'mtp' (multi-token heads), 'ngram' (what followed the same
-    words before), 'random', 'none', or a function of your own, see data/drafters.py.
+    Settings of speculative decoding. drafter: 'head' (the draft head), 'mtp' (multi-token heads), 'ngram' (prompt
+    lookup), 'random', 'none', or a function of your own, see data/drafters.py.
     """
     drafter: object = 'head'
     n: int = 8                  # the most tokens that are drafted for a pass
-    adapt: bool = True          # draft fewer, or none, where that has been faster so far
+    adapt: bool = True          # draft fewer, or none, if that has been faster so far
 
     def check(self, model):
-        """AssertionError if model cannot be decoded so."""
+        """AssertionError if model cannot be decoded with these settings."""
         assert callable(self.drafter) or self.drafter in DRAFTERS, \
             f"drafter ({self.drafter}) must be one of {', '.join(DRAFTERS)}, or a function"
         assert 0 <= self.n < FEW, \
@@ -84,14 +83,14 @@ class Speculation:
 
 def count_kept(drafts, drawn):
     """
-    How many drafts of a row are kept: as long as each is what the model itself drew in its place. drafts: the k tokens
-    that were guessed; drawn: the k+1 tokens that the model drew, drawn[i] after the text and i drafts.
+    How many drafts of a row are kept: all up to the first that differs from what the model drew in its place. drafts:
+    the k tokens that were guessed; drawn: the k+1 tokens that the model drew, drawn[i] after the text and i drafts.
 
-    drawn[0] stands behind the text itself, so it is right whatever was guessed. drawn[1] stands behind the first draft:
-    it is right if that draft is what the model drew in its place, drawn[0]; and so on. So the text goes on with the
-    model's own draws, up to and including the one that differs from its draft (or that follows the last draft), and no
-    probability is compared with another: the noise of a position is the same for every drafter, and so is the text
-    (drafter-invariant sampling, arXiv 2408.07978).
+    drawn[0] follows the text itself, so it is right whatever was guessed. drawn[1] follows the first draft: it is right
+    if that draft equals drawn[0]. And so on. The text therefore continues with the model's own draws, up to and
+    including the first that differs from its draft (or the one after the last draft). No probabilities are compared:
+    the noise of a position is the same for every drafter, and so is the text (drafter-invariant sampling, arXiv
+    2408.07978).
     """
     kept = 0
     while kept < len(drafts) and drafts[kept] == drawn[kept]:
@@ -101,8 +100,8 @@ def count_kept(drafts, drawn):
 
 def step_plain(model, cache, last, noise, pick):
     """
-    One token after the other, as many as there is noise for: last (B, 1), the newest token of each row, noise
-    (B, n, V) -> the tokens read (B, n), the tokens drawn (B, n), the states of those read (B, n, n_embd).
+    Decodes n tokens one after the other. last (B, 1): the newest token of each row; noise (B, n, V); pick(logits,
+    noise) draws -> the tokens read (B, n), the tokens drawn (B, n), the states of those read (B, n, n_embd).
     """
     tokens, states = [last], []
     for i in range(noise.size(1)):
@@ -114,9 +113,9 @@ def step_plain(model, cache, last, noise, pick):
 
 def step_speculative(model, cache, x, last, texts, noise, draft, pick):
     """
-    Drafts k tokens and reads them in one pass: x (B, 1, n_embd), the state from which last (B, 1) was drawn, and noise
-    (B, k+1, V) -> the tokens read, last and the drafts (B, k+1), what the model draws after each (B, k+1), and their
-    states (B, k+1, n_embd).
+    Drafts k tokens and reads them in one pass. x (B, 1, n_embd): the state from which last (B, 1) was drawn; noise
+    (B, k+1, V) -> the tokens read, which are last and the drafts (B, k+1); what the model draws after each of them
+    (B, k+1); and their states (B, k+1, n_embd).
     """
     drafts = draft(model, x, last, texts, noise[:, :-1], pick)              # (B, k)
     tokens = torch.cat((last, drafts), dim=1)
@@ -127,7 +126,7 @@ def step_speculative(model, cache, x, last, texts, noise, draft, pick):
 # many rows at once
 
 class Rows:
-    """The rows that are still being written: place b of the batch is row numbers[b], whose text is texts[b]."""
+    """The rows that are not finished: place b of the batch is row numbers[b], whose text so far is texts[b]."""
     def __init__(self, prompts, num_samples, max_new_tokens, stop):
         self.numbers = list(range(len(prompts) * num_samples))
         self.texts = [list(prompts[row // num_samples]) for row in self.numbers]
@@ -135,13 +134,13 @@ class Rows:
         self.stop = stop
 
     def room(self, cache):
-        """How many tokens the longest row may still get, within its limit and the cache's context."""
+        """How many tokens may still be added: up to the limits of the rows and to the end of the context."""
         return min(cache.block_size - max(cache.lengths), max(m - len(t) for m, t in zip(self.limits, self.texts)))
 
     def add(self, drawn, kept):
         """
-        Row b goes on with its drafts that were kept and one draw more, drawn[b][:kept[b] + 1], as far as its limit and
-        its stop tokens allow -> the new tokens of each row.
+        Appends to row b its kept drafts and one draw more, drawn[b][:kept[b] + 1], as far as its limit and its stop
+        tokens allow -> the new tokens of each row.
         """
         new = []
         for text, limit, tokens, n in zip(self.texts, self.limits, drawn, kept):
@@ -154,7 +153,7 @@ class Rows:
         return new
 
     def going(self):
-        """The places whose text is not at its end."""
+        """The places of the rows that are not finished."""
         return [b for b, text in enumerate(self.texts) if len(text) < self.limits[b] and text[-1] not in self.stop]
 
     def keep(self, places):
@@ -164,17 +163,16 @@ class Rows:
 
 class Rounds:
     """
-    How one generation makes its rounds. A round reads the last token of every row and k drafts, at most n: plain
-    (k = 0), speculative, or, for a single sequence, in one call, of kernels.cpp or compiled (then with just n drafts).
-    Such a call without a drafter decodes k + 1 tokens one after the other, of which the first k count as drafts that
-    were all kept.
+    The rounds of one generation. A round reads the last token of every row and k <= n drafts. It is plain (k = 0),
+    speculative, or, for a single sequence, one call: of kernels.cpp, or compiled (then always with n drafts). Such a
+    call without a drafter decodes k + 1 tokens one after the other; the first k count as drafts that were all kept.
     """
     def __init__(self, engine, rows, sampling, speculation):
         self.model, self.adapt, self.n = engine.model, speculation.adapt, speculation.n
         if speculation.drafter == 'mtp':
             self.n = min(self.n, engine.config.multi_token_n)
         self.draft = DRAFTERS.get(speculation.drafter, speculation.drafter) if self.n else None
-        if isinstance(self.draft, type):            # a drafter that learns as it goes
+        if isinstance(self.draft, type):            # a class: a drafter that learns during the generation
             self.draft = self.draft()
         self.depth = Depth(self.n)
         self.pick = functools.partial(draw, sampling=sampling)
@@ -188,13 +186,13 @@ class Rounds:
 
     def drafts(self, x, room):
         """
-        How many tokens the next round drafts, with room for so many more. None before the first pass: drafters
-        read the state x of the token before the last, and there is none yet.
+        How many tokens the next round drafts, when there is room for so many more tokens. 0 before the first pass:
+        drafters read the state x of the last token but one, which is not known yet.
         """
         room -= 1                                   # a round gives one token more than it has drafts
         if x is None:
             return 0
-        if self.draft is None:                      # several tokens are decoded in one call; compiled, if all n fit
+        if self.draft is None:                      # several tokens are decoded in one call; compiled, only if n fit
             most = min(room, self.n)
             return most if self.kernel or self.compiled and most == self.n else 0
         if self.adapt and not self.compiled:
@@ -202,7 +200,7 @@ class Rounds:
         return min(room, self.n)
 
     def noise(self, rows, n):
-        """-> (B, n, V). Made only if it matters: at temperature 0 the largest logit wins whatever the noise."""
+        """-> (B, n, V). At temperature 0 the largest logit wins whatever the noise, so it is all zeros there."""
         if self.cold:
             return torch.zeros((), device=self.device).expand(len(rows.texts), n, self.random.vocab_size)
         return self.random(rows.numbers, [len(text) for text in rows.texts], n)
@@ -229,7 +227,7 @@ MOST_LAYERS = 12        # a round unrolls its layers and tokens: compiling 30 la
 
 
 def rounds_pay(model):
-    """Whether a model has few enough layers to compile whole rounds of it; says so if not."""
+    """Whether a model has few enough layers to compile whole rounds of it; if not, prints a line."""
     n = model.config.n_layer
     if n > MOST_LAYERS:
         print(f'compile: whole rounds of {n} layers would take minutes to compile (up to {MOST_LAYERS} do not): '
@@ -240,10 +238,10 @@ def rounds_pay(model):
 class Engine:
     """
     Decodes with one model. compile=True compiles the decoding of single sequences, which pays after some thousand
-    tokens; cache_dtype may be torch.int8. Compiled for a GPU, it makes one generation at a time.
-    After a generation, stats holds tokens, passes of the trunk, seconds in all, prefill_seconds, first_seconds (to the
-    first token), tok_s (once the prompts are read), drafted, kept, reused (tokens of the prompt that a conversation's
-    cache held), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
+    tokens; on a GPU only one generation may then run at a time. cache_dtype may be torch.int8.
+    After a generation, stats holds tokens, passes (of the trunk), seconds, prefill_seconds, first_seconds (to the first
+    token), tok_s (after the prompts were read), drafted, kept, reused (tokens of the prompt that were in the cache of a
+    conversation), and accepted: how many passes of a row kept 0, 1, 2, ... drafts.
     """
     def __init__(self, model, compile=False, cache_dtype=torch.float32):
         assert not compile or step_of(model) == 'PyTorch', \
@@ -251,7 +249,7 @@ class Engine:
         self.model, self.config, self.device = model.eval(), model.config, model.cos.device
         self.compile, self.cache_dtype = compile, cache_dtype
         self.stats = {}
-        self.steps = {}                     # compiled steps
+        self.steps = {}                     # compiled rounds, by drafter and sampling
         self.graph_cache = None             # the cache of compiled rounds on a GPU
         self.forget()
 
@@ -259,13 +257,13 @@ class Engine:
     def generate(self, prompts, max_new_tokens, sampling=Sampling(), speculation=None, stop=(), num_samples=1,
                  slide=False, reuse=False):
         """
-        Decodes every prompt (token lists) num_samples times, all in one batch; row r belongs to prompt
-        r // num_samples. Yields, for every pass, [(row, new tokens), ...]. A row ends after max_new_tokens or with a
-        token in stop (which is yielded), and leaves the batch. AssertionError with the numbers if prompt +
-        max_new_tokens exceed block_size + 1 (the last token that is drawn is not read); with slide=True a row that has
-        filled the context goes on from its later half instead. speculation (a Speculation) never changes the text;
-        compiled, a text may part from the plain one where two tokens score almost the same. reuse=True (one prompt, one
-        sample) keeps the cache and goes on from it when the next prompt begins with the same tokens, as in a chat.
+        Continues every prompt (a token list) num_samples times, all in one batch; row r belongs to prompt
+        r // num_samples. Yields [(row, new tokens), ...] for every pass. A row ends after max_new_tokens or with a
+        token of stop (which is yielded), and leaves the batch. slide=True: a row that has filled the context continues
+        from its later half. Without it, prompt and max_new_tokens may be at most block_size + 1 tokens (the last one
+        drawn is not read): else AssertionError. reuse=True (one prompt, one sample): keeps the cache, and continues
+        from it if the next prompt begins with the same tokens, as in a chat. speculation never changes the text; but
+        compiled rounds may differ from plain ones where two tokens score almost the same.
         """
         clock = time.perf_counter()
         speculation = speculation or Speculation('none')
@@ -279,11 +277,11 @@ class Engine:
             began = time.perf_counter()
             k = rounds.drafts(x, rows.room(cache))
             read, drawn, x = rounds.run(rows, cache, x, k)
-            k = read.size(1) - 1                                            # a drafter may have found fewer
+            k = read.size(1) - 1                                            # the drafter may have found fewer
             drawn = drawn.tolist()
             kept = [count_kept(tokens[1:], own) for tokens, own in zip(read.tolist(), drawn)]
             new = rows.add(drawn, kept)
-            if k:       # the state and the cache go back to the last token that was right
+            if k:       # go back to the last token that was right: its state, and the cache up to it
                 places = torch.arange(len(kept), device=self.device)
                 x = x[places, torch.tensor(kept, device=self.device)][:, None]                  # (B, 1, n_embd)
                 cache.rewind([length - k + n for length, n in zip(cache.lengths, kept)])
@@ -327,7 +325,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, cache, prompts):
         """
-        Reads prompts (token lists of any lengths) into the rows of cache. Returns the state of each one's last token
+        Reads prompts (token lists of any lengths) into the rows of cache -> the states of their last tokens,
         (B, 1, n_embd).
         """
         before = cache.lengths
@@ -346,7 +344,7 @@ class Engine:
         return last
 
     def read(self, cache, prompts, num_samples):
-        """prefill, and a row for each sample -> the state of each row's last token, None if there was none to read."""
+        """prefill, then a row for each sample -> the states of the rows' last tokens; None if nothing was read."""
         x = self.prefill(cache, prompts) if any(prompts) else None
         if num_samples > 1:
             copies = [b for b in range(len(prompts)) for _ in range(num_samples)]
@@ -355,39 +353,39 @@ class Engine:
         return x
 
     # -------------------------------------------------------------------------
-    # reuse: what of the prompt is in the cache is not read again
+    # reuse: a part of the prompt that is already in the cache is not read again
 
     def forget(self):
-        """Lets go of the text and the cache of the last generation."""
+        """Drops the text and the cache of the last generation."""
         self.held_text, self.held_cache = [], None
 
     def open_cache(self, rounds, prompts, max_new_tokens, reuse):
         """
-        -> the cache to decode with, and how many tokens of the prompt it holds already: with reuse, as many as the
-        prompt and the last text have in common from their beginning.
+        -> the cache to decode with, and how many tokens of the prompt it already holds: with reuse, the common prefix
+        of the prompt and the last text.
         """
         on_gpu, room = rounds.compiled and self.device.type == 'cuda', self.room_for(rounds, prompts, max_new_tokens)
         text, cache = [], None
         if reuse:
             text, cache = self.held_text, self.held_cache
-            self.forget()                       # until the first pass is through, it is not known what the cache holds
+            self.forget()                       # until a pass has ended, nothing is certain about what the cache holds
         if on_gpu and cache is not self.graph_cache:
             text, cache = [], None              # a CUDA graph writes into its own cache only
         if cache is None and on_gpu:
             cache = self.open_graph_cache()
         elif cache is None:
             cache = KVCache(self.config, len(prompts), room, self.cache_dtype, self.device)
-        # The last token of a text is in the cache only if it was drafted; it is read again in any case, so that the
-        # result does not depend on the drafter. The last token of the prompt is the first one to be decoded.
+        # The last token of a text is in the cache only if it was a draft. It is read again in any case, so that results
+        # do not depend on the drafter. The last token of the prompt is read by the first round.
         held = common_length([text[:-1], prompts[0][:-1]])
         cache.rewind([held] * len(prompts))
         cache.grow(room)
         return cache, held
 
     def room_for(self, rounds, prompts, max_new_tokens):
-        """How many tokens a cache must hold: drafts, too, that may be forgotten again."""
+        """How many tokens the cache must hold, drafts included."""
         room, longest = max(map(len, prompts)) + max_new_tokens + rounds.n, self.config.block_size
-        if rounds.compiled:                     # for every size anew, so there are few: powers of two
+        if rounds.compiled:                     # every size is compiled anew, so only powers of two are used
             room = longest if self.device.type == 'cuda' else 1 << (room - 1).bit_length()
         return min(room, longest)
 
@@ -395,7 +393,7 @@ class Engine:
     # sliding on beyond the context
 
     def slide(self, cache, rows, x):
-        """Rows that have filled the context go on from its later half, which is read again; their x changes."""
+        """Reads the later half of rows that have filled the context again, from position 0, and updates their x."""
         for b, n in enumerate(cache.lengths):
             if n == cache.block_size:
                 fresh = KVCache(self.config, 1, None, self.cache_dtype, self.device)
@@ -408,10 +406,10 @@ class Engine:
 
     def compiled_step(self, draft, sampling):
         """
-        A whole round as one compiled call, (store, start, x, last, noise) -> (tokens read, tokens drawn, states). In a
-        small model most of a token's time is the calling of some hundred operations; this calls one.
+        A whole round as one compiled function, (store, start, x, last, noise) -> (tokens read, tokens drawn, states). A
+        small model spends most of a token's time on calling some hundred operations; this is a single call.
         """
-        key = draft, replace(sampling, seed=0)      # the seed is in the noise only
+        key = draft, replace(sampling, seed=0)      # the seed matters only to the noise, which is an argument
         if key in self.steps:
             return self.steps[key]
         model, pick = self.model, functools.partial(draw, sampling=key[1])
@@ -422,7 +420,7 @@ class Engine:
                 return step_plain(model, cache, last, noise, pick)
             return step_speculative(model, cache, x, last, None, noise, draft, pick)
         # On a GPU a round is launched as one CUDA graph, instead of some hundred kernels. inplace_buffers is off
-        # because inductor of torch 2.13 lets a drafted pass's states be overwritten while they are still read.
+        # because inductor of torch 2.13 would overwrite the states of a drafted pass while they are still read.
         options = {'cpp_wrapper' if self.device.type == 'cpu' else 'triton.cudagraphs': True, 'inplace_buffers': False}
         # drafters, temperatures and cache sizes all compile this same function
         torch._dynamo.config.recompile_limit = 64
@@ -430,7 +428,9 @@ class Engine:
         return self.steps[key]
 
     def open_graph_cache(self):
-        """The one cache of compiled rounds on a GPU, as long as the context: a CUDA graph knows tensors by address."""
+        """
+        The only cache for compiled rounds on a GPU, for a whole context: a CUDA graph keeps its tensors' addresses.
+        """
         if self.graph_cache is None:
             self.graph_cache = KVCache(self.config, 1, None, self.cache_dtype, self.device)
             for tensors in self.graph_cache.store.values():
@@ -475,10 +475,9 @@ class Engine:
     def stream(self, tokenizer, prompt, max_new_tokens, stop_strings=(), sampling=Sampling(), speculation=None,
                stop=(), **how):
         """
-        Yields the text that follows prompt (a token list), piece by piece and in whole characters: the bytes of an
-        unfinished one wait for the rest. Ends before the first of stop_strings; text that may be the beginning of one
-        is held back until that is decided. The tokens in stop end it, too; they and the marker between documents are no
-        part of it.
+        Yields the text that follows prompt (a token list), piece by piece, in whole characters. It ends before the
+        first of stop_strings (text that may be the beginning of one is held back until that is decided) or with a token
+        of stop. Stop tokens, and the token that begins a document, are not shown.
         """
         hidden = {tokenizer.bos, *stop}
         decoder = codecs.getincrementaldecoder('utf-8')('replace')

@@ -47,7 +47,7 @@ drafter = 'none'            # guesses tokens ahead, the text stays the same: hea
 draft_n = 4                 # at most so many at a time
 draft_vocab = 0             # the draft head chooses among the first so many tokens: cheaper; 0: as it was trained
 compile = 'auto'            # auto: integers on a CPU decode by data/kernels.cpp, which g++ compiles once, in a second
-                            # True: torch.compile of whole rounds, for small float models, long texts; False: no compiler
+                            # True: torch.compile of whole rounds, for small float models; False: without a compiler
 int8_cache = False          # keys and values as integers: a little over a quarter of the cache's memory, some quality
 slide = False               # go on beyond the context, from its later half
 interactive = False         # keep the model loaded and ask for prompts
@@ -76,7 +76,7 @@ MOST = 200                  # new tokens, where max_new_tokens says nothing
 
 def find_weights():
     """
-    -> the kind of weights and their file. With 'auto' the newest, since integers may be left over from an earlier
+    -> the kind of weights and their file. 'auto' takes the newest, as an integer checkpoint may be left from an earlier
     training.
     """
     files = {'float': 'best.pt'} | {f'int{bits}': f'int{bits}.safetensors' for bits in BITS}
@@ -91,13 +91,13 @@ def find_weights():
 
 
 def typed(text):
-    """What somebody typed as a word of a command line, where a new line is hard to type -> the text that is meant."""
+    r"""A text from the command line, with \n, \t and \\ for what is hard to type there -> the text that is meant."""
     meant = {r'\n': '\n', r'\t': '\t', r'\\': '\\'}
     return re.sub(r'\\[nt\\]', lambda found: meant[found[0]], text)
 
 
 def encode(text):
-    """text -> its token ids, and how many may follow. ValueError or AssertionError where the model cannot go on."""
+    """text -> its token ids, and how many are to follow. ValueError or AssertionError if the model cannot go on."""
     ids = tokenizer.encode(text)
     if tokenizer.bos is not None:
         ids = [tokenizer.bos] + ids
@@ -120,7 +120,7 @@ def stream(pieces):
 def complete(prompt, ids, n):
     """Streams one sample; several are decoded together and printed one after the other."""
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    # tokens that mark the beginning or end of a document: the text ends where the model writes one
+    # tokens that mark the beginning or end of a document: the text ends where the model draws one
     ends = [] if run_on else sorted(tokenizer.ends)
     if num_samples == 1:
         stream(engine.stream(tokenizer, ids, n, stops, sampling, speculation, ends, slide=slide))
@@ -134,7 +134,7 @@ def complete(prompt, ids, n):
 
 
 def interact():
-    """Completes one prompt after another, also one that ends with the input instead of a line ###."""
+    """Completes one prompt after another. The end of the input ends the last prompt, as a line ### does."""
     print('Type a prompt, of several lines if you like; a line ### asks for the completion; Ctrl+C leaves.',
           file=sys.stderr)
     lines = []
@@ -150,7 +150,7 @@ def interact():
 
 
 def respond(prompt):
-    """Shows a prompt and completes it; one that is refused leaves the model loaded."""
+    """Shows a prompt and completes it. A prompt that is too long is refused, and the next one can follow."""
     global seed
     grey, plain = ('\033[90m', '\033[0m') if sys.stdout.isatty() else ('', '')
     try:
@@ -165,7 +165,7 @@ def respond(prompt):
 
 
 def converse():
-    """Answers one line after another; several lines between quotes are one question."""
+    """Answers one line after another; several lines between triple quotes are one question."""
     global seed
     print('A line is a question, and so is all between two lines """; /undo takes the last one back, /reset forgets '
           'all, /quit or Ctrl+C leaves; Ctrl+C stops an answer.', file=sys.stderr)
@@ -182,15 +182,15 @@ def converse():
         elif command == '/undo':
             del talk.exchanges[-1:]
         else:
-            # of two slashes one stays
+            # '//undo' is the question '/undo'
             question = several_lines() if command == '"""' else line[line.startswith('//'):].strip()
             if question.strip():
                 answer(talk, question)
-                seed += 1                       # asked again after /undo, it may answer otherwise
+                seed += 1                       # so that the same question may get another answer after /undo
 
 
 def several_lines():
-    """-> what stands before the next line of three quotes, or before the end of the input."""
+    """-> the lines up to the next line of three quotes, or to the end of the input."""
     lines = []
     for line in iter(sys.stdin.readline, ''):
         if line.rstrip() == '"""':
@@ -247,7 +247,7 @@ assert not chat or (num_samples == 1 and not interactive), (
     f"and interactive ({interactive}) off")
 assert chat or not system, f"system ({system!r:.40}) is the first line of a conversation: give --chat=True with it"
 if hasattr(sys.stdin, 'reconfigure'):
-    sys.stdin.reconfigure(errors='replace')     # a byte that is no text ends nothing
+    sys.stdin.reconfigure(errors='replace')     # bytes that are not UTF-8 must not end a chat
 device = pick_device(device)
 keep_memory()                               # a prompt's tensors come and go with every layer
 kind, path = find_weights()

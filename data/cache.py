@@ -114,8 +114,8 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """
-        q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): writes k and v
-        behind what the rows hold; then every query attends to the keys that it sees.
+        q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) -> (B, T, n_head, head_dim): appends k and v to
+        what the rows hold; then every query attends to the keys that it sees.
         """
         K, V = self.put_both(layer, k, v)
         q = q.to(K.dtype)
@@ -127,19 +127,19 @@ class KVCache:
         return y.transpose(1, 2)
 
     def rewind(self, lengths):
-        """Row b keeps its first lengths[b] tokens. What lay behind them is overwritten by what comes next."""
+        """Row b keeps its first lengths[b] tokens; the others will be overwritten."""
         assert all(0 <= n <= m for n, m in zip(lengths, self.lengths)), \
             f"cannot rewind rows of {self.lengths} tokens to {lengths}"
         self.lengths = list(lengths)
 
     def keep(self, rows):
-        """Only these rows go on, in this order; a row may be named twice (samples of one prompt)."""
+        """Keeps only these rows, in this order; a row may be named several times (samples of one prompt)."""
         index = torch.tensor(rows, device=self.numbers.device)
         self.lengths = [self.lengths[r] for r in rows]
         self.change(lambda t: t[index])
 
     def replace(self, row, other):
-        """Row becomes what the one-row cache other holds."""
+        """Replaces a row by the only row of the cache other."""
         n = self.lengths[row] = other.lengths[0]
         for name, tensors in self.store.items():
             for mine, its in zip(tensors, other.store[name]):
@@ -151,14 +151,14 @@ class KVCache:
 
 def attend_each(q, K, V, mask):
     """
-    A few queries of each row, q (B, T, n_head, head_dim), over K and V (B, n_kv_head, S, head_dim); mask
-    (B or 1, T, 1, 1, S). Every query is attended in a call of one query per head, the very shape that a single token
-    has, and S is a whole number of BUCKETs. So sums are taken in the same order, and the result for a token is bit for
-    bit the same however many tokens are verified with it, in whatever batch.
+    Attention of a few queries per row, q (B, T, n_head, head_dim), over K and V (B, n_kv_head, S, head_dim); mask
+    (B or 1, T, 1, 1, S). Every query has a call of its own, with the same shapes as in decoding a single token, and S
+    is a multiple of BUCKET. So sums are always taken in the same order: the result for a token is bit for bit the same
+    however many tokens are verified with it, and in whatever batch.
     """
     B, T = q.shape[:2]
     gqa = K.size(1) < q.size(2)
-    if B == 1:                                      # the T queries take the place of the batch
+    if B == 1:                                      # one call, in which the T queries are the batch
         return F.scaled_dot_product_attention(
             q[0].unsqueeze(2), K.expand(T, -1, -1, -1), V.expand(T, -1, -1, -1), mask[0], enable_gqa=gqa).view(q.shape)
     each = [F.scaled_dot_product_attention(q[:, t].unsqueeze(2), K, V, mask[:, t], enable_gqa=gqa).squeeze(2)
@@ -170,8 +170,8 @@ def attend_each(q, K, V, mask):
 
 class StaticCache(KVCache):
     """
-    A KVCache's tensors, of one row, as a compiled step sees them: the length is a tensor, and every call attends to all
-    T_max places.
+    The tensors of a KVCache of one row, as a compiled step uses them: the length is a tensor, and attention always goes
+    over all T_max places.
     """
     def __init__(self, store, start):
         self.store, self.start, self.int8 = store, start, 'k_scale' in store
