@@ -68,7 +68,7 @@ from model import GPT, chunked, or_one, rope_tables
 # how far two distributions are apart: log-probabilities of student and teacher (..., V) -> nats (...)
 
 def forward_kl(s, t):
-    """KL(teacher || student): the student must cover all that the teacher thinks possible."""
+    """KL(teacher || student): the student must cover everything that the teacher thinks possible."""
     return (t.exp() * (t - s)).sum(dim=-1)
 
 
@@ -88,16 +88,16 @@ DIVERGENCES = {'forward_kl': forward_kl, 'reverse_kl': reverse_kl, 'jsd': jsd}
 
 class Distiller(nn.Module):
     """
-    forward(idx, targets) -> the student's losses and 'kl', its distance from the teachers (a list of models), in nats
-    per unmasked token and times temperature^2, which keeps gradients of the same size at any temperature (arXiv
-    1503.02531). With labels (of Labels.batch) no teacher is run. Losses are means over unmasked tokens: they do not
-    change when the batch or its rows become twice as long, so alpha means the same everywhere. Logits of student and
-    teachers exist for one chunk of tokens at a time. Only the student's parameters are parameters of this module.
+    forward(idx, targets) -> the student's losses and 'kl', its distance from the teachers (a list of models) in nats
+    per unmasked token, times temperature^2, which keeps gradients of the same size at any temperature (arXiv
+    1503.02531). With labels (of Labels.batch) no teacher runs. All losses are means over unmasked tokens, so that alpha
+    means the same for any batch. Logits of student and teachers exist for one chunk of tokens at a time. Only the
+    student's parameters are parameters of this module.
     """
     def __init__(self, student, teachers=(), divergence='forward_kl', temperature=1.0):
         super().__init__()
         self.student, self.divergence, self.temperature = student, DIVERGENCES[divergence], temperature
-        self.teachers = list(teachers)          # a plain list: nn.Module does not look for parameters in it
+        self.teachers = list(teachers)          # a plain list, in which nn.Module does not look for parameters
 
     def flops_per_token(self):
         teachers = sum(teacher.flops_per_token(training=False) for teacher in self.teachers)
@@ -105,14 +105,14 @@ class Distiller(nn.Module):
 
     def forward(self, idx, targets, *labels, counts=None):
         T = self.temperature
-        counts = counts or self.student.target_counts(targets)                  # see there
+        counts = counts or self.student.target_counts(targets)
         x = self.student.trunk(idx)
         with torch.no_grad():
             # with labels: (B, T, k) ids, (B, T, k) weights and (B, T) entropy; without: (B, T, n_embd) of each teacher
             soft = labels or [teacher.trunk(idx) for teacher in self.teachers]
 
         def nats(x, targets, *soft):
-            """A chunk of N tokens -> cross-entropy and distance of each, (N, 2)."""
+            """A chunk of N tokens -> cross-entropy and KL of each, (N, 2)."""
             logits = self.student.logits(x)
             s = F.log_softmax(logits, dim=-1)
             ce = F.nll_loss(s, targets, ignore_index=-1, reduction='none')
@@ -127,7 +127,7 @@ class Distiller(nn.Module):
                 kl = self.divergence(s, t)
             return torch.stack((ce, T * T * kl * (targets >= 0)), dim=-1)
 
-        # a chunk is measured by the student's logits alone; those of each teacher take as much again
+        # chunks are chosen by the size of the student's logits; those of each teacher take as much again
         rows = [part.flatten(0, 1) for part in (x, *soft)]      # (B*T, ...) each
         both = chunked(nats, self.student.config.vocab_size, rows[0], targets.flatten(), *rows[1:])
         ce, kl = both.sum(dim=0) / or_one(counts['ce'])
@@ -137,10 +137,10 @@ class Distiller(nn.Module):
 def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', temperature=1.0, dataset=None,
                  device='cpu', dtype='float32', fsdp=False):
     """
-    What a training loop calls: spec '' -> (the student itself, None); a folder of labels -> (a Distiller, its Labels);
-    teachers, joined by + -> (a Distiller that runs them beside the student, None). loader: the training split, whose
-    tokens and block_size the teachers must read; dtype bfloat16: teachers keep their matrices in it; fsdp: processes
-    share out the teachers, too. ValueError says what does not fit.
+    What train.py trains, by its knob teacher, spec. '': (the student itself, None). A folder of labels: (a Distiller,
+    its Labels). Teachers, joined by +: (a Distiller that runs them beside the student, None). loader: the training
+    split, whose tokens and block_size the teachers must be able to read; dtype: in bfloat16 the teachers' matrices are
+    kept in that; fsdp: the teachers are sharded over the processes, too. ValueError if something does not fit.
     """
     if not spec:
         return student, None
@@ -157,7 +157,7 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
                          f"(python distill.py --teacher={shlex.quote(spec)} --out_dir=FOLDER), "
                          "which it gives only for what it has not seen")
     models = [teacher.model for teacher in teachers]
-    if fsdp:                                    # a GPT-2 is small enough to stay whole
+    if fsdp:                                    # a model that is not our GPT stays whole
         kind = torch.device(device).type
         models = [shard(model, kind) if isinstance(model, GPT) else model.to(device) for model in models]
     elif dtype == 'bfloat16':
@@ -170,7 +170,7 @@ def make_learner(student, spec, loader, tokenizer, *, divergence='forward_kl', t
 # the script, whose functions read its knobs: labels, fetching, converting
 
 def convert():
-    """The teacher in another format -> the folder that it is written in."""
+    """Writes the teacher in another format -> the folder or file that it is in."""
     path = os.path.join(to_picochat, 'best.pt')
     if to_picochat and os.path.exists(path):
         raise ValueError(f"to_picochat ({to_picochat}) already holds a best.pt: give another folder")
@@ -189,14 +189,14 @@ def convert():
     if to_gguf:
         return export_gguf(t.model, t.tokenizer, to_gguf, gguf_type, dataset or t.dataset)
     say_size(t.model)
-    # a teacher that held out a part stays one
+    # whether it held out a part of its text must not get lost
     save_checkpoint(path, t.model, t.tokenizer.meta(), step=0, dataset=dataset or t.dataset, data=t.data,
                     knobs={'hold_out': t.hold_out})
     return to_picochat
 
 
 def shorten(model, block_size):
-    """Cuts a model's context, in place: its tables of positions become shorter. 0: as it is."""
+    """Shortens a model's context to block_size tokens, in place, with its tables of positions. 0: leaves it."""
     c = model.config
     assert block_size <= c.block_size, (
         f"block_size ({block_size}) is more than {teacher}'s context, {c.block_size}: lower it, or leave it out")
@@ -206,7 +206,7 @@ def shorten(model, block_size):
 
 
 def say_size(model):
-    """What was read, in two lines."""
+    """Prints the model's size in two lines."""
     c = model.config
     print(f"{teacher}: {model.params()['total']:,} weights, {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads "
           f"of {c.head_dim} on {c.n_kv_head} key/value heads, {c.mlp} of {c.n_hidden}, {c.vocab_size:,} tokens")
@@ -215,8 +215,8 @@ def say_size(model):
 
 
 def label():
-    """Labels of the dataset, in out_dir -> what meta.json says."""
-    refuse_labels(out_dir)                      # before it takes long
+    """Labels the dataset, into out_dir -> the contents of meta.json."""
+    refuse_labels(out_dir)                      # before anything that takes long
     teachers = [load_teacher(name, device) for name in teacher_names(teacher)]
     text, context = dataset or teachers[0].dataset, block_size or teachers[0].model.config.block_size
     assert text, f"{teacher} does not say which dataset to label: give --dataset="
@@ -227,7 +227,7 @@ def label():
         f"calibrate=True needs teachers that have not seen the text, trained with --hold_out=, all of {teacher}")
     assert method == 'sample' or k <= tokenizer.vocab_size, (
         f"k ({k}) must be at most the vocabulary ({tokenizer.vocab_size:,})")
-    # what others wrote is run as it is
+    # models of other libraries are not compiled
     compiles = compile and can_compile(device) and all(isinstance(t.model, (GPT, GPT2)) for t in teachers)
     precision = pick_dtype(dtype, device)
     with autocast(device, precision):
@@ -248,7 +248,7 @@ def label():
 
 
 def make(product):
-    """Does what was asked for -> the document about it."""
+    """Does what the knobs ask for -> the JSON document."""
     began = time.perf_counter()
     if not (fetch or to_picochat or to_hf or to_gguf):
         meta = label()

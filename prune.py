@@ -1,18 +1,19 @@
 """
-A smaller shape from a trained model: attention heads, key/value heads, neurons, channels, layers and tokens go; what
-stays keeps its weights.
+Structured pruning: makes a smaller model from a trained one by removing attention heads, key/value heads, neurons,
+channels, layers or tokens. What is left keeps its weights.
 
     python prune.py --out_dir=out-quickstart --neuron_prune_ratio=0.5       # -> out-quickstart-pruned/best.pt
     python prune.py --out_dir=out-quickstart --keep_params=0.5              # splits the cut by what each kind costs
     python train.py config/quickstart.py --init_from=out-quickstart-pruned/best.pt --out_dir=out-quickstart-recovered
 
-You will see the loss, the size and the speed before and after, then one line of JSON. This file says which parts
-matter; data/slicing.py turns their indices into a new state dict and shape.
+You will see the loss, the size and the speed before and after, then one line of JSON. This file decides which parts to
+keep; data/slicing.py makes the new state dict and shape.
 
-Three things make a cut cheap before any retraining. What is left is fitted anew by least squares to give what the whole
-gave (refit), and the residual stream is turned onto its principal axes before channels go (rotate): a norm without
-weights does not notice a rotation, so that changes nothing by itself (SliceGPT, arXiv 2401.15024).
-And neurons go in an order that knows of the refit (elimination_order).
+Three things make a cut cheap before any retraining:
+- refit: the weights that are left are refitted by least squares, to give what the whole matrix gave.
+- rotate: before channels are removed, the residual stream is turned onto its principal axes. That by itself changes
+  nothing, since a norm without weights commutes with a rotation (SliceGPT, arXiv 2401.15024).
+- elimination_order: neurons are removed in an order that takes the refit into account.
 """
 import math
 import os
@@ -37,8 +38,8 @@ from engine import Engine, Sampling
 from model import evaluate
 
 IMPORTANCE = ('obs', 'taylor', 'activation', 'l1', 'random')
-BY_WEIGHTS = ('l1', 'random')           # those that need no text to measure on
-# what shrink cuts -> how the shape calls its number
+BY_WEIGHTS = ('l1', 'random')           # these need no text to measure on
+# what shrink cuts -> the field of GPTConfig with its number
 KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channels': 'n_embd'}
 
 # -----------------------------------------------------------------------------
@@ -47,19 +48,20 @@ KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channel
 def measure(model, batches, importance='taylor', seed=0):
     """
     -> scores {'neurons': (n_layer, n_hidden), 'heads': (n_layer, n_head), 'channels': (n_embd,), 'layers': (n_layer,)},
-    and moments {site: (K, K)}, the mean of x x^T over the calibration tokens, x being what the trunk's matrices and
-    lm_head read.
+    and moments {site: (K, K)}, the mean of x x^T over the calibration tokens, where x is what a matrix of the trunk or
+    lm_head reads.
 
-    With 'obs' neurons and heads are scored by elimination_order, which knows that what is left will be fitted anew, and
-    everything else by activation. Otherwise a part's score is the sum over all weights that go with it: of |w| ('l1'),
-    of |w| times the rms of the input it meets ('activation', as Wanda, arXiv 2306.11695; the trunk's and lm_head's), of
-    |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the control).
+    'obs': neurons and heads are scored by elimination_order, which takes the refit into account, everything else by
+    'activation'. With the other importances a part's score is a sum over all weights that would be removed with it: of
+    |w| ('l1'), of |w| times the rms of its input ('activation', as Wanda, arXiv 2306.11695; only of the trunk's and
+    lm_head's weights), of |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the
+    control).
     """
     state = model.state_dict(keep_vars=True)
     moments, taylor = calibrate(model, batches, importance == 'taylor')
 
     def times_rms(site, w):
-        if site == 'transformer.c_out':         # its columns have been multiplied
+        if site == 'transformer.c_out':         # its columns were multiplied when read was applied to it
             return w.detach().abs()
         return w.detach().abs() * (moments[site].diagonal().sqrt() if site in moments else 0.0)
 
@@ -84,8 +86,8 @@ def measure(model, batches, importance='taylor', seed=0):
 
 def calibrate(model, batches, gradients=False):
     """
-    A pass over batches -> moments as measure has them, and with gradients {name of a weight: sum of |w * its gradient|
-    over batches}.
+    Runs the model over batches -> moments, as measure gives them; and with gradients=True {name of a weight: sum of
+    |w * its gradient| over batches}.
     """
     sums, seen = {}, 0
     state = model.state_dict(keep_vars=True)
@@ -107,7 +109,7 @@ def calibrate(model, batches, gradients=False):
                 model.zero_grad()
                 model.cross_entropy(states, y).backward()
                 for name, w in state.items():
-                    if w.grad is not None:          # this loss does not reach the extra heads
+                    if w.grad is not None:          # the extra heads get no gradient from this loss
                         taylor[name] += (w.grad * w).detach().abs()
     model.zero_grad()
     for hook in hooks:
@@ -116,7 +118,7 @@ def calibrate(model, batches, gradients=False):
 
 
 def sums_over_parts(table, config):
-    """table {name of a weight: what each of its numbers counts} -> scores as measure has them."""
+    """table {name of a weight: a score for each of its numbers} -> scores of parts, as measure gives them."""
     neurons, heads, layers, channels = [], [], [], []
     g = config.n_head // config.n_kv_head
     for i in range(config.n_layer):
@@ -126,7 +128,7 @@ def sums_over_parts(table, config):
         if gate is not None:
             fc = fc + gate
             parts.append(gate)
-        # a key/value head counts for those it serves
+        # the score of a key/value head is shared out among the query heads that it serves
         shared = (k + v).view(config.n_kv_head, -1).sum(dim=1).repeat_interleave(g) / g
         heads.append((q + attn.T).view(config.n_head, -1).sum(dim=1) + shared)
         neurons.append((fc + mlp.T).sum(dim=1))
@@ -145,10 +147,10 @@ def sums_over_parts(table, config):
 
 def elimination_order(w, moment, size=1):
     """
-    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089). Again and again that group of columns goes whose loss
-    the others, fitted anew, can make up for best. w (rows, K), its columns in groups of size; moment (K, K): the second
-    moment of what w reads. -> (K / size,), the higher the later a group goes. Where there are many, a sixty-fourth of
-    them goes at a time.
+    The optimal brain surgeon's order (ZipLM, arXiv 2302.04089): repeatedly removes the group of columns that the
+    others, refitted, can best make up for. w (rows, K), whose columns form groups of `size`; moment (K, K): the second
+    moment of what w reads. -> a score for each group, (K / size,), higher for those removed later. If there are many
+    groups, a sixty-fourth of them is removed at a time.
     """
     w, inverse = w.detach().cpu().double(), torch.linalg.inv(damped(moment.cpu().double()))
     groups = torch.arange(w.size(1)).view(-1, size)                             # (K / size, size)
@@ -161,7 +163,7 @@ def elimination_order(w, moment, size=1):
         n = max(1, len(groups) // 64)
         order[left[ranked[:n]]] = len(groups) - len(left) + torch.arange(len(ranked[:n])).float()
         gone = at[ranked[:n]].flatten()
-        rest = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])        # (gone, K): what makes up for them
+        rest = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])        # (gone, K): how the others change
         w, inverse = w - w[:, gone] @ rest, inverse - inverse[:, gone] @ rest
         left = left[ranked[n:]].sort().values
     return order
@@ -169,8 +171,8 @@ def elimination_order(w, moment, size=1):
 
 def leave_one_out(model, batches):
     """
-    The loss without each layer in turn, (n_layer,) nats: the importance of layers that costs a pass for each and needs
-    no theory. In bfloat16 where the device multiplies it faster.
+    The loss without each layer in turn, (n_layer,) nats: the simplest importance of layers, which costs a pass over
+    batches for each. In bfloat16 if the device multiplies that faster.
     """
     blocks, losses = model.transformer.h, []
     for skipped in progress(blocks, len(blocks), 'layers left out in turn'):
@@ -183,10 +185,10 @@ def leave_one_out(model, batches):
 
 def pick_heads(scores, config, keep):
     """
-    scores (n_layer, n_head), keep query heads -> keep_heads' argument. Key/value heads must serve equally many query
-    heads, so the number is rounded down if need be.
+    scores (n_layer, n_head), how many query heads to keep -> the argument of keep_heads. All key/value heads must serve
+    equally many query heads, so there may be fewer than keep.
     """
-    kv = min(config.n_kv_head, keep)                # as long as every key/value head can keep a query head, it stays
+    kv = min(config.n_kv_head, keep)                # key/value heads are removed only if there are too few query heads
     g = keep // kv
     out = []
     for s in scores.view(config.n_layer, config.n_kv_head, -1):
@@ -199,8 +201,8 @@ def pick_heads(scores, config, keep):
 
 def to_principal_axes(model, moments):
     """
-    The same model with its residual stream turned so that the channels that its matrices read are uncorrelated, on
-    average over sites.
+    The same model with its residual stream turned onto its principal axes: the channels that its matrices read become
+    uncorrelated, on average over the matrices.
     """
     sites = [m for site, m in moments.items() if not site.endswith('c_proj')]
     q = torch.linalg.eigh(sum(sites).cpu().double())[1].to(sites[0])
@@ -209,9 +211,9 @@ def to_principal_axes(model, moments):
 
 def shrink(model, kind, keep, batches, importance='obs', refit=True, rotate=True, seed=0, measured=None):
     """
-    The model with only the keep most important of its layers, neurons, heads or channels (of heads maybe fewer:
-    pick_heads). batches: a list of (x, y) to measure on. importance as in measure, or for layers 'loss'
-    (leave_one_out). measured: what measure gave, if known.
+    The model with only the `keep` most important of its layers, neurons, heads (or fewer, see pick_heads) or channels.
+    batches: a list of (x, y) to measure on; importance: see measure, and 'loss' for layers (leave_one_out); measured:
+    what measure returned, if it was called already.
     """
     have = getattr(model.config, KINDS[kind])
     if not 1 <= keep <= have:
@@ -240,10 +242,10 @@ def shrink(model, kind, keep, batches, importance='obs', refit=True, rotate=True
 
 def cut_to(model, target, batches, importance='obs', seed=0, **how):
     """
-    Cuts until at most target parameters are left. Again and again an eighth of the neurons, an eighth of the channels,
-    a head of each group or a layer goes: whichever costs the least loss on batches for a parameter that is still in the
-    way. how: shrink's further arguments. Yields (kind, how many of it are left, the loss now, the model) after each
-    cut; nothing if the model is small enough.
+    Cuts until at most target parameters are left. Each time it tries to remove an eighth of the neurons, an eighth of
+    the channels, a head of each group, or a layer, and keeps the cut that costs least loss on batches per parameter
+    saved (counting only parameters that still have to go). how: more arguments of shrink. Yields (kind, how many of it
+    are left, the loss, the model) after each cut; nothing if the model is small enough.
     """
     loss = evaluate(model, batches)['loss']
     while (n := model.params()['total']) > target:
@@ -263,7 +265,9 @@ def cut_to(model, target, batches, importance='obs', seed=0, **how):
 
 
 def a_little_smaller(model, kind, target, batches, **how):
-    """The model less an eighth of its neurons or channels, a layer, or a head of each group; None if none is left."""
+    """
+    The model without an eighth of its neurons or channels, a layer, or a head of each group; None if nothing is left.
+    """
     have, kv = getattr(model.config, KINDS[kind]), model.config.n_kv_head
     step = max(1, have // 8)
     if kind == 'layers':
@@ -273,7 +277,7 @@ def a_little_smaller(model, kind, target, batches, **how):
     if have == step:
         return None
     smaller = shrink(model, kind, have - step, batches, **how)
-    # the parameters are linear in both of these: cut no more than is needed
+    # do not overshoot: parameters are linear in both of these numbers
     n, left = model.params()['total'], smaller.params()['total']
     if kind in ('neurons', 'channels') and left < target:
         needed = math.ceil(step * (n - target) / (n - left))
@@ -285,8 +289,8 @@ def a_little_smaller(model, kind, target, batches, **how):
 
 def cut_vocabulary(model, tokenizer, keep, data_dir):
     """
-    The model with its keep most frequent tokens, their tokenizer, and the dataset at data_dir written again in them, to
-    data_dir_vKEEP.
+    The model with only its `keep` most frequent tokens, and their tokenizer. Writes the dataset at data_dir again in
+    these tokens, to data_dir_vKEEP.
     """
     if load_meta(data_dir)['kind'] == 'chat':
         raise ValueError(f"vocab_keep ({keep}): {data_dir} is a chat dataset, whose masks belong to its "
@@ -302,7 +306,7 @@ def cut_vocabulary(model, tokenizer, keep, data_dir):
 
 
 def cut_layers(model, layers, batches):
-    """layers: '0,1,3', which to keep, or how many, chosen by layer_importance."""
+    """layers: '0,1,3', which layers to keep, or how many, to be chosen by layer_importance."""
     if ',' in str(layers):
         which = [int(i) for i in layers.strip(',').split(',')]
         return build(*keep_layers(model.state_dict(), model.config, which))
@@ -310,7 +314,7 @@ def cut_layers(model, layers, batches):
 
 
 def go_without_text(gone):
-    """Says that nothing is measured. ValueError names the knobs that ask for what only a text can tell."""
+    """Prints that nothing is measured. ValueError names the knobs that need a text."""
     by_score = channel_prune_ratio or neuron_prune_ratio or head_prune_ratio
     some_layers = layers is not None and ',' not in str(layers)
     asked = [(vocab_keep, f'vocab_keep ({vocab_keep})'),
@@ -329,7 +333,7 @@ def go_without_text(gone):
 
 
 def file_to_make():
-    """-> where the pruned model goes, held from here on."""
+    """-> the path of the pruned model, whose folder is locked from here on."""
     path = os.path.join(save_dir or out_dir.rstrip('/') + '-pruned', 'best.pt')
     if os.path.realpath(source) == os.path.realpath(path):
         raise ValueError(f"save_dir ({save_dir}) would replace {source}, which is pruned here: give another folder")
@@ -338,7 +342,7 @@ def file_to_make():
 
 
 def calibration_text(model, data_dir, fold):
-    """Some of the training split to measure importance on, a list of (x, y); fold: the part that it must not see."""
+    """Batches of the training split to measure importance on, a list of (x, y); fold: the part to leave out."""
     if not data_dir:
         return []
     loader = Loader(data_dir, 'train', 16, model.config.block_size, seed, device=device, hold_out=fold)
@@ -346,7 +350,7 @@ def calibration_text(model, data_dir, fold):
 
 
 def cut(model, batches, target):
-    """The model without all that the knobs want gone, in their order. target: how many parameters may be left."""
+    """Makes all the cuts that the knobs ask for, in their order. target: how many parameters may be left."""
     how = dict(importance=importance, refit=refit, rotate=rotate, seed=seed)
     if layers is not None:
         model = cut_layers(model, layers, batches)
@@ -365,7 +369,7 @@ def cut(model, batches, target):
 
 
 def measure_speeds(models):
-    """tokens/s of one sequence, for each. They take turns, and the fastest counts: neighbours can only slow it down."""
+    """tokens/s of one sequence, for each model. They take turns, and the fastest of three rounds counts."""
     best = [0.0] * len(models)
     for turn in progress(range(3), 3, 'rounds of decoding'):
         for i, model in enumerate(models):
@@ -376,7 +380,7 @@ def measure_speeds(models):
 
 
 def measure_side(when, model, file, data_dir, tokenizer, speed):
-    """What there is to know of the model before or after, as part of the document."""
+    """Measures the model 'before' or 'after' -> its part of the JSON document."""
     measured = {'loss': None, 'bpb': None}
     if data_dir:
         batches = validation(data_dir, model.config.block_size, device).eval_batches()
@@ -401,8 +405,8 @@ def print_table(result):
 
 
 def print_next_command(result, knobs, dataset, block_size, fold):
-    """The command that trains what is left. knobs: those that the whole model was trained with."""
-    # half a teacher recovered more at the usual rates (the notebook); that 0.2 nats are little is a guess
+    """Prints the command that trains what is left. knobs: those that the whole model was trained with."""
+    # after large cuts the usual rates recover more, after small ones a fifth of them; the limit of 0.2 nats is a guess
     before, after = result['val_loss_before'], result['val_loss_after']
     little = after is not None and after - before < 0.2 and knobs.get('init_from') == 'scratch'
     path = result['file']

@@ -92,7 +92,7 @@ divergence = 'forward_kl'   # forward_kl, reverse_kl, jsd
 train_only = ''             # draft or multi_token: that head learns, everything else is frozen
 own_samples = 0.0           # the share of rows that the frozen model wrote itself
 # quantisation in the loop
-quant_bits = 0              # 8 or 4: train through the rounding of the file of integers; 0: float
+quant_bits = 0              # 8 or 4: train through the rounding of the int8 or int4 checkpoint; 0: float
 quant_group = 32            # 4 bits: the group size: so many columns share a step, a small integer that scales them
 tables_bits = 8             # of the vocabularies, whatever the rest has
 qat_start = 0.0             # share of max_iters after which the rounding begins
@@ -143,7 +143,7 @@ assert not (train_only and teacher), (f"train_only ({train_only}) goes without a
                                       "a head learns from the frozen model and the text")
 assert train_only or not own_samples, (f"own_samples ({own_samples}) is for train_only=draft or multi_token: "
                                        "while the trunk learns, what it writes is not what it will write")
-teacher_files = check_teachers(teacher)      # before the data, which are in the teacher's tokens: both may be missing
+teacher_files = check_teachers(teacher)      # first, since the data are prepared with the teacher's tokenizer
 if wandb_log:
     import wandb
 
@@ -165,21 +165,21 @@ val_loader = Loader(data_dir, 'val', rows, block_size, seed, device)
 
 # the checkpoint to start from, if there is one; resumed: the same where this run goes on with it, else empty
 if main_process:
-    hold(out_dir)                               # another training in it must be over before its checkpoint is read
+    hold(out_dir)                               # locked before its checkpoint is read: another training may write there
 ckpt_path, best_path = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'best.pt')
 gpt_config = config_of(config, tokenizer.vocab_size)
 reads = [os.path.join(data_dir, 'meta.json'), *teacher_files]
 if init_from not in ('scratch', 'resume'):
     reads.append(init_from)
-if stopped_on_the_way(best_path, reads):        # a ladder's run of this very command
+if stopped_on_the_way(best_path, reads):        # in a ladder: this very command was interrupted
     init_from = 'resume'
 source = starting_point(init_from, ckpt_path, config, tokenizer, data_dir, loader)
 resumed = source if init_from == 'resume' else {}
 if resumed.get('fast_bf16') is not None:
-    MEASURED['cpu'] = resumed['fast_bf16']      # measured again, a busy machine might find otherwise
+    MEASURED['cpu'] = resumed['fast_bf16']      # measuring again might give another answer on a busy machine
 dtype = pick_dtype(dtype, device)
 if resumed:
-    config['init_from'] = resumed['knobs']['init_from'] # where its weights are from
+    config['init_from'] = resumed['knobs']['init_from'] # where its weights came from at first
     total_batch_size = total_batch_size or resumed['total_batch_size']
     assert total_batch_size == resumed['total_batch_size'], (
         f"{ckpt_path} was trained with total_batch_size={resumed['total_batch_size']}, not {total_batch_size}: "
@@ -213,7 +213,7 @@ if train_only:
     assert hasattr(model, train_only), f"train_only={train_only} needs that head: give --{train_only}_n=4"
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(train_only))
-# weights that quantize.py has rounded before are trained on the scales and steps that it chose
+# weights that quantize.py had rounded before keep the scales and steps that it chose
 rounding = {'quant_bits': quant_bits, 'quant_group': quant_group, 'tables_bits': tables_bits}
 grid = grid_in(source, rounding, ckpt_path if resumed else init_from) if quant_bits else {}
 model = shard(model, device_type) if fsdp else model.to(device)
@@ -249,17 +249,17 @@ on_stop(lambda signum, frame: stopping.append(signum))
 
 
 def say(*words):
-    """Prints, in the first process. When nobody reads any more, the training is saved and ends."""
+    """Prints, in the first process. If the pipe or terminal is closed, the training is saved and ends."""
     try:
         if main_process:
             print(*words, flush=True)
-    except OSError:                             # a closed pipe, a terminal that is gone
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         stopping.append('nobody reads')
 
 
 def way_out():
-    """What to do when losses or weights are no numbers any more, in words."""
+    """What to do when losses or weights became infinite or NaN, in words."""
     again = 'nothing had been saved yet: start again'
     if saved is not None:
         again = f'{ckpt_path} still holds step {saved}: resume'
@@ -276,7 +276,7 @@ def measure(step):
 
 
 def validate(step, best):
-    """Measures; the best weights so far go to best.pt. -> the loss now, and the best one."""
+    """Measures the loss, and writes best.pt if it is the lowest so far -> this result, and the best one."""
     with averages.in_place():
         result = measure(step)
         if result['loss'] < best['loss'] or train_only:     # with a frozen trunk the newest head counts as the best
@@ -287,7 +287,7 @@ def validate(step, best):
 
 
 def save(step):
-    """Everything that a run needs to go on from here exactly."""
+    """Writes ckpt.pt, with all that a run needs to continue exactly from here."""
     save_checkpoint(ckpt_path, model, tokenizer.meta(), optimizers=[o.state_dict() for o in optimizers], step=step,
                     best=best, seconds=meter.seconds, val_loss_before=val_loss_before, dataset=dataset,
                     data=loader.meta['sha256']['train.bin'], total_batch_size=total_batch_size, knobs=config, grid=grid,
@@ -298,7 +298,7 @@ def show_sample(step):
     """Continues the validation split's first token, or answers the first question of chats."""
     asked = 1 if val_loader.mask is None else int(val_loader.mask.argmax())
     prompt = val_loader.tokens[:asked].tolist()
-    # where the model writes what ends an answer or a text, the sample is at its end
+    # the sample ends early if the model draws a token that ends an answer or a text
     n, ends = min(sample_tokens, block_size - asked), tokenizer.ends
     with averages.in_place(), eager():
         ids, = Engine(model).complete([prompt], n, Sampling(0.8, seed=step), stop=sorted(ends))
@@ -308,8 +308,8 @@ def show_sample(step):
 
 def write_own_rows():
     """
-    The frozen model writes the own_samples share of 64 batches. In decoding a draft head goes on from what the model
-    itself has written, so it trains on some of that.
+    The frozen model writes own_samples of the rows of 64 batches. When a draft head is used, it continues texts that
+    the model has written, so it should train on some.
     """
     n, cut = max(1, round(own_samples * batch_size)), max(1, block_size // 16)
     starts = [start for step in range(64) for start in loader.starts(step, rank, world_size)[:n]]
@@ -321,7 +321,7 @@ def write_own_rows():
 
 
 def write_log(step, train_loss, factor, result):
-    """A row of log.csv, and to wandb if asked; result: of an evaluation, or None."""
+    """Writes a row of log.csv, and to wandb if asked. result: what validate gave, or None."""
     row = {'step': step, 'tokens': step * total_batch_size, 'seconds': round(meter.seconds, 2),
            'train_loss': train_loss, 'lr_factor': factor, 'tok_s': round(meter.rate)}
     if result:
@@ -346,8 +346,8 @@ def every(interval, step):
 
 
 def batch(step, micro):
-    """-> x and y (B, T) int64, y being x shifted by one, with -1 where nothing is learnt; and labels' (B, T, ...)."""
-    # the processes take turns at all micro-batches of the step: what is learnt does not depend on how many there are
+    """-> x and y (B, T) int64, y being x shifted by one, with -1 where nothing is learnt; and labels (B, T, ...)."""
+    # processes take turns at the step's micro-batches, so that what is learnt does not depend on how many there are
     number = step, micro * world_size + rank, accumulation * world_size
     x, y = loader.batch(*number)
     soft = labels.batch(loader.starts(*number), block_size) if labels else ()
@@ -360,9 +360,9 @@ def batch(step, micro):
 
 def counts_of(step):
     """
-    How many targets a micro-batch has, on average over the whole step and all processes. Every micro-batch divides its
+    The mean number of targets of a micro-batch, over the whole step and all processes. Every micro-batch divides its
     losses by this, so that the gradient does not depend on how the step is cut into micro-batches. None for plain text,
-    where all have equally many.
+    of which all micro-batches have equally many.
     """
     if loader.mask is None:
         return None
@@ -376,7 +376,7 @@ def counts_of(step):
 
 
 def only_here(micro):
-    """DDP adds up the gradients of all processes at the last micro-batch; until then each keeps its own."""
+    """A context in which DDP does not exchange gradients: it does so at the last micro-batch only."""
     waits = isinstance(forward, DDP) and micro < accumulation - 1
     return forward.no_sync() if waits else contextlib.nullcontext()
 
@@ -399,22 +399,22 @@ round_from_now = functools.partial(prepare, model, quant_bits, quant_group, tabl
                                    {name: t.to(device) for name, t in grid.items()})
 if qat_step == 0:
     round_from_now()
-# what the model writes, it writes with the weights of step 0, in a resumed run too: so that the rows are the same
+# written with the weights of step 0, which are frozen, so that a resumed run gets the same rows
 own_rows = write_own_rows() if own_samples else None
 if 0 < qat_step <= step:
     round_from_now()
 if step >= qat_step and step < max_iters and best.get('step', 0) <= qat_step:
-    best = {'loss': math.inf}   # of weights not rounded yet: fewer max_iters have moved qat_step
+    best = {'loss': math.inf}   # the best so far was not rounded yet: max_iters was lowered, which moved qat_step
 began, result = time.perf_counter(), {'loss': None, 'bpb': None}
 if source and not resumed and eval_interval > 0:
-    val_loss_before = measure(0)['loss']        # what fine-tuning starts from
+    val_loss_before = measure(0)['loss']        # before fine-tuning
 meter = Meter(step, seconds, total_batch_size, device)
 model.train()
 
 while step < max_iters:
     if step == qat_step:
         round_from_now()
-        best = {'loss': math.inf}               # from here on losses are those of the rounded weights
+        best = {'loss': math.inf}               # from here on, losses are those of rounded weights
     torch.manual_seed(hash((seed, step, rank)))  # dropout is a function of the step: there is no random state to save
     # the rates' factor: linear warm-up, level, linear to zero over the last decay_frac
     factor = min((step + 1) / max(1, warmup_iters), 1.0, (max_iters - step) / max(1, decay_frac * max_iters))
@@ -437,7 +437,7 @@ while step < max_iters:
     last = step == max_iters
     stop_now = last or least(not stopping) == 0     # all processes must stop after the same step
     log_now = every(log_interval, step) or stop_now
-    eval_now = every(eval_interval, step) or last and eval_interval >= 0    # SIGTERM is urgent: it asks for none
+    eval_now = every(eval_interval, step) or last and eval_interval >= 0    # not after SIGTERM, which is urgent
     save_now = every(save_interval, step) or stop_now and save_interval >= 0
     sample_now = every(sample_interval, step)
     pause = log_now or eval_now or save_now or sample_now or not meter.recent       # the first step compiles
@@ -460,14 +460,14 @@ while step < max_iters:
         say(f"stopped at step {step}" + f"; saved {ckpt_path}: go on with --init_from=resume" * save_now)
         break
     if eval_now or sample_now:
-        model.train()                           # they have left it in eval mode
+        model.train()                           # these leave it in eval mode
     if pause:
         meter.restart()
 
 # -----------------------------------------------------------------------------
 # the end
 
-if step >= max_iters and result['loss'] is None and eval_interval >= 0:     # resumed at its end: nothing is left to do
+if step >= max_iters and result['loss'] is None and eval_interval >= 0:     # a finished run was resumed
     result, best = validate(step, best)
 document = {'out_dir': out_dir, 'iters': step, 'tokens': step * total_batch_size,
             'seconds': round(meter.seconds, 2), 'wall_seconds': round(time.perf_counter() - began, 2),
@@ -484,5 +484,5 @@ if world_size > 1:
     dist.destroy_process_group()
     if wandb_log and main_process:
         wandb.finish()
-    # a gloo thread that frees its last tensor while Python shuts down aborts the process: it ends before that
+    # end without Python's own clean-up, during which a gloo thread that frees its last tensor would abort the process
     atexit.register(os._exit, 0)

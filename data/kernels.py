@@ -1,12 +1,12 @@
 """
-The few tokens of a decoding step through all blocks of a model of integers, in one call of C++ (kernels.cpp) instead of
-some seventy of PyTorch for every block. for_decoding (layouts.py) puts it in where there is a C++ compiler. A prompt's
-products are PyTorch's as ever; how it attends is kernels.cpp's, as is attention with a cache of integers.
+Integer models on a CPU: one call of C++ (kernels.cpp) takes the few tokens of a decoding step through all blocks,
+instead of some seventy calls of PyTorch for each block. for_decoding (layouts.py) uses it if there is a C++ compiler.
+The products of a prompt are still PyTorch's; its attention is kernels.cpp's.
 
-The compiler takes a second, once: its result is kept for other processes, and serves all shapes. Products are the same
-integers as everywhere. Norms, softmaxes and silu are floats in an order of their own: they differ from PyTorch's in the
-last digits, where an activation between two integers may fall to the other one. But a token's result is the same bits
-however many rows, drafts or tokens are read with it.
+Compiling takes a second, once: the library is kept for other processes, and serves all shapes. Products are the same
+integers as everywhere. Norms, softmax and silu are floats, summed in another order than PyTorch's, so their last digits
+differ, and an activation that lies between two integers may be rounded to the other one. But the result for a token is
+the same bits however many rows, drafts or tokens are read with it.
 """
 import ctypes
 import functools
@@ -25,14 +25,14 @@ from data.rounding import BITS, GROUPS, int_matmul
 from data.sampling import COLD
 from model import Block
 
-AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what a matrix reads of x, see kernels.cpp
-ROWS = 16               # products of more rows than so many are PyTorch's, which is the faster one there
+AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what is applied to x before a matrix reads it, see products.h
+ROWS = 16               # products with more rows of activations than this are PyTorch's, which is faster there
 EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is 0
 
 # -----------------------------------------------------------------------------
 # the library
 
-# no sum and product in one rounding, where a compiler sees fit: the bits would depend on how it arranges a loop
+# -ffp-contract=off: no fused multiply-add where the compiler sees fit, since bits would depend on how it arranges loops
 FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp', '-shared',
          '-fPIC']
 POINTER, INT, LONG, FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -45,7 +45,7 @@ SIGNATURES = {'round_rows': [POINTER] * 3 + [INT] * 4 + [FLOAT], 'unpack': [POIN
 
 
 def struct(**fields):
-    """A struct of kernels.cpp, its fields in the same order."""
+    """A struct of kernels.cpp, with its fields in the same order."""
     return type('Struct', (ctypes.Structure,), {'_fields_': list(fields.items())})
 
 
@@ -59,12 +59,12 @@ Ends = struct(wte=Matrix, c_out=Matrix, lm_head=Matrix, embed_norm=INT, softcap=
 
 @functools.lru_cache(maxsize=None)
 def library():
-    """-> kernels.cpp, compiled for this CPU, or None where that is not possible."""
+    """-> kernels.cpp, compiled for this CPU and loaded; None if that is not possible."""
     compiler, why = cpp_compiler()
     if why or platform.system() == 'Windows':
         return None
     source, header = in_repo('data/kernels.cpp'), in_repo('data/products.h')
-    # another source, machine or compiler is another file
+    # the file's name is a hash of the source, the flags, the compiler and the machine
     about = [open(source).read(), open(header).read(), *FLAGS, compiler, platform.node(), cpu_flags()]
     try:
         folder = private_folder('picochat-kernels')
@@ -86,7 +86,7 @@ def library():
 
 
 def cpu_flags():
-    """What this processor can do, in words (Linux), or ''."""
+    """The line of /proc/cpuinfo that names this processor's instruction sets (Linux), or ''."""
     if not os.path.exists('/proc/cpuinfo'):
         return ''
     return next((line for line in open('/proc/cpuinfo') if line.startswith(('flags', 'Features'))), '')
@@ -99,33 +99,35 @@ def pointer(t):
 # a matrix
 
 class KernelLinear(nn.Module):
-    """An IntLinear on a CPU, of 8 or 4 bits; both stay what they are in memory."""
+    """An IntLinear of 8 or 4 bits on a CPU, on the same memory."""
     def __init__(self, linear):
         super().__init__()
         self.linear, self.rows = linear, len(linear.scale)
         self.group = 0 if linear.step is None else linear.group
-        # of each row, as a product, since torch.sum would make int32 of the whole matrix first
+        # the sum of each row, as a product with ones: torch.sum would first convert the whole matrix to int32
         self.register_buffer('sums', int_matmul(torch.ones(1, linear.cols), linear.integers())[0])
         self.matrix = Matrix(linear.weight.data_ptr(), pointer(linear.step), self.sums.data_ptr(),
                              linear.scale.data_ptr(), self.rows, linear.cols, self.group)
 
     @staticmethod
     def fits(linear):
-        """Whether the kernels take this matrix: groups of 4 bits must divide both halves of a row."""
+        """Whether the kernels take this matrix. At 4 bits, groups must divide both halves of a row."""
         if linear.weight.device.type != 'cpu' or library() is None:
             return False
         if linear.step is None:
             return True
         if linear.bits != 4 or linear.group not in GROUPS or linear.cols % 64 or linear.cols % linear.group:
             return False
-        # kernels.cpp looks up what a step makes in a table, where a file's step of another size would miss it
+        # products.h looks up the multiples of a step in a table, which has these steps only
         return -BITS[4].steps <= linear.step.min() and linear.step.max() <= BITS[4].steps
 
     def forward(self, x):
         return self.read(x.float().contiguous())
 
     def read(self, x, what=AS_IT_IS, eps=0.0, rest=None, turned=0):
-        """what of x (..., K), or (..., 2 K) for SWIGLU, float32 -> its product (..., N), with rest (..., N) added."""
+        """
+        The product with `what` of x, float32: x (..., K), or (..., 2 K) for SWIGLU -> (..., N). rest (..., N) is added.
+        """
         K = self.linear.cols
         M = x.numel() // (2 * K if what == SWIGLU else K)
         if M > ROWS:
@@ -135,7 +137,7 @@ class KernelLinear(nn.Module):
         return y
 
     def read_many(self, x, M, what, eps, rest, turned):
-        """read for many rows: the same bits, by PyTorch's product of integers."""
+        """read for many rows, by PyTorch's integer product: the same bits."""
         linear, N, K = self.linear, self.rows, self.linear.cols
         xq, xs = torch.empty(M, K, dtype=torch.int8), torch.empty(M, 1)
         library().round_rows(x.data_ptr(), xq.data_ptr(), xs.data_ptr(), M, K, what, turned, eps)
@@ -152,8 +154,8 @@ class KernelLinear(nn.Module):
 
 class KernelBlock(Block):
     """
-    A Block whose matrices are KernelLinears, those that read the same input joined (layouts.for_decoding). With a cache
-    a token's result is the same bits, however many are read with it: those of run_blocks.
+    A Block whose matrices are KernelLinears, joined where they read the same input (layouts.for_decoding). With a cache
+    the result for a token is that of run_blocks, bit for bit, however many tokens are read with it.
     """
     def __init__(self, block):
         nn.Module.__init__(self)
@@ -162,7 +164,7 @@ class KernelBlock(Block):
 
     @staticmethod
     def read_by(mlp):
-        """-> the matrix of an MLP that reads the stream, and what is done to what it gives."""
+        """-> the matrix of an MLP that reads the residual stream, and the activation function that follows it."""
         return (mlp.c_gate_fc, SWIGLU) if hasattr(mlp, 'c_gate_fc') else (mlp.c_fc, RELU2)
 
     @staticmethod
@@ -188,19 +190,19 @@ class KernelBlock(Block):
         return self.mlp.c_proj.read(hidden, self.what, rest=x, turned=self.mlp.turned)
 
     def layer(self):
-        """What kernels.cpp knows of a block."""
+        """This block as a struct of kernels.cpp."""
         return Layer(*(m.matrix for m in (self.attn.c_qkv, self.attn.c_proj, self.reader, self.mlp.c_proj)))
 
 
 class KernelBlocks(nn.Module):
-    """All blocks of a model, in the place of its first one."""
+    """All blocks of a model as one module, which takes the place of the first."""
     def __init__(self, blocks):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.layers = (Layer * len(blocks))(*(block.layer() for block in blocks))
 
     def forward(self, x, cos, sin, cache):
-        """As Block.forward. With a cache the few tokens of a step go through all blocks in one call."""
+        """As Block.forward. With a cache, the few tokens of a decoding step go through all blocks in one call."""
         if cache is None or x.size(1) > FEW:
             for block in self.blocks:
                 x = block(x, cos, sin, cache)
@@ -215,13 +217,13 @@ class KernelBlocks(nn.Module):
         return sum(m.rows * m.cols for m in matrices)
 
     def at_work(self, cache):
-        """The first arguments of run_blocks and run_round: the layers, and where their keys and values lie."""
+        """The first arguments of run_blocks and run_round: the layers, and their keys and values."""
         stores = (Store * len(self.blocks))(*(store_of(cache, i) for i in range(len(self.blocks))))
         return self.layers, stores, len(self.blocks), ctypes.byref(heads_of(self.blocks[0], cache.size))
 
 
 def heads_of(block, size):
-    """A block's Heads. size: for how many tokens there is room where its keys lie, which come in fours."""
+    """A block's Heads. size: how many tokens the cache has room for, a multiple of 4."""
     assert size % 4 == 0
     attn = block.attn
     return Heads(attn.n_head, attn.n_kv_head, attn.head_dim, size, attn.qk_norm, block.eps or EPS)
@@ -234,14 +236,14 @@ def store_of(cache, layer):
 
 
 def tokens_of(x, cos, sin, cache):
-    """Where the tokens x (B, T, n_embd) stand that a cache was advanced for."""
+    """The positions of the tokens x (B, T, n_embd), for which the cache has been advanced."""
     assert cache.store['k'][0].dtype in (torch.float32, torch.int8), \
         f"a cache of {cache.store['k'][0].dtype} is none for kernels.cpp: float32 or int8"
     B, T, _ = x.shape
     return Tokens(cos.data_ptr(), sin.data_ptr(), cache.starts.data_ptr(), B, T, cos.dim() == 4)
 
 # -----------------------------------------------------------------------------
-# before the blocks and behind them: what run_round does for one token, for any number of them
+# before and after the blocks: norm and softcap as run_round computes them, for any number of tokens
 
 def norm(x, eps=0.0):
     """model.norm."""
@@ -260,15 +262,15 @@ def softcap(y, cap):
 
 class KernelRound:
     """
-    Some tokens of one text, drawn one after the other in one call: the tokens and states of engine.step_plain, the same
-    bits. A small model takes less time for a token than Python takes to ask for it.
+    Decodes some tokens of one text, one after the other, in one call: the tokens and states are those of
+    engine.step_plain, bit for bit. A small model takes less time for a token than Python takes to ask for it.
     """
-    MOST = 50_000_000       # weights; in larger models asking costs little, and what is drawn beyond a text's end a lot
+    MOST = 50_000_000       # weights. In larger models the calls cost little, and tokens drawn after a text's end a lot
 
     def __init__(self, model, sampling):
         c, self.model, self.sampling = model.config, model, sampling
         table, self.blocks = model.transformer.wte, model.transformer.h[0]
-        # no product reads the table, so its rows' sums are missing
+        # sums=None: only products need the sums of rows, and the table is only looked up
         wte = Matrix(table.weight.data_ptr(), pointer(table.step), None, table.scale.data_ptr(), c.vocab_size, c.n_embd,
                      model.lm_head.group)
         c_out = model.transformer.c_out.matrix if c.out_proj else Matrix()
@@ -276,11 +278,11 @@ class KernelRound:
 
     @staticmethod
     def pays(model, sampling):
-        """Whether model is arranged for kernels.cpp and small, and kernels.cpp knows all filters of the draw."""
+        """Whether model is small and arranged for kernels.cpp, which must know all filters of the draw."""
         blocks, table = model.transformer.h[0], model.transformer.wte
         if not isinstance(blocks, KernelBlocks) or (sampling.top_p, sampling.min_p) != (None, None):
             return False
-        if table.step is not None and not model.lm_head.group:          # 4 bits that KernelLinear.fits refused
+        if table.step is not None and not model.lm_head.group:          # a 4-bit table that KernelLinear.fits refused
             return False
         return blocks.weights() < KernelRound.MOST
 

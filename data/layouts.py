@@ -1,8 +1,8 @@
 """
-Layouts that run fast: the same weights, arranged for the kernels of the machine that decodes with them.
+Layouts for fast decoding: the same weights, arranged for the fastest kernels of this machine.
 
     from data.layouts import for_decoding
-    for_decoding(model)                         # float or integers: a joint product for q, k and v, packed vocabularies
+    for_decoding(model)                         # float or integers: one product for q, k and v, packed vocabularies
     for_decoding(model, torch.bfloat16)         # packs the other matrices, too
 """
 import torch
@@ -17,17 +17,17 @@ from model import norm, softcap
 
 def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     """
-    Arranges a model for running, in place; it can no longer be trained or saved. The products that read the same
-    input, c_q, c_k and c_v, and c_gate and c_fc, become one: fewer, larger calls.
-    kernels: a model of integers on a CPU with a C++ compiler decodes by kernels.py, and 4 bits stay 4 bits in memory;
-    it sums up norms and attention in an order of its own, so that logits differ from PyTorch's in the last digits.
-    Otherwise 4 bits become the int8 matrices that they stand for, a byte a weight in memory, the same bits in every
-    result, and an int8 vocabulary is packed.
-    pack packs the other matrices, whose results then differ a little. Of a float model: torch.bfloat16 pays where there
-    is arithmetic for it, torch.float32 where most passes verify drafts. Of a 4-bit one: torch.bfloat16 leaves half a
-    byte a weight in memory, see PackedInt4Linear.
-    draft_vocab: the draft head chooses among so many first tokens only (a BPE learns the most frequent first), and
-    reads only their rows of a large vocabulary; 0: those that it was trained for, GPTConfig.draft_vocab.
+    Arranges a model for decoding, in place; it can no longer be trained or saved. Matrices that read the same input
+    (c_q, c_k and c_v; c_gate and c_fc) are joined: fewer, larger products.
+    kernels=True: on a CPU with a C++ compiler an integer model decodes by kernels.py, in which 4 bits stay 4 bits in
+    memory. Norms and attention are then summed in another order, so that logits differ from PyTorch's in the last
+    digits. Without kernels 4-bit matrices are unpacked to int8, a byte a weight, with the same results, and an int8
+    vocabulary is packed.
+    pack: also packs the other matrices, whose results then differ a little. For a float model torch.bfloat16 pays on
+    CPUs with bfloat16 arithmetic, torch.float32 if most passes verify drafts. For a 4-bit model torch.bfloat16 keeps
+    half a byte a weight in memory, see PackedInt4Linear.
+    draft_vocab: the draft head chooses only among so many first tokens (a BPE learns the most frequent ones first), and
+    reads only their rows of a large vocabulary. 0: those that it was trained for, GPTConfig.draft_vocab.
     """
     # The lab notebook has d12 on an EPYC with bfloat16 arithmetic. On a Xeon without it (AVX-512, VNNI), in tokens/s:
     # f32 47.6, f32-packed 40.7, bf16-packed 54.5, int8 89.0, int8-packed 94.9, int8-compiled 163.4
@@ -51,25 +51,25 @@ def for_decoding(model, pack=None, draft_vocab=0, kernels=True):
     if all(map(KernelBlock.fits, blocks)):
         model.transformer.h = nn.ModuleList([KernelBlocks([KernelBlock(block) for block in blocks])])
         model.norm, model.softcap = data.kernels.norm, data.kernels.softcap
-    if not any(isinstance(module, KernelLinear) for module in model.modules()):    # these know where their weights lie
+    if not any(isinstance(module, KernelLinear) for module in model.modules()):    # these hold addresses of weights
         leave_file(model)
-    return model.eval()         # where a text is read, new modules would drop something, as in training
+    return model.eval()         # new modules start in training mode
 
 
 def for_measuring(model):
-    """A model of integers arranged for_decoding, which reads a text faster with the same results; floats stay."""
+    """Arranges an integer model so that it reads texts faster, with the same results. Float models stay as they are."""
     if rounding_of(model):
         for_decoding(model)
-        model.norm, model.softcap = norm, softcap       # PyTorch's, whose last digits are another's
+        model.norm, model.softcap = norm, softcap       # PyTorch's: the kernels' differ in the last digits
     return model
 
 
 def leave_file(model):
     """
-    What is left of a file's tensors gets memory of its own. They are views of one piece of memory (checkpoint.
-    read_safetensors), which would stay as long as one of them, when most have been replaced by other layouts.
+    Copies what is left of a file's tensors into memory of their own. They are views of one block of memory (checkpoint.
+    read_safetensors), which cannot be freed while any of them is in use, though most have been replaced.
     """
-    own = {}                                    # a tied lm_head keeps sharing the embedding's
+    own = {}                                    # so that a tied lm_head still shares the embedding's tensors
     for module in model.modules():
         for name, t in module._buffers.items():
             if t is not None and t.untyped_storage().nbytes() > 2 * t.nbytes:
@@ -77,7 +77,7 @@ def leave_file(model):
 
 
 def step_of(model):
-    """By what a model decodes, in words."""
+    """What computes a decoding step of this model, in words."""
     return 'kernels' if isinstance(model.transformer.h[0], KernelBlocks) else 'PyTorch'
 
 
@@ -96,7 +96,7 @@ def first_rows(linear, n):
 
 
 def joined(parts):
-    """Linears or IntLinears that read the same input, as one whose outputs are theirs, one after the other."""
+    """Joins Linears or IntLinears that read the same input: the outputs are concatenated."""
     first, weight = parts[0], end_to_end([part.weight for part in parts])
     if not isinstance(first, IntLinear):
         return float_linear(weight)
@@ -107,8 +107,8 @@ def joined(parts):
 
 def end_to_end(tensors):
     """
-    torch.cat along the rows; without a copy where each begins in memory where the one before ends, as a file of ours
-    was read: then they are one tensor already.
+    torch.cat along the rows, without a copy if the tensors lie one after the other in the memory of one file, as in
+    ours.
     """
     first, ends = tensors[0], [t.data_ptr() + t.nbytes for t in tensors]
     one_file = len({t.untyped_storage().data_ptr() for t in tensors}) == 1
@@ -120,7 +120,7 @@ def end_to_end(tensors):
 
 
 def packed_integers(linear, pack, kernels=True):
-    """An IntLinear in the layout that is fastest here."""
+    """An IntLinear -> the module with the layout that is fastest here."""
     if kernels and pack is None and KernelLinear.fits(linear):
         return KernelLinear(linear)
     if linear.step is not None and pack == torch.bfloat16 and PackedInt4Linear.fits(linear):
@@ -133,9 +133,9 @@ def packed_integers(linear, pack, kernels=True):
 
 class PackedLinear(nn.Module):
     """
-    A float Linear, its weights in float32, bfloat16 or float16. On a CPU the first two are in oneDNN's own layout,
-    which is read faster when several tokens pass at once; float16 is as it is, for which F.linear has a kernel that is
-    fast for one token, and slow for several. On a GPU all are as they are.
+    A float Linear with weights in float32, bfloat16 or float16. On a CPU the first two are kept in oneDNN's own layout,
+    which is faster when several tokens pass at once. float16 is not repacked: F.linear has a kernel for it that is fast
+    for one token, and slow for several. On a GPU nothing is repacked.
     """
     def __init__(self, weight, dtype):
         super().__init__()
@@ -157,7 +157,7 @@ class PackedLinear(nn.Module):
 def packed_int8(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
     Rows x (M, K), integers in [-127, 127] as float, times oneDNN's packed weights, times scale (N,) -> (M, N) float32.
-    x travels as x + 128 in uint8.
+    The kernel takes x + 128 as uint8.
     """
     return torch.ops.onednn.qlinear_pointwise(
         (x + 128).to(torch.uint8), 1.0, 128, packed, scale, torch.zeros(len(scale), dtype=torch.int32), None,
@@ -171,11 +171,10 @@ def _(x, packed, scale):
 
 class PackedInt8Linear(nn.Module):
     """
-    An 8-bit IntLinear in oneDNN's own layout, for matrices with so many rows (vocabularies) that a pass over several
-    tokens must not read them slowly: five tokens cost little more than one there, and twice as much in _int_mm. The
-    results are the same bits.
+    An 8-bit IntLinear in oneDNN's own layout, for vocabularies, which have many rows: in this layout a pass over five
+    tokens costs little more than one over a single token, in _int_mm twice as much. The results are the same bits.
     """
-    ROWS = 8192             # from here on it pays; in smaller ones the call itself costs more than it saves
+    ROWS = 8192             # it pays from so many rows on; for smaller matrices the call costs more than it saves
 
     def __init__(self, linear):
         super().__init__()
@@ -188,8 +187,8 @@ class PackedInt8Linear(nn.Module):
     @staticmethod
     def pays(linear):
         """
-        Whether linear should be packed: it is tall, it is on a CPU whose oneDNN has the kernel, and the kernel does not
-        saturate there (without VNNI it may).
+        Whether linear should be packed: it has many rows, and is on a CPU whose oneDNN has the kernel and does not
+        saturate (without VNNI it may).
         """
         rows, cols = linear.weight.shape
         if linear.weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
@@ -203,10 +202,10 @@ class PackedInt8Linear(nn.Module):
 
 class PackedInt4Linear(nn.Module):
     """
-    An IntLinear of 4 bits in the layout of a kernel (CPUs only) that keeps 4 bits in memory, makes bfloat16 of a tile
-    of them in registers, and adds up in float32. It is given integers, activations and steps, which bfloat16 holds
-    exactly, as float32 does their sums: rows stay independent. But what it returns is rounded to bfloat16, off by up
-    to 1/512: this is not quite the network that the rule defines, and so never the default.
+    A 4-bit IntLinear in the layout of a PyTorch kernel (CPUs only) that keeps 4 bits in memory, converts tiles of them
+    to bfloat16 in registers, and sums in float32. bfloat16 holds the integer activations, weights and steps exactly,
+    and float32 their sums. But the kernel rounds its result to bfloat16, an error of up to 1/512: this is not quite the
+    network that the rule defines, and so never the default.
     """
     def __init__(self, linear):
         super().__init__()
@@ -224,7 +223,7 @@ class PackedInt4Linear(nn.Module):
 
     @staticmethod
     def fits(linear):
-        """Whether the kernel takes this shape and its sums cannot leave the integers that float32 holds."""
+        """Whether the kernel takes this shape, and no sum can exceed the integers that float32 holds."""
         if linear.weight.device.type != 'cpu' or len(linear.scale) % 16 or linear.cols % linear.group:
             return False
         return 127 * linear.integers().int().abs().sum(dim=1).max() < 2**24
