@@ -1,15 +1,16 @@
 """
-Causal attention for training on a CPU: the same function as PyTorch's, with a faster way back.
+Causal attention for training on a CPU: the same function as PyTorch's, with a faster backward pass.
 
     y = attention(q, k, v)              # (B, n_head, T, head_dim); see model.causal_attention, which calls it
 
-PyTorch's kernel (FlashAttention-2, arXiv 2307.08691) is fast forwards; in bfloat16 its way back takes five times as
-long. Its formulas are five matrix products and one pass over the weights, and a compiler makes that pass one loop.
+PyTorch's kernel (FlashAttention-2, arXiv 2307.08691) has a fast forward pass, but in bfloat16 its backward pass takes
+five times as long. The formulas of the backward pass are five matrix products and some operations on the attention
+weights, which torch.compile fuses into one loop.
 """
 import torch
 
-ROWS = 128      # queries at a time: those of the first 128 see no key of a later place, so those products are left out
-LONGEST = 1024  # tokens: each 128 are compiled on their own
+ROWS = 128      # queries at a time; keys after them need not be multiplied, as none of them is seen
+LONGEST = 1024  # tokens; more would take long to compile, since every 128 are compiled separately
 
 
 def is_faster(v):
@@ -32,7 +33,7 @@ class Attention(torch.autograd.Function):
         q, k, v, y, logsumexp = ctx.saved_tensors
         B, H, T, D = q.shape
         KV, scale = k.size(1), D ** -0.5
-        # what a softmax subtracts on the way back: each query's mean of the gradients of its weights, which is y . dy
+        # the backward pass of a softmax subtracts the mean of its weights' gradients, which is y . dy for each query
         mean = (dy.float() * y.float()).sum(dim=-1)                              # (B, n_head, T)
         dq, dk, dv = [], 0, 0
         for start in range(0, T, ROWS):

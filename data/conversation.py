@@ -5,15 +5,15 @@ A conversation with a model. A library; sample.py --chat=True is its user.
     talk = Chat(Engine(model), tokenizer)
     for piece in talk.ask('What does shlex.split do?', max_new_tokens=200): print(piece, end='')
 
-How a conversation is written, what opens and what ends a message, is the tokenizer's: see BPETokenizer.chat_start.
+The tokenizer knows how a conversation is written, which tokens open and end a message: see BPETokenizer.chat_start.
 """
 
 
 class Chat:
     """
-    exchanges: list of (question, answer), str and list of int; exchanges.pop() takes the last one back,
-    exchanges.clear() forgets all. The answers are kept as the tokens that were drawn.
-    system: the system line, None: what the tokenizer has for one. ValueError if it has no format for conversations.
+    exchanges: list of (question, answer), a str and the list of tokens that were drawn; exchanges.pop() takes the last
+    one back, exchanges.clear() forgets all. system: the system line; None: the tokenizer's own. ValueError if the
+    tokenizer has no format for conversations.
     """
     def __init__(self, engine, tokenizer, system=None):
         tokenizer.chat_start(system, '')
@@ -21,11 +21,11 @@ class Chat:
         self.special = frozenset(tokenizer.special_ids)
 
     def prompt(self, question):
-        """All that was said, and the question -> the ids from which the model goes on."""
+        """The conversation so far and a question -> the ids that the model continues."""
         t = self.tokenizer
         opening, end, behind = t.turn('assistant', '')
         first = self.exchanges[0][0] if self.exchanges else question
-        ids, first = t.chat_start(self.system, first)       # which may have put the system line in front of it
+        ids, first = t.chat_start(self.system, first)       # some formats put the system line before the first question
         for i, (asked, answer) in enumerate([*self.exchanges, (question, None)]):
             ids += sum(t.turn('user', asked if i else first), []) + opening
             if answer is not None:
@@ -34,10 +34,11 @@ class Chat:
 
     def ask(self, question, max_new_tokens, stop_strings=(), **how):
         """
-        Streams the answer to question (str), which a special token ends; how as Engine.generate. Left early, by break
-        or Ctrl+C, what was said until then stays in the conversation. Where the context is too small for it all and for
-        an answer of max_new_tokens, or of a quarter of the context if that is less, the oldest exchanges go;
-        self.dropped says how many. ValueError, with the conversation as it was, if the question does not fit alone.
+        Streams the answer to question (str); a special token ends it. how: as for Engine.generate. If the caller leaves
+        early, by break or Ctrl+C, the answer so far stays in the conversation.
+        The oldest exchanges are dropped if the context has no room for an answer of max_new_tokens, or of a quarter of
+        the context if that is less; self.dropped says how many. ValueError, with the conversation unchanged, if even
+        the question alone does not fit.
         """
         t, block_size = self.tokenizer, self.engine.config.block_size
         room = block_size - min(max_new_tokens, block_size // 4)
@@ -56,7 +57,7 @@ class Chat:
                                           stop=self.special, reuse=True, **how)
         finally:
             answer = [token for token in self.engine.held_text[len(prompt):] if token not in self.special]
-            # a stop string, and what one pass drew behind it, was not said
+            # remove a stop string, and what the same pass drew after it
             while any(s in t.decode(answer) for s in stop_strings):
                 answer.pop()
             self.exchanges.append((question, answer))

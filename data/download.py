@@ -1,7 +1,7 @@
 """
-Downloads that go on where they stopped, and leave either a right file or the old one. A library, without torch.
+Downloads that resume where they stopped, and leave either a verified file or the old one. A library, without torch.
 
-    download('https://.../input.txt', 'data/x/input.txt', sha256='86c4e6...')       # -> the path, if the file is right
+    download('https://.../input.txt', 'data/x/input.txt', sha256='86c4e6...')       # -> the path
 """
 import os
 import re
@@ -12,14 +12,14 @@ from types import SimpleNamespace
 
 from data.files import hold, read_text, remove, sha256_of, write_text
 
-UNANNOUNCED = 2**30  # bytes that a file may have if its server does not say how many
-SLOWEST = 10_000  # bytes a second on average
-PATIENCE = 120  # seconds besides, for the answer and all else
+UNANNOUNCED = 2**30  # the most bytes of a file whose size the server does not tell
+SLOWEST = 10_000  # bytes per second, on average
+PATIENCE = 120  # seconds in addition, for the server to answer
 ALTERED = 'altered'
 
 
 class DownloadError(ValueError):
-    """A download that did not work. reason: the HTTP status as an int, or 'unreachable', 'cut short', 'altered'."""
+    """A download that failed. reason: the HTTP status as an int, or 'unreachable', 'cut short', 'altered'."""
 
     def __init__(self, message, reason):
         super().__init__(message)
@@ -28,14 +28,14 @@ class DownloadError(ValueError):
 
 def download(url, path, sha256=None, size=None, pause=0.0):
     """
-    Fetches url into the file at path, by way of path + '.part', and returns path.
-    Nothing is fetched if the file is there and right.
+    Fetches url into the file at path, by way of path + '.part', and returns path. Does nothing if the file is there and
+    has the right sha256 and size.
 
-    sha256: hex digits, size: bytes; both are checked if given. Without a sha256 the one is checked that Hugging Face
-    tells of large files. pause: seconds to wait before asking, out of politeness.
-    DownloadError: unreachable, an HTTP error, cut short (the .part stays and the next call goes on from there, if it is
-    still the same file), or altered, that is, not of that sha256 or size, or not sent as it was asked for (the .part is
-    removed). What was at path before is replaced by a right file or not at all.
+    sha256: hex digits; size: bytes; both are checked if given. Without a sha256, the one that Hugging Face sends for
+    large files is checked. pause: seconds to wait before asking, out of politeness.
+    DownloadError: 'unreachable'; an HTTP error; 'cut short' (the .part is kept, and the next call continues it if the
+    server still has the same file); or 'altered': another sha256 or size than expected, or not sent as it was asked for
+    (the .part is removed). An older file at path is replaced by a verified one or not at all.
     """
     path = os.fspath(path)
     part = path + '.part'
@@ -60,16 +60,16 @@ def download(url, path, sha256=None, size=None, pause=0.0):
 
 def _receive(url, path, sha256, size):
     """
-    What is missing of path + '.part', from url -> the sha256 that the server tells, or None. DownloadError, too, if it
-    takes longer than PATIENCE seconds and one more for every SLOWEST bytes. A server can send what stands before a body
-    and between its chunks byte by byte, and requests waits for it. So another thread asks, and may be left behind.
+    Fetches what is missing of path + '.part' -> the sha256 that the server tells, or None. DownloadError, also if it
+    takes longer than PATIENCE seconds plus one for every SLOWEST bytes. requests has no timeout for a server that sends
+    headers byte by byte, so the request runs in a thread of its own, which is abandoned when it is too slow.
     """
     transfer, result, began = SimpleNamespace(answered=False, bytes=0, late=False), [], time.monotonic()
 
     def ask():
         try:
             result.append(_fetch(url, path, sha256, size, transfer))
-        except BaseException as e:  # it is raised where it is waited for
+        except BaseException as e:  # raised again in the thread that waits
             result.append(e)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -86,7 +86,7 @@ def _receive(url, path, sha256, size):
 
 
 def _fetch(url, path, sha256, size, transfer):
-    """The same, for as long as it takes. transfer: what it tells of its progress, and whether nobody waits for it."""
+    """_receive without a time limit. transfer: reports progress, and tells whether anybody still waits."""
     import requests
     part = path + '.part'
     have, version, headers = _range(path, sha256)
@@ -97,15 +97,15 @@ def _fetch(url, path, sha256, size, transfer):
     transfer.answered, cause, total = True, None, None
     with response as r:
         if 'Range' in headers and r.status_code in (206, 416):
-            # bytes 5-99/100 with a 206; bytes */100 with a 416, which says that nothing comes after what we have
+            # "bytes 5-99/100" with a 206; "bytes */100" with a 416, which means that we already have all of it
             sent = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
             changed = version and _version(r) and _version(r) != version
-            # another range or file, or our part is longer than their file: from the start
+            # another range, another file, or our part is longer than the file: start from the beginning
             if changed or not sent or int(sent[1] or sent[2]) != have:
                 os.remove(part)
                 return _fetch(url, path, sha256, size, transfer)
             total = int(sent[2])
-        elif r.status_code == 200:  # the whole file, also where a range was asked for: many servers know none
+        elif r.status_code == 200:  # the whole file: many servers ignore ranges
             have, version = 0, _version(r)
             length = r.headers.get('Content-Length', '')
             total = int(length) if re.fullmatch(r'\d{1,20}', length) else None
@@ -121,7 +121,7 @@ def _fetch(url, path, sha256, size, transfer):
                     _read_body(r, f, total, transfer)
             except (OSError, requests.packages.urllib3.exceptions.HTTPError) as e:  # what arrived is in the .part
                 cause = e
-        # what Hugging Face says of a large file, where it sends us on to the server that has it
+        # Hugging Face sends the sha256 of a large file with the redirect to the server that holds it
         tags = [h.headers.get('X-Linked-Etag', '').strip('"') for h in (*r.history, r)]
     if cause or _size_of(part) < (total or 0):
         raise _cut_short(url, path, sha256, total, cause and _short(cause))
@@ -129,14 +129,13 @@ def _fetch(url, path, sha256, size, transfer):
 
 
 def _range(path, sha256):
-    """How many bytes there are already, of which version of the file, and the headers that ask for the rest of it."""
+    """-> how many bytes we have already, of which version of the file, and the headers that ask for the rest."""
     have, version = _size_of(path + '.part'), None
     if os.path.exists(_version_path(path)):
         version = read_text(_version_path(path))
-    # identity: if the server compressed it, what arrives would be neither the bytes that Content-Length counts nor
-    # those of the range
+    # identity: with compression, Content-Length and ranges would not count the bytes of the file
     headers = {'User-Agent': 'picochat/1.0 (a small educational language model)', 'Accept-Encoding': 'identity'}
-    if have and (version or sha256):  # else nobody would notice if it had become another file
+    if have and (version or sha256):  # without either nobody would notice that the file has changed meanwhile
         headers['Range'] = f'bytes={have}-'
         if version:
             headers['If-Range'] = version
@@ -156,12 +155,12 @@ def _cut_short(url, path, sha256, total, why):
 
 
 def _size_of(path):
-    """Bytes of a file; 0 if it is not there."""
+    """Bytes of a file; 0 if there is none."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _check_announced(response, path, total, have, size):
-    """What its headers say about a file of so many bytes (None: nothing). DownloadError if it is not what we want."""
+    """DownloadError if the headers of a response announce another file than we want, or one too large for the disk."""
     encoding = response.headers.get('Content-Encoding', 'identity')
     free = shutil.disk_usage(os.path.dirname(path) or '.').free
     for wrong, what in (
@@ -174,9 +173,9 @@ def _check_announced(response, path, total, have, size):
 
 
 def _read_body(response, f, total, transfer):
-    """What comes, into the open file f, until it has total bytes, and no more."""
+    """Copies the body of a response into the open file f, which may get total bytes and no more."""
     most = UNANNOUNCED if total is None else total
-    # as much as is there, so that nothing of it is lost when the line goes dead
+    # read1 returns what has arrived, so that nothing of it is lost if the connection breaks
     read = getattr(response.raw, 'read1', response.raw.read)
     while (chunk := read(1 << 16)) and not transfer.late:
         if f.tell() + len(chunk) > most:
@@ -188,7 +187,7 @@ def _read_body(response, f, total, transfer):
 
 
 def _version(response):
-    """By what the server would know this very file again: its ETag, unless that is a weak one, or its date; or None."""
+    """What identifies this version of the file: its ETag, unless that is a weak one, or its date; or None."""
     tag = response.headers.get('ETag', 'W/')
     return response.headers.get('Last-Modified') if tag.startswith('W/') else tag
 
@@ -198,14 +197,14 @@ def _version_path(path):
 
 
 def _keep_version(path, version):
-    """Beside the .part stands of which version of the file it is a part."""
+    """Writes beside the .part which version of the file it is a part of."""
     remove(_version_path(path))
     if version:
         write_text(_version_path(path), version)
 
 
 def _short(error):
-    """Only the name of an error, or its short text: those of requests run over many lines."""
+    """An error's short text or its name: the messages of requests run over many lines."""
     return getattr(error, 'strerror', None) or type(error).__name__
 
 

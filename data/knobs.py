@@ -1,6 +1,6 @@
 """
-What configurator.py does for every script: knobs from the command line and config files, checked; and how a script ends
-when something is wrong. A library.
+What configurator.py does for every script: it reads knobs from the command line and config files and checks them, and
+decides how the script ends if something is wrong. A library.
 
     config = configure(globals())       # sets the script's knobs -> {knob: value}
 """
@@ -24,15 +24,15 @@ NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", 'DefaultCPUAllocator:
 # how a script ends
 
 def ran_out_of_memory(error):
-    """PyTorch has an exception of its own for GPUs; on a CPU only the text of a RuntimeError tells."""
+    """Whether memory ran out. For GPUs PyTorch has an exception; on a CPU only the text of a RuntimeError tells."""
     name = type(error).__name__
     return (isinstance(error, MemoryError) or name == 'OutOfMemoryError'
             or name == 'RuntimeError' and any(text in str(error) for text in NO_MEMORY))
 
 
 def tell(kind, error, trace):
-    """In the place of Python's own hook for an exception that nobody caught; True if a line said it."""
-    if isinstance(error, BrokenPipeError):      # whoever read our output has left: nobody is there to be told
+    """The hook for exceptions that nobody caught: prints one line. -> True if it did, or had nothing to print."""
+    if isinstance(error, BrokenPipeError):      # whoever read our output has left
         return True
     message = ' '.join(str(error).split())
     if len(message) > 2000:                     # a name from outside may have any length
@@ -40,11 +40,11 @@ def tell(kind, error, trace):
     status = 1
     if ran_out_of_memory(error):
         message = f'memory ran out ({message[:200]}): use a smaller batch_size, or a smaller model'
-        status = 3                              # batch_size=auto knows by this that a batch was too large
+        status = 3                              # tells batch_size=auto that a batch was too large
     elif isinstance(error, ModuleNotFoundError) and (error.name or '').split('.')[0] in OPTIONAL:
         message = f"{error.name.split('.')[0]} is not installed: pip install {error.name.split('.')[0]}"
     elif not isinstance(error, (AssertionError, ValueError, OSError)) or not message:
-        return sys.__excepthook__(kind, error, trace)       # a mistake of ours: it must be seen whole
+        return sys.__excepthook__(kind, error, trace)       # a bug of ours: show the traceback
     if os.environ.get('PICOCHAT_TRACE'):
         sys.__excepthook__(kind, error, trace)
     else:
@@ -55,7 +55,7 @@ def tell(kind, error, trace):
 
 
 def flush():
-    """Often the text reaches a pipe only here, at the very end, and its reader has left."""
+    """Flushes stdout, quietly if its reader has left: text often reaches a pipe only here, at the very end."""
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -64,23 +64,23 @@ def flush():
 
 
 def end_in_one_line():
-    """How the script ends and prints: errors in a line, closed pipes quietly, odd characters replaced or shown."""
+    """Sets up how the script ends and prints: errors in one line, closed pipes quietly, odd characters made safe."""
     sys.excepthook = tell
     atexit.register(flush)
-    for stream in (sys.stdout, sys.stderr):         # a character that the terminal does not have ends nothing
+    for stream in (sys.stdout, sys.stderr):         # characters that the terminal cannot show become question marks
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
-        if stream and stream.isatty():              # what a model or a file says is shown there, and no command to it
+        if stream and stream.isatty():              # text of a model or a file must not control the terminal
             stream.write = lambda text, write=stream.write: write(shown(text))
-            os.environ['PYTHON_COLORS'] = '0'       # those of Python's own tracebacks would be shown, too
+            os.environ['PYTHON_COLORS'] = '0'       # or the colours of Python's tracebacks would show as \x1b
 
 # -----------------------------------------------------------------------------
 # knobs
 
 def configure(script):
     """
-    script: a script's globals, its knobs among them -> {knob: value}, also set there. ValueError if one cannot be what
-    it is told to be.
+    script: a script's globals, with its knobs -> {knob: value}; sets the knobs there, too. ValueError if a value is not
+    allowed.
     """
     end_in_one_line()
     defaults = {key: value for key, value in script.items()
@@ -107,7 +107,7 @@ def configure(script):
 
 
 def print_help(script, defaults):
-    """The script's docstring, and every knob with its default and its comment."""
+    """Prints the script's docstring, and every knob with its default and its comment."""
     source = open(script['__file__'], encoding='utf-8').read().rpartition('exec(open(')[0]
     beside = dict(re.findall(r'^ *(\w+) *=.*?(?: # *(.*))?$', source, re.M))    # a knob's comment; the last line wins
     print((script.get('__doc__') or '').strip() + '\n\nknobs, set by --key=value or in a config file:')
@@ -135,26 +135,26 @@ def read_arguments(args, defaults, home):
 
 
 def what_was_meant(arg, following, defaults):
-    """A message for --n_layer 3, --n-layer=3, n_layer=3 or a typo. following: the next word of the line, in a list."""
+    """A message for --n_layer 3, --n-layer=3, n_layer=3 or a typo. following: a list with the next word of the line."""
     key, equals, text = arg.lstrip('-').partition('=')
     problem = f'{arg!r} is not --key=value' if key in defaults else f'unknown key {key!r} in {arg!r}'
     known = key if key in defaults else nearest(key, defaults)
     if not known:
         return f'{problem}, --help lists the knobs'
-    if not equals:                                  # the value is the next word, if that looks like one
+    if not equals:                                  # suggest the next word as the value, if it looks like one
         text = 'True' if type(defaults[known]) is bool else 'VALUE'
         text = ([word for word in following if word[:2] != '--' and word[-3:] != '.py'] or [text])[0]
     return f"{problem}, did you mean {shlex.quote(f'--{known}={text}')}?"
 
 
 def run_file(file, knobs, defaults):
-    """Runs a config file, which sees the knobs so far -> {knob: value} after it."""
-    names = dict(knobs, __file__=file)              # the file's globals: it cannot replace a function of the script
+    """Runs a config file, which can read the knobs so far -> {knob: value} after it."""
+    names = dict(knobs, __file__=file)              # globals of its own: it cannot replace a function of the script
     try:
         exec(compile(open(file, 'rb').read(), file, 'exec'), names)
     except Exception as e:
         lines = [line for frame, line in traceback.walk_tb(e.__traceback__) if frame.f_code.co_filename == file]
-        line = lines[-1] if lines else getattr(e, 'lineno', None)   # a syntax error ran no line but knows its own
+        line = lines[-1] if lines else getattr(e, 'lineno', None)   # a syntax error comes before any line has run
         raise ValueError(f"{file}, line {line}: {type(e).__name__}: {getattr(e, 'msg', e)}")
     fitted = {key: fit(names[key], key, default, file) for key, default in defaults.items() if key in names}
     unknown = [key for key in names if key not in defaults and key[0] != '_']
@@ -177,25 +177,25 @@ def read(text):
         return words[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except Exception:  # any of five kinds, says its documentation; they all mean: not a Python literal
+    except Exception:  # one of five types, by its documentation, which all mean that text is no Python literal
         return text
     return value if type(value) in (int, float) else text
 
 
 def fit(value, key, default, where):
     """
-    The value as this knob holds it. Its type is that of the script's default, whatever a file has set since. where:
-    what says so, for the error.
+    The value as this knob holds it: of the type of the script's default, whatever files have set since. where: the flag
+    or file that gives the value, for the error.
     """
     kind, home = type(default), os.path.expanduser('~')
     if type(value) is str:
-        # ~/ is the home folder where a path may begin: at the start of a text, behind a word that says what kind of
-        # path it is (FILE:~/x, gpt2:~/x) and behind a + (several teachers). Any other ~ is a plain character.
+        # ~/ is the home folder where a path can begin: at the start of a text, after a kind of path (FILE:~/x,
+        # gpt2:~/x) and after a + (several teachers). Any other ~ is a plain character.
         value = re.sub(r'(^|\+)(\w+:)?~(?=/)', lambda found: (found[1] + (found[2] or '') + home), value)
     if kind is float and type(value) is int:
         return float(value)
-    off = value is None and kind in (int, float)                  # a number can be turned off: --top_k=none
-    auto = kind is int and type(value) is str and value == 'auto'  # or left to the script: --batch_size=auto
+    off = value is None and kind in (int, float)                  # numbers can be turned off: --top_k=none
+    auto = kind is int and type(value) is str and value == 'auto'  # ints can be left to the script: --batch_size=auto
     if type(value) is kind or off or auto or (default is None and type(value) in KINDS):
         return value
     takes = {bool: 'a bool: True or False', int: "an int, None or 'auto'", float: 'a float or None', str: 'a str'}
@@ -204,8 +204,9 @@ def fit(value, key, default, where):
 
 def check(key, value, default, allowed):
     """
-    ValueError unless the knob may be value. allowed: [all that it may be], or (least, most, further words), None for no
-    bound. What is None by default may stay None; whether it is an int or any number, its bounds say.
+    ValueError unless the knob may have this value. allowed: a list of all values, or (least, most, further words) with
+    None for no bound. A knob that is None by default may stay None; the type of its bounds tells whether it takes only
+    ints.
     """
     if value is None and default is None:
         return

@@ -1,8 +1,8 @@
 """
-Being told to stop: by Ctrl+C, by SIGTERM, or by a terminal that is closed (SIGHUP). A library, without torch.
+Signals to stop: Ctrl+C (SIGINT), SIGTERM, and SIGHUP, which comes when a terminal is closed. A library, without torch.
 
-    on_stop(lambda signum, frame: stopping.append(signum))      # what to do then
-    with passed_on(child):                                      # or who is told instead, and ends first
+    on_stop(lambda signum, frame: stopping.append(signum))      # calls this function
+    with passed_on(child):                                      # sends them to a child process, which ends first
         child.wait()
 """
 
@@ -13,8 +13,8 @@ import subprocess
 
 def on_stop(handler):
     """
-    handler(signum, frame) is called when this process is told to stop. What is ignored stays so: with nohup a closed
-    terminal ends nothing. -> {signum: the handler before}
+    Calls handler(signum, frame) when one of the signals comes. Signals that are ignored stay so: under nohup a closed
+    terminal ends nothing. -> {signum: the previous handler}
     """
     before = {}
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP'):
@@ -25,7 +25,7 @@ def on_stop(handler):
 
 
 def interrupt_on_stop():
-    """Like Ctrl+C, the others raise a KeyboardInterrupt as well, with the signal's number in its args."""
+    """Makes all of these signals raise a KeyboardInterrupt, as Ctrl+C does, with the signal's number in its args."""
     def interrupt(signum, frame):
         raise KeyboardInterrupt(signum)
     on_stop(interrupt)
@@ -34,9 +34,9 @@ def interrupt_on_stop():
 @contextlib.contextmanager
 def passed_on(child):
     """
-    While a process that we have started runs, it is told in our place, and ends as it likes: leave the block when it
-    has. Gives the list of the signals that came; if one did, this process ends after the block, with 128 + its number
-    as its status. If the block fails, the child is told to stop, and waited for.
+    Within the block signals are sent on to child, a process that we have started; leave the block when the child has
+    ended. Gives the list of the signals that came. If there is one, this process ends after the block with status 128 +
+    its number. If the block raises, the child is terminated, and waited for.
     """
     asked = []
 

@@ -1,6 +1,6 @@
 """
-Writing a dataset: texts or conversations -> tokens -> data/<name>/, which data/loader.py reads. A library, without
-torch; the prepare.py scripts are its users.
+Writing a dataset: texts or conversations -> tokens -> data/<name>/, which data/loader.py reads. A library of the
+prepare.py scripts, without torch.
 
 >>> from data.writer import split_texts, write_texts
 >>> train, val = split_texts({'a.txt': 'some text. ' * 99}, val_fraction=0.1)
@@ -31,7 +31,7 @@ def split_texts(texts, val_fraction):
     dict of name -> text -> (list of training texts, list of validation texts), each in the order of the names.
 
     Of many texts, whole ones are held out: in the order of a hash of their names, each that still fits into
-    val_fraction of all characters (if none does, the shortest). So a text stays on its side when the others change a
+    val_fraction of all characters (if none does, the shortest). So a text stays in its split when others change a
     little. Of a single text the end is held out.
     """
     if len(texts) == 1:
@@ -51,12 +51,12 @@ def split_texts(texts, val_fraction):
 
 def stdlib_files(root=''):
     """
-    The Python files of the standard library -> list of (module name, text), sorted;
-    'asyncio.events' is of the package asyncio.
+    The Python files of the standard library -> list of (module name, text), sorted; a module of a package is called
+    'asyncio.events'.
 
-    root: str, another folder to walk; by default the running Python's own. Left out: tests, installed packages, folders
-    and files that cannot be imported (config-3.12-...), what the build generated (it names its machine), and files that
-    are not UTF-8.
+    root: another folder to walk than the running Python's own. Left out are tests, installed packages, folders and
+    files that cannot be imported (config-3.12-...), generated files (they name the machine of the build), and files
+    that are not UTF-8.
     """
     root = root or sysconfig.get_paths()['stdlib']
     files = []
@@ -85,17 +85,17 @@ def stdlib_files(root=''):
 
 def stdlib_held_out(module):
     """
-    Whether a module of the standard library is for validation, by a hash of its top-level name:
-    no package is on both sides.
+    Whether a module of the standard library is held out for validation, by a hash of its top-level name, so that no
+    package is in both splits.
 
-    Of the twenty residues, 7 gives neither too little nor one giant: _pyio, pickletools, mailbox, optparse and some
-    small ones, which are 3 to 4 % of the text in every Python from 3.6 to 3.13.
+    Of the twenty residues 7 was chosen, as it gives neither too little text nor one giant module: _pyio, pickletools,
+    mailbox, optparse and some small ones, which are 3 to 4 % of the text in every Python from 3.6 to 3.13.
     """
     return zlib.crc32(module.split('.')[0].encode()) % 20 == 7
 
 
 def stdlib_source():
-    """What meta.json says about where the text is from."""
+    """The source of the text, for meta.json."""
     return f'standard library of {platform.python_implementation()} {platform.python_version()}'
 
 
@@ -106,10 +106,10 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=
     """
     Lists of training and validation texts -> a dataset, and its meta as a dict.
 
-    level 'char': one token a character, all that occur; the texts one after another as they are.
+    level 'char': a token for each character that occurs; the texts are concatenated as they are.
     level 'bpe': a BPE of vocab_size tokens, learnt from the training texts alone; each text starts with its bos.
-    tokenizer: one that is there already, of either kind; level and vocab_size then say nothing.
-    ValueError: too little text, a vocabulary too small or too large for it, or without its characters.
+    tokenizer: an existing tokenizer of either kind; level and vocab_size are then ignored.
+    ValueError: too little text, a vocabulary too small or too large for it, or without some of its characters.
     """
     if not any(train) or not any(val):
         raise ValueError(f'there is too little text: {sum(map(len, train)):,} characters for training, '
@@ -125,7 +125,7 @@ def write_texts(data_dir, train, val, level, source, vocab_size=4096, tokenizer=
 
 
 def text_ids(tokenizer, texts):
-    """A list of texts -> their tokens one after another, an array of uint32; of a BPE each starts with bos."""
+    """A list of texts -> their tokens, one text after another, an array of uint32; with a BPE each starts with bos."""
     if tokenizer.kind == 'char':
         return char_ids(tokenizer, ''.join(texts))
     start = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -138,8 +138,7 @@ def text_ids(tokenizer, texts):
 
 def char_ids(tokenizer, text):
     """
-    tokenizer.encode(text) as an array of uint32, some five times faster:
-    each character's code point looks up its id in a table.
+    tokenizer.encode(text) as an array of uint32, some five times faster: a table maps code points to ids.
     """
     codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
     present = np.flatnonzero(np.bincount(codes))
@@ -167,8 +166,8 @@ def write_chats(data_dir, tokenizer, train, val, row, source):
     Lists of training and validation conversations, each as render_chat returns it -> a dataset in rows of row tokens,
     and its meta as a dict.
 
-    One row is one window of training, so no batch has a shape of its own, no answer comes without its question, and the
-    first token of a row, which opens a conversation, is nobody's target. ValueError if no conversation of train or val
+    A row is a window of training. So all batches have one shape, no answer is seen without its question, and the first
+    token of a row, which has no target, is one that opens a conversation. ValueError if no conversation of train or val
     fits in a row.
     """
     stop = tokenizer.turn('assistant', '')[1][0]
@@ -197,8 +196,8 @@ def cut_chats(chats, row, stop):
     """
     Conversations as (ids, mask) -> those that fit in row tokens, how many were cut, and how many left out.
 
-    Of each, what comes after the last answer that ends in time (with the token stop) is cut off; one without such an
-    answer is left out.
+    A conversation is cut after the last answer that ends (with the token stop) within the row; without such an answer
+    it is left out.
     """
     kept, n_cut, n_out = [], 0, 0
     for ids, mask in chats:
@@ -212,7 +211,7 @@ def cut_chats(chats, row, stop):
 
 
 def answer_ends(ids, mask, stop):
-    """Where answers are at their end: behind each token stop that the assistant says (in ChatML users say it, too)."""
+    """Where answers end: after each token stop of the assistant's own (in ChatML it also ends what users say)."""
     return [i + 1 for i, (token, learn) in enumerate(zip(ids, mask)) if learn and token == stop]
 
 
@@ -220,9 +219,9 @@ def pack_rows(chats, row, pad):
     """
     chats: list of (ids, mask), none longer than row -> ids, mask: arrays (n_rows * row,), uint32 and uint8.
 
-    Best fit: the longest comes first, each goes whole into the fullest row that has room for it; what stays free is
-    pad, with mask 0. Equal lengths are taken in the order of a hash, so that neighbours in a row have nothing to do
-    with each other.
+    Best fit: the longest come first, and each goes whole into the fullest row that has room for it. The rest of a row
+    is pad, with mask 0. Conversations of equal length are taken in the order of a hash, so that those that share a row
+    are unrelated.
     """
     rows, room = [], []  # room: (tokens still free, number of the row), sorted
     for ids, mask in sorted(chats, key=lambda chat: (-len(chat[0]), zlib.crc32(str(chat[0]).encode()))):
@@ -248,7 +247,7 @@ def pack_rows(chats, row, pad):
 # Tokens -> files
 
 def dataset_dir(out_dir, name):
-    """out_dir, or data/<name> where that is empty."""
+    """out_dir, or data/<name> if that is empty."""
     if out_dir:
         return out_dir
     assert name not in ('', '.', '..') and os.path.basename(name) == name, \
@@ -261,11 +260,12 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
     """
     Writes train.bin, val.bin and meta.json into data_dir, prints the counts, and returns the meta as a dict.
 
-    train_ids, val_ids: sequences or arrays of token ids (a memmap will do: they are read in slices). masks: None, or a
-    pair of sequences of the same lengths, 1 where the token is to be learnt. source: str, where the text is from.
-    extra: dict of more to keep in meta.json.
-    All files are complete under other names before the first of an older dataset is touched; of the same bytes, none
-    is. AssertionError for ids that are not in the vocabulary, ValueError if the folder cannot be written.
+    train_ids, val_ids: sequences or arrays of token ids (a memmap will do, as they are read in slices). masks: None, or
+    a pair of sequences of the same lengths, 1 where the token is to be learnt. source: where the text is from. extra: a
+    dict of more entries for meta.json.
+    All files are completed under other names before any file of an older dataset is touched; files that would not
+    change are left alone. AssertionError for ids that are not in the vocabulary, ValueError if the folder cannot be
+    written to.
     """
     dtype = np.dtype('uint16' if tokenizer.vocab_size <= 65536 else 'uint32')
     arrays = {'train.bin': (train_ids, dtype, tokenizer.vocab_size), 'val.bin': (val_ids, dtype, tokenizer.vocab_size)}
@@ -275,7 +275,7 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
         arrays['train.mask.bin'] = masks[0], np.dtype('uint8'), 2
         arrays['val.mask.bin'] = masks[1], np.dtype('uint8'), 2
 
-    new = {}  # name -> the complete file that is to take it
+    new = {}  # name -> the complete file that will get this name
     try:
         with hold(data_dir), saving(data_dir):
             for name, (values, kind, bound) in arrays.items():
@@ -288,7 +288,7 @@ def write_dataset(data_dir, tokenizer, train_ids, val_ids, source, masks=None, e
             text = json.dumps(meta).encode()
             new['meta.json'] = write_temporary(os.path.join(data_dir, 'meta.json'), lambda f: f.write(text))
             replace_dataset(data_dir, new)
-            sync_folder(data_dir)  # from here on its sources may go
+            sync_folder(data_dir)  # from here on the sources may be deleted
     finally:
         remove(*new.values())
     print(f'{data_dir}: {len(train_ids):,} training and {len(val_ids):,} validation tokens, '
@@ -308,15 +308,15 @@ def write_integers(f, values, dtype, bound, name):
 
 
 def replace_dataset(data_dir, new):
-    """New files (name -> path, meta.json is one of them) take the place of the old; what is the same is left alone."""
+    """Moves new files (name -> path, meta.json among them) to their names; those that did not change are left alone."""
     here = lambda name: os.path.join(data_dir, name)
     changed = [name for name, path in new.items()
                if not os.path.isfile(here(name)) or sha256_of(here(name)) != sha256_of(path)]
     gone = [name for name in ('train.mask.bin', 'val.mask.bin') if name not in new and os.path.exists(here(name))]
     if not changed and not gone:
         return
-    # An older meta.json goes before its files do: if we are killed in between, there is no dataset, rather than one of
-    # new tokens with an old vocabulary.
+    # An older meta.json is removed first: if we are killed in between, there is no dataset, rather than new tokens with
+    # an old vocabulary.
     remove(*map(here, ('meta.json', *gone)))
     for name in [name for name in changed if name != 'meta.json'] + ['meta.json']:
         os.replace(new[name], here(name))
