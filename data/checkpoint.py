@@ -1,13 +1,13 @@
 """
-Our own files: checkpoints (torch.save) and the safetensors container of integer checkpoints, written whole or not at
-all, and checked when they are read. Tensors and plain types only: loading one can never run code.
+Our own files: checkpoints (torch.save) and integer checkpoints (in safetensors' layout). They are written whole or not
+at all, checked when they are read, and hold only tensors and plain types: loading one can never run code.
 
     from data.checkpoint import load_model, save_checkpoint
     save_checkpoint('out/best.pt', model, tokenizer.meta(), step=100, dataset='stdlib_char')
     model, state = load_model('out/best.pt')    # state: {'config', 'tokenizer', 'step', 'dataset', ...}
 
-A checkpoint is the dict {'picochat': 1, 'config': the shape, 'tokenizer': its meta, 'model': the weights} and whatever
-else was given. What guards against damaged and foreign files raises a ValueError that names what was expected.
+A checkpoint is a dict {'picochat': 1, 'config': the GPTConfig, 'tokenizer': its meta, 'model': the weights} with more
+entries as given. Damaged and foreign files are refused with a ValueError that names what was expected.
 """
 import hashlib
 import json
@@ -33,15 +33,16 @@ from model import GPT, GPTConfig, NEW_HEADS, rope_tables
 
 def save_checkpoint(path, model, tokenizer_meta, **extra):
     """
-    Writes model, shape, tokenizer and whatever else (plain types and tensors) to path. Of several processes all must
-    call it, since what is sharded is put together, and the first writes: the file is the same whatever wrote it.
+    Writes model, config, tokenizer and extra entries (plain types and tensors) to path. If there are several processes,
+    all must call it, since sharded tensors are gathered; the first one writes. The file does not depend on how many
+    there are.
     """
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
     def gather(x):
         """
-        x with whole tensors, on the CPU and one by one: all of them together need not fit the device. They are plain
-        ones, without what a compiler may have noted on them, which no reader of checkpoints takes.
+        x with whole tensors, gathered one by one on the CPU, since all together need not fit on the device. detach()
+        gives plain tensors, without attributes that a compiler may have left on them.
         """
         if isinstance(x, (list, tuple)):
             return [gather(v) for v in x]
@@ -62,11 +63,11 @@ def save_checkpoint(path, model, tokenizer_meta, **extra):
 # -----------------------------------------------------------------------------
 # reading
 
-LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # how files of torch before 1.6 begin, no zip archives
+LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # files of torch before 1.6, which are no zip archives, begin so
 
 
 def load_tensors(path, device='cpu'):
-    """A file of torch.save -> its tensors and plain types. ValueError for a file that is damaged, or holds more."""
+    """A file of torch.save -> its tensors and plain types. ValueError if it is damaged, or holds anything else."""
     with open(path, 'rb') as f:
         legacy = f.read(len(LEGACY)) == LEGACY
     if not legacy and not is_archive(path):
@@ -76,7 +77,7 @@ def load_tensors(path, device='cpu'):
     try:
         (check_old_file if legacy else check_archive)(path)
         with ThreadPoolExecutor(1) as pool:
-            # torch.load does not check the sums that torch.save writes: another thread does, at the same time
+            # torch.load does not check the checksums in the file: another thread does, at the same time
             sums = pool.submit(lambda: None if legacy else damage(path))
             state = torch.load(path, map_location=device, weights_only=True)
         damaged = sums.result()
@@ -94,8 +95,8 @@ def load_tensors(path, device='cpu'):
 
 def plain_names(state):
     """
-    A state dict without what wrappers put into its names: torch.compile _orig_mod., DDP and DataParallel module.
-    ValueError for what is no state dict.
+    A state dict without the prefixes that wrappers add to names (torch.compile: _orig_mod., DDP and DataParallel:
+    module.). ValueError if it is no state dict.
     """
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"expected tensors by their names, found {type(state).__name__}")
@@ -106,7 +107,7 @@ def plain_names(state):
 
 
 def config_from(shape, source):
-    """A shape as a dict, and where it is from -> GPTConfig. ValueError for what this version does not know."""
+    """A GPTConfig as a dict, and the file it is from -> GPTConfig. ValueError for unknown or impossible fields."""
     fields = GPTConfig.__dataclass_fields__
     if not isinstance(shape, dict):
         raise ValueError(f"{source} does not say its shape, but {shape!r:.40}: use another copy")
@@ -117,7 +118,7 @@ def config_from(shape, source):
     for name, value in shape.items():
         kind = (int, float) if fields[name].type is float else fields[name].type
         is_number = isinstance(value, (int, float))
-        is_odd = isinstance(value, bool) and fields[name].type is not bool      # Python takes True for a number
+        is_odd = isinstance(value, bool) and fields[name].type is not bool      # in Python, True is an int
         if not isinstance(value, kind) or is_odd or is_number and not 0 <= value < 2**53:
             raise ValueError(f"{source} says that {name} is {value!r:.40}: use another copy")
     return GPTConfig(**shape)
@@ -125,8 +126,8 @@ def config_from(shape, source):
 
 def load_checkpoint(path, device='cpu'):
     """
-    path -> the saved dict, whose weights are those of its config. ValueError for a file that is missing, damaged,
-    foreign or unsafe.
+    path -> the saved dict, whose weights fit its config. ValueError for a file that is missing, damaged, foreign or
+    unsafe.
     """
     if os.path.isdir(path):
         raise ValueError(f"no checkpoint at {path}: it is a folder, name the file in it, {path}/best.pt")
@@ -148,8 +149,8 @@ def load_checkpoint(path, device='cpu'):
 
 class NotDrawn(TorchFunctionMode):
     """
-    For the device meta: torch.nn.init does nothing, and tables of positions are on the CPU. PyTorch would do both in
-    Python there, and import its compiler first, which takes a second.
+    Speeds up models on the device meta: torch.nn.init does nothing, and tables of positions are computed on the CPU. On
+    meta tensors PyTorch would do both in Python, and import its compiler first, which takes a second.
     """
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -161,53 +162,53 @@ class NotDrawn(TorchFunctionMode):
 
 
 def without_memory(kind, config):
-    """kind(config), a model whose weights are shapes alone."""
+    """kind(config), a model whose weights take no memory (meta tensors)."""
     with torch.device('meta'), NotDrawn():
         return kind(config)
 
 
 def load_model(path, device='cpu'):
-    """path -> model on device, in eval mode, and what else the checkpoint says, a dict."""
+    """path -> model on device, in eval mode, and the checkpoint's other entries, a dict."""
     state = load_checkpoint(path, device)
-    weights = state.pop('model')                # so that nothing but the model keeps them in memory
+    weights = state.pop('model')                # so that only the model keeps them in memory
     return with_weights(GPTConfig(**state['config']), {name: t.float() for name, t in weights.items()}, device), state
 
 
 def with_weights(config, weights, device='cpu'):
-    """The GPT of this shape that holds these tensors, on device already, themselves; a tied lm_head is wte's."""
+    """A GPT with this config that holds these very tensors, which are on device already; a tied lm_head is wte's."""
     model = without_memory(GPT, config)         # so no weights are in memory twice
     if config.tie_weights:
         weights = weights | {'lm_head.weight': weights['transformer.wte.weight']}
     model.load_state_dict(weights, assign=True)
     if config.tie_weights:
         model.lm_head.weight = model.transformer.wte.weight
-    with torch.device(device):                  # made there: tensors without memory, as bench.py has, cannot move
+    with torch.device(device):                  # created there, since meta tensors, as bench.py has, cannot be moved
         model.cos, model.sin = rope_tables(config)
     return model.eval()
 
 # -----------------------------------------------------------------------------
-# going on with a training
+# starting a training from a checkpoint
 
 HOW_TRAINED = ('hold_out', 'train_only', 'dataset', 'quant_bits', 'quant_group', 'tables_bits', 'qat_start')
 
 
 def starting_point(init_from, ckpt_path, knobs, tokenizer, data_dir, loader):
     """
-    What a training begins with, by its knob init_from: 'scratch' -> {}; 'resume' -> the checkpoint at ckpt_path, which
-    must be gone on with in the same way; a path -> that checkpoint, for its weights. loader: the training split of
-    data_dir. ValueError says what does not belong together.
+    What a training starts from, by its knob init_from: 'scratch' -> {}; 'resume' -> the checkpoint at ckpt_path, which
+    must have been trained with the same knobs; a path -> that checkpoint, for its weights. loader: the training split
+    of data_dir. ValueError says what does not fit.
     """
     if init_from == 'scratch':
         return {}
     path = ckpt_path if init_from == 'resume' else init_from
-    state = load_checkpoint(path)               # into the CPU's memory: the model that takes it may be sharded
+    state = load_checkpoint(path)               # on the CPU, as the model on the device may be sharded
     if init_from == 'resume':
         check_resumable(state, path, knobs, data_dir, loader.meta['sha256']['train.bin'])
     if knobs['hold_out'] and state.get('knobs', {}).get('hold_out') != knobs['hold_out']:
         raise ValueError(f"{init_from} was not trained with hold_out={knobs['hold_out']}: "
                          "it has seen that part of the text; start from scratch")
     if fingerprint(from_meta(state['tokenizer'])) != fingerprint(tokenizer):
-        known = state.get('dataset')            # of a model from elsewhere there is none
+        known = state.get('dataset')            # None for a model from elsewhere
         on, remedy = (f", on {known},", 'that dataset, or ') if known else ('', '')
         raise ValueError(f"{path} was trained with another tokenizer{on} than {data_dir} has: give {remedy}one "
                          f"that was prepared with --tokenizer={shlex.quote(str(path))}")
@@ -232,7 +233,7 @@ def check_resumable(state, path, knobs, data_dir, data_hash):
 
 
 def will_replace(paths, reads, out_dir, quiet=False):
-    """Says which of the paths are there and will be replaced. ValueError if one of them is among the files read."""
+    """Prints which of the paths exist and will be replaced. ValueError if one of them is among the files read."""
     there = [path for path in paths if os.path.exists(path)]
     read = {os.path.realpath(path) for path in reads}
     for path in there:
@@ -247,9 +248,10 @@ def will_replace(paths, reads, out_dir, quiet=False):
 
 def shape_of_student(config, source):
     """
-    The shape of a model that starts from the weights of a checkpoint. config: what the knobs ask for; source: the
-    checkpoint's dict. The checkpoint decides, but for block_size and dropout, on which no weight depends, for how often
-    the draft cell is applied and what it chooses from, and for heads that it does not have: they may be added.
+    The GPTConfig of a model that starts from the weights of a checkpoint. config: what the knobs ask for; source: the
+    checkpoint's dict. The checkpoint's config is used, with some fields of the knobs': block_size and dropout, which no
+    weight depends on; how often the draft cell is applied, and what it chooses from; and heads that the checkpoint does
+    not have, which are added.
     """
     theirs = source['config']
     shape = theirs | {'block_size': config.block_size, 'dropout': config.dropout,
@@ -262,19 +264,19 @@ def shape_of_student(config, source):
 
 
 def load_weights(model, source):
-    """The checkpoint's weights into model; heads that it lacks keep their fresh ones, all else must be there."""
+    """Loads the checkpoint's weights into model. Heads that it lacks stay fresh; everything else must be there."""
     fresh = {name: p for name, p in model.state_dict().items() if name.startswith(NEW_HEADS)}
     model.load_state_dict(fresh | source['model'])
 
 # -----------------------------------------------------------------------------
 # the container of integer checkpoints: 8 bytes of length, a JSON header, the tensors (safetensors' layout)
 
-HEADER = 2**23              # bytes that a header may have; a vocabulary of 49,152 tokens takes 0.5 MB
+HEADER = 2**23              # the most bytes of a header; a vocabulary of 49,152 tokens takes 0.5 MB
 DTYPES = {torch.int8: 'I8', torch.uint8: 'U8', torch.float32: 'F32'}
 
 
 def checksum(header, *data):
-    """sha256 of everything but itself; the header as sorted JSON."""
+    """sha256 of the header, as sorted JSON, and of the data."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for part in data:
         digest.update(part)
@@ -283,14 +285,14 @@ def checksum(header, *data):
 
 def write_safetensors(path, tensors, metadata):
     """
-    tensors: {name: int8, uint8 or float32 tensor}, metadata: {name: str} -> the bytes of the file at path. The checksum
-    of all of it goes into the metadata.
+    Writes tensors, {name: int8, uint8 or float32 tensor}, and metadata, {name: str}, with a checksum of all of it, to
+    path -> the bytes of the file.
     """
     header, arrays, end = {}, [], 0
-    # Tensors of 4-byte numbers come first: so all of them stay aligned. Then steps, then weights: so those that are
+    # Tensors of 4-byte numbers come first, so that they are aligned; then steps, then weights, so that those which are
     # joined for decoding lie one after the other, see layouts.end_to_end.
     for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0].endswith('.weight'))):
-        arrays.append(t.cpu().contiguous().numpy())             # a view, if it can be
+        arrays.append(t.cpu().contiguous().numpy())             # a view if possible
         header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [end, end + t.nbytes]}
         end += t.nbytes
     header['__metadata__'] = dict(metadata)
@@ -306,9 +308,9 @@ def write_safetensors(path, tensors, metadata):
 
 def read_safetensors(path, format, device='cpu'):
     """
-    A file of write_safetensors whose metadata say this format -> {name: tensor on device}, metadata. On a CPU all are
-    views of the one piece of memory that the file was read into. ValueError for a damaged or foreign file. (The
-    checksum finds damage; who changes a file on purpose can write another one.)
+    A file of write_safetensors whose metadata name this format -> {name: tensor on device}, metadata. On a CPU all
+    tensors are views of the block of memory that the file was read into. ValueError for a damaged or foreign file. (The
+    checksum detects damage, not tampering.)
     """
     with open(path, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')

@@ -1,15 +1,15 @@
 """
-What guards against files of weights that are damaged, foreign or hostile, in the order in which load_checkpoint asks.
-Each raises a ValueError; data/checkpoint.py says which file it was.
+Checks against damaged, foreign and hostile files of weights, in the order in which load_checkpoint calls them. Each
+raises a ValueError, to which data/checkpoint.py adds the file's name.
 
-    is_archive, check_archive, check_old_file   the file: as torch.save writes it, no larger in memory than on the disk
-    check_pickle                                its pickle: names what dicts and tensors are made of, and nothing else
-    damage                                      the sums that were saved with it
-    check_contents                              what it has become: plain, finite in size, with all its bytes
-    check_what_it_says                          what it says of its training
-    check_size                                  its shape: no larger than what it holds, before a model of it is made
-    check_tensors, check_finite                 its tensors: those of its shape, and numbers
-    check_training                              what a training goes on with
+    is_archive, check_archive, check_old_file   the file is as torch.save writes it, no larger in memory than on disk
+    check_pickle                                its pickle names nothing but what dicts and tensors are made of
+    damage                                      its bytes have the checksums that were saved with them
+    check_contents                              what was loaded is plain, of finite size, and has all its bytes
+    check_what_it_says                          what it says about its training has the right types
+    check_size                                  its config is no larger than its tensors, before a model is made
+    check_tensors, check_finite                 its tensors are those of its config, and their numbers are finite
+    check_training                              a training can resume from it
 """
 import io
 import math
@@ -25,7 +25,7 @@ from data.files import check_types
 # the file and its pickle
 
 def is_archive(path):
-    """Whether a file ends as a zip archive does. Of one whose end is damaged, zipfile itself may raise."""
+    """Whether a file is a zip archive, by its end, for which zipfile may raise if that is damaged."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -33,13 +33,13 @@ def is_archive(path):
 
 
 def damage(path):
-    """The first member of a zip archive that is not what was written, or None."""
+    """The first member of a zip archive that does not have its checksum, or None."""
     with zipfile.ZipFile(path) as z:
         return z.testzip()
 
 
 def check_archive(path):
-    """ValueError unless a zip archive is such as torch.save writes, and no larger in memory than on the disk."""
+    """ValueError unless a zip archive is as torch.save writes it, and no larger in memory than on disk."""
     with zipfile.ZipFile(path) as z:
         members = z.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -60,26 +60,26 @@ def check_old_file(path):
             check_pickle(f)
 
 
-# All that the pickle of a checkpoint needs to name: what dicts and tensors are made of. torch.load knows more, some of
-# which takes as much memory as a file of a few bytes asks for.
+# All that the pickle of a checkpoint may name: what dicts and tensors are made of. torch.load allows more, among it
+# functions that would take as much memory as a file of a few bytes asks for.
 NAMES = re.compile(r'collections\.OrderedDict|torch\.(Size|device|bool|(b?float|u?int)\d+)'
                    r'|torch\.(cuda\.|storage\.)?\w+Storage|torch\._utils\._rebuild_(tensor(_v[23])?|parameter)')
-# And its instructions, each a byte, with how many bytes of argument, or of its length, follow.
+# The instructions that it may use, each a byte, with the number of bytes of the argument, or of its length.
 CONSTANTS = {b'K': 1, b'M': 2, b'J': 4, b'G': 8, b'N': 0, b'\x88': 0, b'\x89': 0, b')': 0, b']': 0, b'}': 0, b'\x80': 1}
 TEXTS = {b'X': 4, b'U': 1, b'\x8a': 1}
-PUTS, GETS = {b'q': 1, b'r': 4}, {b'h': 1, b'j': 4}                 # what is kept under a number, to be used again
-TUPLES = {b'\x85': 1, b'\x86': 2, b'\x87': 3}                      # here: of so many values
-DROPS = {b'R': 1, b'\x81': 1, b'Q': 0, b'a': 1, b's': 2, b'b': 1}   # and here: so many fewer are on the stack
+PUTS, GETS = {b'q': 1, b'r': 4}, {b'h': 1, b'j': 4}                 # store a value under a number, and get it again
+TUPLES = {b'\x85': 1, b'\x86': 2, b'\x87': 3}                      # here: the number of values in the tuple
+DROPS = {b'R': 1, b'\x81': 1, b'Q': 0, b'a': 1, b's': 2, b'b': 1}   # here: how many values leave the stack
 LARGEST = 10_000
 
 
 def check_pickle(f):
     """
-    Reads the instructions of a pickle from the open file f, and obeys none. ValueError for those that a checkpoint has
-    no need of, for names besides NAMES, and for a tuple in a tuple in a tuple ... that holds more than LARGEST values:
-    as the key of a dict it would be hashed value by value, which may take for ever, or all of the processor's stack.
+    Reads the instructions of a pickle from the open file f without executing them. ValueError for instructions that a
+    checkpoint does not need, for names other than NAMES, and for nested tuples of more than LARGEST values: such a
+    tuple as the key of a dict would be hashed value by value, which may take for ever, or overflow the stack.
     """
-    stack, marks, memo = [], [], {}             # the stack holds of how many values each of its entries consists
+    stack, marks, memo = [], [], {}             # of each entry on the stack only its number of values is kept
     read, number = f.read, int.from_bytes
     while (op := read(1)) != b'.':
         if op in TEXTS:
@@ -94,7 +94,7 @@ def check_pickle(f):
             stack.append(1)
         elif op == b'(':
             marks.append(len(stack))
-        elif op in (b'e', b'u'):                # all since the mark goes into a list or a dict
+        elif op in (b'e', b'u'):                # everything since the mark goes into a list or dict
             del stack[marks.pop():]
         elif op == b't' or op in TUPLES:
             start = marks.pop() if op == b't' else len(stack) - TUPLES[op]
@@ -113,7 +113,7 @@ def check_pickle(f):
 
 
 def check_contents(state, size):
-    """ValueError unless what a file of so many bytes has become is plain, and takes no more memory than the file."""
+    """ValueError unless the contents of a file of size bytes are plain, and take no more memory than the file."""
     if n_values(state, {}) > 2 * size:
         raise ValueError('it has the same values again and again')
     total = 0
@@ -121,19 +121,19 @@ def check_contents(state, size):
         if t.untyped_storage().nbytes() < t.nbytes:
             raise ValueError(f'{name} says that it has {t.numel():,} numbers, and fewer are there')
         total += t.nbytes
-    if total > 2 * size:                        # tied tables are there twice
+    if total > 2 * size:                        # tied tables count twice
         raise ValueError(f'its tensors have {total:,} bytes, and the file has {size:,}')
 
 
 def n_values(x, known):
     """
-    Of how many values nested dicts, lists and tuples consist: each counts as often as it is reached. known: what has
-    been counted, by id. ValueError for keys that are neither texts nor whole numbers.
+    The number of values in nested dicts, lists and tuples; one that is reached several times counts each time. known:
+    what has been counted so far, by id. ValueError for keys that are neither str nor int.
     """
     if not isinstance(x, (dict, list, tuple)):
         return 1
     if id(x) not in known:
-        known[id(x)] = math.inf                 # if it is met again within itself, it has no end
+        known[id(x)] = math.inf                 # for what contains itself
         if getattr(x, '__dict__', {}).keys() - {'_metadata'}:
             raise ValueError('a dict in it is more than that')
         odd = [key for key in x if type(key) not in (str, int)] if isinstance(x, dict) else []
@@ -146,7 +146,7 @@ def n_values(x, known):
 # -----------------------------------------------------------------------------
 # what it says, and its tensors
 
-# what a checkpoint may say besides, and which of the knobs that it was trained with are used again
+# optional entries of a checkpoint, and the knobs of its training that are used again
 SAYS = {'step': int, 'seconds': float, 'total_batch_size': int, 'val_loss_before': float, 'data': str, 'best': dict,
         'knobs': dict, 'optimizers': list, 'ema': dict, 'grid': dict}
 KNOBS = {'hold_out': str, 'init_from': str, 'quant_bits': int, 'quant_group': int, 'tables_bits': int,
@@ -154,7 +154,7 @@ KNOBS = {'hold_out': str, 'init_from': str, 'quant_bits': int, 'quant_group': in
 
 
 def check_what_it_says(state, path):
-    """ValueError unless what a checkpoint says of its training is of the types that a training has written."""
+    """ValueError unless a checkpoint's entries about its training have the types that train.py writes."""
     may_be_none = ('val_loss_before', 'data')
     known = {key: value for key, value in state.items() if not (value is None and key in may_be_none)}
     check_types(known, path, 'use another copy', {}, SAYS)
@@ -168,8 +168,8 @@ def check_what_it_says(state, path):
 
 def check_size(config, tensors, path):
     """
-    ValueError if the shape is larger than what the file holds. It comes before a model of that shape is made: a small
-    file must not take much memory, or time.
+    ValueError if the config describes a larger model than the file holds. It is called before a model of that config is
+    made, so that a small file cannot take much memory or time.
     """
     widest = 2 * max((max(t.shape, default=1) for t in tensors.values()), default=0)    # a byte may hold two numbers
     held = sum(t.numel() for t in tensors.values())
@@ -184,7 +184,7 @@ def check_size(config, tensors, path):
             ('n_head * head_dim', c.n_head * c.head_dim, widest),
             ('multi_token_hidden_mult', c.multi_token_hidden_mult * c.n_embd, widest),
             ('draft_hidden_mult', c.draft_hidden_mult * c.n_embd, widest),
-            # the tables of positions are in no file: 32 MiB, or more where the weights take more
+            # tables of positions are in no file: they may take 32 MiB, or more if the weights do
             ('block_size * head_dim', c.block_size * c.head_dim, 2**22 + 2 * held)):
         if asked > most:
             raise ValueError(f"{path} does not hold the model that it describes: its {name} is {asked:,}, "
@@ -193,8 +193,8 @@ def check_size(config, tensors, path):
 
 def check_tensors(own, state, path):
     """
-    own: the state dict that a model has, which needs no memory; state: what the file at path holds for it. ValueError
-    unless names, shapes and kinds are the same and all numbers are finite.
+    own: the state dict of a model, which may be on the device meta; state: the tensors of the file at path. ValueError
+    unless names, shapes and kinds of dtypes are the same and all numbers are finite.
     """
     wrong = []
     for name in {**own, **state}:
@@ -219,9 +219,9 @@ def check_tensors(own, state, path):
 
 
 def check_finite(state, path):
-    """ValueError names the first tensor of nested dicts and lists that has a number that is NaN or infinite."""
+    """ValueError names the first tensor in nested dicts and lists that has NaN or infinite numbers."""
     for name, t in tensors_in(state):
-        # A sum is NaN or infinite if any of its numbers is; or if they are very large, for which all are looked at.
+        # the sum is NaN or infinite if any number is; or if numbers are very large, so then each is looked at
         if not t.is_floating_point() or t.is_meta or t.sum(dtype=torch.float32).isfinite():
             continue
         n = (~t.double().isfinite()).sum().item()
@@ -241,7 +241,7 @@ def tensors_in(x, name=''):
 
 
 def check_training(state, path):
-    """ValueError unless a checkpoint's optimizers and moving averages can be gone on with."""
+    """ValueError unless training can resume with a checkpoint's optimizers and moving averages."""
     check_types(state, path, 'use another copy', {'step': int, 'total_batch_size': int})
     check_types(state['knobs'], path, 'use another copy', {'init_from': str})
     if not isinstance(state.get('fast_bf16'), (bool, type(None))):

@@ -10,9 +10,9 @@ sample.py use it. From the repo root:
 >>> [tok.decode([i]) for i in tok.encode('slow lows')]
 ['s', 'low', ' ', 'low', 's']
 >>> ids, mask = tok.render_chat([{'role': 'user', 'content': 'low?'}, {'role': 'assistant', 'content': 'lower'}])
->>> tok.decode(i for i, m in zip(ids, mask) if m)  # what a chat model learns to say
+>>> tok.decode(i for i, m in zip(ids, mask) if m)  # the tokens that a chat model learns
 'lower<|assistant_end|>'
->>> fingerprint(from_meta(tok.meta())) == fingerprint(tok)  # meta() is what meta.json and checkpoints keep
+>>> fingerprint(from_meta(tok.meta())) == fingerprint(tok)  # meta() is what meta.json and checkpoints hold
 True
 
 A BPE of 4,096 on Python's standard library (12 MB of text) trains in 4 s on one core of a 2-core virtual machine.
@@ -31,9 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 import regex  # comes with tiktoken, and has its \p{L}
 import tiktoken
 
-# How text is cut before any merging: no token crosses a cut. It is GPT-4's pattern, but numbers go in groups of at most
-# two digits, so that a small vocabulary is not spent on three-digit numbers. To the letter it is what nanochat trains
-# with: its teachers must see the same cuts.
+# How text is cut before any merging: no token crosses a cut. This is GPT-4's pattern, except that numbers are cut into
+# at most two digits, so that a small vocabulary is not spent on three-digit numbers. It is exactly the pattern that
+# nanochat trains with: its teachers must see the same cuts.
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
            r"|\s*[\r\n]|\s+(?!\S)|\s+")
 
@@ -42,14 +42,14 @@ PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p
 SPECIAL_TOKENS = ('<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>', '<|assistant_end|>',
                   '<|python_start|>', '<|python_end|>', '<|output_start|>', '<|output_end|>')
 
-# What stands before a text: ours and nanochat's, what GPT-2, SmolLM and Qwen put between two texts, Llama 3's. Where
-# one of ENDS is, or that again, a text is at its end.
+# The special token that begins a text: ours and nanochat's; the one that GPT-2, SmolLM and Qwen put between two texts;
+# Llama 3's. A text ends with one of ENDS, or with this token again.
 BOS = ('<|bos|>', '<|endoftext|>', '<|begin_of_text|>')
 ENDS = ('<|endoftext|>', '<|end_of_text|>', '<|im_end|>', '<|eot_id|>')
-# The forms of conversations, by the special tokens that they are made of.
+# Formats of conversations, and the special tokens that they need.
 CHATS = {'nanochat': {*SPECIAL_TOKENS[:5]}, 'chatml': {'<|im_start|>', '<|im_end|>'}}
 
-# Characters of every kind, alone and together: any pattern must cut this into pieces that are the whole of it.
+# Characters of every kind, for a test: the pieces into which a pattern cuts this must make up the whole of it.
 ALL_KINDS = ''.join(map(chr, range(0x3100))) + "It's 12345 \r\n\r\n  x\t\t\u65e5\u672c\u8a9e \U0001f600\U0010ffff --- "
 
 
@@ -81,8 +81,8 @@ class CharTokenizer:
 
     def encode(self, text, remedy='leave them out of the prompt, or train a model on a text that has them'):
         """
-        str -> list of int, one per character. ValueError names the characters that are not in the vocabulary, and says
-        what to do about it, which depends on what the text is for.
+        str -> list of int, one per character. ValueError names the characters that are not in the vocabulary, and the
+        remedy, which depends on what the text is for.
         """
         unknown = sorted(set(text) - self._ids.keys())
         if unknown:
@@ -111,25 +111,25 @@ class CharTokenizer:
 
 class BPETokenizer:
     """
-    Byte-level BPE: text becomes bytes, and bytes are merged into tokens. tiktoken does the work.
+    Byte-level BPE: text becomes bytes, and bytes are merged into tokens. tiktoken does the encoding.
 
-    ranks: dict of bytes -> 0..n-1, the tokens of text in the order of their ids. A lower rank merges earlier.
+    ranks: dict of bytes -> 0..n-1, the text tokens in the order of their ids. A lower rank merges earlier.
     pattern: str, the regular expression that cuts text into pieces before merging
         (tiktoken's dialect, Rust's fancy-regex).
-    special_tokens: names, in the order of their ids. special_ids: list of int, those ids, in any places (SmolLM2 has
-        them first); None: the last ones, n, n+1, ... The tokens of text have all other ids.
-    bos: the name of the special token that stands before a text, or None; 'auto': the first of BOS that is there.
-    chat: 'nanochat', 'chatml' or None, the form in which it writes conversations; 'auto': what its special tokens are
-        made for. system: what a chat's system line says where nobody says anything else, or None.
-    normalizer: 'NFC' (Unicode's composed form, which text is brought into first: Qwen2), or None.
+    special_tokens: names, in the order of their ids. special_ids: list of int, their ids, which may be anywhere
+        (SmolLM2 has them first); None: the last ones, n, n+1, ... Text tokens have all other ids.
+    bos: the name of the special token that begins a text, or None; 'auto': the first of BOS that exists.
+    chat: 'nanochat', 'chatml' or None, the format of conversations; 'auto': the one whose special tokens exist.
+    system: the default system line of a chat, or None.
+    normalizer: 'NFC' (text is first brought into Unicode's composed form: Qwen2), or None.
 
-    Single bytes may lack a token. A character that needs one is read as U+FFFD, whose own bytes must be there, so that
-    every string has an encoding.
+    Some single bytes may have no token. A character that needs one is then read as U+FFFD, whose own bytes must have
+    tokens, so that every string can be encoded.
     ValueError: ranks or ids with holes, no bytes of U+FFFD, a special token twice, a pattern that does not parse.
-    Attributes: vocab_size int, special tokens included; bos int, an id, or None; ends set of int, the tokens with which
-    a text is at its end; pattern, chat, system, normalizer; special_tokens list of str; special_ids list of int;
-    text_ids list of int, of the tokens of text by rank; token_bytes list of int, bytes of each id and 0 for special
-    tokens (bits per byte leaves those out).
+    Attributes: vocab_size int, special tokens included; bos int, an id, or None; ends set of int, the tokens that end a
+    text; pattern, chat, system, normalizer; special_tokens list of str; special_ids list of int; text_ids list of int,
+    the ids of text tokens by rank; token_bytes list of int, bytes of each id and 0 for special tokens (bits per byte
+    leaves those out).
     """
     kind = 'bpe'
 
@@ -154,19 +154,20 @@ class BPETokenizer:
         self.text_ids = [i for i in range(self.vocab_size) if i not in special]  # of rank 0, 1, ...
         self._bytes = self._by_id(self._merged, [name.encode('utf-8') for name in self.special_tokens])
         self.token_bytes = self._by_id(map(len, self._merged), [0] * len(special))
-        # tiktoken wants all bytes, and ids without holes. It gets ranks: those of the tokens, then of the bytes that
-        # lack one (none occurs in what it is given), then of the special tokens (which it never reads out of text).
+        # tiktoken wants all bytes, and ids without holes. So it works with ranks: first those of the text tokens, then
+        # those of bytes without a token (which never occur in its input), then those of special tokens (which it never
+        # finds in text).
         whole = ranks | {bytes([byte]): n + i for i, byte in enumerate(self._missing)}
         names = {name: len(whole) + i for i, name in enumerate(self.special_tokens)}
         try:
             self._encoding = tiktoken.Encoding('picochat', pat_str=pattern, mergeable_ranks=whole, special_tokens=names)
         except ValueError as e:
             raise ValueError(f'the pattern of this tokenizer, {pattern!r:.60}, is none ({e}): use another') from None
-        with contextlib.suppress(regex.error, TimeoutError):  # of what only tiktoken knows
+        with contextlib.suppress(regex.error, TimeoutError):  # patterns that only tiktoken understands
             if not all(match.group() for match in regex.finditer(pattern, ALL_KINDS, timeout=5)):
                 raise ValueError(f'the pattern of this tokenizer, {pattern!r:.60}, matches where there is nothing, of '
                                  'which tiktoken dies: use another tokenizer')
-        self.encode(ALL_KINDS)  # raises, now rather than at somebody's prompt, if the pattern leaves some of it out
+        self.encode(ALL_KINDS)  # raises now, rather than at somebody's prompt, if the pattern skips some characters
 
     def _usual_bos(self):
         return next((name for name in BOS if name in self._special_ids), None)
@@ -175,9 +176,9 @@ class BPETokenizer:
         return next((chat for chat, names in CHATS.items() if self._special_ids.keys() >= names), None)
 
     def _check(self):
-        """ValueError unless each special token has a name and an id of its own, and what is said of the table fits."""
+        """ValueError unless special tokens have distinct names and ids, and pattern, bos, chat and normalizer fit."""
         ids, n = self.special_ids, len(self.special_tokens)
-        if len(self.pattern) > 2**14:  # it takes 3 kB of memory for each of its characters
+        if len(self.pattern) > 2**14:  # compiled, a pattern takes 3 kB of memory for each of its characters
             raise ValueError(f'the pattern of this tokenizer has {len(self.pattern):,} characters: use another')
         if not all(map(_is_text, [self.pattern, *self.special_tokens])):
             raise ValueError('the pattern or a special token of this tokenizer has half a surrogate pair, which is no '
@@ -200,7 +201,7 @@ class BPETokenizer:
             raise ValueError(f'text would be brought into the form {self.normalizer!r:.40}, and only NFC is known here')
 
     def _by_id(self, of_text, of_specials):
-        """Values for the tokens of text, by rank, and for the special tokens -> one list, by id."""
+        """Values for the text tokens, by rank, and for the special tokens -> one list, by id."""
         values = dict(zip(self.text_ids, of_text)) | dict(zip(self.special_ids, of_specials))
         return [values[i] for i in range(self.vocab_size)]
 
@@ -209,11 +210,11 @@ class BPETokenizer:
         str -> list of int. Special tokens are never read out of text: '<|bos|>' typed by a user is seven ordinary
         characters. Half a surrogate pair becomes U+FFFD (tiktoken's choice), and so does a character whose bytes have
         no tokens.
-        ValueError for half a million white-space characters in a row, and where the pattern is not up to a text.
+        ValueError for half a million white-space characters in a row, and if the pattern fails on a text.
         """
         if len(text) >= 1_000_000:
-            # tiktoken backtracks over runs of white space, and dies of a million (a Rust panic, not an exception).
-            # Other runs are fine. The lookbehind below tries each run once, not at each of its characters.
+            # tiktoken backtracks over runs of white space, and a million of it crashes it (a Rust panic, no exception).
+            # Other runs are fine. With the lookbehind each run is tried once, not at each of its characters.
             run = regex.search(r'(?<!\s)\s{500000}', text)
             if run:
                 raise ValueError(f'500,000 white-space characters in a row, from character {run.start()} on: '
@@ -222,9 +223,9 @@ class BPETokenizer:
             text = unicodedata.normalize(self.normalizer, text)
         text, n_bytes = self._writable(text)
         try:
-            ranks = self._encoding.encode(text, disallowed_special=())  # they are not refused, either
+            ranks = self._encoding.encode(text, disallowed_special=())  # names of special tokens are plain text
         except BaseException as e:
-            if not isinstance(e, ValueError) and type(e).__name__ != 'PanicException':  # Rust's own is no Exception
+            if not isinstance(e, ValueError) and type(e).__name__ != 'PanicException':  # Rust's is no Exception
                 raise
             raise ValueError(f'the pattern of this tokenizer, {self.pattern!r:.60}, takes too long to cut a text: '
                              'use another tokenizer') from None
@@ -235,7 +236,7 @@ class BPETokenizer:
         return ids
 
     def _writable(self, text):
-        """A text -> the same with U+FFFD for what has no tokens, and its bytes in UTF-8 (how many)."""
+        """A text -> the same with U+FFFD for characters without tokens, and its length in UTF-8 bytes."""
         content = _utf8(text)
         if not self._missing or content == content.translate(None, self._missing):
             return text, len(content)
@@ -271,8 +272,8 @@ class BPETokenizer:
 
     def meta(self):
         """
-        dict of plain types for JSON; from_meta undoes it. Tokens are in id order, each byte as the Latin-1 character of
-        its value. What a tokenizer of our own never has is said only where it is.
+        dict of plain types for JSON; from_meta undoes it. Tokens are in id order, each byte written as the Latin-1
+        character of its value. Keys that our own tokenizers do not need are there only if their values are unusual.
         """
         meta = {'kind': 'bpe', 'ranks': [token.decode('latin-1') for token in self._merged],
                 'pattern': self.pattern, 'special_tokens': self.special_tokens[:]}
@@ -290,8 +291,9 @@ class BPETokenizer:
 
     def chat_start(self, system, question):
         """
-        The system line (str, '' for none, None for the tokenizer's own) and the first question -> the ids with which
-        the conversation begins, and the text of the question as it is written then. ValueError without a format.
+        The system line (str; '' for none, None for the tokenizer's own) and the first question -> the ids with which
+        the conversation begins, and the question as it is to be written after them. ValueError if the tokenizer has no
+        format for conversations.
         """
         if self.chat is None:
             raise ValueError("this tokenizer has no special tokens for conversations, neither nanochat's, like "
@@ -302,10 +304,10 @@ class BPETokenizer:
         return sum(self.turn('system', system), []) if system else [], question
 
     def turn(self, role, text):
-        """A message -> what opens it, its text with the token that ends it, and what follows: three lists of ids."""
+        """A message -> three lists of ids: what opens it; its text and the token that ends it; what follows it."""
         if self.chat == 'nanochat':
             return [self.special(f'<|{role}_start|>')], self.encode(text) + [self.special(f'<|{role}_end|>')], []
-        # an answer is not merged with the line end before it, since the model begins it after that
+        # an answer must not be merged with the line end before it, after which the model begins to draw
         head, text = (f'{role}\n', text) if role == 'assistant' else ('', f'{role}\n{text}')
         return ([self.special('<|im_start|>')] + self.encode(head),
                 self.encode(text) + [self.special('<|im_end|>')], self.encode('\n'))
@@ -317,8 +319,8 @@ class BPETokenizer:
         conversation: list of {'role', 'content'}, or {'messages': that list}. Roles are user, assistant, user, ...;
             a system message may come first: in nanochat's format it is put in front of the first user's text, with a
             blank line between.
-        Returns ids, mask: lists of int of one length. mask is 1 where the assistant speaks: its text and the token
-            that ends it, which it must learn to say, but not what opens it, which the engine says for it.
+        Returns ids, mask: lists of int of the same length. mask is 1 for what the assistant must learn: its text and
+            the token that ends it, but not what opens its message, which the engine writes.
         ValueError names the message that is wrong.
         """
         system, turns = _turns(conversation)
@@ -332,7 +334,7 @@ class BPETokenizer:
 
 
 def _utf8(text):
-    """A text in UTF-8; surrogates as tiktoken reads them: two are one character, half of one U+FFFD."""
+    """A text in UTF-8, with surrogates as tiktoken reads them: a pair is one character, half of one is U+FFFD."""
     try:
         return text.encode('utf-8')
     except UnicodeEncodeError:
@@ -340,7 +342,7 @@ def _utf8(text):
 
 
 def _is_text(text):
-    """Whether a str is text: JSON can spell half a surrogate pair, and nothing can write it."""
+    """Whether a str can be written as UTF-8: half a surrogate pair, which JSON can spell, cannot."""
     return _utf8(text).decode() == text
 
 
@@ -354,7 +356,7 @@ def _checked(ids, vocab_size):
 
 
 def _turns(conversation):
-    """A conversation -> its system line or None, and a list of what user and assistant say in turn. ValueError."""
+    """A conversation -> its system line or None, and the texts of user and assistant in turn. ValueError."""
     messages = conversation.get('messages') if isinstance(conversation, dict) else conversation
     if not isinstance(messages, (list, tuple)):
         raise ValueError('a conversation is a list of {role, content} or an object with messages, '
@@ -381,16 +383,16 @@ def _turns(conversation):
 
 def train_bpe(texts, vocab_size, pattern=PATTERN, special_tokens=SPECIAL_TOKENS):
     """
-    Learns merges by the usual greedy rule (Sennrich et al. 2016, on bytes): cut the texts into pieces, then again and
-    again make a token of the adjacent pair of tokens that is most frequent. Of equally frequent pairs, the one with the
-    smallest ids wins, left id first: the result depends on nothing but the text (not even on its order), and is the one
-    of rustbpe, which trained nanochat's tokenizers.
+    Learns merges by the usual greedy rule (Sennrich et al. 2016, on bytes): cuts the texts into pieces, then repeatedly
+    makes a new token of the most frequent pair of adjacent tokens. Of equally frequent pairs the one with the smallest
+    ids wins, left id first. So the result depends only on the text (not even on its order), and equals that of rustbpe,
+    which trained nanochat's tokenizers.
 
-    texts: iterable of str (documents; no piece spans two). Each is cut in one go,
-        so a corpus beyond memory should come in parts.
+    texts: iterable of str (documents; no piece spans two). Each is cut as a whole, so a corpus larger than memory must
+        come in parts.
     vocab_size: int, tokens in all: 256 bytes, the merges, and the special tokens last. At most 1,114,112 (see _Pairs).
     Returns a BPETokenizer.
-    ValueError if vocab_size is too small for the bytes, or if the text has fewer merges than asked.
+    ValueError if vocab_size is too small for the bytes, or if the text has too few pairs to merge.
     """
     if isinstance(texts, str):
         raise ValueError('texts is one string and must be several: give [text]')
@@ -423,9 +425,9 @@ class _Pairs:
     """
     The words of a text, and how often each pair of adjacent tokens occurs in them.
 
-    A word is a str whose characters *are* token ids, chr(id): a pair is a str of two, str.split finds it (leftmost
-    first, no overlaps, in C: also in a word of a million letters), and pairs compare as their ids do. In 'aaa' the pair
-    'aa' counts twice, as in every BPE trainer.
+    A word is a str whose characters *are* token ids, chr(id). A pair is then a str of two characters; str.split finds
+    it (leftmost first, without overlaps, fast even in a word of a million letters), and pairs compare as their ids do.
+    In 'aaa' the pair 'aa' counts twice, as in every BPE trainer.
     """
 
     def __init__(self, pieces):
@@ -433,36 +435,36 @@ class _Pairs:
         self.words = [piece.encode('utf-8').decode('latin-1') for piece in pieces]  # a token a byte, to begin with
         self.counts = list(pieces.values())
         self.pair_count = Counter()
-        self.where = defaultdict(set)  # pair -> indices of the words that have it, or had it: nobody is taken out
+        self.where = defaultdict(set)  # pair -> indices of the words that have it, or had it once
         for i, word in enumerate(self.words):
             for pair in map(str.__add__, word, word[1:]):
                 self.pair_count[pair] += self.counts[i]
                 self.where[pair].add(i)
-        # The heap holds each pair once, with a count that may be out of date, but only too high: a merge adds only to
-        # pairs that have the new token, and those are pushed when it is done.
+        # The heap holds each pair once, with a count that may be too high, never too low: a merge raises only counts of
+        # pairs with the new token, and those are pushed after the merge.
         self.heap = [(-count, pair) for pair, count in self.pair_count.items()]
         heapq.heapify(self.heap)
 
     def most_frequent(self):
-        """The pair that occurs most often, which leaves the heap; None if there is no pair left."""
+        """Takes the most frequent pair from the heap; None if there is none left."""
         while self.heap:
             count, pair = heapq.heappop(self.heap)
-            if -count == self.pair_count[pair]:  # a top entry whose count is still true is the most frequent pair
+            if -count == self.pair_count[pair]:  # the count is up to date, so no other pair is more frequent
                 return pair
             if self.pair_count[pair]:
                 heapq.heappush(self.heap, (-self.pair_count[pair], pair))
         return None
 
     def merge(self, pair, new):
-        """Where the pair stands in a word, the token new takes its place."""
+        """Replaces the pair by the token new in all words."""
         left, right = pair
         fresh = set()
         for i in self.where.pop(pair):
             parts = self.words[i].split(pair)
-            if len(parts) == 1:  # an earlier merge has taken the pair from this word
+            if len(parts) == 1:  # an earlier merge has removed the pair from this word
                 continue
             self.words[i] = new.join(parts)
-            # Only what touches the new token changes. Where a part is empty, two pairs were neighbours.
+            # only pairs that touch the new token change; an empty part means that two pairs were neighbours
             changes = Counter()
             for k, (before, after) in enumerate(zip(parts, parts[1:])):
                 changes[pair] -= 1
@@ -485,7 +487,7 @@ class _Pairs:
 # To and from files
 
 def kind_of(meta):
-    """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError unless it has what that kind is made of."""
+    """What .meta() returned -> 'char', 'bpe' or 'chat'. ValueError if keys of that kind are missing or wrong."""
     bpe = {'ranks': list, 'pattern': str, 'special_tokens': list}
     needs = {'char': {'chars': str}, 'bpe': bpe, 'chat': bpe}
     kind = meta.get('kind') if isinstance(meta, dict) else None
@@ -510,7 +512,7 @@ def from_meta(meta):
     """
     if kind_of(meta) == 'char':
         tokenizer = CharTokenizer(meta['chars'])
-        # ids are positions: sorting the characters now would renumber what a model has learnt
+        # ids are positions in this string: sorting it now would renumber the tokens that a model has learnt
         if tokenizer.chars != meta['chars']:
             raise ValueError('the characters of a vocabulary must be sorted and unique: '
                              'run the data set\'s prepare.py again')
@@ -525,14 +527,14 @@ def from_meta(meta):
 
 
 def vocab_size_of(meta):
-    """What .meta() returned -> the number of tokens, without making the tokenizer. ValueError, see kind_of."""
+    """What .meta() returned -> the number of tokens, without creating the tokenizer. ValueError: see kind_of."""
     return len(meta['chars']) if kind_of(meta) == 'char' else len(meta['ranks']) + len(meta['special_tokens'])
 
 
 def fingerprint(tokenizer):
     """
-    sha256 (64 hex digits) of the tokenizer's meta as canonical JSON, but for how it is used:
-    equal when two tokenizers have the same ids for the same tokens.
+    sha256 (64 hex digits) of the tokenizer's meta as canonical JSON, without bos, chat and system. It is equal for two
+    tokenizers with the same ids for the same tokens.
     """
     meta = {key: value for key, value in tokenizer.meta().items() if key not in ('bos', 'chat', 'system')}
     return hashlib.sha256(json.dumps(meta, sort_keys=True, separators=(',', ':')).encode('ascii')).hexdigest()
