@@ -220,7 +220,7 @@ def check_shape():
 
 
 def wanted_formats():
-    """The knob formats as a list; quality takes llama.cpp's, too, and files of integers."""
+    """The knob formats as a list; quality also takes llama.cpp's formats and integer checkpoints."""
     files = [word for word in words_of(formats) if word.endswith('.safetensors')]
     return listed('formats', [*FORMATS, *GGUF_KINDS, *files] if mode == 'quality' else FORMATS)
 

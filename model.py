@@ -8,9 +8,8 @@ The GPT: configuration, trunk, heads, losses, accounting and evaluation. Everyth
 
 The block is nanochat's of the d20-d34 era, so that those weights load: RMSNorm without weights, rotary positions and
 then a norm of q and k, relu^2, no biases, a norm after the embedding, logits soft-capped at 15. Switches of GPTConfig
-make it a Llama's: mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0. There is one trunk; training, decoding,
-distillation and drafting all go through it. Heads that read it: lm_head, and, when asked for, multi-token heads and a
-draft head.
+make it a Llama's: mlp='swiglu', qk_norm=False, embed_norm=False, softcap=0. Training, decoding and distillation all use
+the one trunk; lm_head reads it, and, when asked for, multi-token heads and a draft head do.
 """
 import math
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 import data.attention
 
-MLPS = ('relu2', 'swiglu')          # what an MLP does between its matrices
+MLPS = ('relu2', 'swiglu')          # an MLP's activation functions
 LOSS_CHUNK_BYTES = 128 * 2**20      # losses are computed over chunks of tokens whose fp32 logits take at most this much
 GPU_CHUNKS = 8                      # compiled for a GPU, chunks are this many times larger: fewer pieces to launch
 
-
 @dataclass
 class GPTConfig:
-    """A shape. Every dimension is free; None means the usual value, filled in below and from then on fixed."""
+    """The shape of a model. Every dimension is free; None becomes the usual value, in __post_init__."""
     block_size: int = 1024
     vocab_size: int = 65536
     n_layer: int = 12
@@ -38,7 +36,7 @@ class GPTConfig:
     n_embd: int = 768
     head_dim: int | None = None     # None: n_embd / n_head
     n_hidden: int | None = None     # None: 4 * n_embd; of swiglu 8/3 of it, which are as many weights
-    use_mqa: bool = False           # the long name of n_kv_head=1
+    use_mqa: bool = False           # another way to say n_kv_head=1
     tie_weights: bool = False       # lm_head is wte
     dropout: float = 0.0            # on the embedding and on what each branch adds; only for small data seen many times
     # nanochat's block as it stands here; a Llama's is swiglu, False, False, 0.0
@@ -47,7 +45,7 @@ class GPTConfig:
     embed_norm: bool = True         # embeddings are normed before the first block
     softcap: float = 15.0           # logits lie in (-15, 15): a cheap guard against runaway ones; 0: off
     norm_eps: float = 0.0           # what every norm adds to the mean square; 0: the machine epsilon
-    out_proj: bool = False          # adds c_out(x) to what lm_head reads: a tied Llama's last gain
+    out_proj: bool = False          # lm_head reads x + c_out(x): the last gain of a tied Llama
     hadamard: int = 0               # hidden units are turned by Hadamard matrices of this size (data/balance.py)
     rope_base: float = 10000.0
     rope_bf16: bool = False         # rotary tables rounded to bfloat16, as nanochat's models were trained with
@@ -100,15 +98,15 @@ def norm(x, eps=0.0):
 
 
 def softcap(y, cap):
-    """Logits y within (-cap, cap), nearly themselves where they are small (Gemma 2, arXiv 2408.00118); 0: no cap."""
+    """Squashes logits y into (-cap, cap); small ones hardly change (Gemma 2, arXiv 2408.00118). 0: no cap."""
     return cap * torch.tanh(y / cap) if cap else y
 
 
 def hadamard(x, n):
     """
-    Every n neighbours of x (..., K) times the Hadamard matrix of size n, a power of 2. Each output is a sum of all n
-    inputs with signs of its own, so one input that is much larger than the others is spread over all of them. Twice it
-    gives n times x. It is made of sums and differences alone, so the bits do not depend on how many rows there are.
+    Multiplies every n neighbours of x (..., K) by the Hadamard matrix of size n, a power of 2. Each output is the sum
+    of all n inputs with its own signs, so one very large input is spread over all outputs; twice gives n times x. Made
+    of sums and differences only, so the bits do not depend on how many rows there are.
     """
     half = 1
     while half < n:
@@ -133,8 +131,8 @@ def rotate(x, cos, sin):
 
 def sees(query, key):
     """
-    Which positions a token attends to, its own and all before it: the one rule of who sees whom. Every mask in the repo
-    is made of it. query and key: positions, ints or tensors that broadcast -> bool of the same shape.
+    Whether a token at position query attends to the one at position key: to itself and all before it. Every mask in the
+    repo is made of this rule. query and key: ints or tensors that broadcast -> bool of the same shape.
     """
     return key <= query
 
@@ -142,7 +140,7 @@ def sees(query, key):
 def causal_attention(q, k, v):
     """
     q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim) -> (B, n_head, T, head_dim). is_causal=True is the
-    rule of sees, in the form that PyTorch's kernels are fast for.
+    rule of sees; PyTorch's kernels are faster with it than with a mask.
     """
     if data.attention.is_faster(v):
         return data.attention.attention(q.to(v.dtype), k.to(v.dtype), v)
@@ -158,7 +156,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_v = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
         self.c_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
-        # a decoder joins the three that read x (layouts.for_decoding); training keeps them apart, for Muon
+        # for decoding these three are joined (layouts.for_decoding); in training they are separate, for Muon
         self.c_qkv = None
 
     def forward(self, x, cos, sin, cache):
@@ -174,7 +172,7 @@ class Attention(nn.Module):
         return y.flatten(2)
 
     def queries_keys_values(self, x, cos, sin):
-        """(B, T, n_embd) -> q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim); q and k are turned."""
+        """(B, T, n_embd) -> q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim); q and k are rotated."""
         B, T, _ = x.shape
         n_q, n_kv = self.n_head, self.n_kv_head
         qkv = torch.cat((self.c_q(x), self.c_k(x), self.c_v(x)), dim=-1) if self.c_qkv is None else self.c_qkv(x)
@@ -191,7 +189,7 @@ class MLP(nn.Module):
 
     @staticmethod
     def undo(scale):
-        """To make hidden units scale times smaller, divide c_fc's rows by this."""
+        """By what to divide c_fc's rows so that hidden units become scale times smaller."""
         return scale.sqrt()
 
     def __init__(self, n_in, n_hidden, n_out, turned=0):
@@ -209,7 +207,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A Llama's MLP: hidden units that a second matrix opens and shuts (arXiv 2002.05202)."""
+    """A Llama's MLP: hidden units are multiplied by gates, which a second matrix computes (arXiv 2002.05202)."""
     readers = ('c_gate', 'c_fc')
 
     @staticmethod
@@ -286,19 +284,19 @@ class GPT(nn.Module):
                 std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
                 zero = name.endswith(('c_proj', 'c_out')) or (name == 'lm_head' and not self.config.tie_weights)
                 nn.init.normal_(module.weight, std=0.0 if zero else std)
-        # embed() norms each row, so its length does not change the output. It sets how far one step of AdamW turns the
-        # row: with entries of size 1 the steps would hardly turn it at all.
+        # embed() norms each row, so a row's length does not change the output. But it decides how far a step of AdamW
+        # turns the row: rows with entries of size 1 would hardly be turned at all.
         nn.init.normal_(self.transformer.wte.weight, std=self.config.n_embd ** -0.5)
 
     def embed(self, idx):
-        """(B, T) ids -> (B, T, n_embd): what the trunk and the draft cell read of a token."""
+        """(B, T) ids -> (B, T, n_embd): embeddings, as the trunk and the draft cell read them."""
         x = self.transformer.wte(idx)
         return self.norm(x, self.config.norm_eps) if self.config.embed_norm else x
 
     def trunk(self, idx, cache=None):
         """
-        idx (B, T) int64 -> (B, T, n_embd), the states that every head reads. Without a cache the T tokens start at
-        position 0; with one (data/cache.py) they continue each row at its length, and it keeps their keys and values.
+        idx (B, T) int64 -> (B, T, n_embd), the states that all heads read. Without a cache the T tokens start at
+        position 0; with one (data/cache.py) they follow what each row of it holds, and it stores their keys and values.
         """
         if cache is None:
             assert idx.size(1) <= self.config.block_size, \
@@ -317,14 +315,14 @@ class GPT(nn.Module):
 
     def logits(self, x, head=None):
         """
-        States (..., n_embd) -> logits (..., vocab_size), float32 at least. head: a matrix to use in place of lm_head;
-        the last dimension is then its number of rows.
+        States (..., n_embd) -> logits (..., vocab_size), at least float32. head: a module to use in place of lm_head,
+        whose outputs are then the last dimension.
         """
         y = (head or self.lm_head)(self.before_head(x))
         return self.softcap(y.to(torch.promote_types(y.dtype, torch.float32)), self.config.softcap)
 
     def before_head(self, x):
-        """What lm_head reads of states (..., n_embd), of the same shape."""
+        """States (..., n_embd) -> the input of lm_head, of the same shape."""
         return x + self.transformer.c_out(x) if self.config.out_proj else x
 
     def multi_token_state(self, x, i):
@@ -333,31 +331,30 @@ class GPT(nn.Module):
 
     def draft_state(self, x, idx):
         """
-        One step of the draft cell: state x (B, T, n_embd) and the token that follows it, idx (B, T) -> the next state
-        (B, T, n_embd). From the trunk's state at t and token t+1 comes the state that predicts t+2; applied again, t+3,
-        and so on.
+        One step of the draft cell: a state x (B, T, n_embd) and the token after it, idx (B, T) -> the next state. From
+        the trunk's state at t and token t+1 it makes the state that predicts t+2; applied again, t+3, and so on.
         """
         return norm(x + self.draft(torch.cat((x, self.embed(idx)), dim=-1)), self.config.norm_eps)
 
     def draft_logits(self, state):
-        """Logits of what the draft cell chooses from: (..., n_embd) -> (..., draft_vocab or vocab_size)."""
+        """Draft states (..., n_embd) -> logits of what the cell chooses from, (..., draft_vocab or vocab_size)."""
         if self.draft_lm_head is not None:
             return self.logits(state, self.draft_lm_head)
         n = self.config.draft_vocab or self.config.vocab_size
-        if type(self.lm_head) is nn.Linear:     # no other rows are multiplied; a matrix that rounds does it as a whole
+        if type(self.lm_head) is nn.Linear:     # multiply the first n rows only; a matrix that rounds cannot be cut
             return self.logits(state, lambda x: F.linear(x, self.lm_head.weight[:n]))
         return self.logits(state)[..., :n]
 
     def draft_loss(self, x, targets, idx, count):
         """
-        As head_losses, the draft cell's part; count (draft_n,). A draft is kept when it is what the model itself draws,
-        so the cell learns the model's distribution: KL(model || cell), both among the tokens that it chooses from. The
-        model gets no gradient from it.
+        The draft cell's loss, nats; arguments as in head_losses, count (draft_n,). A draft is kept if the model itself
+        draws it, so the cell learns the model's distribution, not the text: KL(model || cell), both over the tokens
+        that the cell chooses from. The model gets no gradient from this.
         """
         c, states, state = self.config, [], x
-        for i in range(c.draft_n):              # as in decoding, on the text's tokens, masked ones too
+        for i in range(c.draft_n):              # as in decoding, but with the text's tokens, also masked ones
             state = self.draft_state(state, shift(idx, 1 + i, 0))
-            # moved 1+i places on, beside the model's state that it must predict like
+            # moved by 1+i places: beside the model's own state for the same prediction
             states.append(F.pad(state, (0, 0, 1 + i, -1 - i)).flatten(0, 1))
 
         def log_p(state):
@@ -380,8 +377,8 @@ class GPT(nn.Module):
         model(idx, targets)           -> {'ce': ..., 'multi_token': ..., 'draft': ...}, nats per unmasked target, for
                                          the heads that exist
         ... return_multi_token=True   -> loss, logits, {'head_2': logits, ...}
-        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: of target_counts, by which sums are
-        divided; by default those of this very batch.
+        targets (B, T) int64 are idx shifted by one; -1 masks a position. counts: what sums of losses are divided by, as
+        target_counts gives them; by default those of this batch.
         """
         x = self.trunk(idx)
         if return_multi_token:
@@ -396,26 +393,26 @@ class GPT(nn.Module):
 
     def target_counts(self, targets):
         """
-        targets (B, T) -> how many each loss is a mean over: {'ce': (), 'multi_token': (multi_token_n,), 'draft':
-        (draft_n,)}, for the heads that exist. A step of several batches whose masks differ divides all of them by their
-        mean counts: then it does not matter how the step is cut into batches.
+        targets (B, T) -> over how many targets each loss is a mean: {'ce': (), 'multi_token': (multi_token_n,),
+        'draft': (draft_n,)}, for the heads that exist. If a step consists of several batches whose masks differ, all of
+        them are divided by their mean counts: then it does not matter how the step is cut into batches.
         """
         places = torch.arange(targets.size(1), device=targets.device)
         learnt = targets >= 0
         counts = {'ce': learnt.sum()}
         for head, n in (('multi_token', self.config.multi_token_n), ('draft', self.config.draft_n)):
-            if n:       # head i predicts 1+i places further, so no state predicts a row's first 1+i targets
+            if n:       # head i predicts 1+i places further on, so nothing predicts a row's first 1+i targets
                 counts[head] = torch.stack([(learnt & (places > i)).sum() for i in range(n)])
         return counts
 
     def head_losses(self, x, targets, idx, counts=None):
         """
-        The trunk's states x (B, T, n_embd), targets and the trunk's input, (B, T) both, counts of target_counts ->
+        x (B, T, n_embd): the trunk's states; targets, idx (B, T): as in forward; counts: of target_counts ->
         {'multi_token': ..., 'draft': ...}, nats per unmasked target, for the heads that exist.
         """
         losses, n = {}, self.config.multi_token_n
         counts = counts or self.target_counts(targets)
-        if n:       # head i at t is asked for the target of t+1+i: the one that stands 1+i further on
+        if n:       # head i at position t predicts the target of position t+1+i
             sums = [self.cross_entropy(self.multi_token_state(x, i), shift(targets, 1 + i), reduction='sum')
                     for i in range(n)]
             losses['multi_token'] = sum(s / or_one(count) for s, count in zip(sums, counts['multi_token'])) / n
@@ -448,8 +445,8 @@ class GPT(nn.Module):
     def flops_per_token(self, training=True):
         """
         FLOPs of a token at full context: 2 per weight that is multiplied and 4 * head_dim per head and key; backward
-        costs twice forward (PaLM, arXiv 2204.02311, appendix B). To train a draft head, the model's own logits, its
-        target, are computed once more, forward only (through rounding those of all tokens, which is not counted).
+        costs twice as much as forward (PaLM, arXiv 2204.02311, appendix B). Training a draft head also takes the
+        model's own logits for draft_vocab tokens, forward only.
         """
         c, n = self.config, self.params()
         logits = (c.vocab_size + c.n_embd * c.out_proj) * c.n_embd
@@ -459,37 +456,37 @@ class GPT(nn.Module):
         return 3 * forward + 2 * drafts * (c.draft_n > 0) if training else forward
 
     def kv_bytes_per_token(self, int8=False):
-        """Bytes that one more token of context takes in the cache: float32, or integers with a float32 scale a head."""
+        """Bytes of the cache for one token of context: float32, or integers with a float32 scale for each head."""
         c = self.config
         return 2 * c.n_layer * c.n_kv_head * (c.head_dim + 4 if int8 else 4 * c.head_dim)
 
 
-# how the names of a part's weights begin
+# what names of weights begin with -> the part they belong to
 PARTS = {'transformer.wte': 'embedding', 'transformer.c_out': 'head', 'transformer': 'trunk', 'lm_head': 'head',
          'multi_token': 'multi_token', 'draft': 'draft'}
-NEW_HEADS = ('multi_token', 'draft')        # what a training may add to a model
+NEW_HEADS = ('multi_token', 'draft')        # heads that a training may add to a model
 
 
 def part_of(name):
-    """Which of PARTS a weight belongs to."""
+    """The name of a weight -> its part, one of PARTS."""
     return next(part for start, part in PARTS.items() if name.startswith(start))
 
 
 def or_one(count):
-    """A count to divide a sum by; 1 where it is 0, so that a batch without targets gives 0 and not NaN."""
+    """count, with 1 in the place of 0: a sum divided by it is 0, not NaN, for a batch without targets."""
     return count + (count == 0)
 
 
 def shift(x, n, fill=-1):
-    """x (B, T) moved n places to the left; what comes in at the end is fill, which masks a target."""
+    """x (B, T) moved n places to the left, with fill at the end; -1 masks a target."""
     return F.pad(x[:, n:], (0, n), value=fill)
 
 
 def chunked(f, vocab_size, *rows, times=1):
     """
-    f(*rows) -> (N,), computed over slices of the N rows so small that their fp32 logits stay within LOSS_CHUNK_BYTES
-    (compiled for a GPU GPU_CHUNKS times as much), and computed again in backward instead of kept: memory no longer
-    grows with N * vocab_size. times: how many sets of logits f has of a row at once.
+    f(*rows) -> (N,), computed in chunks of the N rows whose fp32 logits fit into LOSS_CHUNK_BYTES (compiled for a GPU,
+    GPU_CHUNKS times that). Backward computes each chunk again instead of keeping it, so that memory does not grow with
+    N * vocab_size. times: how many sets of logits f computes for a row.
     """
     n = rows_in_a_chunk(vocab_size, times)
     if rows[0].device.type == 'cuda' and torch.compiler.is_compiling():
@@ -501,7 +498,7 @@ def chunked(f, vocab_size, *rows, times=1):
 
 
 def rows_in_a_chunk(vocab_size, times=1):
-    """How many rows' logits, times over, take LOSS_CHUNK_BYTES."""
+    """How many rows have logits that take LOSS_CHUNK_BYTES, if each has `times` sets of them."""
     return max(1, LOSS_CHUNK_BYTES // (4 * vocab_size * times))
 
 
@@ -510,8 +507,8 @@ def rows_in_a_chunk(vocab_size, times=1):
 
 class LossTotal:
     """
-    Adds up the losses of one batch after another. token_bytes: the bytes of each id; ids of 0 bytes (specials) count
-    towards neither side of bits per byte (nanochat's definition).
+    Adds up the losses of batches. token_bytes: the bytes of each id. Special tokens have 0 bytes, and count neither as
+    bits nor as bytes in bits per byte (nanochat's definition).
     """
     def __init__(self, token_bytes=None, device='cpu'):
         self.size = None if token_bytes is None else torch.tensor(token_bytes, device=device)
@@ -539,8 +536,8 @@ class LossTotal:
 @torch.no_grad()
 def evaluate(model, batches, token_bytes=None, make_cache=None):
     """
-    The loss over batches of (x, y), y = -1 masked; with make_cache(rows) -> cache, as decoding with such a cache has
-    it. Returns {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets counted}. The model stays in eval mode.
+    The loss over batches of (x, y), y = -1 masked -> {'loss': nats per token, 'bpb': bits per byte, 'tokens': targets
+    counted}. make_cache(rows) -> cache: measures the loss of decoding with such caches. Leaves the model in eval mode.
     """
     model.eval()
     device = model.cos.device

@@ -324,7 +324,7 @@ def read_safetensors(path, format, device='cpu'):
     except (ValueError, TypeError, KeyError, RecursionError):
         found = None
     if found != format:
-        raise ValueError(f"{path} is not a whole picochat file of integers: "
+        raise ValueError(f"{path} is not a whole integer checkpoint of picochat: "
                          f"expected a safetensors header of format {format}, found {head[:20]!r}: "
                          "use another copy, or run quantize.py again")
     written = metadata.pop('sha256', None)

@@ -1,16 +1,16 @@
-// What data/kernels.py calls for a model of integers. run_blocks is the whole step of a pass that reads a few tokens:
-// read it first. run_round, the last function, decodes a few of them, one after the other. products.h has the
-// products; a prompt's are PyTorch's. Here is attention (four_scores says its own vector instructions), and what
-// is before the blocks and behind them. What comes out for one token does not depend on the tokens beside it.
+// The functions that data/kernels.py calls for an integer model. Read run_blocks first: it takes the few tokens of a
+// decoding step through all blocks. run_round, the last function, decodes several tokens, one after the other. This
+// file has attention (four_scores is written with vector instructions), and what comes before and after the blocks; the
+// products are in products.h. The result for a token never depends on the tokens beside it.
 #include "products.h"
 #include <functional>
 
-// In what follows apart, width and y_apart say how many floats from the numbers of one query to those of the next one.
+// Below, apart, width and y_apart are distances in floats from one query's numbers to the next one's.
 
-// The products of Q queries q (Q, D) with four keys k (4, D) -> scores (Q, 4): sixteen sums side by side, which then
-// are added up in pairs.
+// The products of Q queries q (Q, D) with four keys k (4, D) -> scores (Q, 4). Each is summed as sixteen partial sums,
+// which are added up in pairs at the end.
 #ifdef __AVX512F__
-const int TOGETHER = 4;                                             // queries that attention reads keys and values for
+const int TOGETHER = 4;                                             // queries that share a read of keys and values
 
 template <int Q> static inline void four_scores(const float* q, size_t apart, const float* k, int D, float* scores,
                                                 size_t width) {
@@ -52,8 +52,8 @@ template <int Q> static inline void four_scores(const float* q, size_t, const fl
 }
 #endif
 
-// The sum of n values, each N numbers of D, times the shares that each of Q queries has of them (Q, n), is added to
-// y (Q, N). N and Q are known beforehand, so that sums stay in registers.
+// Adds to y (Q, N) the weighted sums of n values v, of each of which N numbers are used (of D). shares (Q, n): the
+// weights of each query. N and Q are template parameters so that the sums stay in registers.
 template <int Q, int N> static inline void mix(const float* shares, size_t width, const float* v, float* y,
                                                size_t y_apart, int n, int D) {
   float sum[Q][N];
@@ -100,9 +100,9 @@ static void turn(float* x, const float* cos, const float* sin, int D, int normed
   for (int i = 0; i < D; i++) x[i] *= factor;
 }
 
-// One head of R tokens in a row: queries q (R, D) over keys and values k and v, of which the first query sees n, the
-// next one more, and so on -> y (R, D). What is read of k and v serves several queries at once, and a piece of them
-// that stays near the processor serves all R.
+// Attention of one head for R tokens in a row: queries q (R, D) over keys k and values v, of which the first query sees
+// n, the next one n + 1, and so on -> y (R, D). A key or value that is read serves several queries at once, and goes
+// through them in pieces of 64, which stay in the cache for all R queries.
 static void attend_some(const float* q, size_t apart, const float* k, const float* v, float* y, size_t y_apart, int n,
                         int R, int D) {
   static thread_local std::vector<float> room;
@@ -138,7 +138,7 @@ static void attend_some(const float* q, size_t apart, const float* k, const floa
   }
 }
 
-// What multiply makes of its sums, for many rows, whose sums (M, N) PyTorch has made.
+// Scales the sums (M, N) of a product that PyTorch has computed, as multiply does.
 extern "C" void scale_sums(const int32_t* sums, const float* scale, const float* xs, const float* rest, float* y, int M,
                            int N) {
   #pragma omp parallel for schedule(static)
@@ -150,24 +150,24 @@ extern "C" void scale_sums(const int32_t* sums, const float* scale, const float*
     }
 }
 
-// Where the tokens of a step or a prompt stand: B rows of T tokens; row b has starts[b] tokens before them. cos and sin
-// are (T, D), or (B, T, D) where rows are ragged.
+// The positions of the tokens of a step or a prompt: B rows of T tokens; row b has starts[b] tokens before them. cos
+// and sin are (T, D), or (B, T, D) if rows differ in length (ragged).
 struct Tokens {
   const float *cos, *sin;
   const int64_t* starts;
   int B, T, ragged;
 };
 
-// The heads of a block: H of queries, KV of keys and values, D wide, normed or not; size: the room of the cache.
+// The heads of a block: H of queries, KV of keys and values, D wide; normed: q and k are; size: room in the cache.
 struct Heads {
   int H, KV, D, size, normed;
   float eps;
 };
 
-// What a layer has read: keys and values (B, KV, size, D), floats, or integers with a scale for each, (B, KV, size).
+// The cache of a layer: keys and values (B, KV, size, D), floats, or integers with a scale for each, (B, KV, size).
 struct Store {
   void *keys, *values;
-  float *key_scales, *value_scales;                                 // nothing where there are floats
+  float *key_scales, *value_scales;                                 // nullptr for floats
 };
 
 // Writes x (D,) in place number at.
@@ -176,7 +176,7 @@ static void keep(const float* x, void* store, float* scales, size_t at, int D) {
   else std::memcpy((float*)store + at * D, x, D * sizeof(float));
 }
 
-// n keys or values from place number first on, as floats; those of integers are made in room.
+// n keys or values from place number first on, as floats; integers are converted into room.
 static const float* floats(const void* store, const float* scales, size_t first, int n, int D,
                            std::vector<float>& room) {
   if (!scales) return (const float*)store + first * D;
@@ -187,8 +187,8 @@ static const float* floats(const void* store, const float* scales, size_t first,
   return room.data();
 }
 
-// For the threads of a parallel region together: turns q and k of qkv (B, T, H + 2 KV, D), and keeps k and v behind the
-// tokens before.
+// Called by all threads of a parallel region: turns q and k of qkv (B, T, H + 2 KV, D), and appends k and v to the
+// cache.
 static void turn_and_keep(const Heads& h, const Tokens& at, float* qkv, const Store& store) {
   const int heads = h.H + 2 * h.KV, D = h.D, T = at.T;
   #pragma omp for schedule(static)
@@ -203,11 +203,11 @@ static void turn_and_keep(const Heads& h, const Tokens& at, float* qkv, const St
   }
 }
 
-// For the threads of a parallel region together: every query of qkv attends to the tokens up to its own, which is the
-// rule of model.sees -> y (B, T, H, D).
+// Called by all threads of a parallel region: every query of qkv attends to the tokens up to its own, which is the rule
+// of model.sees -> y (B, T, H, D).
 static void attend_together(const Heads& h, const Tokens& at, const float* qkv, const Store& store, float* y) {
   static thread_local std::vector<float> key_room, value_room;
-  const int R = 16, parts = (at.T + R - 1) / R, D = h.D;            // of so many tokens, one head each
+  const int R = 16, parts = (at.T + R - 1) / R, D = h.D;            // a task is one head of up to R tokens
   const size_t apart = (size_t)(h.H + 2 * h.KV) * D;
   #pragma omp for schedule(static)
   for (int i = 0; i < at.B * h.H * parts; i++) {
@@ -229,14 +229,14 @@ extern "C" void keep_and_attend(const Heads* h, const Tokens* at, float* qkv, co
   }
 }
 
-// The matrices of a block. input: what the MLP does between its two.
+// The matrices of a block.
 struct Layer {
   Matrix c_qkv, attn_c_proj, c_fc, mlp_c_proj;
 };
 
-// All blocks of a model over the few tokens of a step: x (B, T, n_embd), in place. One parallel region, whose threads
-// wait for each other between the products: starting them anew for every product would take as long as the products of
-// a small model.
+// Takes the few tokens of a step through all blocks: x (B, T, n_embd), in place. input: the MLP's activation function;
+// turned: GPTConfig.hadamard. It is one parallel region, whose threads wait for each other between the products:
+// starting threads anew for every product would take as long as the products of a small model.
 extern "C" void run_blocks(const Layer* layers, const Store* stores, int n_layer, const Heads* heads, const Tokens* at,
                            float* x, int input, int turned) {
   const Layer& first = *layers;
@@ -287,15 +287,15 @@ extern "C" void cap_all(float* y, int64_t n, float cap) {
   for (int64_t i = 0; i < n; i++) y[i] = cap * tanh_of(y[i] / cap);
 }
 
-// What is before the blocks and behind them: c_out has no rows where there is none; embed_norm says whether embeddings
-// are normed, and logits are capped if softcap is not 0.
+// What comes before and after the blocks. c_out has no rows if there is none; embed_norm: embeddings are normed; logits
+// are capped if softcap is not 0.
 struct Ends {
   Matrix wte, c_out, lm_head;
   int embed_norm;
   float softcap;
 };
 
-// A row of a table -> x (cols,), as data/rounding.IntEmbedding has it.
+// Looks up a row of a table -> x (cols,), as data/rounding.IntEmbedding does.
 static void embed(const Matrix& table, int64_t row, float* x) {
   static thread_local std::vector<int8_t> unpacked;
   const int K = table.cols;
@@ -310,7 +310,7 @@ static void embed(const Matrix& table, int64_t row, float* x) {
 }
 
 // data/sampling.draw of logits (V,), which are changed: the argmax of logits / temperature + noise, among the top_k
-// largest if that is not 0; of the logits alone where there is no noise.
+// largest logits if top_k is not 0. Without noise (temperature 0): the argmax of the logits.
 static int64_t draw(float* logits, const float* noise, int V, float temperature, int top_k) {
   float least = -INFINITY;
   if (noise) {
@@ -333,9 +333,9 @@ static int64_t draw(float* logits, const float* noise, int V, float temperature,
   return best;
 }
 
-// Reads a token, draws the next one, reads that, and so on, n times, of one text that has start tokens before: engine's
-// step_plain in one call. cos and sin are those of all positions, noise is (n, V) or nothing at temperature 0
-// -> tokens (n + 1,), of which the first is given, and states (n, n_embd).
+// engine.step_plain in one call, for one text with start tokens in the cache: n times it reads a token and draws the
+// next. cos and sin are those of all positions; noise is (n, V), or nullptr at temperature 0 -> tokens (n + 1,), of
+// which the first is given, and states (n, n_embd).
 extern "C" void run_round(const Layer* layers, const Store* stores, int n_layer, const Heads* heads, const float* cos,
                           const float* sin, int64_t start, int input, int turned, const Ends* ends, const float* noise,
                           float temperature, int top_k, int n, int64_t* tokens, float* states) {

@@ -1,7 +1,7 @@
-// Products of integers for data/kernels.cpp: what a matrix reads of floats (a norm, a hidden layer's activation) is
-// rounded to int8, multiplied with a matrix of 8 or 4 bits, summed up in int32, and scaled: exactly IntLinear of
-// data/rounding.py. Most are plain loops, of which a compiler makes vector instructions; dots says its own (vpdpbusd
-// multiplies and adds up 64 bytes). What comes out for one token does not depend on the tokens beside it.
+// Integer products for data/kernels.cpp: activations are rounded to int8, multiplied with a matrix of 8 or 4 bits,
+// summed in int32, and scaled: exactly IntLinear of data/rounding.py. Most functions are plain loops, which the
+// compiler vectorises; dots is written with vector instructions (vpdpbusd multiplies 64 bytes and adds them up in
+// fours). The result for a token never depends on the tokens beside it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-// e^x to the last digits of a float (Cephes); a call of std::exp would not be vectorised.
+// e^x, accurate to the last digits of a float (Cephes); calls of std::exp would not be vectorised.
 static inline float exp_of(float x) {
   x = x > 88.0f ? 88.0f : x < -87.0f ? -87.0f : x;
   float n = std::nearbyint(x * 1.44269504f);
@@ -22,7 +22,7 @@ static inline float exp_of(float x) {
   p = p * f + 4.1665795894e-2f;
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;                                         // e^f, which 2^n is multiplied with in its bits
+  p = p * f * f + f + 1.0f;                                         // e^f; adding n to its exponent multiplies by 2^n
   int32_t bits;
   std::memcpy(&bits, &p, 4);
   bits += (int32_t)n << 23;
@@ -31,7 +31,7 @@ static inline float exp_of(float x) {
 }
 
 #ifdef __AVX512F__
-// The sums of the sixteen numbers in each of four vectors, of integers and of floats.
+// The sum of the sixteen numbers in each of four vectors, for integers and for floats.
 static inline __m128i added_up(const __m512i* x) {
   __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
   __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
@@ -51,7 +51,7 @@ static inline __m128 added_up(const __m512* x) {
 }
 #endif
 
-// What model.norm multiplies x (n,) with.
+// The factor by which model.norm multiplies x (n,).
 static float norm_factor(const float* x, int n, float eps) {
   float sum = 0;
   #pragma omp simd reduction(+:sum)
@@ -59,8 +59,8 @@ static float norm_factor(const float* x, int n, float eps) {
   return 1 / std::sqrt(sum / n + eps);
 }
 
-// One step of hadamard on sixteen numbers, which stay in a register: each number and the one half further on, or back,
-// become their sum and their difference.
+// One step of hadamard on sixteen numbers, which stay in a register: numbers i and i + half become their sum and their
+// difference.
 template <int half> static inline void butterflies(float* z) {
   float out[16];
   for (int i = 0; i < 16; i++) out[i] = z[i ^ half] + (i & half ? -z[i] : z[i]);
@@ -88,8 +88,8 @@ static void hadamard(float* z, int K, int n) {
       }
 }
 
-// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden. Hidden units
-// are turned by Hadamard matrices of so many, if turned is not 0.
+// What a matrix reads: x itself, its norm, relu(x)^2, or silu(gate) * hidden, where x is gate and hidden concatenated.
+// If turned is not 0, the result is turned by Hadamard matrices of that size.
 enum Input { AS_IT_IS, NORM, RELU2, SWIGLU };
 
 static void prepare(const float* x, float* z, int K, int input, int turned, float eps) {
@@ -104,7 +104,7 @@ static void prepare(const float* x, float* z, int K, int input, int turned, floa
   hadamard(z, K, turned);
 }
 
-// data/rounding.round_rows of z (K,): out (K,), the integers plus zero -> their scale.
+// data/rounding.round_rows of z (K,): writes the integers plus zero to out (K,) -> their scale.
 static float round_row(const float* z, uint8_t* out, int K, int zero) {
   float peak = 1e-12f;
   #pragma omp simd reduction(max:peak)
@@ -114,8 +114,8 @@ static float round_row(const float* z, uint8_t* out, int K, int zero) {
   return peak / 127;
 }
 
-// round_row of what a matrix reads of x (M, K or 2 K), for the threads of a parallel region together:
-// xq (M, K), the integers plus zero, and xs (M,).
+// Called by all threads of a parallel region: prepares the rows of x (M, K or 2 K) and rounds them -> xq (M, K), the
+// integers plus zero, and xs (M,), their scales.
 static void round_together(const float* x, uint8_t* xq, float* xs, int M, int K, int input, int turned, float eps,
                            int zero = 128) {
   static thread_local std::vector<float> room;
@@ -133,7 +133,7 @@ extern "C" void round_rows(const float* x, int8_t* xq, float* xs, int M, int K, 
   round_together(x, (uint8_t*)xq, xs, M, K, input, turned, eps, 0);
 }
 
-// What the steps -18, ..., 18 make of the sixteen values of 4 bits: one instruction looks up many of them.
+// The products of the steps -18, ..., 18 with the sixteen values of 4 bits: one instruction looks up many of them.
 static const struct Table {
   int8_t values[37][16];
   Table() { for (int s = 0; s < 37; s++) for (int q = 0; q < 16; q++) values[s][q] = (int8_t)((q - 8) * (s - 18)); }
@@ -148,7 +148,7 @@ static __m256i table_of(int step) {
 }
 #endif
 
-// A row of 4 bits, as data/rounding.pack has it, and its groups' steps -> the int8 that it stands for, v (K,).
+// A row of 4 bits, packed as by data/rounding.pack, and its groups' steps -> the int8 values v (K,).
 static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, int group) {
   int half = K / 2, shift = shift_of(group);
   for (int k = 0; k < half; k += 32) {
@@ -168,15 +168,15 @@ static void unpack_row(const uint8_t* w, const int8_t* step, int8_t* v, int K, i
   }
 }
 
-// All rows of a matrix of 4 bits -> v (N, K).
+// Unpacks all rows of a 4-bit matrix -> v (N, K).
 extern "C" void unpack(const uint8_t* w, const int8_t* step, int8_t* v, int N, int K, int group) {
   #pragma omp parallel for schedule(static)
   for (int n = 0; n < N; n++)
     unpack_row(w + (size_t)n * (K / 2), step + (size_t)n * (K / group), v + (size_t)n * K, K, group);
 }
 
-// A matrix of integers (rows, cols): int8, or 4 bits if there is a group. sums (rows,) are those of each row of
-// integers, of which the 128 in the activations makes too much. data/kernels.py has the same structs.
+// An integer matrix (rows, cols): int8, or 4 bits if group is not 0. sums (rows,): the sum of each row, to correct for
+// the 128 that is added to the activations. data/kernels.py has the same struct.
 struct Matrix {
   const uint8_t* weights;
   const int8_t* step;
@@ -185,8 +185,8 @@ struct Matrix {
   int rows, cols, group;
 };
 
-// Four rows of a matrix, from row n on, times R rows of integers u, which lie m.cols apart -> their sums, those of row
-// r from sums + 8 r on. What is read of u serves four rows, and what is read of a matrix R of them.
+// Multiplies four rows of a matrix, from row n on, with R rows of activations u, which lie m.cols apart -> the sums of
+// activation row r, from sums + 8 r on. Whatever is read of u serves four rows, and of the matrix R rows.
 #ifdef __AVX512VNNI__
 static const __mmask64 ALL = ~(__mmask64)0;
 
@@ -194,7 +194,7 @@ static inline __m512i read(const void* at, __mmask64 inside) {
   return inside == ALL ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at);
 }
 
-// 64 products of each of four rows of weights v with each of the R rows, from column k on, or as many as are inside
+// adds the products of 64 columns from k on (or those in the mask inside) of four rows of weights v and R rows of u
 template <int R> static inline void add(__m512i (*sum)[4], const uint8_t* u, int K, int k, const __m512i* v,
                                         __mmask64 inside) {
   for (int r = 0; r < R; r++) {
@@ -203,8 +203,8 @@ template <int R> static inline void add(__m512i (*sum)[4], const uint8_t* u, int
   }
 }
 
-// The same of 4 bits, bytes that hold the columns k, ..., k + 63 and those half a row further on. What a step makes of
-// 4 bits is looked up.
+// The same for 4 bits: bytes that hold the columns k, ..., k + 63 and those half a row further on. The products of 4
+// bits and steps are looked up.
 template <int R> static inline void add4(__m512i (*sum)[4], const uint8_t* u, int K, int k, const uint8_t* const* w,
                                          const int8_t* const* step, int shift, __mmask64 inside) {
   for (int side = 0; side < 2; side++) {
@@ -225,7 +225,7 @@ template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int3
   const uint8_t* w[4];
   const int8_t* step[4];
   for (int i = 0; i < 4; i++) {
-    int row = std::min(n + i, m.rows - 1);                          // beyond the last one it is read again
+    int row = std::min(n + i, m.rows - 1);                          // after the last row, read it again
     w[i] = m.weights + (size_t)row * columns;
     step[i] = m.group ? m.step + (size_t)row * (K / m.group) : nullptr;
   }
@@ -233,8 +233,7 @@ template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int3
   for (auto& of_row : sum)
     for (auto& s : of_row) s = _mm512_setzero_si512();
   auto read_columns = [&](int k, __mmask64 inside) {
-    // rows further on are on their way from memory meanwhile: some of them with every product, since many requests at
-    // once would be waited for
+    // prefetch rows that come later, a little with every product: many requests at once would have to be waited for
     for (int i = 0; i < 4; i++) _mm_prefetch((const char*)w[i] + k + 12 * columns, _MM_HINT_T1);
     if (m.group) return add4<R>(sum, u, K, k, w, step, shift, inside);
     __m512i v[4];
@@ -268,7 +267,7 @@ template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int3
 }
 #endif
 
-// dots for any number of rows, at most five at once: so many sums stay in registers.
+// dots for any number M of activation rows, at most five at once, so that the sums stay in registers.
 static void dots_of(const Matrix& m, int n, const uint8_t* u, int M, int32_t* sums) {
   for (; M > 5; M -= 4, u += (size_t)4 * m.cols, sums += 8 * 4) dots<4>(m, n, u, sums);
   switch (M) {
@@ -280,8 +279,8 @@ static void dots_of(const Matrix& m, int n, const uint8_t* u, int M, int32_t* su
   }
 }
 
-// IntLinear, for the threads of a parallel region together: y (M, rows) of xq and xs, and rest (M, rows) is added, if
-// there is one; it may be y itself.
+// Called by all threads of a parallel region: IntLinear of xq and xs -> y (M, rows). rest (M, rows), which may be y
+// itself or nullptr, is added.
 static void multiply(const Matrix& m, const uint8_t* xq, const float* xs, const float* rest, float* y, int M) {
   std::vector<int32_t> sums((size_t)8 * M);                         // (M, 8)
   #pragma omp for schedule(static)
@@ -299,7 +298,7 @@ static void multiply(const Matrix& m, const uint8_t* xq, const float* xs, const 
   }
 }
 
-// y (M, rows) of what the matrix reads of x.
+// IntLinear of x, to which input (see prepare) is applied before -> y (M, rows).
 extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, float* y, int M, int input, int turned,
                            float eps) {
   std::vector<uint8_t> xq((size_t)M * m->cols);

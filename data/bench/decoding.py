@@ -107,7 +107,7 @@ def price_list(k, formats, data, tokenizer):
     """
     What each of formats costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
     validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
-    A format is one of FORMATS or GGUF_KINDS, or the path of a file of integers, whoever made it of this model.
+    A format is one of FORMATS or GGUF_KINDS, or the path of an integer checkpoint that was made of this model.
     """
     models, rows = {}, {}
     for f in formats:

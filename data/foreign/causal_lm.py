@@ -1,5 +1,5 @@
 """
-Teachers that are not our block: any causal language model that transformers loads, or a user's own Python file.
+Teachers with other blocks than ours: any causal language model that transformers loads, or a user's own Python file.
 
     from data.foreign.causal_lm import load_causal_lm, load_py
     model, tokenizer = load_causal_lm('models/Qwen3-0.6B', 'cpu')   # a folder of Hugging Face's
@@ -20,7 +20,7 @@ from data.foreign_tokenizer import hf_folder_tokenizer
 
 
 class InTwo(nn.Module):
-    """A model of transformers that is a trunk and an lm_head on its states, as ours is."""
+    """A model of transformers that, like ours, consists of a trunk and an lm_head on its states."""
     def __init__(self, model, vocab_size, block_size):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
@@ -40,20 +40,20 @@ class InTwo(nn.Module):
 
 class InOne(nn.Module):
     """
-    A model of which we know nothing but that run(idx (B, T)) gives its logits (B, T, at least vocab_size). Where ours
-    has a token's state, this has the ids of the token's whole row and its place in that: so logits() can run the rows
-    that it is asked for, and there are never more logits than those of a few rows.
-    Its dtypes are its own affair: it is not compiled, and runs in bfloat16 only if it does so itself.
+    A model of which we know only that run(idx (B, T)) gives logits (B, T, at least vocab_size). In the place of a
+    token's state it has the ids of the token's whole row and the token's place in it. logits() then runs the rows that
+    it needs, so that there are never more logits in memory than those of a few rows.
+    It is not compiled, and runs in the dtype it has: autocast is off.
     """
     def __init__(self, run, model, vocab_size, block_size):
         super().__init__()
         self.config = SimpleNamespace(vocab_size=vocab_size, block_size=block_size)
         self.run, self.model = run, model
-        self.latest = None, None                # a row and its logits: the next piece of a text begins where this ends
+        self.latest = None, None                # the last row and its logits, which the next call often needs again
 
     @torch.compiler.disable
     def trunk(self, idx):
-        """idx (B, T) int64 -> (B, T, T + 1): of each token the ids of its row, and its place."""
+        """idx (B, T) int64 -> (B, T, T + 1): for each token the ids of its row, and its place."""
         B, T = idx.shape
         place = torch.arange(T, device=idx.device).expand(B, T)
         return torch.cat((idx[:, None].expand(B, T, T), place[..., None]), dim=-1)
@@ -79,14 +79,14 @@ class InOne(nn.Module):
 
 
 def number_in(c, names, usual):
-    """What a model's settings have under the first of these names that is a whole number there; else the usual one."""
+    """The first of these settings of a model that is an int; usual if none is."""
     return next((getattr(c, name) for name in names if isinstance(getattr(c, name, None), int)), usual)
 
 
 def flops_of(model, block_size, training):
     """
-    FLOPs of a token: 2 for each weight of a matrix that is multiplied, and those of attention where the model says how
-    many layers it has and how wide they are.
+    FLOPs of a token: 2 for each weight of a matrix that is multiplied, and those of attention if the model's config
+    tells how many layers it has and how wide they are.
     """
     if not isinstance(model, nn.Module):
         return 0
@@ -100,7 +100,7 @@ def flops_of(model, block_size, training):
 
 @torch.no_grad()
 def check_teaches(model, device):
-    """ValueError unless the logits are numbers, as many as there should be, and do not depend on what comes later."""
+    """ValueError unless the logits have the right shape, are finite, and do not depend on later tokens."""
     V = model.config.vocab_size
     idx = torch.arange(8, device=device)[None] % V
     other = idx.clone()
@@ -115,7 +115,7 @@ def check_teaches(model, device):
 # -----------------------------------------------------------------------------
 # transformers
 
-# how configurations name the longest row; without any of them there is no limit
+# names that configurations have for the context; without any of them there is no limit
 CONTEXT = ('max_position_embeddings', 'n_positions', 'n_ctx', 'max_seq_len', 'max_sequence_length', 'seq_length')
 
 
@@ -136,7 +136,7 @@ def load_causal_lm(folder, device='cpu'):
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True)
         if about['missing_keys']:
             raise ValueError(f"{sorted(about['missing_keys'])[0]} and maybe others are missing")
-    # Copies: what transformers gives are windows into the file, and who overwrote that would change a model as it runs.
+    # copies, since transformers maps the file: overwriting it would change a running model
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     check_finite(model.state_dict(), file)
@@ -158,7 +158,7 @@ def load_causal_lm(folder, device='cpu'):
 
 @torch.no_grad()
 def is_in_two(parts, whole, device):
-    """Whether lm_head on the trunk's states is all that the model does: some scale or cap their logits."""
+    """Whether logits are just lm_head of the trunk's states: some models scale or cap them."""
     if parts.model.get_output_embeddings() is None or parts.model.base_model is parts.model:
         return False
     idx = torch.arange(8, device=device)[None] % parts.config.vocab_size

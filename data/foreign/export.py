@@ -1,14 +1,14 @@
 """
-Ours, written the way others read it: a folder for transformers, a GGUF file for llama.cpp. (data/foreign/llama.py and
-data/foreign/nanochat.py are the way in.)
+Writes our models in other projects' formats: a folder for transformers, a GGUF file for llama.cpp.
+(data/foreign/llama.py and data/foreign/nanochat.py read these formats.)
 
     from data.foreign.export import export_gguf, export_hf
     export_hf(model, tokenizer, 'hf-stdlib-bpe')        # LlamaForCausalLM or NanoChatForCausalLM, with the same logits
-    export_gguf(model, tokenizer, 'model.gguf', 'f16')  # of a Llama block alone
+    export_gguf(model, tokenizer, 'model.gguf', 'f16')  # only if the block is a Llama's
 
-What is not in their blocks is moved or left out: multi-token and draft heads are left out; a matrix before lm_head
-(out_proj) becomes the last norm's gains if it is diagonal, as in a Llama that came from elsewhere, and is multiplied
-into lm_head if not.
+What their models do not have is left out or moved: multi-token and draft heads are left out; the matrix before lm_head
+(out_proj) becomes the gains of the last norm if it is diagonal, as in a Llama that came from elsewhere, and is
+multiplied into lm_head if not.
 """
 import copy
 import json
@@ -31,12 +31,12 @@ BLOCKS = {'nanochat': {'mlp': 'relu2', 'qk_norm': True, 'embed_norm': True}, 'll
 
 
 def is_block(c, kind):
-    """Whether a GPTConfig's block is of a kind."""
+    """Whether a GPTConfig's block is of this kind, one of BLOCKS."""
     return all(getattr(c, name) == value for name, value in BLOCKS[kind].items())
 
 
 def block_of(c, kinds=BLOCKS):
-    """GPTConfig -> which of the kinds it is. AssertionError names the switches that make it neither."""
+    """GPTConfig -> the kind of its block, one of BLOCKS. AssertionError names its switches if it is of none."""
     for kind in kinds:
         if is_block(c, kind):
             return kind
@@ -53,7 +53,7 @@ def check_tokenizer(model, tokenizer):
 
 
 def dequantised(model):
-    """A model of integers, as quantize.load gives it -> the float model that they stand for."""
+    """An integer model, as quantize.load gives it -> the float model that its integers stand for, a copy."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Integers):
@@ -68,7 +68,7 @@ def dequantised(model):
 # tensors
 
 def own_tensors(model):
-    """GPT -> its tensors on the CPU, float32, without heads that others do not have, nor a tied lm_head."""
+    """GPT -> its tensors on the CPU, float32, without multi-token and draft heads, nor a tied lm_head."""
     tensors, left_out = {}, []
     for name, tensor in model.state_dict().items():
         assert tensor.is_floating_point(), f"{name} is {tensor.dtype}: export the float model, before it is quantised"
@@ -77,7 +77,7 @@ def own_tensors(model):
         elif not (model.config.tie_weights and name == 'lm_head.weight'):
             tensors[name] = tensor.detach().cpu().float().contiguous()
         if name.startswith('transformer.h.') and name.endswith('mlp.c_proj.weight') and model.config.hadamard:
-            tensors[name] = hadamard(tensors[name], model.config.hadamard)      # others read hidden units as they are
+            tensors[name] = hadamard(tensors[name], model.config.hadamard)      # others do not turn hidden units
     if left_out:
         print(f"note: {len(left_out)} tensors of multi-token and draft heads are left out: others' models have none")
     return tensors
@@ -85,8 +85,8 @@ def own_tensors(model):
 
 def without_c_out(tensors, gains):
     """
-    Takes transformer.c_out out of own_tensors. -> what it becomes as gains (n_embd,) of the norm before lm_head, where
-    gains says that there may be some; or None, and then it is multiplied into lm_head.
+    Removes transformer.c_out from own_tensors. -> the gains (n_embd,) of the norm before lm_head that do the same, if
+    gains is True and c_out is diagonal; otherwise None, and it is multiplied into lm_head.
     """
     c_out = tensors.pop('transformer.c_out.weight', None)
     if c_out is None:
@@ -113,7 +113,7 @@ def nanochat_tensors(model):
 
 
 def llama_tensors(model):
-    """GPT of a Llama's block -> {LlamaForCausalLM's name: tensor}. Its norms' gains are 1 but for the last one's."""
+    """GPT of a Llama's block -> {LlamaForCausalLM's name: tensor}. All gains of norms are 1, except the last norm's."""
     c, own = model.config, own_tensors(model)
     ones = torch.ones(c.n_embd)
     last = without_c_out(own, gains=True)
@@ -131,8 +131,8 @@ def llama_tensors(model):
 
 def with_gains(tensors):
     """
-    llama_tensors -> the same model, whose norms have gains: what they multiply is divided out of the columns of the
-    matrices that read them, so that all columns are of one size. Rounding in groups of columns then loses less.
+    llama_tensors -> those of the same model, whose norms have gains: each column of the matrices that read a norm is
+    divided by its rms, which becomes the gain. With all columns of one size, rounding in groups of columns loses less.
     """
     tensors = dict(tensors)
     for name in [name for name in tensors if 'model.layers.' in name and 'layernorm' in name]:
@@ -146,21 +146,21 @@ def with_gains(tensors):
 
 
 def eps_of(c):
-    """What its norms add to the mean square in float32."""
+    """The epsilon that the norms add to the mean square in float32."""
     return c.norm_eps or torch.finfo(torch.float32).eps
 
 # -----------------------------------------------------------------------------
 # the tokenizer
 
 def ends_of(tokenizer):
-    """The ids of the tokens with which an answer or a text ends, that of an answer first."""
+    """The ids of the tokens that end an answer or a text, the one that ends an answer first."""
     answer = {'nanochat': '<|assistant_end|>', 'chatml': '<|im_end|>'}.get(tokenizer.chat)
     first = [tokenizer.special(answer)] if answer else []
     return first + sorted(tokenizer.ends - {*first})
 
 
 def chat_template(tokenizer):
-    """The form of its conversations as a program of Jinja, which transformers and llama.cpp run; None without one."""
+    """The format of conversations as a Jinja template, which transformers and llama.cpp run; None if there is none."""
     if tokenizer.chat == 'chatml':
         line = (tokenizer.system or '').replace('\\', r'\\').replace("'", r"\'").replace('\n', r'\n')
         default = ("{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\n" + line
@@ -182,8 +182,8 @@ def chat_template(tokenizer):
 def export_hf(model, tokenizer, folder):
     """
     Writes a float GPT and its BPE into folder, for transformers' LlamaForCausalLM or NanoChatForCausalLM and
-    AutoTokenizer: the same logits, the same ids. There, special tokens are read out of text, unless
-    split_special_tokens=True. Returns folder. AssertionError if it is no such block.
+    AutoTokenizer: the same logits, the same ids. (transformers finds special tokens in text, unless
+    split_special_tokens=True.) Returns folder. AssertionError if the block is neither a Llama's nor nanochat's.
     """
     import safetensors.torch
     check_tokenizer(model, tokenizer)
@@ -235,10 +235,10 @@ GGUF_TYPES = ('f16', 'q8_0', 'q4_0', 'q4_1', 'f32')     # of the matrices
 
 def export_gguf(model, tokenizer, path, kind='f16', dataset=None):
     """
-    Writes a float GPT of a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
-    of GGUF_TYPES; norms are float32 always, and with q4_0 and q4_1 the vocabulary's tables are q8_0. dataset: the
-    one it was trained on, on which a ladder of bench.py measures the file. Returns path.
-    AssertionError if it is no such block, or if llama.cpp does not cut text as its tokenizer does.
+    Writes a float GPT with a Llama's block and its BPE as a GGUF file, for llama.cpp and what is built on it. kind: one
+    of GGUF_TYPES; norms are always float32, and with q4_0 and q4_1 the vocabulary's tables are q8_0. dataset: the one
+    the model was trained on, so that a ladder of bench.py can measure the file. Returns path.
+    AssertionError if it is another block, or if llama.cpp cannot cut text as the tokenizer does.
     """
     import gguf
     check_tokenizer(model, tokenizer)
@@ -248,7 +248,7 @@ def export_gguf(model, tokenizer, path, kind='f16', dataset=None):
     assert pre, ("llama.cpp knows ways to cut text by name, and this tokenizer's is none of them: take one of another "
                  "model, like --tokenizer=gguf:FILE of data/text/prepare.py, and train on that")
     tensors = llama_tensors(model)
-    if kind != 'f32':           # they are rounded now, or later, by llama.cpp's own tool
+    if kind != 'f32':           # f16, too, as llama.cpp's own tool may round it later
         tensors = with_gains(tensors)
 
     def write(f):
@@ -269,7 +269,7 @@ def export_gguf(model, tokenizer, path, kind='f16', dataset=None):
 
 
 def describe_model(writer, c):
-    """GPTConfig -> the settings of a GGUF file."""
+    """Writes a GPTConfig as the settings of a GGUF file."""
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_block_count(c.n_layer)
@@ -285,7 +285,7 @@ def describe_model(writer, c):
 
 
 def describe_tokenizer(writer, tokenizer, pre):
-    """A BPE, and llama.cpp's name for how it cuts text -> the settings of a GGUF file."""
+    """Writes a BPE as the settings of a GGUF file. pre: llama.cpp's name for how it cuts text."""
     import gguf
     content = hf_tokenizer(tokenizer)
     names = content['model']['vocab'] | {token['content']: token['id'] for token in content['added_tokens']}
@@ -300,7 +300,7 @@ def describe_tokenizer(writer, tokenizer, pre):
         writer.add_bos_token_id(tokenizer.bos)
     if ends_of(tokenizer):
         writer.add_eos_token_id(ends_of(tokenizer)[0])
-    # before a text, but not before a conversation in ChatML
+    # bos comes before a text, but not before a conversation in ChatML
     writer.add_add_bos_token(tokenizer.bos is not None and tokenizer.chat != 'chatml')
     if tokenizer.chat:
         writer.add_chat_template(chat_template(tokenizer))
@@ -317,7 +317,7 @@ def gguf_name(name):
 
 
 def add_tensor(writer, name, tensor, c, kind):
-    """A Llama's tensor in Hugging Face's order of rows -> the writer, rounded as the kind says."""
+    """Writes a Llama's tensor, whose rows are in Hugging Face's order, rounded to kind."""
     import gguf
     for part, heads in (('attn_q.', c.n_head), ('attn_k.', c.n_kv_head)):
         if part in name:

@@ -1,5 +1,5 @@
 """
-Other people's models: what may stand before the colon of --teacher=KIND:PATH, and who reads it. Each kind has its file.
+Other people's models: the kinds in --teacher=KIND:PATH, and the functions that read them, each in a file of its own.
 
     from data.foreign.kinds import KINDS
     model, tokenizer = KINDS['gguf']('SmolLM2.gguf', 'cpu')         # llama.py: a Llama, which is our block
@@ -9,12 +9,12 @@ Other people's models: what may stand before the colon of --teacher=KIND:PATH, a
     model, tokenizer = KINDS['py']('my_teacher.py', 'cpu')          # causal_lm.py: whatever that file loads
     model, tokenizer = KINDS['random']('d32', 'cpu')                # that nanochat's shape, to measure with
 
-Whoever made it, a model offers what a teacher needs: config.vocab_size, config.block_size, trunk(idx) -> states,
-logits(states) -> float32, flops_per_token(). tokenizer is None where none lies beside the model. A file that is
-missing, damaged, hostile or of another kind is a ValueError that names it.
+Every model has what a teacher needs: config.vocab_size, config.block_size, trunk(idx) -> states, logits(states) ->
+float32, flops_per_token(). tokenizer is None if there is none beside the model. ValueError names a file that is
+missing, damaged, hostile or of another kind.
 
 To add a kind, write a function (path, device) -> (model, tokenizer or None), and name it in KINDS. If it reads files,
-name in FILES a function that finds them, which a script asks for before it does anything long.
+name a function that finds them in FILES: scripts call it before they do anything that takes long.
 """
 from data.foreign.causal_lm import find_py, load_causal_lm, load_py
 from data.foreign.gpt2 import find_gpt2, load_gpt2
@@ -25,8 +25,8 @@ from data.foreign.weights import hf_file, read_config
 
 def load_hf(folder, device='cpu'):
     """
-    A folder of Hugging Face's -> our GPT if it is a plain Llama or of NanoChat's kind, else whatever transformers makes
-    of it, which can teach; and its tokenizer, or None.
+    A folder of Hugging Face's -> our GPT if it is a plain Llama or a NanoChat, otherwise a model of transformers, which
+    can teach; and its tokenizer, or None.
     """
     c = read_config(folder)
     if c['model_type'] == 'nanochat':
@@ -35,7 +35,7 @@ def load_hf(folder, device='cpu'):
 
 
 def refuse_other_blocks(name):
-    """ValueError says what a teacher's 'hf:FOLDER' has that our block has not, before it is loaded to no end."""
+    """ValueError if the model of 'hf:FOLDER' is not our block, with the differences, before it is loaded in vain."""
     kind, _, folder = name.partition(':')
     if kind == 'hf' and read_config(folder)['model_type'] != 'nanochat':
         refuse(folder, what_is_odd(read_config(folder)))

@@ -30,7 +30,7 @@ from model import GPT
 # the switches that make our block a Llama's
 LLAMA = {'mlp': 'swiglu', 'qk_norm': False, 'embed_norm': False, 'softcap': 0.0}
 
-# Why other architectures are not our block, by the names that config.json and GGUF files have for them.
+# how other architectures differ from our block, by the names that config.json and GGUF files have for them
 TOO_MUCH = {'qwen2': 'it adds biases to q, k and v', 'qwen3': 'its norms of q and k have gains, and come before RoPE',
             'gemma': 'it has another norm and scales its embeddings', 'phi3': 'it turns only a part of each head',
             'gpt_neox': 'it has LayerNorms and biases', 'gptneox': 'it has LayerNorms and biases',
@@ -38,14 +38,14 @@ TOO_MUCH = {'qwen2': 'it adds biases to q, k and v', 'qwen3': 'its norms of q an
 
 
 def refuse(file, odd):
-    """ValueError if a model is no plain Llama, with the way that is left."""
+    """ValueError if a model is no plain Llama, with the remedy. odd: the differences, in words."""
     if odd:
         raise ValueError(f"{file} is not our block, a plain Llama's: {'; '.join(odd)}. As a teacher it need not be: "
                          "python train.py --teacher=hf:FOLDER takes what transformers loads")
 
 
 def other_architecture(name):
-    """What to say of a model that is no Llama."""
+    """The architecture of a model that is no Llama, in words."""
     name = str(name)
     why = f", {TOO_MUCH[name]}" if name in TOO_MUCH else ''
     return f"its architecture is {name:.40}{why}"
@@ -54,7 +54,7 @@ def other_architecture(name):
 # Hugging Face's folder
 
 def what_is_odd(c):
-    """A config.json as a dict -> what in it is more than a plain Llama, in words; empty: nothing."""
+    """A config.json as a dict -> how the model differs from a plain Llama, a list of words; empty if it is one."""
     if c['model_type'] not in ('llama', 'mistral'):
         return [other_architecture(c['model_type'])]
     odd = []
@@ -83,7 +83,7 @@ def shape_of(c, path):
 
 
 def llama_config(shape, path):
-    """What differs from Llama to Llama, as a dict -> GPTConfig."""
+    """The settings in which Llamas differ from each other, as a dict -> GPTConfig."""
     assert shape['rope_base'] > 0, f"the base of its positions is {shape['rope_base']}"
     return config_from(shape | LLAMA, path)
 
@@ -100,7 +100,7 @@ def load_llama(folder, device='cpu'):
     config = shape_of(c, path)
     stored = read_weights(file)
     with expecting(f"{file} is not a whole checkpoint"):
-        # old files hold what is computed from the shape
+        # old files also hold the frequencies of the rotary positions, which we compute
         weights = {name: t for name, t in plain_names(stored).items() if not name.endswith('rotary_emb.inv_freq')}
     table, head = weights.get('model.embed_tokens.weight'), weights.get('lm_head.weight')
     if config.tie_weights and head is not None:
@@ -121,9 +121,9 @@ GGUF_SHAPE = {'context_length': 'block_size', 'block_count': 'n_layer', 'embeddi
               'feed_forward_length': 'n_hidden', 'attention.head_count': 'n_head',
               'attention.head_count_kv': 'n_kv_head', 'attention.key_length': 'head_dim',
               'attention.layer_norm_rms_epsilon': 'norm_eps', 'rope.freq_base': 'rope_base'}
-# what a file says besides: widths of a head that must be all the same, and what follows from the tensors
+# known settings besides: two widths of a head that must be head_dim, and one that follows from the tensors
 GGUF_MORE = {'attention.value_length', 'rope.dimension_count', 'vocab_size'}
-GGUF_DATASET = 'picochat.dataset'       # others pass over it
+GGUF_DATASET = 'picochat.dataset'       # a setting of our own, which other programs ignore
 
 
 def find_gguf(path):
@@ -138,7 +138,7 @@ def find_gguf(path):
 
 
 def gguf_dataset(path):
-    """The dataset that a GGUF of ours was trained on; '' if the file does not say."""
+    """The dataset that the model in a GGUF of ours was trained on; '' if the file does not say."""
     field = open_gguf(find_gguf(path)).fields.get(GGUF_DATASET)
     return field.contents() if field else ''
 
@@ -167,8 +167,8 @@ def load_gguf(path, device='cpu'):
 
 def gguf_shape(said, rows, path):
     """
-    A file's llama.* settings, and how many rows each of its tensors has -> GPTConfig, and what is odd about them, in
-    words.
+    A file's llama.* settings, and how many rows each of its tensors has -> GPTConfig, and how it differs from a plain
+    Llama, a list of words.
     """
     odd = [f"{key} is {str(said[key]):.40}" for key in said if key not in {*GGUF_SHAPE, *GGUF_MORE}
            and not (key == 'rope.scaling.type' and said[key] == 'none')]
@@ -177,7 +177,7 @@ def gguf_shape(said, rows, path):
         n_head = said['attention.head_count']
         shape = {'n_kv_head': n_head, 'head_dim': said['embedding_length'] // n_head, 'rope_base': 10000.0}
         shape |= {ours: said[theirs] for theirs, ours in GGUF_SHAPE.items() if theirs in said}
-        # floats are of 32 bits there: 1e-5 is meant by 9.999999747378752e-06
+        # floats have 32 bits there: 9.999999747378752e-06 means 1e-5
         shape |= {key: float(str(np.float32(shape[key]))) for key in ('norm_eps', 'rope_base')}
         shape |= {'tie_weights': 'output.weight' not in rows, 'vocab_size': rows['token_embd.weight']}
         for key in ('attention.value_length', 'rope.dimension_count'):
@@ -214,12 +214,12 @@ def in_halves(rows, heads):
 
 
 def interleaved(rows, heads):
-    """The way back."""
+    """The inverse of in_halves."""
     return rows.view(heads, 2, -1, rows.size(-1)).transpose(1, 2).reshape(rows.shape)
 
 
 def say_what_was_lost(tensors, path):
-    """A note if the file's matrices were rounded: what is made of them is as exact as they are."""
+    """Prints a note if the file's matrices were rounded: what was lost then is not counted here."""
     kinds = sorted({t.tensor_type.name for t in tensors if len(t.shape) > 1} - {'F32', 'F16', 'BF16'})
     if kinds:
         print(f"note: the weights in {path} were rounded before ({', '.join(kinds)}); as they are there, they are the "
@@ -233,11 +233,11 @@ LAYER = {'attn.c_q': ('self_attn.q_proj', 'input_layernorm'), 'attn.c_k': ('self
          'attn.c_v': ('self_attn.v_proj', 'input_layernorm'), 'attn.c_proj': ('self_attn.o_proj', None),
          'mlp.c_gate': ('mlp.gate_proj', 'post_attention_layernorm'),
          'mlp.c_fc': ('mlp.up_proj', 'post_attention_layernorm'), 'mlp.c_proj': ('mlp.down_proj', None)}
-MIRRORED = ('attn.c_q', 'attn.c_k')     # ours turns q and k by minus the angle
+MIRRORED = ('attn.c_q', 'attn.c_k')     # our model turns q and k by minus the angle
 
 
 def llama_shapes(c):
-    """GPTConfig -> {name of a LlamaForCausalLM's tensor: one of its shape, without memory}."""
+    """GPTConfig -> {name of a LlamaForCausalLM's tensor: a meta tensor of its shape}."""
     own = without_memory(GPT, replace(c, n_layer=1)).state_dict()
     gains = torch.empty(c.n_embd, device='meta')
     tensors = {'model.embed_tokens': own['transformer.wte.weight'], 'model.norm': gains}
@@ -267,8 +267,8 @@ def build(weights, config, tokenizer, path, device):
 
 def as_ours(weights, config):
     """
-    The tensors of a LlamaForCausalLM, {name: tensor}, which are taken out of there -> the state dict of the GPT that
-    has its logits. config, its GPTConfig, gets out_proj where that is needed.
+    The tensors of a LlamaForCausalLM, {name: tensor}, a dict that is emptied -> the state dict of the GPT with the same
+    logits. config, its GPTConfig, gets out_proj=True if that is needed.
     """
     def take(name):
         return weights.pop(f'{name}.weight').float()

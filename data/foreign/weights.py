@@ -1,6 +1,6 @@
 """
-Other people's files of weights: read, checked, and made into a model. A library of the files beside it. Nobody's pickle
-runs anything here.
+Other people's files of weights: reads and checks them, and makes a model of them. A library of the files beside it. No
+code in a pickle is ever run.
 """
 import contextlib
 import json
@@ -22,7 +22,7 @@ def load_weights(file):
 
 @contextlib.contextmanager
 def expecting(what, remedy='use another copy'):
-    """Files of others may hold anything: whatever goes wrong inside means that they are not what was expected."""
+    """Turns any error inside the block into a ValueError: files of others may hold anything."""
     try:
         yield
     except (Exception, SystemExit) as e:        # a user's own .py may even end the program
@@ -32,11 +32,11 @@ def expecting(what, remedy='use another copy'):
 
 def make(kind, config, state, path, device, tied=False):
     """
-    kind(config) with the tensors of state, which must be exactly its own, as float32 on device and in eval mode. tied:
-    of a kind that is not ours, lm_head is the embedding's table. path: where they are from, for a ValueError's message.
+    kind(config) with the tensors of state, which must be exactly those it needs, as float32 on device and in eval mode.
+    tied: for other kinds than GPT, lm_head is the embedding's table. path: the file, for the message of a ValueError.
     """
     with expecting(f"{path} does not have the tensors of its own settings"):
-        if config.n_layer > len(state):         # to make a million layers takes long, even without memory
+        if config.n_layer > len(state):         # even without memory, a million layers take long to create
             raise ValueError(f"{config.n_layer:,} layers of {len(state):,} tensors")
         if kind is GPT:
             check_size(config, dict(tensors_in(state)), path)
@@ -90,7 +90,7 @@ def shape_in(c):
 
 
 def read_weights(file):
-    """What hf_file found -> {name: tensor}."""
+    """The file that hf_file found -> {name: tensor}."""
     return read_shards(file) if file.endswith('.json') else read_hf(file)
 
 
