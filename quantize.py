@@ -6,11 +6,9 @@ Weights as integers: one rounding rule, used by training (fake-quant), by the fi
     python quantize.py --out_dir=out-mine --bits=4 --for_training=True      # and int4.pt, to train on from just these:
     python train.py --init_from=out-mine/int4.pt --quant_bits=4 --teacher=out-mine --alpha=1 --out_dir=out-mine-qat ...
 
-    from quantize import prepare, convert, gptq, export, load
-    prepare(model, bits)            # trains through the rounding (straight-through, arXiv 1308.3432)
-    convert(model, bits)            # integer modules: nothing is dequantised, at load or later
-    model = gptq(model, batches)    # integer modules, better ones for a model that was trained in float
-    export(path, model, tokenizer_meta);  model, state = load(path)
+    from quantize import export, load
+    export(path, model, tokenizer_meta)     # writes an integer model
+    model, state = load(path)               # integer modules: nothing is dequantised, at load or later
 
 The rule, and the modules that train through it or run on its integers, are in data/rounding.py. data/balance.py turns a
 float network into an equal one that rounds better, and data/gptq.py rounds it with errors fed back. This file has the
@@ -45,8 +43,7 @@ from data.layouts import for_measuring
 from data.loader import data_of, validation, without_text
 from data.machine import give_back_memory, keep_memory, pick_device
 from data.record import end_if_made, record
-from data.rounding import (BITS, GROUP, GROUPS, Integers, IntLinear, behind, convert, format_of, grid_of, prepare,
-                           round_weight, rounding_of, sharing)      # noqa: some for those who import them from here
+from data.rounding import BITS, GROUP, GROUPS, Integers, behind, convert, format_of, grid_of, rounding_of, sharing
 from data.tokenizer import from_meta
 from model import GPT, LossTotal, NEW_HEADS, part_of, rope_tables, rows_in_a_chunk
 

@@ -25,10 +25,11 @@ from data.conversation import Chat
 from data.files import in_repo, json_line, read_text, shown
 from data.layouts import for_decoding, step_of
 from data.machine import keep_memory, pick_device
+from data.rounding import BITS
 from data.tokenizer import from_meta
 from engine import DRAFTERS, FEW, Engine, Sampling, Speculation, rounds_pay
 from model import GPT
-from quantize import BITS, int_share, load
+from quantize import int_share, load
 
 # -----------------------------------------------------------------------------
 out_dir = 'out-quickstart'

@@ -33,13 +33,14 @@ from data.machine import (MEASURED, autocast, join_processes, keep_memory, least
 from data.meter import Log, Meter
 from data.optimizers import Averages, load_optimizer, make_optimizers, update
 from data.record import end_if_made, record, stopped_on_the_way
+from data.rounding import BITS, GROUPS, prepare
 from data.signals import on_stop
 from data.teachers import check_teachers
 from data.tokenizer import from_meta
 from distill import make_learner
 from engine import Engine, Sampling
 from model import GPT, MLPS, config_of, evaluate
-from quantize import BITS, GROUPS, grid_in, prepare
+from quantize import grid_in
 
 # -----------------------------------------------------------------------------
 # where things are

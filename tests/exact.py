@@ -18,10 +18,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), '..'))  # the repo
 from data.checkpoint import load_model
 from data.files import in_repo
 from data.layouts import for_decoding
+from data.rounding import convert
 from data.sampling import first_difference
 from engine import Engine, HEADS, Sampling, Speculation
 from model import GPT, GPTConfig
-from quantize import convert
 
 # -----------------------------------------------------------------------------
 out_dir = ''                # a trained model; empty: random weights

@@ -18,11 +18,12 @@ from data.checkpoint import config_from, load_model, save_checkpoint
 from data.foreign.export import export_gguf, export_hf
 from data.loader import Loader
 from data.machine import autocast
+from data.rounding import convert
 from data.tokenizer import CharTokenizer, from_meta
 from data.writer import write_texts
 from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
-from quantize import convert, export
+from quantize import export
 
 pytestmark = pytest.mark.usefixtures('in_process')
 

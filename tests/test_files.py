@@ -16,7 +16,8 @@ import data.files
 from data.download import DownloadError, download
 from data.checkpoint import save_checkpoint
 from data.files import atomic_write, visible_files
-from quantize import convert, export
+from data.rounding import convert
+from quantize import export
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()

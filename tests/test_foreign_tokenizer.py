@@ -20,9 +20,10 @@ from conftest import TEMPLATE, TEXTS, build, refuses
 from data.checkpoint import save_checkpoint
 from data.foreign_tokenizer import (GPT2_PATTERN, byte_characters, gguf_tokenizer, hf_folder_tokenizer,
                                     hf_tokenizer, load_tokenizer, merges_of, pre_tokenizer_of)
+from data.rounding import convert
 from data.tokenizer import PATTERN, BPETokenizer, CharTokenizer, fingerprint, from_meta, train_bpe, vocab_size_of
 from data.vocabulary import cut_tokenizer, recode
-from quantize import convert, export
+from quantize import export
 
 SPECIALS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<repo_name>']
 MISSING = {4, 29, 192, 241, 255}  # control characters, what UTF-8 has not, the first byte of U+40000 and others

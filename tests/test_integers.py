@@ -11,12 +11,14 @@ from conftest import (LLAMA, SMALL, TINY, batches, make_dataset, needs_compiler,
 from data.balance import balance, peaks
 from data.checkpoint import load_checkpoint, save_checkpoint
 from data.foreign.export import own_tensors
+from data.gptq import gptq
 from data.loader import Loader
-from data.rounding import BITS, IntLinear, behind, grid_of, round_to_grid, round_weight, steps_of, weights_behind
+from data.rounding import (BITS, IntLinear, behind, convert, grid_of, prepare, round_to_grid, round_weight, steps_of,
+                           weights_behind)
 from data.slicing import build
 from data.tokenizer import from_meta
 from model import GPT, GPTConfig
-from quantize import convert, gptq, load, prepare
+from quantize import load
 
 SHAPES = [dict(multi_token_n=2, draft_n=2), dict(n_kv_head=1, tie_weights=True), LLAMA | dict(n_kv_head=2, draft_n=2),
           LLAMA, LLAMA | dict(multi_token_n=2), LLAMA | dict(tie_weights=False),

@@ -14,10 +14,11 @@ from data.bench.tasks import (answer, answer_all, asked, bits_per_byte, by_group
 from data.cache import KVCache
 from data.checkpoint import save_checkpoint
 from data.loader import Loader
+from data.rounding import convert
 from data.tokenizer import from_meta
 from data.writer import write_texts
 from model import GPT, GPTConfig, evaluate
-from quantize import convert, export
+from quantize import export
 
 WORDS = 'the cat then other bathe a these north'.split()
 

@@ -31,11 +31,11 @@ from data.compiling import DEEP
 from data.loader import load_meta
 from data.machine import fast_bf16
 from data.record import made
+from data.rounding import prepare
 from data.tokenizer import from_meta, train_bpe
 from data.writer import write_chats
 from engine import Engine, Sampling
 from model import GPT, GPTConfig
-from quantize import prepare
 
 # the block of a Llama
 SWITCHES = ['--mlp=swiglu', '--qk_norm=False', '--embed_norm=False', '--softcap=0', '--norm_eps=1e-5',

@@ -25,12 +25,13 @@ from data.foreign.llama import gguf_dataset, load_gguf
 from data.layouts import PackedInt8Linear, for_decoding, for_measuring
 from data.loader import data_of, validation
 from data.machine import keep_memory
+from data.rounding import convert, rounding_of
 from data.sampling import first_difference
 from data.teachers import load_teacher
 from data.tokenizer import fingerprint, from_meta
 from engine import Engine, Sampling, Speculation
 from model import GPT, GPTConfig, evaluate
-from quantize import compare, convert, export, load, rounding_of
+from quantize import compare, export, load
 
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
