@@ -11,8 +11,8 @@ from data.files import atomic_write
 
 def read_log(path):
     """
-    A log.csv of train.py -> its points (tokens, loss) of training and of validation, and its last step and tokens.
-    ValueError if it is something else.
+    A log.csv of train.py -> points (tokens, loss) of training and of validation, and the last step and tokens.
+    ValueError for any other file.
     """
     try:
         with open(path, newline='') as f:
@@ -26,7 +26,7 @@ def read_log(path):
 
 
 def draw_curves(paths, png):
-    """Training and validation losses of all logs at paths, as a picture -> a row of what each of them ends with."""
+    """Draws the training and validation losses of all logs at paths -> a row for each, with its last values."""
     import matplotlib.figure
     figure, rows = matplotlib.figure.Figure(figsize=(8, 5)), []
     axes = figure.subplots()

@@ -1,6 +1,6 @@
 """
-How fast a model decodes, in the formats in which its weights may lie. A library for bench.py --mode=decode, quality and
-ladder, and for its peers.
+How fast a model decodes, and what it loses, in each format of its weights. A library for bench.py --mode=decode,
+quality and ladder, and for tests/peers.py.
 
     engine = build(k, 'int8-packed')                                # k: bench.py's knobs, resolved, as a namespace
     prompts = make_prompts(k, engine, 4)
@@ -36,23 +36,23 @@ from quantize import compare, export, load
 SHAPES = {
     'tiny': dict(n_layer=3, n_head=4, n_embd=192, n_hidden=384, vocab_size=65, block_size=256),
     'd12': dict(n_layer=12, n_head=6, n_embd=768, use_mqa=True, vocab_size=65536, block_size=1024)}
-# What is decoded: the bits of the weights (0: float), and the dtype in which for_decoding packs matrices. Without a
-# dash the model's own layers run. int8-packed and int4-packed are what sample.py runs, -compiled is with its
-# --compile=True: one sequence, half a minute of compiling for each. int4-bf16 leaves 4 bits in memory.
+# The formats: bits of the weights (0: float), and the dtype in which for_decoding packs matrices. Names without a dash
+# run the model's own layers. int8-packed and int4-packed are what sample.py runs; -compiled is its --compile=True: one
+# sequence, half a minute of compiling for each. int4-bf16 keeps 4 bits in memory.
 FORMATS = {
     'f32': (0, None), 'f32-packed': (0, torch.float32), 'f32-compiled': (0, None),
     'bf16-packed': (0, torch.bfloat16), 'bf16-compiled': (0, torch.bfloat16), 'f16-packed': (0, torch.float16),
     'int8': (8, None), 'int8-packed': (8, None), 'int8-compiled': (8, None),
     'int4': (4, None), 'int4-packed': (4, None), 'int4-compiled': (4, None),
     'int4-bf16': (4, torch.bfloat16), 'int4-bf16-compiled': (4, torch.bfloat16)}
-GGUF_KINDS = ('q8_0', 'q4_0', 'q4_1', 'q4_k_m')    # llama.cpp's, to compare what they cost: see through_gguf
+GGUF_KINDS = ('q8_0', 'q4_0', 'q4_1', 'q4_k_m')    # llama.cpp's formats, to compare their quality: see through_gguf
 LENGTHS = (1, 2, 4, 5, 8)                       # tokens in a pass, for rows_cost
 
 # -----------------------------------------------------------------------------
 # the model, in a format
 
 def random_model(k):
-    """The shape with random weights, the same in every format; heads are there that the drafters need."""
+    """A model of k.shape with random weights, the same in every format, with the heads that k.drafters need."""
     noise = torch.Generator().manual_seed(k.seed)
     heads = dict(draft_n=4 * ('head' in k.drafters), multi_token_n=3 * ('mtp' in k.drafters))
     model = GPT(GPTConfig(**SHAPES[k.shape], **heads))
@@ -62,7 +62,9 @@ def random_model(k):
 
 
 def trained_model(k, bits):
-    """The model in the out_dir k.shape: its integers if they are there and belong to best.pt, else best.pt."""
+    """
+    The model in the out_dir k.shape: its integer checkpoint if there is one that belongs to best.pt, else best.pt.
+    """
     best, integers = os.path.join(k.shape, 'best.pt'), os.path.join(k.shape, f'int{bits}.safetensors')
     if bits and os.path.exists(integers):
         if os.path.getmtime(integers) >= os.path.getmtime(best):
@@ -87,8 +89,8 @@ def build(k, format):
 
 def through_gguf(k, kind):
     """
-    The trained model in k.shape as llama.cpp would read it -> its numbers as a float model, and the bytes of its file.
-    kind: one of GGUF_KINDS, written by the gguf package, but q4_k_m, which llama.cpp's own tool in k.llamacpp makes.
+    Writes the trained model in k.shape as a GGUF file and reads it back -> a float model of its numbers, and the bytes
+    of the file. kind: one of GGUF_KINDS; the gguf package writes all but q4_k_m, which llama.cpp's own tool makes.
     """
     path = os.path.join(k.shape, 'best.pt')
     model, state = load(path, k.device)
@@ -106,8 +108,8 @@ def through_gguf(k, kind):
 
 def price_list(k, formats, data, tokenizer):
     """
-    What each of formats costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
-    validation split of data, and how far its predictions are from the float ones. Without file or data they are None.
+    What each format costs in quality -> for each its model, and a row: bytes of its file, losses on the whole
+    validation split of data, and the distance of its predictions from the float ones. None if there is no file or data.
     A format is one of FORMATS or GGUF_KINDS, or the path of an integer checkpoint that was made of this model.
     """
     models, rows = {}, {}
@@ -129,7 +131,7 @@ def price_list(k, formats, data, tokenizer):
         rows[f] = {'bytes': size}
     if data:
         whole = build(k, 'f32').model
-        # a file that was trained on may have a shorter context: all read the same rows
+        # a checkpoint that was trained further may have a shorter context; all models read the same rows
         length = min(model.config.block_size for model in (whole, *models.values()))
         batches = validation(data, length, k.device).eval_batches()
         for f, measured in zip(formats, compare(whole, models.values(), batches, tokenizer.token_bytes)):
@@ -162,8 +164,8 @@ def check_context(k, config, whose):
 
 def make_prompts(k, plain, n):
     """
-    -> n prompts: random ids, or what a trained model writes from the token that begins a text. With texts n for
-    every round, spread over them.
+    -> n prompts: random ids, or what a trained model writes from the token that begins a text; with k.texts, n pieces
+    of these for every round.
     """
     if k.shape in SHAPES:
         noise = torch.Generator().manual_seed(k.seed)
@@ -178,7 +180,7 @@ def make_prompts(k, plain, n):
 
 
 def cut_prompts(k, tokenizer, n):
-    """-> n pieces of prompt_tokens of k.texts, as far from each other as can be"""
+    """-> n pieces of k.texts of k.prompt_tokens tokens, evenly spread"""
     ids = [token for text in read_texts(k.texts, k.text_bytes).values() for token in tokenizer.encode(text)]
     room = len(ids) - k.prompt_tokens
     if room < n:
@@ -188,7 +190,7 @@ def cut_prompts(k, tokenizer, n):
 
 
 def quality(model, data, tokenizer, dtype):
-    """-> loss on the whole validation split, through a cache of dtype (None: without one), and such a cache's bytes."""
+    """-> the loss on the whole validation split, through a cache of this dtype (None: without one), and its bytes."""
     c, device = model.config, model.cos.device
     loader = validation(data, c.block_size, device)
     make_cache = dtype and (lambda batch: KVCache(c, batch, loader.block_size, dtype, device=device))
@@ -207,7 +209,7 @@ def decode(k, engine, prompts, seed, drafter):
 
 @torch.inference_mode()
 def pass_seconds(k, engine, prompt):
-    """-> {n: seconds} of a cached pass, up to the most probable tokens, over n tokens of one sequence."""
+    """-> {n: seconds} of a cached pass over n tokens of one sequence, argmax included."""
     m, longest = engine.model, max(LENGTHS)
     cache = KVCache(engine.config, 1, k.prompt_tokens + longest, device=k.device)
     engine.prefill(cache, [prompt[:engine.config.block_size - longest]])
@@ -221,14 +223,14 @@ def pass_seconds(k, engine, prompt):
 
 @torch.inference_mode()
 def without_cache(k, engine, prompt, text):
-    """-> tokens/s with a forward over everything so far for each token, at up to 16 places spread over the text."""
+    """-> tokens/s without a cache: a forward over the whole text for each token, timed at up to 16 places of it."""
     ids, n, m = torch.tensor([prompt + text], device=k.device), min(16, len(text)), engine.model
     ends = [k.prompt_tokens + i * len(text) // n for i in range(n)]
     return n / timed_call(lambda: [m.logits(m.trunk(ids[:, :end])[:, -1:]).argmax(dim=-1).tolist() for end in ends])
 
 
 def bandwidth(big):
-    """-> bytes/s at which these threads read memory, by a sum or a matrix-vector product: neither is always faster."""
+    """-> bytes/s at which these threads read memory: the faster of a sum and a matrix-vector product."""
     m = big.view(-1, 8192)
     reads = (big.sum, lambda: m @ m[0])
     return big.nbytes / min(timed_call(lambda: read().amax().item()) for read in reads)    # .item() waits for a GPU
@@ -236,8 +238,9 @@ def bandwidth(big):
 
 def difference(k, engine, prompt, row, expected, got):
     """
-    What is wrong with a row's text; None if it is the expected one, or parts from it at a tie. Compiled for a GPU, the
-    same floats are summed in one order or another, and an activation between two integers may be rounded to either.
+    What is wrong with a row's text, in words; None if it is the expected one, or differs from it first at a tie.
+    (Compiled for a GPU, floats are summed in another order, and an activation between two integers may be rounded to
+    the other one.)
     """
     found = first_difference(engine.model, prompt, expected, got, k.temperature, row, k.seed)
     if found and found[1] > (0.1 if engine.compile and k.device != 'cpu' else 1e-4):
@@ -249,12 +252,13 @@ def difference(k, engine, prompt, row, expected, got):
 
 def decode_in_rounds(k, engines, prompts, wanted):
     """
-    Decodes all of wanted, (format, drafter, batch), once a round, and measures passes, and memory's rate. -> by round
-    the stats of each of wanted, {format: passes' seconds}, tokens/s without a cache, bytes/s of memory; what is wrong.
+    Decodes each of wanted, (format, drafter, batch), once in every round; also times passes and memory. -> by round:
+    the stats of each of wanted, {format: seconds of passes}, tokens/s without a cache, bytes/s of memory; and which
+    texts are wrong.
     """
     runs, texts, wrong = {key: [] for key in wanted}, {}, []
     costs, slow, rates = {f: [] for f in engines if not f.endswith('compiled')}, [], []
-    # 512 MiB, written to: pages never touched would all be one page of zeros, read from the processor's cache
+    # 512 MiB that have been written to: untouched pages would all be one page of zeros, in the processor's cache
     big = torch.ones(2**27, device=k.device)
     most = max(batch for _, _, batch in wanted)
     sets = [prompts[i:i + most] for i in range(0, len(prompts), most)]          # one, or one for each round
@@ -281,7 +285,7 @@ def decode_in_rounds(k, engines, prompts, wanted):
 
 
 def bytes_per_pass(model):
-    """Of weights, in one pass of trunk and lm_head over one token: all their tensors, packed ones too, a row of wte."""
+    """Bytes of weights that a pass over one token reads: all of trunk and lm_head, and one row of wte."""
     def nbytes(*parts):
         modules = [module for part in parts for module in part.modules()]
         values = [v for m in modules for v in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
@@ -290,7 +294,7 @@ def bytes_per_pass(model):
 
 
 def decoding_rows(engines, runs, costs, slow, memory):
-    """What decode_in_rounds gives -> a row for each of runs, and one for decoding without a cache"""
+    """The results of decode_in_rounds -> a row for each of runs, and one for decoding without a cache"""
     rates, rows = {key: [s['tok_s'] for s in run] for key, run in runs.items()}, []
     yardstick = rates['f32', 'none', 1]
     for (f, drafter, batch), run in runs.items():
@@ -317,7 +321,7 @@ def decoding_rows(engines, runs, costs, slow, memory):
 # memory
 
 def memory_taken(k, path):
-    """How much this process grows by loading the file at path and decoding with it, and what there is to hold."""
+    """By how many bytes this process grows when it loads the file at path and decodes; and bytes of file and cache."""
     keep_memory()                               # as sample.py does
     small = GPTConfig(block_size=64, vocab_size=PackedInt8Linear.ROWS, n_layer=1, n_head=1, n_embd=64)
     Engine(for_decoding(convert(GPT(small)))).complete([[1] * 4], 8)        # so libraries have taken their own memory
@@ -330,7 +334,7 @@ def memory_taken(k, path):
 
 
 def memory_alone(k, path, int8=False):
-    """The same of a fresh process."""
+    """memory_taken in a fresh process."""
     cache = 'int8' if int8 else 'float32'
     knobs = vars(k) | dict(mode='decode', child=path, caches=cache, threads=torch.get_num_threads())
     return start('bench.py', **knobs)

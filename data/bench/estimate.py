@@ -1,6 +1,6 @@
 """
-What a training takes: a step of it, as train.py takes it, on random tokens, or on tensors that have shapes but no
-memory; and what all of it would take on a GPU. A library for bench.py --mode=train and --mode=memory.
+What a training costs: takes a step as train.py does, on random tokens, or on meta-like tensors that have shapes but no
+memory; and what the whole training would cost on a GPU. A library for bench.py --mode=train and --mode=memory.
 
     training = Training(t, config, rows=4, folder='data/random')        # t: train.py's knobs, resolved, as a namespace
     seconds = training.step(training.trained, T=256, accumulation=2)    # {'data', 'forward', 'backward', 'optimizer'}
@@ -41,12 +41,12 @@ from model import GPT, GPTConfig, LOSS_CHUNK_BYTES, config_of, rows_in_a_chunk
 
 
 def forwards_a_step(t, rows):
-    """-> how many forwards of so many rows make a step"""
+    """-> how many forwards over so many rows make a step"""
     return max(1, round((t.total_batch_size or t.batch_size * t.block_size) / (rows * t.block_size)))
 
 
 def teachers_of_training(t, c):
-    """-> the teachers' models (of nanochat's d32 and its like with random weights); of labels, the samples a token."""
+    """-> the teachers' models (random weights for nanochat's d32 and the like); for labels, the samples per token."""
     meta = os.path.join(t.teacher, 'meta.json')
     if t.teacher and os.path.exists(meta):
         return [], read_json(meta, 'write the labels again', {'k': int})['k']
@@ -72,8 +72,8 @@ def teachers_of_training(t, c):
 
 class Training:
     """
-    A training set up as train.py does: model; trained, which makes losses of (x, y, ...); optimizers; averages. Its
-    batches have so many rows of the dataset in folder; without one they are zeros.
+    A training, set up as in train.py: model; trained, which computes losses of (x, y, ...); optimizers; averages.
+    Batches have so many rows of the dataset in folder; without a folder they are zeros.
     """
     def __init__(self, t, c, rows, folder=None):
         torch.manual_seed(t.seed)
@@ -93,7 +93,7 @@ class Training:
         self.t, self.rows, self.number = t, rows, 0
 
     def batch(self, T):
-        """-> x and y (rows, T), and what labels add: ids and weights (rows, T, k), and the rest's weight (rows, T)"""
+        """-> x and y (rows, T); with labels also ids and weights (rows, T, k) and entropy (rows, T)"""
         if self.loader:
             x, y = self.loader.batch(self.number)
             x, y = x[:, :T].contiguous(), y[:, :T].contiguous()
@@ -107,7 +107,7 @@ class Training:
         return x, y, ids, weights, torch.zeros(x.shape, device=self.t.device)
 
     def step(self, forward, T, accumulation):
-        """Takes a step of so many forwards, on rows of T tokens -> its seconds by part."""
+        """Takes a step of `accumulation` forwards, on rows of T tokens -> its seconds by part."""
         clock = Laps(self.t.device)
         for _ in range(accumulation):
             batch = self.batch(T)
@@ -124,7 +124,7 @@ class Training:
 
 
 class Laps:
-    """A clock of a step's parts; a GPU is waited for."""
+    """A clock for the parts of a step, which waits for a GPU."""
     def __init__(self, device):
         self.device = device
         self.took, self.last = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0), self.now()
@@ -154,7 +154,7 @@ def shape_of_training(t, vocab_size=0):
 
 
 def write_random(folder, t, vocab_size):
-    """A dataset of random tokens: characters, for train.py, the halves of surrogate pairs left out."""
+    """Writes a dataset of random tokens, characters without surrogates, for train.py."""
     ids = np.random.default_rng(t.seed).integers(vocab_size, size=2**20)
     characters = CharTokenizer(chr(i + 2048 * (i >= 0xd800)) for i in range(vocab_size))
     with contextlib.redirect_stdout(None):
@@ -196,7 +196,7 @@ def time_steps(training, c, steps, rounds, any_length):
 
 
 def peak_of_training(t, c):
-    """-> bytes by which three steps make this process grow, once libraries and compiler have taken theirs."""
+    """-> by how many bytes three steps make this process grow, after libraries and compiler have taken theirs."""
     def three_steps(folder):
         training = Training(t, c, t.batch_size, folder)
         forward = training.trained
@@ -224,7 +224,7 @@ def peak_of_training(t, c):
 # memory
 
 class Living(TorchDispatchMode):
-    """Inside, counts the bytes of tensors that are made and still exist: now, and at most. Fake ones count as true."""
+    """A context that counts the bytes of living tensors, now and at most, fake tensors included."""
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.known = 0, 0, set()
@@ -246,8 +246,8 @@ class Living(TorchDispatchMode):
 
 def training_bytes(t, c, rows, fake=True):
     """
-    -> bytes of an eager step on so many rows, found by taking it, on fake tensors: nothing needs to fit anywhere,
-    nothing is multiplied. activations: what a forward keeps for backward; logits: one chunk of them in float32.
+    -> bytes of an eager step on so many rows, found by taking it on fake tensors, which need no memory and no time.
+    activations: what a forward keeps for backward; logits: one chunk of them in float32.
     """
     def nbytes(tensors):
         return sum(x.nbytes for x in tensors)
@@ -288,8 +288,8 @@ SHARD_TOKENS, SHARD_BYTES = 55 * 10**6, 100 * 10**6
 
 def bill(k, tokens, flops):
     """
-    k: bench.py's knobs, of which gpu, utilisation and price count. For so many tokens, at so many FLOPs each -> a row's
-    tokens/s, hours, dollars.
+    k: bench.py's knobs (gpu, utilisation, price). So many tokens, at so many FLOPs each -> tokens/s, hours, dollars,
+    for a row.
     """
     rate = (k.utilisation or ASSUMED_UTILISATION) * PEAK_FLOPS[GPUS[k.gpu][0]] / flops
     hours = tokens / rate / 3600
@@ -298,7 +298,7 @@ def bill(k, tokens, flops):
 
 
 def shape_of_size(t, c, depth, target):
-    """-> a GPT without memory of so many layers, 64 channels a head, about target parameters; None if far too wide"""
+    """-> a meta GPT of so many layers, heads of 64 and about target parameters; None if it would be far too wide"""
     # 12 * depth * width^2 + tables * width = target, solved for the width, which is rounded to whole heads
     tables = (1 if t.tie_weights else 2) * c.vocab_size
     width = 64 * round((math.sqrt(tables**2 + 48 * depth * target) - tables) / (24 * depth) / 64)
@@ -309,7 +309,7 @@ def shape_of_size(t, c, depth, target):
 
 
 def shapes_of_size(k, t, c, target):
-    """-> a row for each shape of about target parameters, the nearest first, and what training them takes"""
+    """-> a row for each shape of about target parameters, the nearest first, with the cost of its training"""
     rows = []
     for model in filter(None, (shape_of_size(t, c, depth, target) for depth in range(1, 97))):
         n = model.params()['total']
@@ -324,7 +324,7 @@ def shapes_of_size(k, t, c, target):
 
 
 def batches_that_fit(t, c, room):
-    """-> a row each for batches of 1, 2, 4, ... up to the first that takes more than room; and the largest that fits"""
+    """-> rows for batches of 1, 2, 4, ... up to the first that needs more than room; and the largest that fits"""
     rows, decides = [], 'compiled' if t.compile else 'peak'
     while not rows or rows[-1]['fits']:
         batch = 2 ** len(rows)

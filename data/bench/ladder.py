@@ -1,14 +1,14 @@
 """
-A ladder of models: the commands that build its rungs, and its record, a JSON document that tables and pictures are
-made from. A library for bench.py --mode=ladder and --mode=table; without torch.
+A ladder of models: the commands that build its rungs, and its record, a JSON document from which tables and pictures
+are made. A library for bench.py --mode=ladder and --mode=table; without torch.
 
     for name, seed, command in read_rungs(text, '1337'): ...    # "name | python train.py config/quickstart.py && ..."
     row = build_rung('out-ladder/ladder.json', name, seed, command)
     write_record('config/ladder_quick.json', rows, machine)
     for line in summary(read_record('config/ladder_quick.json')['rows']): ...
 
-A ladder is a list of commands. Each runs as you would type it; a script whose product is there, made by this very
-command and no older than what it was made from, says so and does nothing (data/record.py).
+A ladder is a list of commands, which run as if you had typed them. A script does nothing, and says so, if its product
+exists, was made by the same command, and is no older than what it was made from (data/record.py).
 """
 import contextlib
 import json
@@ -47,16 +47,16 @@ def read_rungs(rungs, seeds):
 
 
 def tell(text):
-    """To stderr, whether or not its terminal is still there."""
+    """Prints to stderr, whether or not its terminal is still there."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def run_command(ladder, command, log):
     """
-    Runs one command of a ladder. What it prints goes to the file log; its newest line to stderr, too, every ten seconds
-    and at the end. A signal to stop is passed on to the command, which saves and ends; then the ladder ends. -> the
-    document that ends its output, {} if there is none (a prepare.py); its exit status; its last line.
+    Runs one command of a ladder. Its output goes to the file log, and its newest line every ten seconds and at the end
+    to stderr. Signals to stop are passed on to the command, which saves and ends; then the ladder ends. -> the JSON
+    document that ends its output, {} if there is none (a prepare.py); its exit status; its last line of text.
     """
     last, document, shown = 'no word', '{}', time.time()
     environment = os.environ | {'PICOCHAT_LADDER': ladder, 'PYTHONUNBUFFERED': '1'}
@@ -82,8 +82,8 @@ def run_command(ladder, command, log):
 
 def build_rung(ladder, name, seed, command):
     """
-    Runs a rung's commands; what they print goes to a file beside the ladder's record. -> its row: the file of the
-    model, and what that cost with what it started from; None if the rung has no name.
+    Runs the commands of a rung, whose output goes to a file beside the ladder's record. -> its row: the file of the
+    model and what it cost, with all that it was made from; None if the rung has no name.
     """
     called = f"{name or command.split('&&')[0].removeprefix('python ')} {seed or ''}".strip()[-60:]
     path, file = os.path.join(os.path.dirname(ladder), re.sub(r'\W+', '-', called) + '.log'), None
@@ -118,7 +118,7 @@ def write_record(path, rows, machine):
 
 
 def read_record(path, remedy=FIRST):
-    """A ladder's record -> its document; rows of older records that are no rungs are dropped."""
+    """Reads a ladder's record -> a dict; rows of older records that are no rungs are dropped."""
     if not os.path.isfile(path):
         raise ValueError(f'{path} is not there: {remedy}')
     document = read_json(path, remedy, {'rows': list})
@@ -137,12 +137,12 @@ def read_record(path, remedy=FIRST):
 
 
 def untimed(row):
-    """Timings of another run do not compare with those of this one."""
+    """A row without its timings, which cannot be compared with those of another run."""
     return {k: v for k, v in row.items() if not k.startswith(('tok', 'same', 'spec', 'memory'))}
 
 
 def compare_records(before, now):
-    """-> what has changed in bytes and loss, and in speed beyond noise, a line each"""
+    """-> lines that say what has changed: bytes and losses, and speeds beyond noise"""
     noise = {'bytes': 0, 'val_loss': 1e-4, 'tokens_per_verify': 0.1, 'tok_s': 0.3, 'tok_s_speculative': 0.3}
     changes = []
     for old, new in zip(before, now):
@@ -170,20 +170,20 @@ COLUMNS = [('rung', 'name'), ('parameters', 'params', ',d'), ('bytes', 'bytes', 
 
 
 def columns_of(rows):
-    """COLUMNS, and behind the bits per byte those of the further texts that rows were measured on."""
+    """COLUMNS, with columns for the bits per byte of further texts, if rows have them."""
     names = dict.fromkeys(key for row in rows for key in row if key.startswith('bpb_'))
     place = 1 + [key for _, key, *_ in COLUMNS].index('val_bpb')
     return COLUMNS[:place] + [(key.removeprefix('bpb_'), key, '.4f') for key in names] + COLUMNS[place:]
 
 
 def with_labels(row):
-    """The row, its FLOPs with those of the labels that it learnt from."""
+    """The row, with the FLOPs of the labels that it learnt from added to its own."""
     labels = sum(row.get('labels', {}).values())
     return row | {'train_flops': row['train_flops'] + labels} if row.get('train_flops') else row
 
 
 def by_name(rows):
-    """-> {name: its rows, one a seed}"""
+    """-> {name: its rows, one for each seed}"""
     names = {}
     for row in rows:
         names.setdefault(row['name'], []).append(row)
@@ -207,15 +207,15 @@ def welch(a, b):
 
 
 def mean_of(rows, key):
-    """The mean of what was measured, or None."""
+    """The mean of those values that are not None; None if there are none."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return mean(values) if values else None
 
 
 def summary(rows):
     """
-    -> a line for each rung: of losses and tasks the means over its seeds, of losses deviation and Welch's p against
-    the first control; bytes, speed and cost are those of the first seed.
+    -> a line for each rung: means of losses and tasks over its seeds; the deviation of losses, and Welch's p against
+    the first control; bytes, speed and cost of the first seed.
     """
     names, lines, first = by_name(rows), [], rows[0]
     losses = {name: [row['val_loss'] for row in same if row.get('val_loss')] for name, same in names.items()}
@@ -240,8 +240,8 @@ def summary(rows):
 
 def draw(lines, path):
     """
-    Bytes against bits per byte, as a picture: a number beside each point, and the names in a legend. Controls are
-    crosses, rungs with llama.cpp in their name squares; what is far worse than the others is a triangle at the upper
+    Draws bytes against bits per byte, with a number at each point, and the names in a legend. Controls are crosses,
+    rungs with llama.cpp in their name squares; a rung that is far worse than the others is a triangle at the upper
     edge.
     """
     import matplotlib.figure

@@ -1,6 +1,6 @@
 """
-Builds the rungs of a ladder and measures them, all in one run, each beside its controls: bytes, loss, what else they
-know, then their decoding in turns. A library for bench.py --mode=ladder; ladder.py beside it has commands and records.
+Builds the rungs of a ladder and measures them, all in one run, beside their controls: bytes, losses, tasks, then
+decoding speed in turns. A library for bench.py --mode=ladder; ladder.py beside it has commands and records.
 
     rows = build_ladder(k, read_rungs(k.rungs, k.seeds), machine)       # k: bench.py's knobs, resolved, as a namespace
     time_rungs(k, rows)                                                 # adds tokens/s to them
@@ -36,15 +36,15 @@ def words_of(text):
 
 
 def how_to_answer(k):
-    """The knobs of questions, as data/bench/tasks.py takes them."""
+    """The knobs about questions, as arguments of data/bench/tasks.measure."""
     return {'tasks': k.tasks, 'questions': k.questions, 'num_fewshot': k.num_fewshot, 'seed': k.seed,
             'delimiter': k.delimiter.replace('\\n', '\n')}
 
 
 def measure_rung(k, file, int8):
     """
-    -> a rung's parameters, bytes and quality, on its integers if it has them, with an int8 cache if it has one; and
-    what it knows of other texts and of tasks.
+    -> a rung's parameters, bytes and loss, on its integers if it has them, with an int8 cache if it is to have one; and
+    its results on other texts and tasks.
     """
     print(f'    measuring {file}', file=sys.stderr, flush=True)
     if k.timed == 'none':                       # else it would be another decoding that is timed
@@ -58,7 +58,7 @@ def measure_rung(k, file, int8):
 
 
 def build_ladder(k, wanted, machine):
-    """-> the rows of all rungs, measured; what the ladder's last run measured of the same file is not measured again"""
+    """-> the rows of all rungs, measured; measurements of the last run are reused for files that have not changed"""
     hold(os.path.dirname(k.ladder), os.path.basename(k.ladder))     # rungs are held by the scripts that make them
     same = lambda row: json.dumps([row.get(key) for key in ('command', 'file', 'made', 'int8_cache', 'beside')])
     known = {}
@@ -78,7 +78,7 @@ def build_ladder(k, wanted, machine):
 
 
 def measure_again(k, recorded):
-    """-> the recorded rungs' rows, measured anew"""
+    """-> the rows of the recorded rungs, measured again"""
     rows = []
     for row in recorded:
         if not os.path.exists(str(row.get('file'))):
@@ -90,7 +90,7 @@ def measure_again(k, recorded):
 # decoding, in turns
 
 def timed_runs(k, rows):
-    """-> what is timed: (row, key of its tokens/s, engine, text, drafter, a list for what is seen)"""
+    """-> the runs to time: (row, key of its tokens/s, engine, text, drafter, a list for the results)"""
     runs = []
     for row in rows:
         model, data, _ = open_model(k, row['file'])
@@ -109,7 +109,7 @@ def timed_runs(k, rows):
 
 
 def run_in_turns(k, runs):
-    """Lets each of timed_runs decode another piece of text in every round, as sample.py would; keeps what it saw."""
+    """Lets each of timed_runs decode another piece of text in every round, as sample.py would; stores the results."""
     usual = torch.get_num_threads()
     for r in in_rounds(k.rounds, 'timing, '):
         for row, _, engine, text, drafter, seen in runs:
@@ -123,8 +123,8 @@ def run_in_turns(k, runs):
 
 def time_rungs(k, rows):
     """
-    Adds to rows their tokens/s, plain and drafting, eager and maybe compiled; whether the texts are the same, with
-    drafts and compiled; and what a process takes of memory.
+    Adds to rows their tokens/s, plain and with drafts, eager and perhaps compiled; whether drafts and compiling left
+    the texts the same; and the memory that a process takes.
     """
     runs = timed_runs(k, rows)
     run_in_turns(k, runs)
@@ -148,7 +148,7 @@ def time_rungs(k, rows):
 
 
 def check_decoding(rows):
-    """ValueError if drafts or compiling gave another text than plain decoding, where they must not."""
+    """ValueError if drafts or compiling changed a text where they must not."""
     for row in rows:
         if row['file'].endswith('.safetensors') and row.get('speculation_exact') is False:
             raise ValueError(f"{row['name']}: another text with drafts than without, on integers")

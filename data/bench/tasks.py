@@ -1,6 +1,6 @@
 """
-What a model knows, besides its loss: questions that it answers by likelihood, and texts that it has never trained on.
-A library for bench.py --mode=tasks, quality and ladder.
+Measures of knowledge besides the loss: questions that a model answers by likelihood, and texts that it has not trained
+on. A library for bench.py --mode=tasks, quality and ladder.
 
     items = read_tasks('tasks.jsonl')
     right = answer_all(model, tokenizer, items)                         # a bool for each question
@@ -10,14 +10,15 @@ A library for bench.py --mode=tasks, quality and ladder.
 A file of questions has a JSON object on each line, in one of the three forms of nanochat's eval bundle (its CORE metric
 is DCLM's, arXiv 2406.11794):
 
-    {"query": "The sky is", "choices": ["blue", "a fish"], "gold": 0}       which choice is likeliest behind the query?
+    {"query": "The sky is", "choices": ["blue", "a fish"], "gold": 0}       which choice is likeliest after the query?
     {"context_options": ["Ann said that she", "Ann said that it"], "continuation": "was tired.", "gold": 0}
-                                                        behind which of the contexts is the continuation likeliest?
+                                                        after which of the contexts is the continuation likeliest?
     {"context": "The capital of France is", "continuation": "Paris"}        would greedy decoding write this?
 
-Between the two parts stands a delimiter, usually a space; before them a few answered examples, if any are asked for.
-Likelihood is the mean loss of the tokens that tell the choices apart, so that a long answer is no worse than a short
-one. A line may also say its "kind", and whether what it asks about was "heldout" from training: both are counted apart.
+The two parts are joined by a delimiter, usually a space; a few answered examples may come first (num_fewshot).
+Likelihood is measured by the mean loss of the tokens in which the choices differ, so that long answers are no worse
+than short ones. A line may also have a "kind", and whether its subject was "heldout" from training: such groups are
+counted separately.
 """
 import json
 import math
@@ -47,7 +48,7 @@ FORMS = {
 
 
 def form_of(item):
-    """The name in FORMS of a line of such a file, or None if it is in none of these forms."""
+    """A line of such a file, as a dict -> the name of its form in FORMS, or None."""
     for form, keys in FORMS.items():
         if not all(type(item.get(key)) is kind for key, kind in keys.items()):
             continue
@@ -60,7 +61,7 @@ def form_of(item):
 
 
 def options_of(item):
-    """What a question's answer is chosen from, a list of str; of one that is to be continued there is nothing."""
+    """The options of a question, a list of str; empty for a text to be continued."""
     return item.get('choices') or item.get('context_options') or []
 
 
@@ -72,8 +73,8 @@ def check_tasks(path):
 
 def read_tasks(path, seed=1337):
     """
-    A .jsonl file -> its questions as dicts, in an order drawn by the seed (nanochat's seed is 1337), so that the first
-    few are of all sorts. ValueError names the line that is no question.
+    A .jsonl file -> its questions as dicts, shuffled by the seed (nanochat's is 1337), so that the first few are of all
+    kinds. ValueError names a line that is no question.
     """
     check_tasks(path)
     items = []
@@ -99,7 +100,9 @@ def read_tasks(path, seed=1337):
 # a question -> texts -> tokens, of which some are scored
 
 def written(item, delimiter, option=None):
-    """A question with its answer as one text; option: with this answer instead, of those in options_of."""
+    """
+    A question with its answer as one text; option: the answer to write, one of options_of, instead of the right one.
+    """
     form = form_of(item)
     if form == 'continuation':
         return item['context'].strip() + delimiter + item['continuation']
@@ -109,9 +112,9 @@ def written(item, delimiter, option=None):
 
 def scored_tokens(item, examples, tokenizer, delimiter):
     """
-    -> for each answer that there is to choose from (for the only one, of a text to be continued) the list of its
-    tokens, examples and question before it, and the place of the first that is scored: where the choices differ, where
-    the contexts no longer do, or behind the text that is to be continued.
+    -> for each option of a question (for its only answer, if it is a text to be continued): the tokens of examples,
+    question and answer, and the place of the first scored token: where choices begin to differ, where contexts no
+    longer differ, or after the text to be continued.
     """
     before = ''.join(written(example, delimiter) + '\n\n' for example in examples)
     start = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -135,8 +138,8 @@ def scored_tokens(item, examples, tokenizer, delimiter):
 
 def cut_left(rows, places, bos, block_size):
     """
-    Rows of tokens that are too long for a context lose as many tokens as the longest must, all alike, so that they
-    still differ in their answers alone; the token that begins a text stays. ValueError if answers are too long.
+    Shortens rows of tokens from the left to fit a context, all by as many tokens as the longest must lose, so that they
+    still differ only in their answers; the token that begins a text stays. ValueError if answers are too long.
     """
     over = max(map(len, rows)) - block_size
     if over <= 0:
@@ -154,11 +157,11 @@ def cut_left(rows, places, bos, block_size):
 def read_rows(model, rows, places, dtype=torch.float32):
     """
     Rows of tokens -> the trunk's states (B, T, n_embd) from which each row's scored tokens are predicted, and these as
-    targets (B, T), -1 elsewhere. What all rows begin with is read once: the cache keeps it for each of them.
+    targets (B, T), -1 elsewhere. The common beginning of the rows is read once; the cache then holds it for each row.
     """
     device, longest = model.cos.device, max(map(len, rows))
     cache = KVCache(model.config, 1, longest, dtype, device)
-    # the last token before what is scored is read with it, since it predicts its first token
+    # the token before the first scored one is left to the second pass, since its state predicts that one
     shared = max(0, min(common_length(rows), *places) - 1)
     for start in range(0, shared, PREFILL_CHUNK):
         model.trunk(torch.tensor([rows[0][start:min(start + PREFILL_CHUNK, shared)]], device=device), cache)
@@ -188,12 +191,12 @@ def answer(model, tokenizer, item, examples=(), delimiter=' ', dtype=torch.float
 
 
 def sorts_of(items):
-    """Of each question its form and its kind: an example should be like the question behind it."""
+    """The form and kind of each question: examples should be like the question."""
     return [(form_of(item), item.get('kind')) for item in items]
 
 
 def draw_examples(sorts, i, n):
-    """sorts_of the questions -> the numbers of n of question i's sort, but not i: for an i always the same draw."""
+    """sorts_of the questions -> the indices of n others of question i's sort, always the same ones for i."""
     like = [j for j, sort in enumerate(sorts) if sort == sorts[i] and j != i]
     assert n <= len(like), (f'num_fewshot ({n}) must be at most {len(like)}: there are no more questions like '
                             f'{sorts[i][1] or sorts[i][0]!r}')
@@ -202,8 +205,8 @@ def draw_examples(sorts, i, n):
 
 def answer_all(model, tokenizer, items, questions=0, num_fewshot=0, delimiter=' ', dtype=torch.float32):
     """
-    Which of the first so many questions (0: all) the model answers rightly, a list of bools; examples are drawn from
-    all of them. It says how far it is every ten seconds.
+    Whether the model answers each of the first so many questions (0: all) rightly, a list of bools; examples are drawn
+    from all questions. Prints its progress every ten seconds.
     """
     n, sorts, right = min(questions or len(items), len(items)), sorts_of(items), []
     for i in progress(range(n), n, 'questions', every=10):
@@ -215,7 +218,7 @@ def answer_all(model, tokenizer, items, questions=0, num_fewshot=0, delimiter=' 
 # counting
 
 def p_by_chance(n_right, chances):
-    """The probability that guessing gives so many right answers or more, exact; each question has its own chance."""
+    """The exact probability that guessing gives at least as many right answers; each question has its own chance."""
     probability = np.ones(1)                    # of 0, 1, 2, ... right answers to the questions so far
     for chance in chances:
         probability = np.convolve(probability, [1 - chance, chance])
@@ -236,7 +239,7 @@ def count(items, right):
 
 
 def by_group(items, right):
-    """count of all questions, of each kind, and of what was held out from training and what was not, if they say so."""
+    """count of all questions, of each kind, and of those with and without held-out subjects, if lines say so."""
     items = items[:len(right)]
     rows = [{'kind': 'all'} | count(items, right)]
     for kind in sorted({str(item['kind']) for item in items if 'kind' in item}):
@@ -252,7 +255,7 @@ def by_group(items, right):
 # other texts
 
 def text_files(spec):
-    """'new=FILE,general=FILE' -> {name: path}. AssertionError or ValueError if it is something else."""
+    """'new=FILE,general=FILE' -> {name: path}. AssertionError or ValueError for anything else."""
     files = {}
     for part in filter(None, spec.split(',')):
         name, _, path = part.strip().partition('=')
@@ -265,8 +268,8 @@ def text_files(spec):
 
 def read_texts(spec, most=0):
     """
-    The same -> {name: the file's text, its first so many bytes (0: all)}. Bytes, and not tokens, so that models with
-    different tokenizers are measured on the same text.
+    'new=FILE,general=FILE' -> {name: the first so many bytes of the file's text (0: all)}. They are counted in bytes,
+    so that models with different tokenizers are measured on the same text.
     """
     texts = {name: read_text(path).encode()[:most or None].decode(errors='ignore')
              for name, path in text_files(spec).items()}
@@ -290,8 +293,8 @@ def windows(ids, block_size, rows):
 
 def bits_per_byte(model, tokenizer, text, dtype=None):
     """
-    A text's loss as model.evaluate has it, in windows of the model's context; dtype: through a cache of that dtype. The
-    text begins as those of a dataset do. ValueError for characters that the tokenizer does not have.
+    The loss on a text as model.evaluate gives it, in windows of the model's context; dtype: through a cache of that
+    dtype. The text begins as texts of a dataset do. ValueError for characters that the tokenizer does not have.
     """
     ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
     block_size = min(model.config.block_size, len(ids) - 1)
@@ -304,7 +307,7 @@ def bits_per_byte(model, tokenizer, text, dtype=None):
 # both, for a row of a table
 
 def asked(texts='', text_bytes=0, tasks='', **how):
-    """What measure is asked for, in words without paths; '' if it is nothing. Files by their sha256's first digits."""
+    """What measure is to do, in words, with files named by the first digits of their sha256; '' for nothing."""
     said = [f'{name} {sha256_of(path)[:8]}' for name, path in text_files(texts).items()]
     if said:
         said.append(f'{text_bytes} bytes')

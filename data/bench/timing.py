@@ -26,7 +26,7 @@ def timed_call(f):
 
 
 def in_rounds(rounds, of=''):
-    """Yields 0, for a round that only warms up, then 1 to rounds; stderr hears when one is over."""
+    """Yields 0, for a round that only warms up, then 1 to rounds; prints to stderr when a round is over."""
     for r in range(rounds + 1):
         yield r
         print(of + (f'round {r} of {rounds}' if r else 'warm'), file=sys.stderr, flush=True)
@@ -54,13 +54,15 @@ class TokenClock:
 
 
 def resident(key='VmRSS'):
-    """Bytes of memory that this process has, or VmHWM: had at most; None where no /proc says so (not Linux)."""
+    """Bytes of memory that this process has, or (VmHWM) had at most; None without /proc (not Linux)."""
     if os.path.exists('/proc/self/status'):
         return 1024 * int(re.search(rf'{key}:\s+(\d+)', open('/proc/self/status').read())[1])
 
 
 def start(script, *words, **knobs):
-    """A script in a process of its own -> the document that ends its output. What ends it ends us."""
+    """
+    Runs a script in a process of its own -> the JSON document that ends its output. Its errors end this script, too.
+    """
     said = f'no word from {script}'
     with tempfile.TemporaryFile('w+') as out:
         command = [sys.executable, in_repo(script), *words, *(f'--{key}={value}' for key, value in knobs.items())]

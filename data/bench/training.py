@@ -1,6 +1,6 @@
 """
-A training that train.py's knobs describe, measured or planned: tokens/s, bytes, hours and dollars. A library for
-bench.py --mode=train and --mode=memory, which prints what comes back; estimate.py beside it takes the steps.
+Measures or plans the training that train.py's knobs describe: tokens/s, bytes, hours and dollars. A library for
+bench.py --mode=train and --mode=memory; estimate.py beside it takes the steps.
 
     t = read_training(['config/train_stdlib_bpe.py'])       # train.py's knobs, resolved, as a namespace
     rows, facts = time_training(k, t)                       # k: bench.py's knobs, resolved, as a namespace
@@ -25,7 +25,7 @@ from data.machine import PEAK_FLOPS, keep_memory, peak_flops, pick_device, pick_
 
 
 def read_training(words, plan=False):
-    """words: of a command line -> t, the knobs that train.py itself makes out of them. plan: for another machine."""
+    """words of a command line -> t, train.py's knobs as train.py reads these words. plan: for another machine."""
     t = SimpleNamespace(**start('train.py', *words, '--knobs'))
     assert t.batch_size != 'auto', 'batch_size (auto) must be an int here: what a number of rows takes is measured'
     assert t.init_from == 'scratch' and not t.train_only, (
@@ -40,7 +40,7 @@ def read_training(words, plan=False):
 # --mode=train: how long a step takes
 
 def time_training(k, t):
-    """-> a row for each way of taking a step, eager first, then those of nanoGPT; and what is true of all of them"""
+    """-> a row for each way of taking a step, eager first, then those of nanoGPT; and a dict of common facts"""
     keep_memory()
     c = shape_of_training(t, k.vocab_size)
     tokens = forwards_a_step(t, t.batch_size) * t.batch_size * c.block_size
@@ -65,7 +65,7 @@ def time_training(k, t):
 
 
 def nanogpt_runs(k, t, c, folder):
-    """-> what nanoGPT's train.py in k.nanogpt reaches, beside our own train.py, on the dataset in folder"""
+    """-> tokens/s of nanoGPT's train.py in k.nanogpt, and of our own train.py, on the dataset in folder"""
     return start('tests/peers.py', nanogpt=k.nanogpt, training=json.dumps(vars(t) | {'dataset': folder}),
                  vocab_size=c.vocab_size, steps=k.steps, rounds=k.rounds, device=k.device)['rows']
 
@@ -73,14 +73,14 @@ def nanogpt_runs(k, t, c, folder):
 # --mode=memory: the estimate beside what a step takes
 
 def describe_training(t, c):
-    """-> parameters by group, FLOPs a token, and the parameters of each teacher; no weight takes memory for it"""
+    """-> parameters by group, FLOPs per token, and the parameters of each teacher, all without memory for weights"""
     with FakeTensorMode(allow_non_fake_inputs=True):
         training = Training(t, c, 1)
     return training.model.params(), training.trained.flops_per_token(), training.teacher_params
 
 
 def weigh_training(k, t, c, batches):
-    """-> a row for each batch: bytes by part, and of the peak of a process that takes such steps (None: not Linux)"""
+    """-> a row for each batch: estimated bytes by part, and the measured peak of a process (None: not Linux)"""
     can_measure = k.device.startswith('cuda') or os.path.exists('/proc/self/clear_refs')
     # only tensors are to be measured: by itself glibc would keep freed blocks of less than 32 MB, and gaps between them
     os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'
@@ -102,7 +102,7 @@ def weigh_training(k, t, c, batches):
 # --mode=memory --plan=True: what a training would take on a GPU
 
 def rate_on_gpu(k):
-    """-> where a plan's FLOP/s come from, in words, and for its document"""
+    """-> where a plan's FLOP/s come from, in words and as entries of its document"""
     share, peak = k.utilisation or ASSUMED_UTILISATION, PEAK_FLOPS[GPUS[k.gpu][0]]
     source = 'given' if k.utilisation else 'ASSUMED: measure it there with --mode=train and give --utilisation='
     return (f'{100 * share:.0f} % of {peak / 1e12:.0f} TFLOP/s, {source}',
