@@ -7,7 +7,6 @@ import torch
 from torch._inductor.cudagraph_trees import get_manager
 
 import data.rounding as R
-import quantize as Q
 from conftest import CHAR, make_dataset, result_of, run, train, with_heads
 from data.layouts import for_decoding
 from data.sampling import first_difference
@@ -45,7 +44,7 @@ def test_products_of_integers_are_exact(M, K):
 @pytest.mark.parametrize('kv', [4, 2, 1])
 def test_logits_are_the_cpus(kv, bits):
     model = with_heads(CHAR, kv)
-    model = Q.convert(model, bits) if bits else model
+    model = R.convert(model, bits) if bits else model
     ids = torch.randint(96, (3, 90))
     with torch.no_grad():
         mine, its = model(ids), on_gpu(model)(ids.cuda()).cpu()
@@ -56,7 +55,7 @@ def test_logits_are_the_cpus(kv, bits):
 
 @pytest.mark.parametrize('drafter', ['head', 'mtp', 'ngram', 'random'])
 def test_speculation_never_changes_the_text(drafter):
-    engine = Engine(on_gpu(for_decoding(Q.convert(with_heads(CHAR, 1)))))
+    engine = Engine(on_gpu(for_decoding(R.convert(with_heads(CHAR, 1)))))
     prompts, sampling = [CHAR.encode('To be'), CHAR.encode('or not to be'), [3]], Sampling(0.8, seed=5)
     plain = engine.complete(prompts, 100, sampling)
     assert engine.complete(prompts, 100, sampling, Speculation(drafter, 4)) == plain
@@ -67,7 +66,7 @@ def test_speculation_never_changes_the_text(drafter):
 def test_compiled_rounds_are_cuda_graphs_with_nearly_the_same_text(drafter, dtype):
     skips = torch._dynamo.utils.counters['inductor']
     before = skips['cudagraph_skips']
-    model = on_gpu(Q.convert(with_heads(CHAR, 1, block_size=96)))
+    model = on_gpu(R.convert(with_heads(CHAR, 1, block_size=96)))
     sampling, speculation = Sampling(0.8, seed=9), Speculation(drafter, 4)
     compiled, plain = (Engine(model, compile=how, cache_dtype=dtype) for how in (True, False))
 

@@ -10,7 +10,6 @@ import torch
 import engine as E
 import model as M
 import data.rounding as R
-import quantize as Q
 from conftest import BPE, CHAR, LLAMA, build, needs_compiler, randomise, with_heads
 from data import cache as C
 from data.cache import KVCache, StaticCache
@@ -23,9 +22,9 @@ UNTIED = LLAMA | dict(out_proj=False, tie_weights=False, rope_base=500.0)
 # our block with every kind of key heads and both tokenizers, a Llama's, and blocks with some of its switches
 MODELS = [(CHAR, 4, {}), (CHAR, 1, {}), (BPE, 2, {}), (CHAR, 2, LLAMA), (CHAR, 2, UNTIED),
           (CHAR, 2, dict(mlp='swiglu')), (CHAR, 2, dict(qk_norm=False, softcap=0.0))]
-FORMS = {'float': lambda model: model, 'int8': Q.convert, 'arranged': for_decoding,
-         'int8, arranged': lambda model: for_decoding(Q.convert(model)),
-         'int4, arranged': lambda model: for_decoding(Q.convert(model, 4))}
+FORMS = {'float': lambda model: model, 'int8': R.convert, 'arranged': for_decoding,
+         'int8, arranged': lambda model: for_decoding(R.convert(model)),
+         'int4, arranged': lambda model: for_decoding(R.convert(model, 4))}
 GREEDY = Sampling(temperature=0)
 
 
@@ -118,7 +117,7 @@ def test_ragged_rows_and_rewind_equal_the_full_forward(kv, shape, lengths, monke
 @pytest.mark.parametrize('kv, shape', [(4, {}), (2, {}), (1, {}), (2, LLAMA | dict(n_hidden=96))])
 def test_five_tokens_at_once_are_bit_for_bit_those_one_by_one(kv, shape, bits):
     """Sums of integers are exact and attention takes each token in the same shape, so nothing can differ."""
-    model = Q.convert(build(kv=kv, **shape), bits)
+    model = R.convert(build(kv=kv, **shape), bits)
     ids = torch.randint(96, (1, 200))
     with torch.no_grad():
         one_by_one, *others = (in_passes(model, ids, width, KVCache(model.config, 1)) for width in (1, 5, 16))
@@ -359,7 +358,7 @@ def test_a_conversation_keeps_its_cache():
 def compiled_equals_plain(drafter, dtype, **heads):
     torch._dynamo.reset()
     shape = dict(block_size=96, vocab_size=96, n_layer=1, n_head=4, n_kv_head=1, n_embd=32)
-    model = Q.convert(randomise(GPT(GPTConfig(**shape, **heads)), std=0.1))
+    model = R.convert(randomise(GPT(GPTConfig(**shape, **heads)), std=0.1))
     how = dict(sampling=Sampling(0.8, seed=9), speculation=Speculation(drafter, 2))
     compiled = Engine(model, compile=True, cache_dtype=dtype)
     for p in [CHAR.encode('To be'), CHAR.encode('x')]:
@@ -393,7 +392,7 @@ def test_prepared_for_decoding_is_the_same_model(bits, kernels, monkeypatch):
     monkeypatch.setattr(PackedInt8Linear, 'ROWS', 50)
     model = with_heads(BPE, 2)
     if bits:
-        Q.convert(model, bits, tables_bits=bits)
+        R.convert(model, bits, tables_bits=bits)
     fused = for_decoding(copy.deepcopy(model), draft_vocab=64, kernels=kernels)
     assert not any('c_q' in name.split('.') for name, _ in fused.named_modules())
     ids, close = torch.randint(259, (2, 30)), 1e-4 if not bits else 1e-5 if step_of(fused) == 'kernels' else 0
@@ -419,7 +418,7 @@ def test_packed_floats_are_nearly_the_same_model(dtype, close):
 # not lm_head, nor the 16 columns of the heads' c_proj
 @pytest.mark.parametrize('bits, packed', [(8, 0), (4, 2 * 4 + 4)])
 def test_staying_at_4_bits_is_nearly_the_same_model(bits, packed):
-    model, ids = Q.convert(with_heads(BPE, 2), bits, tables_bits=bits), torch.randint(259, (2, 30))
+    model, ids = R.convert(with_heads(BPE, 2), bits, tables_bits=bits), torch.randint(259, (2, 30))
     small = for_decoding(copy.deepcopy(model), torch.bfloat16)
     assert sum(isinstance(m, PackedInt4Linear) for m in small.modules()) == packed
     difference = (small(ids) - model(ids)).abs().mean()

@@ -23,13 +23,13 @@ from engine import Engine, Sampling
 from model import GPT, GPTConfig, evaluate
 
 # every format, and every group of those that have groups
-FORMATS = [(bits, group) for bits, form in Q.BITS.items() for group in (R.GROUPS if form.steps > 1 else [R.GROUP])]
+FORMATS = [(bits, group) for bits, form in R.BITS.items() for group in (R.GROUPS if form.steps > 1 else [R.GROUP])]
 HEADS = dict(multi_token_n=2, draft_n=2, draft_vocab=20)
 
 
 def layer(rows, cols, bits, group=32):
     torch.manual_seed(0)
-    return Q.IntLinear.holding(Q.round_weight(torch.randn(rows, cols), bits, group))
+    return R.IntLinear.holding(R.round_weight(torch.randn(rows, cols), bits, group))
 
 
 def small(**shape):
@@ -52,7 +52,7 @@ def test_round_weight(bits, group, shape, search):
     torch.manual_seed(0)
     w = torch.randn(shape) * torch.logspace(-6, 3, shape[0])[:, None]
     w[1] = 0
-    rounded, form = Q.round_weight(w, bits, group, search), Q.BITS[bits]
+    rounded, form = R.round_weight(w, bits, group, search), R.BITS[bits]
     v, scale, step = rounded.v, rounded.scale, rounded.step
     assert (rounded.bits, rounded.group) == (bits, group)
     assert v.dtype == torch.int8 and v.shape == shape and scale.shape == shape[:1]
@@ -83,26 +83,26 @@ def test_round_weight(bits, group, shape, search):
 
 def test_the_layout_of_4_bits():
     """As the files have it: the left half of the columns in the low 4 bits, the right half in the high ones."""
-    rounded = Q.round_weight(torch.randn(3, 45), 4)
+    rounded = R.round_weight(torch.randn(3, 45), 4)
     q = rounded.v // rounded.step.repeat_interleave(32, 1)[:, :45] + 8
     q = F.pad(q, (0, 1)).to(torch.uint8)
     assert torch.equal(R.pack(rounded), q[:, :23] | q[:, 23:] << 4)
 
 
-@pytest.mark.parametrize('bits', [bits for bits, form in Q.BITS.items() if form.steps > 1])
+@pytest.mark.parametrize('bits', [bits for bits, form in R.BITS.items() if form.steps > 1])
 def test_the_search_finds_the_best_step(bits):
     torch.manual_seed(0)
-    w, form = torch.randn(64, 128), Q.BITS[bits]
-    rounded = Q.round_weight(w, bits)
+    w, form = torch.randn(64, 128), R.BITS[bits]
+    rounded = R.round_weight(w, bits)
     x = (w / rounded.scale[:, None])
     error = lambda v: (v - x).square().sum().item()
     steps = torch.arange(1., form.steps + 1).view(-1, 1, 1, 1)
     groups = x.view(64, -1, 32)
     best = (R.round_to(groups, steps, form.edge) - groups).square().sum(dim=-1).amin(dim=0).sum().item()
-    assert best <= error(rounded.v) < 1.01 * best < 0.95 * error(Q.round_weight(w, bits, search=False).v)
+    assert best <= error(rounded.v) < 1.01 * best < 0.95 * error(R.round_weight(w, bits, search=False).v)
 
 
-@pytest.mark.parametrize('bits', Q.BITS)
+@pytest.mark.parametrize('bits', R.BITS)
 def test_straight_through_gradient(bits):
     w = torch.randn(4, 8, requires_grad=True)
     R.fake_weight(w, bits).mul(torch.arange(32.).view(4, 8)).sum().backward()
@@ -147,14 +147,14 @@ def test_fake_quant_equals_the_integers_and_the_file(bits, group, shape, tmp_pat
     model = small(n_kv_head=2, n_hidden=88, **HEADS | shape)
     x, y = torch.randint(50, (2, 2, 30))
     how = dict(bits=bits, group=group, tables_bits=8 if group == 32 else bits)
-    fake = Q.prepare(copy.deepcopy(model), **how)
-    integer = Q.convert(copy.deepcopy(model), **how)
+    fake = R.prepare(copy.deepcopy(model), **how)
+    integer = R.convert(copy.deepcopy(model), **how)
     size = Q.export(f'{tmp_path}/m.safetensors', integer, {'kind': 'char', 'chars': 'é'})
     loaded, state = Q.load(f'{tmp_path}/m.safetensors')
     assert state == {'config': model.config, 'tokenizer': {'kind': 'char', 'chars': 'é'}, 'dataset': None,
                      'rounding': how}
-    assert Q.rounding_of(loaded) == Q.rounding_of(integer) == how and Q.rounding_of(model) is None
-    names = [n for n, m in integer.named_modules() if isinstance(m, (Q.IntLinear, R.IntEmbedding))]
+    assert R.rounding_of(loaded) == R.rounding_of(integer) == how and R.rounding_of(model) is None
+    names = [n for n, m in integer.named_modules() if isinstance(m, (R.IntLinear, R.IntEmbedding))]
     # everything is integers now
     assert len(names) == sum(isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) for m in model.modules())
     assert not list(integer.parameters()) and not list(loaded.parameters())
@@ -162,7 +162,7 @@ def test_fake_quant_equals_the_integers_and_the_file(bits, group, shape, tmp_pat
         ours, theirs = integer.get_submodule(name), fake.get_submodule(name)
         assert ours.bits == theirs.bits == how['tables_bits' if name in R.TABLES else 'bits']
         rounded = R.fake_weight(theirs.weight.detach(), theirs.bits, group)
-        if isinstance(ours, Q.IntLinear):
+        if isinstance(ours, R.IntLinear):
             h = torch.randn(9, theirs.in_features)
             assert torch.equal(ours.integers() * ours.scale[:, None], rounded)
             assert torch.allclose(ours(h), theirs(h), rtol=1e-4, atol=1e-4)
@@ -177,8 +177,8 @@ def test_fake_quant_equals_the_integers_and_the_file(bits, group, shape, tmp_pat
 
 
 def check_what_is_stored(model, integer, size):
-    n, how, groups, state = model.params(), Q.rounding_of(integer), Q.bytes_by_group(integer), Q.file_state(integer)
-    tables, (table_bits, bits) = n['embedding'] + n['head'], (Q.BITS[how[k]].stored for k in ('tables_bits', 'bits'))
+    n, how, groups, state = model.params(), R.rounding_of(integer), Q.bytes_by_group(integer), Q.file_state(integer)
+    tables, (table_bits, bits) = n['embedding'] + n['head'], (R.BITS[how[k]].stored for k in ('tables_bits', 'bits'))
     integers = sum(v for k, v in groups.items() if k != 'scales')
     assert integers == (tables * table_bits + (n['total'] - tables) * bits) / 8
     assert sum(groups.values()) == sum(t.nbytes for t in state.values())
@@ -196,7 +196,7 @@ def correlated(n, cols):
 
 def naive_gptq(w, H, bits, group):
     """Optimal brain surgery as it is written: a column, then all later weights and the whole inverse."""
-    form = Q.BITS[bits]
+    form = R.BITS[bits]
     scale = w.abs().amax(dim=1) / (-form.least * G.most_steps(form))
     x, v = (w / scale[:, None]).double(), torch.zeros(w.shape)
     inverse = torch.linalg.inv(H.double() + (0.01 * H.double().diagonal().mean() + 1e-12) * torch.eye(len(H)))
@@ -231,9 +231,9 @@ def test_gptq_weight(bits, group, cols):
     assert torch.equal(rounded.v.float(), naive_gptq(w, x.T @ x, bits, group))
     again = R.round_to_grid(before, rounded.scale, rounded.step, bits, group)
     assert torch.equal(again.v, rounded.v)
-    assert torch.equal(Q.IntLinear.holding(rounded).integers(), rounded.v)  # it is a rounding like any other
+    assert torch.equal(R.IntLinear.holding(rounded).integers(), rounded.v)  # it is a rounding like any other
     error = lambda rounded: (x @ (rounded.float() - w).T).square().sum()
-    assert error(rounded) < 0.5 * error(Q.round_weight(w, bits, group))
+    assert error(rounded) < 0.5 * error(R.round_weight(w, bits, group))
 
 
 def nearest(w, x, wanted):
@@ -250,7 +250,7 @@ def as_fitted(linear, x, wanted, bits):
     return G.gptq_weight(w, x.T @ x, bits)[0].v
 
 
-@pytest.mark.parametrize('bits', Q.BITS)
+@pytest.mark.parametrize('bits', R.BITS)
 def test_gptq_aims_at_what_the_float_model_computes(bits):
     torch.manual_seed(0)
     x, w = correlated(400, 96), torch.randn(24, 96)
@@ -266,21 +266,21 @@ def fitted_and_rounded(bits, **shape):
     torch.manual_seed(0)
     model = small(**shape)
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
-    return model, batches, Q.gptq(model, batches, bits, aim=True), Q.convert(copy.deepcopy(model), bits)
+    return model, batches, G.gptq(model, batches, bits, aim=True), R.convert(copy.deepcopy(model), bits)
 
 
-@pytest.mark.parametrize('bits', Q.BITS)
+@pytest.mark.parametrize('bits', R.BITS)
 @pytest.mark.parametrize('shape', [HEADS, LLAMA])
 def test_gptq_of_a_model(bits, shape):
     model, batches, fitted, rounded = fitted_and_rounded(bits, **shape)
     assert same_tensors(model, small(**shape))
-    assert not list(fitted.parameters()) and Q.rounding_of(fitted) == Q.rounding_of(rounded)
+    assert not list(fitted.parameters()) and R.rounding_of(fitted) == R.rounding_of(rounded)
     shapes = lambda other: {k: t.shape for k, t in other.state_dict().items()}
     assert shapes(fitted) == shapes(rounded)
     kl = lambda other: Q.compare(model, [other], batches, [1] * 50)[0]['mean_kl']
     # at 8 bits the activations' rounding is most of it
     assert kl(fitted) < (0.95 if bits == 8 else 0.8) * kl(rounded)
-    assert kl(fitted) < kl(Q.gptq(model, batches, bits)) < kl(rounded)
+    assert kl(fitted) < kl(G.gptq(model, batches, bits)) < kl(rounded)
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -288,11 +288,11 @@ def test_tables_of_4_bits_are_fitted_to_what_the_head_reads(tied):
     torch.manual_seed(0)
     model = small(**LLAMA | dict(tie_weights=tied, out_proj=tied))
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
-    fitted, rounded = Q.gptq(model, batches, tables_bits=4), Q.convert(copy.deepcopy(model), 4, tables_bits=4)
+    fitted, rounded = G.gptq(model, batches, tables_bits=4), R.convert(copy.deepcopy(model), 4, tables_bits=4)
     states, ids = torch.cat([model.trunk(x) for x, _ in batches]), torch.arange(50)
     head = lambda other: (other.logits(states) - model.logits(states)).square().mean()
     embedding = lambda other: (other.transformer.wte(ids) - model.transformer.wte(ids)).square().mean()
-    assert Q.rounding_of(fitted) == Q.rounding_of(rounded) and head(fitted) < 0.8 * head(rounded)
+    assert R.rounding_of(fitted) == R.rounding_of(rounded) and head(fitted) < 0.8 * head(rounded)
     assert embedding(fitted) < 1.5 * embedding(rounded) if tied else embedding(fitted) == embedding(rounded)
     assert (fitted.lm_head.weight is fitted.transformer.wte.weight) == tied
 
@@ -301,11 +301,11 @@ def test_weights_that_are_kept_change_no_integer():
     torch.manual_seed(0)
     model = small(**LLAMA | HEADS | dict(tie_weights=True))
     batches = [torch.randint(50, (2, 4, 32)) for _ in range(3)]
-    plain, kept = (Q.gptq(R.sharing(model), batches, tables_bits=4, keep_before=keep, aim=True) for keep in (False, True))
+    plain, kept = (G.gptq(R.sharing(model), batches, tables_bits=4, keep_before=keep, aim=True) for keep in (False, True))
     assert same_tensors(plain, kept)
 
 
-@pytest.mark.parametrize('bits', Q.BITS)
+@pytest.mark.parametrize('bits', R.BITS)
 def test_gptq_of_the_first_layer(bits):
     model, batches, fitted, rounded = fitted_and_rounded(bits, **HEADS)
     ids = torch.cat([x for x, _ in batches])
@@ -329,13 +329,13 @@ def test_compiled_rounding_is_the_same():
     weights = torch.randn(128, 244), torch.randn(16, 45)
 
     def rounded(*weights):
-        return [R.fake_weight(w, bits) for w in weights for bits in Q.BITS]
+        return [R.fake_weight(w, bits) for w in weights for bits in R.BITS]
     assert all(map(torch.equal, torch.compile(rounded)(*weights), rounded(*weights)))
 
 
 def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
     model = small()
-    other = Q.convert(copy.deepcopy(model), 4)
+    other = R.convert(copy.deepcopy(model), 4)
     x, y = torch.randint(50, (2, 4, 32))
     y[1, 5:] = -1
     with torch.no_grad():
@@ -355,9 +355,9 @@ def test_what_quantising_cost_by_the_plain_formulas(monkeypatch):
 
 # ----- the file and the script
 
-@pytest.mark.parametrize('bits', Q.BITS)
+@pytest.mark.parametrize('bits', R.BITS)
 def test_the_file_is_safetensors(bits, tmp_path):
-    model = Q.convert(small(), bits)
+    model = R.convert(small(), bits)
     Q.export(f'{tmp_path}/m.safetensors', model, {})
     # eight bytes of length, a header of JSON, and the tensors one behind the other
     raw, state = (tmp_path / 'm.safetensors').read_bytes(), model.state_dict()
@@ -377,7 +377,7 @@ def test_the_file_is_safetensors(bits, tmp_path):
 
 
 def test_a_file_of_a_later_version(tmp_path):
-    model, path = Q.convert(small(), 4), f'{tmp_path}/m.safetensors'
+    model, path = R.convert(small(), 4), f'{tmp_path}/m.safetensors'
     model.config = make_dataclass('Later', [('smear', int, 0)], bases=(GPTConfig,))(**vars(model.config), smear=1)
     Q.export(path, model, {})
     refuses(r"was written by another version: its shape has \['smear'\]", Q.load, path)
@@ -403,7 +403,7 @@ def holds(name, number):
     (holds('step', 0), 'transformer.h.1.mlp.c_fc.step, of which numbers are multiples, is 0')])
 def test_files_that_do_not_hold_what_they_describe(tmp_path, change, match):
     path = f'{tmp_path}/m.safetensors'
-    Q.export(path, Q.convert(small(), 4), {})
+    Q.export(path, R.convert(small(), 4), {})
     tensors, metadata = read_safetensors(path, Q.FORMAT)
     change(tensors, metadata)
     write_safetensors(path, tensors, metadata)
@@ -442,12 +442,12 @@ def test_the_script(trained, tmp_path, source, flags, method, how):
     got = quantize(folder / source, '--calib_batches=2', '--balance=False', f'--save_dir={tmp_path}', *flags.split())
     result = result_of(got)
     if method == 'gptq':
-        expected = Q.gptq(model, in_parts([loader.batch(step) for step in range(2)]), **how)
+        expected = G.gptq(model, in_parts([loader.batch(step) for step in range(2)]), **how)
     else:
-        expected = Q.convert(copy.deepcopy(model), **how)
+        expected = R.convert(copy.deepcopy(model), **how)
     written = Q.load(result['file'])[0]
     assert same_tensors(written, expected)
-    assert Q.rounding_of(written) == Q.rounding_of(expected)
+    assert R.rounding_of(written) == R.rounding_of(expected)
     assert result.keys() >= {'file', 'bytes', 'bits', 'method', 'group', 'tables_bits', 'compression', 'params',
                              'int_share', 'bytes_by_group', 'val_loss_float', 'val_loss_quant', 'bpb_float',
                              'bpb_quant', 'mean_kl', 'max_kl', 'top1_flips'}
@@ -481,7 +481,7 @@ def test_a_balanced_file(trained, tmp_path, flags):
     assert result['balance'] and written.config.hadamard == 32
     batches = in_parts(from_file(f'{tmp_path}/text', model, from_meta(loader.meta), 1))
     equal = balance(model, batches)
-    expected = Q.gptq(equal, batches, 8) if 'gptq' in flags[1] else Q.convert(equal, 4)
+    expected = G.gptq(equal, batches, 8) if 'gptq' in flags[1] else R.convert(equal, 4)
     assert same_tensors(written, expected)
     assert result['mean_kl'] < 0.1
 
@@ -497,7 +497,7 @@ def test_a_text_too_short_to_calibrate_with(trained, tmp_path):
 @pytest.mark.parametrize('bits', [8, 4])
 def test_packed_is_bit_for_bit_the_plain_one(bits):
     linear, x = layer(9000, 48, bits), wide_rows(16, 48)
-    plain = Q.IntLinear.holding(R.Rounded(linear.integers(), linear.scale))
+    plain = R.IntLinear.holding(R.Rounded(linear.integers(), linear.scale))
     if not PackedInt8Linear.pays(plain):
         pytest.skip('this CPU has no exact packed kernel; the plain one is used')
     packed = PackedInt8Linear(plain)
