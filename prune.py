@@ -45,16 +45,16 @@ KINDS = {'layers': 'n_layer', 'neurons': 'n_hidden', 'heads': 'n_head', 'channel
 # -----------------------------------------------------------------------------
 # which parts matter, measured on calibration batches
 
-def measure(model, batches, importance='taylor', seed=0):
+def measure(model, batches, importance='taylor', seed=0, kinds=('neurons', 'heads')):
     """
     -> scores {'neurons': (n_layer, n_hidden), 'heads': (n_layer, n_head), 'channels': (n_embd,), 'layers': (n_layer,)},
     and moments {site: (K, K)}, the mean of x x^T over the calibration tokens, where x is what a matrix of the trunk or
     lm_head reads.
 
-    'obs': neurons and heads are scored by elimination_order, which takes the refit into account, everything else by
-    'activation'. With the other importances a part's score is a sum over all weights that would be removed with it: of
-    |w| ('l1'), of |w| times the rms of its input ('activation', as Wanda, arXiv 2306.11695; only of the trunk's and
-    lm_head's weights), of |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the
+    'obs': neurons and heads (those in kinds) are scored by elimination_order, which takes the refit into account, all
+    else by 'activation'. With the other importances a part's score is a sum over all weights that would be removed with
+    it: of |w| ('l1'), of |w| times the rms of its input ('activation', as Wanda, arXiv 2306.11695; only of the trunk's
+    and lm_head's weights), of |w * its gradient| over batches ('taylor', arXiv 1906.10771), or of noise ('random', the
     control).
     """
     state = model.state_dict(keep_vars=True)
@@ -77,6 +77,8 @@ def measure(model, batches, importance='taylor', seed=0):
     scores = sums_over_parts(table, model.config)
     if importance == 'obs':
         for kind, part, size in (('neurons', 'mlp', 1), ('heads', 'attn', model.config.head_dim)):
+            if kind not in kinds:
+                continue
             sites = [f'transformer.h.{i}.{part}.c_proj' for i in range(model.config.n_layer)]
             orders = [elimination_order(state[f'{site}.weight'], moments[site], size)
                       for site in progress(sites, len(sites), f'layers whose {kind} have been scored')]
@@ -159,7 +161,9 @@ def elimination_order(w, moment, size=1):
         at = groups[left]                                                       # (left, size)
         blocks = inverse[at[:, :, None], at[:, None, :]]                        # (left, size, size)
         parts = w[:, at].permute(1, 2, 0)                                       # (left, size, rows)
-        ranked = (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)).argsort()
+        # a division for single columns: LAPACK takes up to thirty times as long over so many tiny systems
+        changes = parts / blocks if size == 1 else torch.linalg.solve(blocks, parts)
+        ranked = (parts * changes).sum(dim=(1, 2)).argsort()
         n = max(1, len(groups) // 64)
         order[left[ranked[:n]]] = len(groups) - len(left) + torch.arange(len(ranked[:n])).float()
         gone = at[ranked[:n]].flatten()
@@ -223,10 +227,10 @@ def shrink(model, kind, keep, batches, importance='obs', refit=True, rotate=True
     if kind == 'layers' and importance == 'loss':
         scores, moments = {'layers': leave_one_out(model, batches)}, None
     else:
-        scores, moments = measured or measure(model, batches, importance, seed)
+        scores, moments = measured or measure(model, batches, importance, seed, [kind])
     if kind == 'channels' and rotate:
         model = to_principal_axes(model, moments)
-        scores, moments = measure(model, batches, importance, seed)
+        scores, moments = measure(model, batches, importance, seed, [kind])
     state, config, fit = model.state_dict(), model.config, moments if refit else None
 
     def top(s):
