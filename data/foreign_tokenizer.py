@@ -1,6 +1,6 @@
 """
-Other people's tokenizers: nanochat's pickle, Hugging Face's folders and llama.cpp's GGUF in, tokenizer.json out. A
-library; prepare.py's --tokenizer= names what load_tokenizer takes.
+Other people's tokenizers: reads nanochat's pickle, Hugging Face's folders and llama.cpp's GGUF files, and writes
+tokenizer.json. A library; the prepare.py scripts call load_tokenizer with their knob --tokenizer=.
 
 >>> from data.foreign_tokenizer import gguf_tokenizer, hf_folder_tokenizer, hf_tokenizer, load_tokenizer
 >>> load_tokenizer('teachers/d32').encode('hello')  # doctest: +SKIP
@@ -24,16 +24,16 @@ AGAIN = 'use another copy'
 LARGEST = 2**26  # bytes of a tokenizer.pkl; one of 65,536 tokens has 1 MB
 
 
-# What a picochat out_dir may hold, and every file of it its tokenizer; integers have any number of bits.
+# files of a picochat out_dir, each of which holds the tokenizer
 MODELS = ('best.pt', 'int*.safetensors')
 
 
 def load_tokenizer(path):
     """
-    A tokenizer, whoever made it. path is 'gguf:FILE', 'hf:FOLDER', or a folder or file that says by what is in it whose
-    it is: data prepared here (meta.json), a model trained or quantised here (its out_dir, or a file of it; its data may
-    be gone), a Hugging Face folder (tokenizer.json, or vocab.json and merges.txt), nanochat's tokenizer.pkl.
-    ValueError if there is none of them, or if it is damaged or of another kind.
+    Reads a tokenizer of any kind. path is 'gguf:FILE', 'hf:FOLDER', or a folder or file whose kind is recognised: a
+    dataset prepared here (meta.json), a model trained or quantised here (its out_dir or a file in it; its data need not
+    exist any more), a Hugging Face folder (tokenizer.json, or vocab.json and merges.txt), nanochat's tokenizer.pkl.
+    ValueError if there is no tokenizer, or if it is damaged or of another kind.
     """
     path = str(path)
     if path.startswith('gguf:') or path.endswith('.gguf'):
@@ -52,7 +52,7 @@ def load_tokenizer(path):
     if not models and os.path.isfile(path) and path.endswith(('.pt', '.safetensors')):
         models = [path]
     if models:
-        from quantize import load  # reads PyTorch and all, which others need not
+        from quantize import load  # imports PyTorch, which the other kinds do without
         return from_meta(load(models[0])[1]['tokenizer'])
     tokenizer = hf_folder_tokenizer(path)
     if tokenizer is not None:
@@ -66,12 +66,11 @@ def load_tokenizer(path):
 
 
 # -----------------------------------------------------------------------------
-# nanochat: a pickle. A pickle is a program, and this reader runs none of it.
+# nanochat's is a pickle. A pickle is a program; this reader does not run it.
 
 class _PickledEncoding:
     """
-    Stands in for tiktoken.Encoding while a pickle is read:
-    keeps the state as data, so that not even tiktoken runs on it.
+    Stands in for tiktoken.Encoding while a pickle is read, and keeps its state as plain data.
     """
 
     def __setstate__(self, state):
@@ -80,9 +79,8 @@ class _PickledEncoding:
 
 class _EncodingUnpickler(pickle._Unpickler):
     """
-    Every name in a pickle, and so everything that it could call, passes through find_class:
-    this one knows a single name. (It is the one written in Python: that in C takes as much memory as a pickle of a few
-    bytes asks for.)
+    Every name in a pickle, and so everything that it could call, passes through find_class, which here allows a single
+    name. (This is Python's own unpickler; the one in C allocates as much memory as a pickle of a few bytes asks for.)
     """
 
     def find_class(self, module, name):
@@ -97,8 +95,8 @@ def load_nanochat_tokenizer(path):
     nanochat's tokenizer.pkl (a pickled tiktoken.Encoding), or the folder that holds it
     -> BPETokenizer with the same ids.
 
-    It is read by an unpickler that can build one inert object and call nothing, so a hostile or damaged file is a
-    ValueError that names it, and does nothing. FileNotFoundError if it is not there.
+    It is read by an unpickler that can build one inert object and call nothing. ValueError names a hostile or damaged
+    file, FileNotFoundError a missing one.
     """
     if os.path.isdir(path):
         path = os.path.join(path, 'tokenizer.pkl')
@@ -122,9 +120,9 @@ def load_nanochat_tokenizer(path):
 # -----------------------------------------------------------------------------
 # Byte-level BPE, as Hugging Face and llama.cpp keep it
 
-# How text is cut before merging, by llama.cpp's names. A tokenizer.json has two steps for SmolLM's: every digit by
-# itself, then GPT-2's pattern on what lies between. One expression does both, if white space before a digit is taken
-# whole, as it is at the end of a text.
+# How text is cut before merging, by llama.cpp's names. A tokenizer.json has two steps for SmolLM's: it cuts out every
+# digit, then applies GPT-2's pattern to what lies between. One expression does both, if white space before a digit is
+# taken as a whole, as it is at the end of a text.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -145,8 +143,8 @@ def pre_tokenizer_of(pattern):
 
 def byte_characters():
     """
-    {byte: character}: GPT-2's files write tokens as text, each byte as a visible character,
-    those that have none in Latin-1 as the ones from 256 on.
+    {byte: character}: GPT-2's files write the bytes of tokens as visible characters; bytes without one in Latin-1
+    become the characters from 256 on.
     """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {byte: chr(byte) for byte in visible}
@@ -157,7 +155,7 @@ def byte_characters():
 
 def byte_level_bpe(path, vocab, merges, added, pattern, normalizer=None, bos=None, add_bos=False, template=None):
     """
-    What a file says -> BPETokenizer with the same ids.
+    The contents of a tokenizer file -> BPETokenizer with the same ids.
 
     path: str, for messages. vocab: {token as text: id}, with the added ones. merges: list of (left, right), the first
     is merged first. added: set of ids that no text is read as. bos, add_bos, template: see settings_of.
@@ -188,14 +186,14 @@ def byte_level_bpe(path, vocab, merges, added, pattern, normalizer=None, bos=Non
 
 def settings_of(names, bos, add_bos, template):
     """
-    What files say besides the table -> BPETokenizer's settings as a dict.
+    Other settings in a tokenizer file -> BPETokenizer's settings as a dict.
 
     names: of the special tokens. bos: the name of what they call bos, or None; add_bos: whether a text begins with it.
     template: the chat template (Jinja), or None; nothing here runs it, but its default system line is taken from it.
 
-    What we call bos stands before a text and so between two. What files call so may be something else: SmolLM2's is
-    what a chat's message begins with. So theirs counts only where it is put before every text, or where none of the
-    usual ones is there.
+    Our bos begins a text, and so separates two. What files call bos may be something else: SmolLM2's begins the
+    messages of a chat. So theirs is used only if the file says to put it before every text, or if none of the usual
+    ones exists.
     """
     settings = {}
     if isinstance(bos, str) and bos in names and (add_bos or not names & {*BOS}) and bos != '<|im_start|>':
@@ -243,7 +241,7 @@ def hf_folder_tokenizer(folder):
 
 
 def _read_tokenizer_json(path):
-    """tokenizer.json -> what it says, as byte_level_bpe takes it, a dict. ValueError for what is no byte-level BPE."""
+    """tokenizer.json -> arguments for byte_level_bpe, a dict. ValueError if it is no byte-level BPE."""
     content = read_json(path, AGAIN, {'model': dict})
     model = content['model']
     kind = model.get('type', 'BPE')
@@ -307,7 +305,7 @@ NORMAL = 1  # the type of a token of text; special, unused and user-defined ones
 
 
 def open_gguf(path):
-    """path -> gguf.GGUFReader. ValueError for what is no whole file of that kind."""
+    """path -> gguf.GGUFReader. ValueError if it is no whole GGUF file."""
     import gguf
     if not os.path.isfile(path):
         raise ValueError(f'there is no file {str(path)!r}: give the path of a .gguf')
@@ -389,8 +387,8 @@ def hf_tokenizer(tokenizer):
 
 def merges_of(tokens):
     """
-    tokens (list of bytes, in id order) -> [(left, right), ...], what each token longer than a byte is merged from:
-    ranks do not say it, but merging its own bytes does. ValueError for a token that no merging reaches.
+    tokens (list of bytes, in id order) -> [(left, right), ...], the two parts of each token longer than a byte. They
+    are found by merging the token's own bytes. ValueError for a token that cannot be merged.
     """
     ranks = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(bpe_parts(token, ranks)) for token in tokens if len(token) > 1]

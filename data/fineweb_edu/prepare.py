@@ -51,7 +51,7 @@ made_of = hashlib.sha256(f'{fingerprint(words)} {input or url}'.encode()).hexdig
 
 
 def tokens_of(shard, most=None):
-    """A shard, and how many of its documents (None: all) -> the path of their tokens, a plain file of integers."""
+    """A shard, and how many of its documents to take (None: all) -> the path of a plain file with their tokens."""
     path = os.path.join(out_dir, f"shard_{shard:05d}.{made_of}{f'.{most}' if most else ''}.tokens")
     if os.path.exists(path):  # then it is whole
         return path

@@ -1,5 +1,5 @@
 """
-GPT-2 and nanoGPT as teachers: another block, with a forward of its own.
+GPT-2 and nanoGPT as teachers: another block than ours, with its own forward pass.
 
     from data.foreign.gpt2 import load_gpt2
     model, tokenizer = load_gpt2('ckpt.pt', 'cpu')     # nanoGPT's file, or Hugging Face's gpt2 folder
@@ -32,7 +32,7 @@ class GPT2Config:
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) as a teacher: LayerNorm, learned positions, GELU, names as everywhere."""
+    """GPT-2 (Radford et al. 2019) as a teacher: LayerNorm, learned positions, GELU; modules have the usual names."""
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -74,7 +74,7 @@ class GPT2(nn.Module):
         return self.lm_head(x).float()
 
     def flops_per_token(self, training=True):
-        """As GPT's, for which see there."""
+        """As GPT.flops_per_token."""
         c, t = self.config, self.transformer
         weights = sum(p.numel() for part in (t.h, t.ln_f) for p in part.parameters()) + c.vocab_size * c.n_embd
         return (3 if training else 1) * (2 * weights + 4 * c.n_layer * c.n_embd * c.block_size)
@@ -124,8 +124,8 @@ def load_gpt2(path, device='cpu'):
 
 def read_nanogpt(file):
     """
-    nanoGPT's ckpt.pt -> the shape as a dict (GPT2Config's names), and the state dict. Its GELU is the exact one; until
-    May 2023 it was the tanh, and a checkpoint does not say when it was made.
+    nanoGPT's ckpt.pt -> the shape as a dict (GPT2Config's names), and the state dict. We take its GELU to be the exact
+    one; until May 2023 it was the tanh approximation, and checkpoints do not tell their date.
     """
     saved = load_weights(file)
     with expecting(f"{file} is not a whole checkpoint of nanoGPT"):

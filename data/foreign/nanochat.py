@@ -1,5 +1,5 @@
 """
-nanochat of its first era (E0, 2025-10-13 to 2026-01-11), whose block is picochat's own: fetched, and read.
+Downloads and reads nanochat models of the first era (E0, 2025-10-13 to 2026-01-11), whose block is picochat's own.
 
     from data.foreign.nanochat import load_nanochat
     model, tokenizer = load_nanochat('teachers/d32', 'cpu')
@@ -47,8 +47,8 @@ HF_NAMES = {'transformer.wte': 'model.embed_tokens', 'transformer.h.': 'model.la
 
 def fetch_nanochat(name, folder, host='https://huggingface.co'):
     """
-    Downloads the four files of NANOCHAT[name] into folder, going on from what is there, checked by the sha256 that
-    their host tells; returns folder. DownloadError says what went wrong.
+    Downloads the four files of NANOCHAT[name] into folder, resuming partial ones; their sha256 are checked against the
+    host's. Returns folder. DownloadError says what went wrong.
     """
     assert name in NANOCHAT, f"fetch ({name}) must be one of {', '.join(NANOCHAT)}"
     repo, step, size = (NANOCHAT[name][key] for key in ('repo', 'step', 'bytes'))
@@ -75,8 +75,8 @@ def find_nanochat(path):
 def load_nanochat(path, device='cpu'):
     """
     A nanochat folder of the d20-d34 era -> GPT with nanochat's own logits, float32, on device, and its tokenizer.
-    The folder holds model_XXXXXX.pt (the last step counts) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt
-    lie there, too, or in ../../tokenizer, as nanochat leaves them. ValueError for anything else.
+    The folder holds model_XXXXXX.pt (the last step is taken) and meta_XXXXXX.json; tokenizer.pkl and token_bytes.pt are
+    there, too, or in ../../tokenizer, where nanochat leaves them. ValueError for anything else.
     """
     file = find_nanochat(path)
     meta = re.sub(r'model_(\d+)\.pt$', lambda m: f'meta_{int(m[1]):06d}.json', file)
@@ -132,7 +132,7 @@ def load_hf_nanochat(folder, device='cpu'):
 
 
 def later_era(state):
-    """What these tensors are of instead of era E0, in words; None if they are of E0."""
+    """Which later era these tensors belong to, in words; None if they are of era E0."""
     for part, width, what in LATER:
         for name, tensor in state.items():
             if part in name and width in (None, tensor.size(-1)):
@@ -169,6 +169,6 @@ def random_teacher(name, device='cpu'):
                             "each 64 channels of the width, in heads of 128: try random:d32")
     with torch.device(device):
         model = GPT(GPTConfig(block_size=2048, vocab_size=65536, n_layer=depth, n_head=depth // 2, n_embd=64 * depth))
-        # lm_head starts at zero, and would predict every token alike
+        # lm_head would start at zero, and predict all tokens alike
         nn.init.normal_(model.lm_head.weight, std=model.config.n_embd ** -0.5)
     return model.eval(), None

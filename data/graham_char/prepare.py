@@ -44,7 +44,7 @@ class Page(HTMLParser):
     """
     An HTML page -> .links [(href, text)] and .text: its title, and what a browser shows, about.
 
-    The site is of an age when pages were laid out in tables: paragraphs end in <br><br>, titles are images, the menu is
+    The site dates from when pages were laid out in tables: paragraphs end in <br><br>, titles are images, the menu is
     an image map.
     """
     blocks = set('title p div center table tr td blockquote ul ol li dl dt dd pre xmp hr h1 h2 h3 h4 h5 h6'.split())
@@ -107,7 +107,7 @@ def plain(text):
 
 
 def decode(raw):
-    """Bytes of a page -> str: UTF-8, or what the web's older pages are in."""
+    """Bytes of a page -> str: UTF-8, or the encoding of the web's older pages."""
     try:
         return raw.decode('utf-8-sig')
     except UnicodeDecodeError:
@@ -138,7 +138,7 @@ def saved_pages(folder):
 
 
 def fetched_pages():
-    """Downloads what the index lists and is not there yet -> the paths of the essays that came."""
+    """Downloads essays of the index that are not there yet -> the paths of all that are there."""
     pages = os.path.join(out_dir, 'pages')
     with open(download(index_url, os.path.join(pages, index_name), pause=pause), 'rb') as f:
         urls = essay_urls(Page(decode(f.read())))
@@ -174,7 +174,7 @@ def essay_urls(index):
 
 
 def fetch(url, path):
-    """Downloads a page, if need be in two attempts -> None, or the reason why it did not come: see DownloadError."""
+    """Downloads a page, in two attempts if needed -> None, or the reason why it failed: see DownloadError."""
     for attempt in range(2):
         try:
             download(url, path, pause=pause)

@@ -78,7 +78,7 @@ QUESTIONS = {
 
 
 def listed(names, most=8):
-    """['a', 'b', 'c'] -> 'a, b and c'; of more than most, these and how many there are."""
+    """['a', 'b', 'c'] -> 'a, b and c'; of more than `most` the first ones, and how many there are."""
     if len(names) > most:
         return f'{", ".join(names[:most])} and {len(names) - most} more'
     return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else names[0]
@@ -86,8 +86,8 @@ def listed(names, most=8):
 
 def first_sentence(node):
     """
-    Of the docstring, on one line; None where there is none that says something in 300 characters.
-    Some begin with a signature, or with examples.
+    The first sentence of a docstring, on one line; None if there is none of at most 300 characters. A signature or
+    examples at the beginning do not count.
     """
     paragraphs = [' '.join(part.split()) for part in re.split(r'\n\s*\n', ast.get_docstring(node) or '')]
     paragraph = next((part for part in paragraphs if not re.fullmatch(r'[\w.]+\(.*\)( ?->.*)?|>>>.*', part)), '')
@@ -125,7 +125,7 @@ def arguments(function, bound):
 
 
 def about_call(x, args):
-    """What calling x(args) is like: facts, and the argument whose default is asked for."""
+    """Facts about a call of x(args), and the argument whose default is asked for."""
     plain = [*args.posonlyargs, *args.args]
     names = [arg.arg for arg in plain]
     names += [f'*{args.vararg.arg}'] if args.vararg else []
@@ -143,7 +143,7 @@ def about_call(x, args):
 
 
 def things(module, tree):
-    """What there is to ask about in a module: (name, facts by kind of question, what else the questions mention)."""
+    """Subjects of questions in a module: (name, facts by kind of question, what else the questions mention)."""
     defined = definitions(tree.body)
     yield (module, {'module': first_sentence(tree),
                     'contents': f'{listed([node.name for node in defined])}.' if defined else None}, {})
@@ -178,7 +178,7 @@ def about_function(x, node, owner, sort, bound):
 
 
 def conversation(x, facts, mentions):
-    """Messages about x, or None if its docstring says nothing: a choice that depends on x and the seed alone."""
+    """Messages about x, which depend on x and the seed alone; None if its docstring says nothing."""
     if not next(iter(facts.values())):
         return None
     rng = random.Random(f'{seed} {x}')
