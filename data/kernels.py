@@ -21,12 +21,13 @@ import torch.nn as nn
 from data.cache import FEW
 from data.compiling import cpp_compiler
 from data.files import in_repo, private_folder
-from data.rounding import BITS, GROUPS, int_matmul
+from data.rounding import BITS, GROUPS, INT_MM_IS_EXACT, int_matmul
 from data.sampling import COLD
 from model import Block
 
 AS_IT_IS, NORM, RELU2, SWIGLU = range(4)    # what is applied to x before a matrix reads it, see products.h
-ROWS = 16               # products with more rows of activations than this are PyTorch's, which is faster there
+ROWS = 16               # products with more rows of activations than this are PyTorch's, which is faster there, but for
+                        # CPUs on which it would have to multiply floats (rounding.INT_MM_IS_EXACT)
 EPS = torch.finfo(torch.float32).eps    # what model.norm adds where norm_eps is 0
 
 # -----------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class KernelLinear(nn.Module):
         """
         K = self.linear.cols
         M = x.numel() // (2 * K if what == SWIGLU else K)
-        if M > ROWS:
+        if M > ROWS and INT_MM_IS_EXACT:
             return self.read_many(x, M, what, eps, rest, turned)
         y = x.new_empty(*x.shape[:-1], self.rows)
         library().int_linear(ctypes.byref(self.matrix), x.data_ptr(), pointer(rest), y.data_ptr(), M, what, turned, eps)

@@ -246,6 +246,66 @@ template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int3
   for (int r = 0; r < R; r++)
     _mm_storeu_si128((__m128i*)(sums + 8 * r), added_up(sum[r]));
 }
+#elif defined(__AVX2__)
+// Adds 32 products to eight partial sums: of weights v, whose absolute values are size, and activations x. Without VNNI
+// two products are first added up in 16 bits, which hold 2 * 128 * 127, but not the 255 of an activation plus 128.
+static inline __m256i add_products(__m256i sum, __m256i v, __m256i size, __m256i x) {
+  __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, v));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+static inline int32_t added_up(__m256i x) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+// Two of the four rows, w, of which the matrix has the numbers row.
+template <int R> static inline void dots_of_two(const Matrix& m, const int* row, const uint8_t* u, int32_t* sums) {
+  const int K = m.cols, columns = m.group ? K / 2 : K, shift = shift_of(m.group);
+  const uint8_t* w[2];
+  const int8_t* step[2];
+  for (int i = 0; i < 2; i++) {
+    w[i] = m.weights + (size_t)row[i] * columns;
+    step[i] = m.group ? m.step + (size_t)row[i] * (K / m.group) : nullptr;
+  }
+  __m256i sum[R][2], v[2], size[2];
+  for (auto& of_row : sum) of_row[0] = of_row[1] = _mm256_setzero_si256();
+  auto add = [&](int k) {                                           // 32 columns from k on
+    for (int i = 0; i < 2; i++) size[i] = _mm256_abs_epi8(v[i]);
+    for (int r = 0; r < R; r++) {
+      __m256i x = _mm256_loadu_si256((const __m256i*)(u + (size_t)r * K + k));
+      x = _mm256_xor_si256(x, _mm256_set1_epi8(-128));              // minus 128
+      for (int i = 0; i < 2; i++) sum[r][i] = add_products(sum[r][i], v[i], size[i], x);
+    }
+  };
+  int k = 0;
+  for (; k + 32 <= columns; k += 32) {
+    for (int i = 0; i < 2; i++) _mm_prefetch((const char*)w[i] + k + 12 * columns, _MM_HINT_T1);
+    for (int side = 0; side < (m.group ? 2 : 1); side++) {
+      for (int i = 0; i < 2; i++) {
+        v[i] = _mm256_loadu_si256((const __m256i*)(w[i] + k));
+        if (!m.group) continue;
+        __m256i q = _mm256_and_si256(side ? _mm256_srli_epi16(v[i], 4) : v[i], _mm256_set1_epi8(15));
+        v[i] = _mm256_shuffle_epi8(table_of(step[i][(side * columns + k) >> shift]), q);
+      }
+      add(side * columns + k);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2; i++) {
+      int32_t total = added_up(sum[r][i]);
+      for (int at = m.group ? K : k; at < K; at++) total += (u[(size_t)r * K + at] - 128) * (int8_t)w[i][at];
+      sums[8 * r + i] = total + 128 * m.sums[row[i]];               // as if u had been multiplied
+    }
+}
+
+template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
+  for (int i = 0; i < 4; i += 2) {
+    int row[2] = {std::min(n + i, m.rows - 1), std::min(n + i + 1, m.rows - 1)};    // after the last row, read it again
+    dots_of_two<R>(m, row, u, sums + i);
+  }
+}
 #else
 template <int R> static void dots(const Matrix& m, int n, const uint8_t* u, int32_t* sums) {
   static thread_local std::vector<int8_t> unpacked;
@@ -298,14 +358,17 @@ static void multiply(const Matrix& m, const uint8_t* xq, const float* xs, const 
   }
 }
 
-// IntLinear of x, to which input (see prepare) is applied before -> y (M, rows).
+// IntLinear of x, to which input (see prepare) is applied before -> y (M, rows). It takes 64 rows at a time: their
+// integers stay near the processor while a matrix is read.
 extern "C" void int_linear(const Matrix* m, const float* x, const float* rest, float* y, int M, int input, int turned,
                            float eps) {
-  std::vector<uint8_t> xq((size_t)M * m->cols);
+  const size_t rows = m->rows, cols = m->cols;
+  std::vector<uint8_t> xq(M * cols);
   std::vector<float> xs(M);
   #pragma omp parallel
   {
     round_together(x, xq.data(), xs.data(), M, m->cols, input, turned, eps);
-    multiply(*m, xq.data(), xs.data(), rest, y, M);
+    for (int r = 0; r < M; r += 64)
+      multiply(*m, &xq[r * cols], &xs[r], rest ? rest + r * rows : nullptr, y + r * rows, std::min(64, M - r));
   }
 }
