@@ -1,9 +1,8 @@
 # What distillation is worth for a pruned model: SmolLM2-135M cut to a quarter of its weights, then trained for the same
-# 80 steps on the text alone, or with seven tenths of its loss from labels of the corrected whole, with three seeds each;
-# and, with one seed, on labels alone, and beside the whole, which then teaches with its full distributions.
+# 80 steps on the text alone, and with seven tenths of its loss from labels of the corrected whole.
 #     python bench.py --mode=ladder config/ladder_smol.py       # makes the teacher, its labels and the text
 #     python bench.py --mode=ladder config/ladder_labels.py
-# 2 CPU cores: 70 minutes. README.md beside this file has the results.
+# 2 CPU cores: 50 minutes. README.md beside this file has the results.
 mode = 'ladder'
 ladder = 'out-ladder-labels/ladder.json'
 record = 'config/ladder_labels.json'
@@ -16,6 +15,4 @@ _train = ('python train.py --dataset=stdlib_smol_parts --block_size=512 --batch_
 rungs = f'''
 control: the text alone         | {_train} --seed={{seed}} --out_dir=out-labels-text-{{seed}}
 labels, their share 0.7         | {_train} --teacher=labels-smol --alpha=0.7 --seed={{seed}} --out_dir=out-labels-7-{{seed}}
-beside the teacher, one seed    | {_train} --teacher=out-smol-teacher --alpha=0.7 --seed=1337 --out_dir=out-labels-beside
-labels alone, one seed          | {_train} --teacher=labels-smol --alpha=1 --seed=1337 --out_dir=out-labels-10
 '''
