@@ -1,7 +1,7 @@
 """
 Integer models on a CPU: one call of C++ (kernels.cpp) takes the few tokens of a decoding step through all blocks,
 instead of some seventy calls of PyTorch for each block. for_decoding (layouts.py) uses it if there is a C++ compiler.
-The products of a prompt are still PyTorch's; its attention is kernels.cpp's.
+The products of a prompt are PyTorch's (if it multiplies integers exactly here); its attention is kernels.cpp's.
 
 Compiling takes a second, once: the library is kept for other processes, and serves all shapes. Products are the same
 integers as everywhere. Norms, softmax and silu are floats, summed in another order than PyTorch's, so their last digits
